@@ -1,0 +1,33 @@
+"""The records that parts exchange. Standard library only: importing this never imports torch."""
+
+from lightning_dataflow.contracts.errors import CapacityError, UnknownNameError, UserError
+from lightning_dataflow.contracts.guard import assert_no_tensors
+from lightning_dataflow.contracts.records import (
+    SCHEMA_VERSION,
+    CaptureSpec,
+    FeatureHandle,
+    FeatureSpec,
+    PromptTask,
+    SampleOrigin,
+    SampleRef,
+)
+from lightning_dataflow.contracts.step import StepContext
+from lightning_dataflow.contracts.validation import ref_from_json, ref_to_json, validate_ref
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "CapacityError",
+    "CaptureSpec",
+    "FeatureHandle",
+    "FeatureSpec",
+    "PromptTask",
+    "SampleOrigin",
+    "SampleRef",
+    "StepContext",
+    "UnknownNameError",
+    "UserError",
+    "assert_no_tensors",
+    "ref_from_json",
+    "ref_to_json",
+    "validate_ref",
+]

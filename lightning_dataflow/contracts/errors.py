@@ -1,0 +1,16 @@
+"""Errors whose message is all the user needs: commands print them as one line and exit with status 1."""
+
+
+class UserError(ValueError):
+    """Bad input. The message names the value, the rule and the remedy."""
+
+
+class UnknownNameError(UserError, KeyError):
+    """A name that is not registered; the message lists the names that are."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # KeyError would show the message in quotes
+
+
+class CapacityError(RuntimeError):
+    """A store has no room. Nothing of the refused sample is visible; retry once samples were released."""

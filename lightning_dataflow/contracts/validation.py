@@ -1,0 +1,116 @@
+"""References read from outside are input, not truth: bounded sizes, known types, ids that cannot name a path."""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from lightning_dataflow.contracts.errors import UserError
+from lightning_dataflow.contracts.records import SCHEMA_VERSION, CaptureSpec, FeatureSpec, SampleOrigin, SampleRef
+
+DTYPE_BYTES = {
+    "bool": 1,
+    "uint8": 1,
+    "int8": 1,
+    "int16": 2,
+    "int32": 4,
+    "int64": 8,
+    "float16": 2,
+    "bfloat16": 2,
+    "float32": 4,
+    "float64": 8,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+}
+MAX_SAMPLE_BYTES = 1 << 38
+MAX_TOKENS = 1 << 24
+MAX_RANK = 8
+MAX_FEATURES = 64
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:#-]{0,254}")
+_GENERATION = re.compile(r"[0-9]{1,9}-[0-9a-f]{16,64}")
+
+
+def check_id(value: Any, what: str) -> str:
+    """Return `value` if it can serve as an id or a file name; raise UserError otherwise."""
+    if not isinstance(value, str) or not _ID.fullmatch(value) or ".." in value:
+        raise UserError(
+            f"{what} {_short(value)} is not a valid id: use up to 255 letters, digits and . _ : # - "
+            "without '..', starting with a letter or digit"
+        )
+    return value
+
+
+def validate_ref(ref: SampleRef) -> SampleRef:
+    """Return `ref` if every field is within bounds; raise UserError naming the field otherwise."""
+    origin = ref.origin
+    for what, value in (
+        ("sample_id", origin.sample_id),
+        ("run_id", origin.run_id),
+        ("source_task_id", origin.source_task_id),
+        ("source_id", origin.source_id),
+    ):
+        check_id(value, what)
+    if ref.schema_version != SCHEMA_VERSION:
+        raise UserError(
+            f"ref {origin.sample_id} has schema version {ref.schema_version}, this release reads {SCHEMA_VERSION}: "
+            "capture again with this release"
+        )
+    if not isinstance(ref.generation, str) or not _GENERATION.fullmatch(ref.generation):
+        raise UserError(f"ref {origin.sample_id} has generation {_short(ref.generation)}, expected attempt-nonce")
+    _check_count(origin.num_tokens, MAX_TOKENS, f"num_tokens of {origin.sample_id}")
+    if not 0 < len(ref.features) <= MAX_FEATURES:
+        raise UserError(f"ref {origin.sample_id} has {len(ref.features)} features, expected 1 to {MAX_FEATURES}")
+    total = sum(_feature_bytes(name, spec, origin.sample_id) for name, spec in ref.features.items())
+    if total != ref.num_bytes or total > MAX_SAMPLE_BYTES:
+        raise UserError(
+            f"ref {origin.sample_id} says {_short(ref.num_bytes)} bytes but its features hold {total} "
+            f"(at most {MAX_SAMPLE_BYTES}): the ref is damaged, capture the sample again"
+        )
+    return ref
+
+
+def ref_to_json(ref: SampleRef) -> dict[str, Any]:
+    """Plain containers, fit for `json.dumps`."""
+    return asdict(ref)
+
+
+def ref_from_json(data: Any) -> SampleRef:
+    """Rebuild and validate a ref from `json.loads` output. Raises UserError for anything malformed."""
+    try:
+        origin = dict(data["origin"])
+        capture = dict(origin.pop("capture"))
+        capture["layer_ids"] = tuple(int(i) for i in capture["layer_ids"])
+        features = {}
+        for name, spec in data["features"].items():
+            features[name] = FeatureSpec(**{**spec, "shape": tuple(spec["shape"])})
+        rest = {key: value for key, value in data.items() if key not in ("origin", "features")}
+        ref = SampleRef(origin=SampleOrigin(capture=CaptureSpec(**capture), **origin), features=features, **rest)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"not a sample reference ({error!r}): {_short(data)}") from error
+    return validate_ref(ref)
+
+
+def _feature_bytes(name: str, spec: FeatureSpec, sample_id: str) -> int:
+    check_id(name, f"feature name of {sample_id}")
+    if spec.name != name:
+        raise UserError(f"feature {name} of {sample_id} calls itself {_short(spec.name)}: the ref is damaged")
+    if spec.dtype not in DTYPE_BYTES:
+        raise UserError(f"feature {name} of {sample_id} has dtype {_short(spec.dtype)}, known: {', '.join(DTYPE_BYTES)}")
+    if not isinstance(spec.shape, tuple) or len(spec.shape) > MAX_RANK:
+        raise UserError(f"feature {name} of {sample_id} has shape {_short(spec.shape)}, expected at most {MAX_RANK} sizes")
+    for size in spec.shape:
+        _check_count(size, MAX_SAMPLE_BYTES, f"a size of feature {name} of {sample_id}")
+    return math.prod(spec.shape) * DTYPE_BYTES[spec.dtype]
+
+
+def _check_count(value: Any, limit: int, what: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= limit:
+        raise UserError(f"{what} is {_short(value)}, expected a whole number from 1 to {limit}")
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Mapping):
+        value = dict(value)
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,111 @@
+"""Attention of EAGLE3's unrolled steps (training-time test, arXiv 2503.01840).
+
+At unroll step k, the query at position t sees the keys of step 0 at positions ≤ t and, of every later step 1..k, the key
+at its own position t. So a step is causal attention over S keys plus k more keys per query, never an [S, (k+1)·S] matrix.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+def unrolled_attention(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+    """Attention of unroll step k = len(keys) − 1.
+
+    Args:
+        query: [B, heads, S, D].
+        keys, values: one [B, kv_heads, S, D] per step 0..k, rotated; heads is a multiple of kv_heads.
+
+    Returns [B, heads, S, D].
+    """
+    if query.device.type == "cpu":
+        return _FlashUnrolledAttention.apply(query, *keys, *values)
+    return _flex_unrolled_attention(query, keys, values)
+
+
+class _FlashUnrolledAttention(torch.autograd.Function):
+    """Flash attention over step 0, merged with the own-position keys by log-sum-exp.
+
+    The flash backward recomputes its probabilities as exp(score − lse) and its correction from output · grad: handed the
+    *merged* output and log-sum-exp, it yields the exact gradients of the merged softmax for the keys of step 0.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, *keys_values: Tensor) -> Tensor:
+        num_steps = len(keys_values) // 2
+        keys, values = keys_values[:num_steps], keys_values[num_steps:]
+        scale = query.shape[-1] ** -0.5
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, keys[0], values[0], 0.0, True, scale=scale
+        )
+        if num_steps > 1:
+            scores = [_own_scores(query, key, scale) for key in keys[1:]]
+            merged = torch.logsumexp(torch.stack([lse, *scores]), dim=0)
+            out = out * (lse - merged).exp().unsqueeze(-1)
+            for score, value in zip(scores, values[1:], strict=True):
+                _grouped(out, value).addcmul_(_grouped((score - merged).exp(), value).unsqueeze(-1), value.unsqueeze(2))
+            lse = merged
+        ctx.save_for_backward(query, out, lse, *keys_values)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        query, out, lse, *keys_values = ctx.saved_tensors
+        num_steps = len(keys_values) // 2
+        keys, values = keys_values[:num_steps], keys_values[num_steps:]
+        grad_query, grad_key, grad_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, query, keys[0], values[0], out, lse, 0.0, True, scale=ctx.scale
+        )
+        grad_keys, grad_values = [grad_key], [grad_value]
+        correction = (grad * out).sum(-1)
+        for key, value in zip(keys[1:], values[1:], strict=True):
+            probability = (_own_scores(query, key, ctx.scale) - lse).exp_()
+            grad_score = (_own_scores(grad, value, 1.0) - correction).mul_(probability).mul_(ctx.scale)
+            grad_values.append((_grouped(probability, value).unsqueeze(-1) * _grouped(grad, value)).sum(2))
+            grad_keys.append((_grouped(grad_score, key).unsqueeze(-1) * _grouped(query, key)).sum(2))
+            _grouped(grad_query, key).addcmul_(_grouped(grad_score, key).unsqueeze(-1), key.unsqueeze(2))
+        return grad_query, *grad_keys, *grad_values
+
+
+def _grouped(x: Tensor, like: Tensor) -> Tensor:
+    """[B, heads, ...] → [B, kv_heads, heads per kv_head, ...], a view."""
+    return x.unflatten(1, (like.shape[1], -1))
+
+
+def _own_scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Products of every query with the key at its own position: [B, heads, S]."""
+    return torch.linalg.vecdot(_grouped(query, key), key.unsqueeze(2)).flatten(1, 2).mul_(scale)
+
+
+def _flex_unrolled_attention(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+    """The same through flex attention, whose block mask skips the empty part of [S, (k+1)·S]."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    length = query.shape[2]
+    mask = _unrolled_block_mask(length, len(keys), str(query.device))
+    attend = torch.compile(flex_attention, dynamic=False) if query.is_cuda else flex_attention
+    return attend(query, torch.cat(tuple(keys), 2), torch.cat(tuple(values), 2), block_mask=mask, enable_gqa=True)
+
+
+def _unrolled_block_mask(length: int, num_steps: int, device: str) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def visible(batch: Tensor, head: Tensor, position: Tensor, key: Tensor) -> Tensor:
+        return torch.where(key < length, key <= position, key % length == position)
+
+    return create_block_mask(visible, None, None, length, num_steps * length, device=device)
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention of the last n of m positions, for decoding: query [B, heads, n, D], key and value [B, kv_heads, m, D]."""
+    new, total = query.shape[2], key.shape[2]
+    if new == 1:
+        return F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    mask = torch.ones(new, total, dtype=torch.bool, device=query.device).tril(total - new)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)

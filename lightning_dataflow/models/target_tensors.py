@@ -1,0 +1,61 @@
+"""The two tensors that trainers need of the target: its token embedding and its head."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lightning_dataflow.contracts import UserError
+
+EMBEDDING_NAMES = ("model.embed_tokens.weight", "model.language_model.embed_tokens.weight", "transformer.wte.weight")
+HEAD_NAMES = ("lm_head.weight", "language_model.lm_head.weight")
+
+
+class FrozenTarget:
+    """Token embedding [V, H] and head [V, H] of a target, read from its safetensors without the rest.
+
+    Deliberately not an `nn.Module`: what it holds is neither sharded, nor optimised, nor written into checkpoints. Tied
+    embeddings share one tensor.
+    """
+
+    def __init__(self, embedding: Tensor, head: Tensor):
+        self.embedding = embedding
+        self.head = head
+
+    @classmethod
+    def load(cls, path: str | Path, *, dtype: torch.dtype = torch.float32) -> "FrozenTarget":
+        """Read from a Hugging Face folder. Raises UserError when the tensors cannot be found."""
+        folder = Path(path)
+        embedding = _read(folder, EMBEDDING_NAMES)
+        if embedding is None:
+            raise UserError(f"no token embedding in the safetensors of {folder}, looked for {', '.join(EMBEDDING_NAMES)}")
+        head = _read(folder, HEAD_NAMES)
+        embedding = embedding.to(dtype)
+        return cls(embedding, embedding if head is None else head.to(dtype))
+
+    def to(self, device: torch.device) -> "FrozenTarget":
+        """Move both tensors; tied ones stay tied."""
+        tied = self.head is self.embedding
+        self.embedding = self.embedding.to(device)
+        self.head = self.embedding if tied else self.head.to(device)
+        return self
+
+
+def _read(folder: Path, names: tuple[str, ...]) -> Tensor | None:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = json.loads(index.read_text())["weight_map"]
+    else:
+        files = {name: file.name for file in sorted(folder.glob("*.safetensors")) for name in _names(file)}
+    for name in names:
+        if name in files:
+            with safe_open(folder / files[name], framework="pt") as file:
+                return file.get_tensor(name).clone()
+    return None
+
+
+def _names(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as handle:
+        return list(handle.keys())

@@ -1,0 +1,6 @@
+"""Loss sums of each algorithm: functions of tensors, without modules or trainers."""
+
+from lightning_dataflow.objectives.eagle3 import Eagle3Objective, supervised_positions
+from lightning_dataflow.objectives.sums import ObjectiveSums, Quotient
+
+__all__ = ["Eagle3Objective", "ObjectiveSums", "Quotient", "supervised_positions"]

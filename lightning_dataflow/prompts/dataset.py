@@ -1,0 +1,140 @@
+"""The filtered prompts of a run, tokenised, with a count for everything that was left out."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lightning_dataflow.contracts import PromptTask, UserError
+from lightning_dataflow.prompts.conversation import FORMATS, normalise
+from lightning_dataflow.prompts.masking import Encoder, Unusable
+from lightning_dataflow.prompts.sources import read_records
+
+MIN_LABEL_POSITION = 2
+"""A draft sees token t+1 and predicts token t+2, so the first two tokens of a sample are never labels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizedPrompt:
+    """Token ids and loss mask of one sample, lists of S ints; `source_id` names its record."""
+
+    source_id: str
+    input_ids: Sequence[int]
+    loss_mask: Sequence[int]
+
+    @property
+    def question(self) -> Sequence[int]:
+        """What precedes the first supervised token; the first half where everything is supervised."""
+        first = next(index for index, flag in enumerate(self.loss_mask) if flag)
+        return self.input_ids[: first or max(1, len(self.input_ids) // 2)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptDataset(Sequence[TokenizedPrompt]):
+    """Prompts that have something to learn, in file order.
+
+    Attributes:
+        max_length: samples were cut to this many tokens.
+        skipped: number of records left out, by reason.
+    """
+
+    prompts: Sequence[TokenizedPrompt]
+    max_length: int
+    skipped: Mapping[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.prompts[index]
+
+    def token_counts(self, vocab_size: int) -> torch.Tensor:
+        """How often each token id is supervised, int64 [vocab_size]."""
+        counts = torch.zeros(vocab_size, dtype=torch.int64)
+        for prompt in self.prompts:
+            ids = torch.tensor(prompt.input_ids)[torch.tensor(prompt.loss_mask, dtype=torch.bool)]
+            if len(ids) and int(ids.max()) >= vocab_size:
+                raise UserError(
+                    f"{prompt.source_id} has token id {int(ids.max())}, the target's vocabulary has {vocab_size}: "
+                    "use the target's own tokenizer"
+                )
+            counts += torch.bincount(ids, minlength=vocab_size)
+        return counts
+
+    def task(self, index: int, pass_index: int, *, run_id: str, target_model_version: str) -> PromptTask:
+        """The task of prompt `index` in pass `pass_index`."""
+        prompt = self.prompts[index]
+        return PromptTask(
+            task_id=f"{prompt.source_id}-p{pass_index}",
+            run_id=run_id,
+            source_id=prompt.source_id,
+            payload={"input_ids": prompt.input_ids, "loss_mask": prompt.loss_mask},
+            max_length=self.max_length,
+            target_model_version=target_model_version,
+            metadata={"pass": pass_index},
+        )
+
+
+def load_prompts(
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    format: str = "auto",
+    split: str = "train",
+    num_eval_samples: int = 0,
+    num_samples: int | None = None,
+    chat_template: str | None = None,
+) -> tuple[PromptDataset, PromptDataset]:
+    """Read, tokenise and filter prompts. Returns (training prompts, held-out prompts).
+
+    The first `num_eval_samples` usable records are held out, the next `num_samples` (None: all) are trained on.
+
+    Raises:
+        UserError: missing or broken file, unknown format, no chat template, nothing left after filtering.
+    """
+    if format not in FORMATS:
+        raise UserError(f"data.format={format} is unknown: use one of {', '.join(FORMATS)}")
+    if max_length <= MIN_LABEL_POSITION:
+        raise UserError(f"data.max_length={max_length} leaves nothing to learn: use at least {MIN_LABEL_POSITION + 1}")
+    encoder = Encoder(tokenizer, chat_template)
+    skipped: Counter[str] = Counter()
+    usable: list[TokenizedPrompt] = []
+    wanted = None if num_samples is None else num_eval_samples + num_samples
+    for prompt in _usable(path, split, format, encoder, max_length, skipped):
+        usable.append(prompt)
+        if len(usable) == wanted:
+            break
+    held_out, training = usable[:num_eval_samples], usable[num_eval_samples:]
+    if not training:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common()) or "the file is empty"
+        raise UserError(
+            f"no prompts left to train on in {path} ({len(held_out)} held out; left out: {reasons}): "
+            "check data.path, data.format and data.max_length"
+        )
+    return (
+        PromptDataset(prompts=training, max_length=max_length, skipped=dict(skipped)),
+        PromptDataset(prompts=held_out, max_length=max_length),
+    )
+
+
+def _usable(
+    path: str, split: str, format: str, encoder: Encoder, max_length: int, skipped: Counter[str]
+) -> Iterator[TokenizedPrompt]:
+    for number, record in read_records(path, split=split):
+        try:
+            ids, mask = encoder.encode(normalise(record, format, f"{path}, record {number}"))
+        except Unusable as reason:
+            skipped[str(reason)] += 1
+            continue
+        if not any(mask):
+            skipped["nothing supervised"] += 1
+        elif not any(mask[MIN_LABEL_POSITION:max_length]):
+            skipped["nothing supervised within max_length"] += 1
+        else:
+            yield TokenizedPrompt(
+                source_id=f"{number:08d}", input_ids=tuple(ids[:max_length]), loss_mask=tuple(mask[:max_length])
+            )

@@ -1,0 +1,116 @@
+"""Chat templates and loss masks: which tokens are the assistant's own."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from lightning_dataflow.contracts import UserError
+from lightning_dataflow.prompts.conversation import Conversation, Message, PlainText, Tokens
+
+_GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class Unusable(Exception):
+    """A record that cannot be trained on; the message is the reason it is counted under."""
+
+
+class Encoder:
+    """Turns records into (input_ids, loss_mask), both lists of S ints.
+
+    A template with `{% generation %}` says itself which tokens are the assistant's. For any other, growing prefixes of
+    the conversation are rendered: an assistant turn is what the conversation up to and including it has beyond the
+    conversation before it with the generation prompt. It ends with the end-of-turn token; white space that the
+    template writes after that token is never generated and not supervised. A token that straddles the border of a turn
+    is not supervised.
+
+    Args:
+        tokenizer: a fast tokenizer (character offsets are needed).
+        chat_template: overrides the tokenizer's own.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None):
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+
+    def encode(self, record: Conversation | PlainText | Tokens) -> tuple[list[int], list[int]]:
+        """Raises Unusable when the template refuses the conversation, UserError when there is no template."""
+        if isinstance(record, Tokens):
+            return list(record.input_ids), list(record.loss_mask)
+        if isinstance(record, PlainText):
+            ids = self.tokenizer(record.text)["input_ids"]
+            return ids, [1] * len(ids)
+        if not any(message["role"] == "assistant" for message in record.messages):
+            raise Unusable("no assistant turn")
+        if record.messages[0]["role"] == "assistant":
+            raise Unusable("begins with an assistant turn")
+        if _GENERATION_TAG.search(self._template()):
+            return self._encode_tagged(record.messages)
+        return self._encode_by_prefixes(record.messages)
+
+    def _template(self) -> str:
+        template = self.chat_template or self.tokenizer.chat_template
+        if template is None:
+            raise UserError(
+                f"the tokenizer {self.tokenizer.name_or_path} has no chat template: set data.chat_template to a Jinja "
+                "file, or give records with text or input_ids"
+            )
+        return template
+
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False, **options: Any) -> Any:
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=self.chat_template,
+                add_generation_prompt=add_generation_prompt,
+                **options,
+            )
+        except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
+            raise Unusable("refused by the chat template") from error
+
+    def _encode_tagged(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+        encoded = self._render(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        return encoded["input_ids"], encoded["assistant_masks"]
+
+    def _encode_by_prefixes(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+        text = self._render(messages, tokenize=False)
+        spans = [self._turn_span(messages, i, text) for i, m in enumerate(messages) if m["role"] == "assistant"]
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = encoded["input_ids"]
+        mask = [0] * len(ids)
+        for index, (start, end) in enumerate(encoded["offset_mapping"]):
+            if start < end and any(first <= start and end <= last for first, last in spans):
+                mask[index] = 1
+        return ids, mask
+
+    def _turn_span(self, messages: Sequence[Message], index: int, text: str) -> tuple[int, int]:
+        """Characters [start, end) of assistant turn `index` in the rendered conversation."""
+        prefix = self._render(messages[:index], add_generation_prompt=True, tokenize=False)
+        through = self._render(messages[: index + 1], tokenize=False)
+        if not text.startswith(prefix):
+            raise Unusable("the chat template rewrites earlier turns")
+        start = len(prefix)
+        if text.startswith(through) and len(through) > start:
+            end = len(through)
+        else:  # the template renders a last turn otherwise than the same turn in the middle
+            end = self._content_start(messages[index], text, start) + len(messages[index]["content"].strip())
+            end = self._after_end_of_turn(text, end)
+        return start, start + len(self._without_trailing_space(text[start:end]))
+
+    def _content_start(self, message: Message, text: str, start: int) -> int:
+        found = text.find(message["content"].strip(), start)
+        if found < 0:
+            raise Unusable("the chat template rewrites earlier turns")
+        return found
+
+    def _after_end_of_turn(self, text: str, end: int) -> int:
+        for token in self.tokenizer.all_special_tokens:
+            if text.startswith(token, end):
+                return end + len(token)
+        return end
+
+    def _without_trailing_space(self, turn: str) -> str:
+        stripped = turn.rstrip()
+        return stripped if stripped.endswith(tuple(self.tokenizer.all_special_tokens)) else turn

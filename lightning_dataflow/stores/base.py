@@ -1,0 +1,96 @@
+"""The contract of every feature store."""
+
+import secrets
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+
+from lightning_dataflow.contracts import FeatureHandle, FeatureSpec, SampleOrigin, SampleRef
+from lightning_dataflow.contracts.records import TargetRepr
+
+TARGET_REPRS: dict[str, TargetRepr] = {"last_hidden_state": "hidden_state"}
+
+Tensors = dict[str, torch.Tensor]
+
+
+class FeatureStore(ABC):
+    """Consume-once storage of feature tensors.
+
+    A ref is valid for one generation. Putting a sample again supersedes the older generation: its refs fail from then
+    on. After `release` or `abort` returned, nobody is handed the old bytes again.
+    """
+
+    uri: str
+
+    @abstractmethod
+    def put(self, tensors: Mapping[str, torch.Tensor], origin: SampleOrigin) -> SampleRef:
+        """Store copies of `tensors` and return their ref.
+
+        Raises:
+            ValueError: `tensors` is empty.
+            CapacityError: no room; nothing became visible.
+        """
+
+    @abstractmethod
+    def get(self, ref: SampleRef) -> tuple[Tensors, FeatureHandle]:
+        """Read the tensors of `ref`.
+
+        Raises:
+            KeyError: missing, freed, of an older generation, or shorter than the ref says.
+            PermissionError: the shared secret no longer matches.
+        """
+
+    @abstractmethod
+    def release(self, handle: FeatureHandle) -> None:
+        """Give up the read lease; the last release of the current generation frees it. Stale handles do nothing."""
+
+    @abstractmethod
+    def abort(self, sample_id: str) -> None:
+        """Free every generation of a sample at once, for every reader. Unknown ids do nothing."""
+
+    @abstractmethod
+    def health(self) -> dict[str, int]:
+        """Counts: `num_samples`, `num_bytes`, `capacity_bytes` (0 when unlimited)."""
+
+    @abstractmethod
+    def sweep(self) -> dict[str, int]:
+        """Remove what crashed writers left behind; returns counts by kind."""
+
+
+def feature_specs(tensors: Mapping[str, torch.Tensor]) -> dict[str, FeatureSpec]:
+    """Describe `tensors`; raises ValueError when there are none."""
+    if not tensors:
+        raise ValueError("a sample without tensors cannot be stored: capture returned no features")
+    return {
+        name: FeatureSpec(
+            name=name,
+            shape=tuple(tensor.shape),
+            dtype=dtype_name(tensor.dtype),
+            target_repr=TARGET_REPRS.get(name),
+        )
+        for name, tensor in tensors.items()
+    }
+
+
+def new_generation(attempt: int) -> str:
+    """`attempt-nonce`, never used twice."""
+    return f"{attempt}-{secrets.token_hex(8)}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16` for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def num_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Payload of all tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def check_tensors(tensors: Mapping[str, torch.Tensor], ref: SampleRef) -> None:
+    """Raise KeyError when what was read is not what the ref promises."""
+    found = {name: (tuple(tensor.shape), dtype_name(tensor.dtype)) for name, tensor in tensors.items()}
+    expected = {name: (spec.shape, spec.dtype) for name, spec in ref.features.items()}
+    if found != expected:
+        raise KeyError(f"features of {ref.sample_id} are {found}, the ref says {expected}")

@@ -1,0 +1,207 @@
+"""Features as safetensors files in a folder that several processes share."""
+
+import errno
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lightning_dataflow.contracts import CapacityError, FeatureHandle, SampleOrigin, SampleRef, UserError
+from lightning_dataflow.contracts.validation import check_id
+from lightning_dataflow.stores.base import (
+    FeatureStore,
+    Tensors,
+    check_tensors,
+    feature_specs,
+    new_generation,
+    num_bytes,
+)
+
+SUFFIX = ".safetensors"
+ORPHAN_AGE_S = 600.0
+
+
+class SharedDirFeatureStore(FeatureStore):
+    """One file per sample and generation: `samples/{sample_id}/{generation}.safetensors`, put in place by a rename.
+
+    A file's presence is the truth for every process: freeing unlinks it, and `get` looks again after its bytes have
+    landed, so nobody is handed a freed sample.
+
+    Args:
+        root: the folder; made if missing.
+        retain: `release` keeps the files, for several epochs over one capture.
+        capacity_bytes: refuse puts beyond this payload, counted over all processes; None for no limit.
+        secret: attach and every data call raise PermissionError unless it is the one the folder was made with.
+
+    Raises:
+        UserError: the folder cannot be written.
+        PermissionError: wrong secret.
+    """
+
+    def __init__(
+        self, root: str | Path, *, retain: bool = False, capacity_bytes: int | None = None, secret: str | None = None
+    ):
+        self.root = Path(root).resolve()
+        self.retain = retain
+        self.capacity_bytes = capacity_bytes
+        self._samples = self.root / "samples"
+        try:
+            self._samples.mkdir(parents=True, exist_ok=True)
+            self._digest = self._attach(secret)
+        except PermissionError as error:
+            if error.errno is None:
+                raise  # the secret, not the file system
+            raise UserError(f"cannot write to {self.root}: {error.strerror}; choose another folder") from error
+        except OSError as error:
+            raise UserError(f"cannot use {self.root} as a store: {error.strerror}; choose another folder") from error
+        self.uri = f"shared_dir://{self._card()['store_id']}"
+
+    def put(self, tensors: Mapping[str, torch.Tensor], origin: SampleOrigin) -> SampleRef:
+        """See FeatureStore.put. Flushed to the file's final name by an atomic rename."""
+        self._check_secret()
+        specs = feature_specs(tensors)
+        size = num_bytes(tensors)
+        self._check_capacity(origin.sample_id, size)
+        folder = self._folder(origin.sample_id)
+        generation = new_generation(origin.attempt)
+        plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+        self._write(folder, generation, plain)
+        for older in _generations(folder):
+            if older.stem != generation:
+                older.unlink(missing_ok=True)
+        return SampleRef(origin=origin, uri=self.uri, generation=generation, features=specs, num_bytes=size)
+
+    def get(self, ref: SampleRef) -> tuple[Tensors, FeatureHandle]:
+        """See FeatureStore.get. The tensors are private copies."""
+        self._check_secret()
+        path = self._path(ref.sample_id, ref.generation)
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        except (FileNotFoundError, SafetensorError) as error:
+            raise KeyError(f"features of {ref.sample_id} generation {ref.generation} cannot be read: {error}") from error
+        check_tensors(tensors, ref)
+        if not path.exists():
+            raise KeyError(f"features of {ref.sample_id} generation {ref.generation} were freed during the read")
+        handle = FeatureHandle(sample_id=ref.sample_id, generation=ref.generation, lease_token=secrets.token_hex(8))
+        return tensors, handle
+
+    def release(self, handle: FeatureHandle) -> None:
+        """See FeatureStore.release. With `retain` the files stay; otherwise the first release frees them."""
+        self._check_secret()
+        if not self.retain:
+            self._path(handle.sample_id, handle.generation).unlink(missing_ok=True)
+            _remove_empty(self._folder(handle.sample_id))
+
+    def abort(self, sample_id: str) -> None:
+        """See FeatureStore.abort."""
+        self._check_secret()
+        folder = self._folder(sample_id)
+        for path in _generations(folder):
+            path.unlink(missing_ok=True)
+        _remove_empty(folder)
+
+    def health(self) -> dict[str, int]:
+        """See FeatureStore.health; `num_bytes` counts whole files. Walks the folder: not for hot paths."""
+        sizes = list(self._file_sizes())
+        return {"num_samples": len(sizes), "num_bytes": sum(sizes), "capacity_bytes": self.capacity_bytes or 0}
+
+    def sweep(self) -> dict[str, int]:
+        """Remove half-written files older than ten minutes and empty folders."""
+        orphans = 0
+        for folder in self._samples.iterdir():
+            for path in folder.glob("*.tmp"):
+                if time.time() - path.stat().st_mtime > ORPHAN_AGE_S:
+                    path.unlink(missing_ok=True)
+                    orphans += 1
+            _remove_empty(folder)
+        return {"orphans": orphans}
+
+    def _attach(self, secret: str | None) -> str:
+        """Write the store's card once; whoever comes second finds it. Returns the digest that the card must show."""
+        salt = secrets.token_hex(16)
+        card = {"store_id": secrets.token_hex(8), "salt": salt, "digest": _digest(secret, salt)}
+        temporary = self.root / f".store-{secrets.token_hex(8)}.tmp"
+        temporary.write_text(json.dumps(card))
+        try:
+            os.link(temporary, self.root / "store.json")
+        except FileExistsError:
+            pass
+        finally:
+            temporary.unlink()
+        digest = _digest(secret, self._card()["salt"])
+        self._check_digest(digest)
+        return digest
+
+    def _card(self) -> dict[str, str]:
+        return json.loads((self.root / "store.json").read_text())
+
+    def _check_secret(self) -> None:
+        self._check_digest(self._digest)
+
+    def _check_digest(self, digest: str) -> None:
+        try:
+            card = self._card()
+        except (OSError, json.JSONDecodeError) as error:
+            raise UserError(f"{self.root} is no longer a feature store ({error}): point at the folder again") from error
+        if not hmac.compare_digest(card["digest"], digest):
+            raise PermissionError(f"the secret does not match the store in {self.root}: use the one it was made with")
+
+    def _check_capacity(self, sample_id: str, size: int) -> None:
+        if self.capacity_bytes is None:
+            return
+        superseded = sum(path.stat().st_size for path in _generations(self._folder(sample_id)))
+        taken = sum(self._file_sizes()) - superseded
+        if taken + size > self.capacity_bytes:
+            raise CapacityError(
+                f"{sample_id} needs {size} bytes, {taken} of {self.capacity_bytes} are taken in {self.root}: "
+                "release samples first, or raise the store's capacity_bytes"
+            )
+
+    def _write(self, folder: Path, generation: str, tensors: Tensors) -> None:
+        temporary = folder / f"{generation}.tmp"
+        try:
+            folder.mkdir(exist_ok=True)
+            save_file(tensors, temporary)
+            os.replace(temporary, folder / f"{generation}{SUFFIX}")
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space" in str(error)
+            if full:
+                raise CapacityError(f"the disk of {self.root} is full: free some space and start again") from error
+            raise
+
+    def _file_sizes(self) -> Iterator[int]:
+        for folder in self._samples.iterdir():
+            for path in _generations(folder):
+                yield path.stat().st_size
+
+    def _folder(self, sample_id: str) -> Path:
+        return self._samples / check_id(sample_id, "sample_id")
+
+    def _path(self, sample_id: str, generation: str) -> Path:
+        return self._folder(sample_id) / f"{check_id(generation, 'generation')}{SUFFIX}"
+
+
+def _generations(folder: Path) -> list[Path]:
+    return list(folder.glob(f"*{SUFFIX}"))
+
+
+def _remove_empty(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.ENOENT, errno.EEXIST):
+            raise
+
+
+def _digest(secret: str | None, salt: str) -> str:
+    return hashlib.scrypt((secret or "").encode(), salt=salt.encode(), n=2**12, r=8, p=1).hex()

@@ -1,0 +1,101 @@
+"""Target engine `hf`: any transformers causal language model, in this process."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from lightning_dataflow.contracts import UserError
+from lightning_dataflow.targets.base import TargetEngine
+from lightning_dataflow.targets.info import read_target_info
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class HFTargetEngine(TargetEngine):
+    """Runs the target with transformers and records its residual stream with forward hooks.
+
+    Args:
+        path: a Hugging Face folder.
+        layer_ids: layers to capture; see TargetEngine.
+        dtype: `auto` (the checkpoint's), `float32`, `bfloat16` or `float16`. Features have this dtype.
+        device: `auto` (CUDA when there is one), or a torch device.
+        attention: transformers' `attn_implementation`.
+    """
+
+    backend = "hf"
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        layer_ids: Sequence[int] | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        attention: str = "sdpa",
+    ):
+        if dtype != "auto" and dtype not in DTYPES:
+            raise UserError(f"target.dtype={dtype} is unknown: use auto, {', '.join(DTYPES)}")
+        self.info = read_target_info(path)
+        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto" if dtype == "auto" else DTYPES[dtype], attn_implementation=attention
+        )
+        self.model = model.to(self.device).eval().requires_grad_(False)
+        self._decoder = model.get_decoder()
+        self._layers = decoder_layers(self._decoder, self.info.num_layers)
+        if layer_ids is not None:
+            self.set_capture_layers(layer_ids)
+
+    @torch.no_grad()
+    def capture(self, batch: Sequence[Sequence[int]]) -> list[dict[str, torch.Tensor]]:
+        """See TargetEngine.capture. Not affected by an autocast context around it."""
+        assert self.layer_ids, "set_capture_layers comes first"
+        lengths = [len(ids) for ids in batch]
+        input_ids = torch.zeros(len(batch), max(lengths), dtype=torch.int64)
+        attention_mask = torch.zeros_like(input_ids)
+        for row, ids in enumerate(batch):
+            input_ids[row, : len(ids)] = torch.tensor(ids)
+            attention_mask[row, : len(ids)] = 1
+        with torch.autocast(self.device.type, enabled=False), self.recorded() as states:
+            last = self._decoder(
+                input_ids=input_ids.to(self.device),
+                attention_mask=attention_mask.to(self.device) if min(lengths) < max(lengths) else None,
+                use_cache=False,
+            ).last_hidden_state
+        aux = torch.cat([states[layer] for layer in self.layer_ids], dim=-1).cpu()
+        last = last.cpu()
+        return [
+            {"aux_hidden_states": aux[row, :length], "last_hidden_state": last[row, :length]}
+            for row, length in enumerate(lengths)
+        ]
+
+    @contextmanager
+    def recorded(self) -> Iterator[dict[int, torch.Tensor]]:
+        """A dict that a forward pass fills with the output [B, S, H] of every capture layer."""
+        states: dict[int, torch.Tensor] = {}
+
+        def record(layer: int) -> Any:
+            def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+                states[layer] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        hooks = [self._layers[layer].register_forward_hook(record(layer)) for layer in self.layer_ids]
+        try:
+            yield states
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def decoder_layers(decoder: nn.Module, num_layers: int) -> nn.ModuleList:
+    """The list of decoder layers: the one ModuleList child as long as the config says."""
+    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child) == num_layers]
+    if len(lists) != 1:
+        raise UserError(f"cannot tell the {num_layers} decoder layers of a {type(decoder).__name__}: not supported by hf")
+    return lists[0]

@@ -1,0 +1,102 @@
+"""What a target model's folder says about it, without loading its weights."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from lightning_dataflow.contracts import UserError
+
+_SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json", "merges.txt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetInfo:
+    """Sizes of a target and fingerprints of its weights and tokenizer.
+
+    Attributes:
+        rope_theta: base of the rotary embedding; drafts use the target's.
+        model_version, tokenizer_version: 16 hex digits; features carry them, so that a trainer can tell that they come
+            from another target.
+    """
+
+    path: str
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    model_version: str
+    tokenizer_version: str
+
+
+def read_target_info(path: str | Path) -> TargetInfo:
+    """Read `config.json` and fingerprint a target's folder. Raises UserError when it is no such folder."""
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"no target model in {folder} (config.json is missing): set target.path to a Hugging Face folder")
+    try:
+        config = AutoConfig.from_pretrained(folder).get_text_config()
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(f"cannot read {folder}/config.json: {str(error).splitlines()[0]}") from error
+    heads = config.num_attention_heads
+    return TargetInfo(
+        path=str(folder),
+        hidden_size=config.hidden_size,
+        intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        vocab_size=config.vocab_size,
+        rms_norm_eps=getattr(config, "rms_norm_eps", None) or 1e-5,
+        rope_theta=_rope_theta(config),
+        max_position_embeddings=getattr(config, "max_position_embeddings", None) or 2048,
+        model_version=_model_fingerprint(folder),
+        tokenizer_version=_tokenizer_fingerprint(folder),
+    )
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The fast tokenizer in `path`. Raises UserError when there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(f"cannot load a tokenizer from {path}: {str(error).splitlines()[0]}") from error
+    if not tokenizer.is_fast:
+        raise UserError(f"the tokenizer in {path} is not a fast one, character offsets are needed: add a tokenizer.json")
+    return tokenizer
+
+
+def _rope_theta(config: Any) -> float:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return float(parameters.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0)
+
+
+def _model_fingerprint(folder: Path) -> str:
+    """Hash of the config and of samples spread over every weight file: the whole of a large target takes minutes."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as handle:
+            for index in range(_SAMPLES):
+                handle.seek(max(0, size - _SAMPLE_BYTES) * index // (_SAMPLES - 1))
+                digest.update(handle.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _tokenizer_fingerprint(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for name in _TOKENIZER_FILES:
+        if (folder / name).is_file():
+            digest.update(name.encode() + (folder / name).read_bytes())
+    return digest.hexdigest()[:16]

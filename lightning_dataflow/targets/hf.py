@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.targets.base import TargetEngine
@@ -50,6 +50,12 @@ class HFTargetEngine(TargetEngine):
         self._layers = decoder_layers(self._decoder, self.info.num_layers)
         if layer_ids is not None:
             self.set_capture_layers(layer_ids)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a generation."""
+        ids = self.model.generation_config.eos_token_id
+        return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
 
     @torch.no_grad()
     def capture(self, batch: Sequence[Sequence[int]]) -> list[dict[str, torch.Tensor]]:
@@ -99,3 +105,32 @@ def decoder_layers(decoder: nn.Module, num_layers: int) -> nn.ModuleList:
     if len(lists) != 1:
         raise UserError(f"cannot tell the {num_layers} decoder layers of a {type(decoder).__name__}: not supported by hf")
     return lists[0]
+
+
+class TargetSession:
+    """One sequence being decoded by the target, with its key-value cache.
+
+    Args:
+        target: with capture layers set, whose states `extend` returns.
+    """
+
+    def __init__(self, target: HFTargetEngine):
+        self.target = target
+        self.length = 0
+        self._cache = DynamicCache(config=target.model.config)
+
+    @torch.no_grad()
+    def extend(self, token_ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read n more tokens. Returns logits [n, V] in float32 and aux hidden states [n, n_layers·H]."""
+        ids = torch.tensor([list(token_ids)], device=self.target.device)
+        with self.target.recorded() as states:
+            output = self.target.model(input_ids=ids, past_key_values=self._cache, use_cache=True)
+        self.length += len(token_ids)
+        aux = torch.cat([states[layer] for layer in self.target.layer_ids], dim=-1)
+        return output.logits[0].float(), aux[0]
+
+    def crop(self, length: int) -> None:
+        """Forget tokens from `length` on."""
+        if length < self.length:
+            self._cache.crop(length - self.length)  # a negative number removes that many from the end
+            self.length = length

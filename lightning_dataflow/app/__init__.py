@@ -1,0 +1,1 @@
+"""Commands and configuration. The only place that imports hydra."""

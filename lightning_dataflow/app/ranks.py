@@ -1,0 +1,34 @@
+"""Work that one rank does before the process group exists."""
+
+import os
+import time
+from collections.abc import Callable
+
+from lightning_dataflow.contracts import UserError
+
+TIMEOUT_S = 3600.0
+POLL_S = 0.5
+
+
+def rank_from_environment() -> int:
+    """This process's rank as torchrun, SLURM or Lightning's launcher tell it; 0 in a process of its own."""
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return 0
+
+
+def first_rank_does(
+    work: Callable[[], None], is_done: Callable[[], bool], what: str, *, timeout_s: float = TIMEOUT_S
+) -> None:
+    """Run `work` on rank 0 unless `is_done`; other ranks wait until it is, or raise UserError after `timeout_s`."""
+    if is_done():
+        return
+    if rank_from_environment() == 0:
+        work()
+        return
+    deadline = time.monotonic() + timeout_s
+    while not is_done():
+        if time.monotonic() > deadline:
+            raise UserError(f"waited {timeout_s:.0f} s for rank 0 to finish {what}: see rank 0's messages")
+        time.sleep(POLL_S)

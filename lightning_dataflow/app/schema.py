@@ -1,0 +1,153 @@
+"""Typed configuration of what this package owns; `trainer`, `logger` and `callbacks` are Lightning's, by `_target_`."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+
+@dataclass
+class TargetConfig:
+    """The target model.
+
+    Attributes:
+        path: a Hugging Face folder.
+        prepare: `tiny` writes the tiny random target to `path` first, unless it is there.
+        dtype, device: see HFTargetEngine.
+        capture_batch_size: prompts per forward pass while capturing.
+    """
+
+    path: str = MISSING
+    prepare: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    capture_batch_size: int = 1
+
+
+@dataclass
+class DataConfig:
+    """Prompts and batches; see load_prompts and DataFlowDataModule.
+
+    Attributes:
+        prepare: `tiny` writes synthetic conversations to `path` first, unless they are there.
+        chat_template: a Jinja file that replaces the tokenizer's template.
+        num_passes: with trainer.max_steps=null, train this often on every sample.
+    """
+
+    path: str = MISSING
+    prepare: str | None = None
+    format: str = "auto"
+    split: str = "train"
+    max_length: int = 512
+    num_samples: int | None = None
+    num_eval_samples: int = 0
+    chat_template: str | None = None
+    global_batch_size: int = 8
+    micro_batch_size: int = 1
+    num_passes: int | None = None
+
+
+@dataclass
+class StoreConfig:
+    """The feature store.
+
+    Attributes:
+        root: folder of `shared_dir`; null for `features` in the run folder, captured when training starts.
+        secret: of `shared_dir`.
+        capacity_bytes: null for no limit.
+    """
+
+    kind: str = MISSING
+    root: str | None = None
+    secret: str | None = None
+    capacity_bytes: int | None = None
+
+
+@dataclass
+class TopologyConfig:
+    """Where target and trainer run: `online` or `offline`."""
+
+    name: str = MISSING
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its schedule; see DraftModule."""
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    warmup_ratio: float = 0.02
+    min_lr_ratio: float = 0.0
+
+
+@dataclass
+class EvaluateConfig:
+    """Acceptance evaluation; see AcceptanceEvaluation and the `evaluate` command.
+
+    Attributes:
+        every_n_steps: while training; 0 for before and after only.
+        checkpoint: file or folder that the `evaluate` command measures; null for an untrained draft.
+        dtype: of the target while decoding.
+        output: JSON file of the `evaluate` command; null to print only.
+    """
+
+    num_draft_tokens: int = 4
+    max_new_tokens: int = 32
+    every_n_steps: int = 0
+    temperature: float = 0.0
+    check_lossless: bool = True
+    dtype: str = "float32"
+    checkpoint: str | None = None
+    output: str | None = None
+
+
+@dataclass
+class ShowMaskConfig:
+    """The `show-mask` command: which samples, and whether to colour."""
+
+    start: int = 0
+    count: int = 3
+    colour: bool = True
+
+
+@dataclass
+class TrainConfig:
+    """Everything.
+
+    Attributes:
+        strategy: `name`, and keyword arguments of that strategy's module.
+        ckpt_path: a checkpoint to resume from; `last` for the newest of the run `run_name`.
+        run_name: the run's folder below `runs/`.
+    """
+
+    strategy: dict[str, Any] = MISSING
+    topology: TopologyConfig = MISSING
+    target: TargetConfig = MISSING
+    data: DataConfig = MISSING
+    store: StoreConfig = MISSING
+    optimizer: OptimizerConfig = MISSING
+    trainer: dict[str, Any] = MISSING
+    logger: Any = None
+    callbacks: Any = None
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    show_mask: ShowMaskConfig = field(default_factory=ShowMaskConfig)
+    seed: int = 0
+    run_name: str = MISSING
+    run_dir: str = MISSING
+    ckpt_path: str | None = None
+
+
+def register_schemas() -> None:
+    """Make the schemas available to the YAML files, as `<group>/schema`."""
+    store = ConfigStore.instance()
+    store.store(name="train_schema", node=TrainConfig)
+    for group, schema in (
+        ("target", TargetConfig),
+        ("data", DataConfig),
+        ("store", StoreConfig),
+        ("topology", TopologyConfig),
+        ("optimizer", OptimizerConfig),
+    ):
+        store.store(group=group, name="schema", node=schema)

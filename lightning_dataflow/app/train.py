@@ -1,0 +1,30 @@
+"""The `train` command."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning_dataflow.app.checkpoints import resolve_checkpoint, save_final_checkpoint
+from lightning_dataflow.app.command import command
+from lightning_dataflow.app.schema import TrainConfig
+
+
+def train(config: TrainConfig, settings: dict[str, Any]) -> None:
+    """Train a draft, write `result.json`, a figure and a last checkpoint to the run folder."""
+    from lightning import seed_everything
+
+    from lightning_dataflow.app.build import Builder
+    from lightning_dataflow.app.figure import draw_result
+
+    seed_everything(config.seed, verbose=False)
+    run_dir = Path(config.run_dir)
+    checkpoint = resolve_checkpoint(config.ckpt_path, run_dir)
+    parts = Builder(config, settings)
+    trainer = parts.trainer
+    trainer.fit(parts.module, parts.data, ckpt_path=checkpoint)
+    save_final_checkpoint(trainer, run_dir)
+    if trainer.is_global_zero:
+        draw_result(run_dir / "result.json", run_dir / "figure.png")
+        print(f"results in {run_dir}: result.json, figure.png, checkpoints/", flush=True)
+
+
+main = command(train)

@@ -1,0 +1,112 @@
+"""Measures acceptance length by real speculative decoding while training goes on."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+
+from lightning_dataflow.contracts import UserError
+from lightning_dataflow.evaluation import AcceptanceReport, evaluate_acceptance
+from lightning_dataflow.targets.hf import HFTargetEngine
+
+
+class AcceptanceEvaluation(L.Callback):
+    """Decodes held-out prompts before the first step, every `every_n_steps` steps, and after the last.
+
+    Logs `val/acceptance_length` and `val/accepted_i`, the share of proposals accepted at least up to position i. Ranks
+    share the prompts. Every rank decodes with an unsharded copy of the draft.
+
+    Args:
+        target: makes the target; called once, when it is first needed.
+        prompts: token ids of each prompt, at least one per rank.
+        num_draft_tokens: K.
+        every_n_steps: 0 for before and after only.
+    """
+
+    def __init__(
+        self,
+        target: Callable[[], HFTargetEngine],
+        prompts: Sequence[Sequence[int]],
+        *,
+        num_draft_tokens: int = 4,
+        max_new_tokens: int = 32,
+        every_n_steps: int = 0,
+    ):
+        if not prompts:
+            raise UserError("no held-out prompts to evaluate on: set data.num_eval_samples, or callbacks=no_evaluation")
+        self.prompts = prompts
+        self.num_draft_tokens = num_draft_tokens
+        self.max_new_tokens = max_new_tokens
+        self.every_n_steps = every_n_steps
+        self.history: list[dict[str, Any]] = []
+        self._make_target = target
+        self._target: HFTargetEngine | None = None
+        self._seen_step = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Lightning's hook."""
+        self._seen_step = trainer.global_step
+        self._evaluate(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Lightning's hook."""
+        step = trainer.global_step
+        if step == self._seen_step:
+            return
+        self._seen_step = step
+        if step == trainer.max_steps or (self.every_n_steps and step % self.every_n_steps == 0):
+            report = self._evaluate(trainer, pl_module)
+            metrics = {f"val/accepted_{i}": share for i, share in enumerate(report.acceptance_per_position)}
+            pl_module.log_dict(metrics | {"val/acceptance_length": report.acceptance_length}, batch_size=1)
+
+    def report(self) -> dict[str, Any]:
+        """For `result.json`."""
+        return {"acceptance": self.history}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Lightning's hook: measurements so far travel with the checkpoint."""
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Lightning's hook."""
+        self.history = list(state_dict["history"])
+
+    def _evaluate(self, trainer: L.Trainer, pl_module: Any) -> AcceptanceReport:
+        if self.history and self.history[-1]["step"] == trainer.global_step:  # resumed at a measured step
+            self.history.pop()
+        if self._target is None:
+            self._target = self._make_target()
+            self._target.set_capture_layers(pl_module.layer_ids)
+        drafter = pl_module.drafter(num_draft_tokens=self.num_draft_tokens)
+        mine = evaluate_acceptance(
+            self._target,
+            drafter,
+            self.prompts[trainer.global_rank :: trainer.world_size],
+            max_new_tokens=self.max_new_tokens,
+        )
+        report = _over_ranks(mine, trainer)
+        self.history.append({"step": trainer.global_step, **report.to_json()})
+        if trainer.is_global_zero:
+            shares = ", ".join(f"{share:.3f}" for share in report.acceptance_per_position)
+            print(
+                f"step {trainer.global_step}: acceptance length {report.acceptance_length:.3f} "
+                f"on {report.num_prompts} held-out prompts, accepted per position {shares}",
+                flush=True,
+            )
+        return report
+
+
+def _over_ranks(mine: AcceptanceReport, trainer: L.Trainer) -> AcceptanceReport:
+    counts = [mine.num_prompts, mine.num_tokens, mine.num_drafts, *mine.accepted_per_position]
+    device = trainer.strategy.root_device
+    total = trainer.strategy.reduce(torch.tensor(counts, dtype=torch.int64, device=device), reduce_op="sum").tolist()
+    return AcceptanceReport(
+        num_prompts=total[0],
+        num_tokens=total[1],
+        num_drafts=total[2],
+        accepted_per_position=tuple(total[3:]),
+        seconds=mine.seconds,
+    )

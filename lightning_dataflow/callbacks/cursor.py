@@ -1,0 +1,28 @@
+"""Moves the stream's cursor when an optimizer step has used a window."""
+
+from typing import Any
+
+import lightning as L
+
+
+class StreamCursor(L.Callback):
+    """Tells the DataModule, after every optimizer step and before any checkpoint of it, what is applied.
+
+    `on_train_batch_end` with a moved `global_step` is the one hook that means "after the step"; ModelCheckpoint always
+    runs after other callbacks, so its checkpoint holds the new cursor.
+    """
+
+    def __init__(self) -> None:
+        self._seen_step = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Lightning's hook."""
+        self._seen_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Lightning's hook."""
+        if trainer.global_step != self._seen_step:
+            self._seen_step = trainer.global_step
+            trainer.datamodule.mark_applied(batch["next_seq"])  # type: ignore[attr-defined]

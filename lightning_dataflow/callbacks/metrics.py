@@ -1,0 +1,69 @@
+"""How fast a run is and what it waits for."""
+
+import time
+from typing import Any
+
+import lightning as L
+
+
+class RunMetrics(L.Callback):
+    """Logs tokens/s, samples/s, the share of time spent waiting for data, and refs and bytes in flight.
+
+    Rates are over all ranks and since the last log. Time is that of waiting for batches and of training on them; put this
+    callback before others whose work (an evaluation, say) should not count. In `topology=online` the target runs while
+    the trainer waits, so its time is data-wait.
+    """
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self.train_seconds = 0.0
+        self.wait_seconds = 0.0
+        self._logged = (0.0, 0, 0.0)
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on batches so far, in this process."""
+        return self.train_seconds + self.wait_seconds
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Lightning's hook."""
+        self._step = trainer.global_step
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Lightning's hook."""
+        self._batch_start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Lightning's hook."""
+        self.train_seconds += time.perf_counter() - self._batch_start
+        self.wait_seconds = trainer.datamodule.wait_seconds  # type: ignore[attr-defined]
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        self.num_tokens += batch["window_num_tokens"]
+        if self._step % trainer.log_every_n_steps == 0 or self._step == trainer.max_steps:
+            self._log(trainer, pl_module)
+
+    def totals(self, num_samples: int) -> dict[str, float]:
+        """Rates over the whole fit, for `result.json`."""
+        seconds = max(self.seconds, 1e-9)
+        return {
+            "seconds": self.seconds,
+            "tokens_per_second": self.num_tokens / seconds,
+            "samples_per_second": num_samples / seconds,
+            "data_wait_fraction": self.wait_seconds / seconds,
+        }
+
+    def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        now = self.seconds, self.num_tokens, self.wait_seconds
+        elapsed, tokens, waited = (new - old for new, old in zip(now, self._logged, strict=True))
+        self._logged = now
+        elapsed = max(elapsed, 1e-9)
+        pl_module.log("tokens/s", tokens / elapsed, prog_bar=True, batch_size=1)
+        pl_module.log("data_wait", waited / elapsed, prog_bar=True, batch_size=1)
+        in_flight = trainer.datamodule.source.in_flight()  # type: ignore[attr-defined]
+        pl_module.log_dict({f"data/{name}": float(value) for name, value in in_flight.items()}, batch_size=1)

@@ -1,0 +1,84 @@
+"""`result.json`: what a run was, did and measured."""
+
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from lightning_dataflow.callbacks.metrics import RunMetrics
+
+PACKAGES = ("lightning-dataflow", "lightning", "torch", "transformers", "safetensors", "hydra-core")
+
+
+class ResultWriter(L.Callback):
+    """Writes `result.json` when fitting ends, also when it ends by an exception or Ctrl-C.
+
+    Args:
+        folder: where; the logger's folder by default.
+        settings: written along, for example the resolved configuration.
+    """
+
+    def __init__(self, folder: str | None = None, settings: Mapping[str, Any] | None = None):
+        self.folder = folder
+        self.settings = settings
+        self.path: Path | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Lightning's hook. `trainer.log_dir` is a collective, so it is asked for here, on every rank."""
+        self.path = Path(self.folder or trainer.log_dir or trainer.default_root_dir) / "result.json"
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Lightning's hook."""
+        self._write(trainer, pl_module, "completed")
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Lightning's hook."""
+        status = "interrupted" if isinstance(exception, KeyboardInterrupt) else f"failed: {type(exception).__name__}"
+        self._write(trainer, pl_module, status)
+
+    def _write(self, trainer: L.Trainer, pl_module: Any, status: str) -> None:
+        if self.path is None or not trainer.is_global_zero:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self._result(trainer, pl_module, status), indent=1) + "\n")
+
+    def _result(self, trainer: L.Trainer, pl_module: Any, status: str) -> dict[str, Any]:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        skipped = dict(data.source.card.skipped)
+        metrics = next((callback for callback in trainer.callbacks if isinstance(callback, RunMetrics)), None)
+        reports = [callback.report() for callback in trainer.callbacks if hasattr(callback, "report")]
+        result = {
+            "status": status,
+            "strategy": pl_module.strategy_name,
+            "optimizer_steps": trainer.global_step,
+            "losses": [float(loss) for loss in pl_module.step_losses],
+            "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+            "global_batch_size": data.global_batch_size,
+            "micro_batch_size": data.micro_batch_size,
+            "world_size": trainer.world_size,
+            "samples_per_pass": len(data.source),
+            "samples_trained": data.next_seq,
+            "samples_skipped": sum(skipped.values()),
+            "samples_skipped_by_reason": skipped,
+            "samples_recaptured": 0,
+            "throughput": metrics.totals(data.next_seq - data.first_seq) if metrics else {},
+            "versions": _versions(),
+            "settings": self.settings or dict(pl_module.hparams),
+        }
+        for report in reports:
+            result |= report
+        return result
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

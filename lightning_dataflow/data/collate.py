@@ -1,0 +1,39 @@
+"""From samples of different lengths to one padded batch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_dataflow.contracts import SampleRef
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One sample as read from the store: tensors whose first dimension is its length."""
+
+    ref: SampleRef
+    tensors: Mapping[str, Tensor]
+
+
+def pad_samples(samples: Sequence[Sample]) -> Batch:
+    """Stack features to [B, S_max, ...] with zeros on the right.
+
+    Always copies into fresh memory, so that numbers do not depend on how a store aligned its bytes. `num_tokens` is the
+    batch's Σ S before padding, `sample_ids` names its rows.
+    """
+    length = max(sample.ref.num_tokens for sample in samples)
+    batch: Batch = {
+        "num_tokens": sum(sample.ref.num_tokens for sample in samples),
+        "sample_ids": [sample.ref.sample_id for sample in samples],
+    }
+    for name, first in samples[0].tensors.items():
+        padded = torch.zeros(len(samples), length, *first.shape[1:], dtype=first.dtype)
+        for row, sample in enumerate(samples):
+            padded[row, : sample.ref.num_tokens] = sample.tensors[name]
+        batch[name] = padded
+    return batch

@@ -1,0 +1,125 @@
+"""Features on disk: what `capture` writes and `topology=offline` reads, any number of times."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lightning_dataflow.contracts import (
+    SCHEMA_VERSION,
+    CaptureSpec,
+    SampleRef,
+    UserError,
+    ref_from_json,
+    ref_to_json,
+)
+from lightning_dataflow.data.source import FeatureCard
+from lightning_dataflow.stores import SharedDirFeatureStore
+
+MANIFEST, REFS, COUNTS = "manifest.json", "refs.jsonl", "token_counts.safetensors"
+
+
+class OfflineSource:
+    """Refs of a folder of captured features.
+
+    Args:
+        folder: written by `lightning-dataflow capture`.
+        secret: of the store, if it was made with one.
+
+    Raises:
+        UserError: no finished capture there, or one of another schema.
+    """
+
+    def __init__(self, folder: str | Path, *, secret: str | None = None):
+        self.folder = Path(folder)
+        manifest = _read_manifest(self.folder)
+        self.store = SharedDirFeatureStore(self.folder, retain=True, secret=secret)
+        self.card = _card_from_json(manifest["card"])
+        self._refs = _read_refs(self.folder / REFS)
+        if len(self._refs) != manifest["num_samples"]:
+            raise UserError(
+                f"{self.folder}/{REFS} lists {len(self._refs)} samples, {MANIFEST} says {manifest['num_samples']}: "
+                "the capture is damaged, run it again"
+            )
+
+    def __len__(self) -> int:
+        return len(self._refs)
+
+    @property
+    def num_bytes(self) -> int:
+        """Payload of all samples."""
+        return sum(ref.num_bytes for ref in self._refs)
+
+    def num_tokens(self, index: int) -> int:
+        """See RefSource."""
+        return self._refs[index].num_tokens
+
+    def refs(self, samples: Sequence[tuple[int, int]]) -> list[SampleRef]:
+        """See RefSource; the same ref in every pass."""
+        return [self._refs[index] for index, _ in samples]
+
+    def discard(self, refs: Sequence[SampleRef]) -> None:
+        """See RefSource; the files stay for the next pass."""
+
+    def in_flight(self) -> dict[str, int]:
+        """See RefSource; nothing is: features stay on disk."""
+        return {"refs_in_flight": 0, "bytes_in_flight": 0}
+
+    def token_counts(self, vocab_size: int) -> Tensor:
+        """See RefSource."""
+        counts = load_file(self.folder / COUNTS)["token_counts"]
+        if len(counts) != vocab_size:
+            raise UserError(
+                f"{self.folder} was captured for a vocabulary of {len(counts)} tokens, the target has {vocab_size}: "
+                "capture again with this target"
+            )
+        return counts
+
+
+def is_captured(folder: str | Path) -> bool:
+    """Whether `folder` holds a finished capture."""
+    return (Path(folder) / MANIFEST).is_file()
+
+
+def write_manifest(folder: Path, refs: Sequence[SampleRef], card: FeatureCard, token_counts: Tensor) -> None:
+    """Describe a finished capture; `manifest.json` comes last, so its presence says that everything is there."""
+    (folder / REFS).write_text("".join(json.dumps(ref_to_json(ref)) + "\n" for ref in refs))
+    save_file({"token_counts": token_counts}, folder / COUNTS)
+    manifest = {"schema_version": SCHEMA_VERSION, "num_samples": len(refs), "card": asdict(card)}
+    part = folder / f".{MANIFEST}.part"
+    part.write_text(json.dumps(manifest, indent=1))
+    part.replace(folder / MANIFEST)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        version = manifest["schema_version"]
+    except FileNotFoundError as error:
+        raise UserError(
+            f"no finished capture in {folder} ({MANIFEST} is missing): run `lightning-dataflow capture store.root={folder}`"
+        ) from error
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}/{MANIFEST} is damaged ({error!r}): capture again") from error
+    if version != SCHEMA_VERSION:
+        raise UserError(f"{folder} has schema version {version}, this release reads {SCHEMA_VERSION}: capture again")
+    return manifest
+
+
+def _read_refs(path: Path) -> list[SampleRef]:
+    refs = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            refs.append(ref_from_json(json.loads(line)))
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: {error}") from error
+    return refs
+
+
+def _card_from_json(data: dict[str, Any]) -> FeatureCard:
+    capture = {**data["capture"], "layer_ids": tuple(data["capture"]["layer_ids"])}
+    return FeatureCard(**{**data, "capture": CaptureSpec(**capture)})

@@ -1,0 +1,53 @@
+"""The `capture` command's work: features of all prompts, on disk."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lightning_dataflow.contracts import SampleRef, UserError
+from lightning_dataflow.data.offline import is_captured, write_manifest
+from lightning_dataflow.producers.capture import capture_prompts
+from lightning_dataflow.producers.online import feature_card
+from lightning_dataflow.prompts import PromptDataset
+from lightning_dataflow.stores import SharedDirFeatureStore
+from lightning_dataflow.targets import TargetEngine
+
+RUN_ID = "offline"
+
+
+def capture_to_folder(
+    prompts: PromptDataset,
+    target: TargetEngine,
+    folder: str | Path,
+    *,
+    order: Sequence[int] | None = None,
+    capture_batch_size: int = 1,
+    capacity_bytes: int | None = None,
+    secret: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> int:
+    """Capture every prompt into `folder` and describe it in a manifest. Returns the bytes written.
+
+    An interrupted capture leaves no manifest; running it again replaces what is there.
+
+    Args:
+        order: prompts are captured in this order, in groups of `capture_batch_size`; file order by default.
+        progress: called with (samples done, samples in all).
+
+    Raises:
+        UserError: the folder cannot be written, or holds a finished capture.
+        CapacityError: the disk is full, or `capacity_bytes` is reached.
+    """
+    if is_captured(folder):
+        raise UserError(f"{folder} already holds a finished capture: choose another store.root, or remove the folder")
+    store = SharedDirFeatureStore(folder, retain=True, capacity_bytes=capacity_bytes, secret=secret)
+    order = range(len(prompts)) if order is None else order
+    version = target.info.model_version
+    refs: dict[int, SampleRef] = {}
+    for start in range(0, len(order), capture_batch_size):
+        group = order[start : start + capture_batch_size]
+        tasks = [prompts.task(index, 0, run_id=RUN_ID, target_model_version=version) for index in group]
+        refs |= zip(group, capture_prompts(tasks, target, store), strict=True)
+        progress(len(refs), len(order))
+    in_order = [refs[index] for index in range(len(prompts))]
+    write_manifest(Path(folder), in_order, feature_card(prompts, target), prompts.token_counts(target.info.vocab_size))
+    return sum(ref.num_bytes for ref in in_order)

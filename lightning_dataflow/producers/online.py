@@ -1,0 +1,80 @@
+"""Topology `online`: the target runs in the training process and captures what the next window needs."""
+
+import secrets
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from lightning_dataflow.contracts import SampleRef
+from lightning_dataflow.data.source import FeatureCard
+from lightning_dataflow.producers.capture import capture_prompts
+from lightning_dataflow.prompts import PromptDataset
+from lightning_dataflow.stores import FeatureStore, MemoryFeatureStore
+from lightning_dataflow.targets import TargetEngine
+
+
+class OnlineSource:
+    """Captures on demand; every pass captures anew.
+
+    Args:
+        prompts: to train on.
+        target: with its capture layers set.
+        store: where features wait for the step that uses them.
+        capture_batch_size: prompts per target forward pass. 1 gives the same bits in every topology; more is faster on a
+            GPU, and rounds differently when the groups differ.
+    """
+
+    def __init__(
+        self,
+        prompts: PromptDataset,
+        target: TargetEngine,
+        store: FeatureStore | None = None,
+        *,
+        capture_batch_size: int = 1,
+    ):
+        self.prompts = prompts
+        self.target = target
+        self.store = store or MemoryFeatureStore()
+        self.capture_batch_size = capture_batch_size
+        self.run_id = secrets.token_hex(4)
+        self.card = feature_card(prompts, target)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def num_tokens(self, index: int) -> int:
+        """See RefSource."""
+        return len(self.prompts[index].input_ids)
+
+    def refs(self, samples: Sequence[tuple[int, int]]) -> list[SampleRef]:
+        """See RefSource; captures them now."""
+        version = self.target.info.model_version
+        tasks = [self.prompts.task(i, p, run_id=self.run_id, target_model_version=version) for i, p in samples]
+        refs: list[SampleRef] = []
+        for start in range(0, len(tasks), self.capture_batch_size):
+            refs += capture_prompts(tasks[start : start + self.capture_batch_size], self.target, self.store)
+        return refs
+
+    def discard(self, refs: Sequence[SampleRef]) -> None:
+        """See RefSource."""
+        for ref in refs:
+            self.store.abort(ref.sample_id)
+
+    def in_flight(self) -> dict[str, int]:
+        """See RefSource."""
+        health = self.store.health()
+        return {"refs_in_flight": health["num_samples"], "bytes_in_flight": health["num_bytes"]}
+
+    def token_counts(self, vocab_size: int) -> Tensor:
+        """See RefSource."""
+        return self.prompts.token_counts(vocab_size)
+
+
+def feature_card(prompts: PromptDataset, target: TargetEngine) -> FeatureCard:
+    """What features of these prompts, captured by this target, have in common."""
+    return FeatureCard(
+        capture=target.capture_spec,
+        target_model_version=target.info.model_version,
+        tokenizer_version=target.info.tokenizer_version,
+        skipped=prompts.skipped,
+    )

@@ -1,0 +1,211 @@
+"""What every strategy's LightningModule shares: the gradient of the global quotient, the optimizer, sharding, results."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_dataflow.callbacks.defaults import default_callbacks
+from lightning_dataflow.contracts import CaptureSpec, StepContext, UserError
+from lightning_dataflow.data import DataFlowDataModule, FeatureCard
+from lightning_dataflow.data.collate import Batch
+from lightning_dataflow.evaluation import Drafter
+from lightning_dataflow.models import FrozenTarget
+from lightning_dataflow.objectives import ObjectiveSums
+from lightning_dataflow.strategies.optimisation import adamw, scale_gradients, warmup_cosine
+from lightning_dataflow.strategies.registry import StrategySpec, resolve_strategy
+from lightning_dataflow.strategies.sharding import fsdp1_root, shard_draft
+from lightning_dataflow.strategies.trainer_check import check_trainer
+from lightning_dataflow.strategies.window import WindowSums
+from lightning_dataflow.targets.info import read_target_info
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class DraftModule(L.LightningModule):
+    """Trains a draft of one frozen target.
+
+    The gradient is that of Σ numerators / Σ denominators over all micro-batches and ranks of an optimizer step, whatever
+    the batch is cut into. The denominator D is unknown at the first backward pass, so `training_step` returns
+    numerator · W · A / P (W ranks and A micro-batches, which Lightning divides by, P the window's tokens), and
+    `on_before_optimizer_step`, which runs before clipping, multiplies the gradients by P / D.
+
+    Subclasses set `strategy_name`, build `self.draft` in their constructor, and implement `objective`.
+
+    Args:
+        target: the target's Hugging Face folder. Only its sizes, embedding and head are read.
+        layer_ids: target layers whose features the draft reads; None for the strategy's default.
+        target_dtype: of the frozen embedding and head, `float32` or `bfloat16`.
+        lr, betas, weight_decay: of AdamW.
+        warmup_ratio, min_lr_ratio: warm-up as a share of max_steps, final learning rate as a share of `lr`.
+        seed: of the draft's initial weights, which do not depend on the global random state.
+    """
+
+    strategy_name: ClassVar[str]
+    draft: nn.Module
+
+    def __init__(
+        self,
+        target: str,
+        layer_ids: list[int] | None,
+        target_dtype: str,
+        lr: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        warmup_ratio: float,
+        min_lr_ratio: float,
+        seed: int,
+    ):
+        super().__init__()
+        if target_dtype not in DTYPES:
+            raise UserError(f"target_dtype={target_dtype} is unknown: use {' or '.join(DTYPES)}")
+        self.target_info = read_target_info(target)
+        self.layer_ids = tuple(layer_ids or self.spec.default_layer_ids(self.target_info.num_layers))
+        self.step_losses: list[Tensor | float] = []
+        self._frozen: tuple[FrozenTarget, ...] = ()  # in a tuple, so that it is no part of the module
+        self._window = WindowSums()
+        self._restored = False
+
+    @property
+    def spec(self) -> StrategySpec:
+        """This strategy's entry in the registry."""
+        return resolve_strategy(self.strategy_name)
+
+    @property
+    def frozen_target(self) -> FrozenTarget:
+        """The target's embedding and head."""
+        return self._frozen[0]
+
+    @abstractmethod
+    def objective(self, batch: Batch, context: StepContext) -> ObjectiveSums:
+        """Sums of one micro-batch."""
+
+    @abstractmethod
+    def drafter(self, *, num_draft_tokens: int) -> Drafter:
+        """The draft as it stands, ready to decode. A collective under sharding: every rank calls it."""
+
+    def initialise_draft(self, data: DataFlowDataModule) -> None:
+        """Set what depends on the target's tensors or on the data, once before a new draft trains."""
+
+    def derived_metrics(self, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Further metrics, computed from the step's means."""
+        return {}
+
+    def load_frozen_target(self, device: torch.device) -> None:
+        """Read the target's embedding and head, unless that is done."""
+        if not self._frozen:
+            self._frozen = (FrozenTarget.load(self.target_info.path, dtype=DTYPES[self.hparams["target_dtype"]]),)
+        self.frozen_target.to(device)
+
+    def setup(self, stage: str) -> None:
+        """Lightning's hook: refuse features of another target, then initialise the draft."""
+        self.load_frozen_target(self.trainer.strategy.root_device)
+        data = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and isinstance(data, DataFlowDataModule):
+            self.check_features(data.source.card)
+            if not self._restored:
+                self.initialise_draft(data)
+
+    def check_features(self, card: FeatureCard) -> None:
+        """Raise UserError naming the first way in which features do not fit this draft."""
+        info = self.target_info
+        expected = CaptureSpec(layer_ids=self.layer_ids, norm="post", hidden_size=info.hidden_size)
+        for what, found, wanted in (
+            ("hidden size", card.capture.hidden_size, expected.hidden_size),
+            ("capture layers", card.capture.layer_ids, expected.layer_ids),
+            ("norm of the last hidden state", card.capture.norm, expected.norm),
+            ("tokenizer", card.tokenizer_version, info.tokenizer_version),
+            ("target weights", card.target_model_version, info.model_version),
+        ):
+            if found != wanted:
+                raise UserError(
+                    f"the features were captured with another {what} ({found}, this draft's target {info.path} has "
+                    f"{wanted}): capture again with this target, or train with the one they came from"
+                )
+
+    def configure_model(self) -> None:
+        """Lightning's hook: shard under ModelParallelStrategy; other strategies wrap the module themselves."""
+        if self.device_mesh is not None:
+            shard_draft(self.draft, self.device_mesh["data_parallel"])
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Lightning's hook: the callbacks that a run needs, except those whose class the user passed."""
+        return default_callbacks(self.trainer)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Lightning's hook: AdamW, warm-up and cosine over the trainer's max_steps."""
+        hparams = self.hparams
+        optimizer = adamw(
+            self.parameters(), lr=hparams["lr"], betas=tuple(hparams["betas"]), weight_decay=hparams["weight_decay"]
+        )
+        schedule = warmup_cosine(
+            optimizer,
+            warmup_ratio=hparams["warmup_ratio"],
+            min_lr_ratio=hparams["min_lr_ratio"],
+            total_steps=self.trainer.max_steps,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """Lightning's hook."""
+        check_trainer(self.trainer)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Lightning's hook; see the class for the scale of what it returns."""
+        trainer = self.trainer
+        total_steps = trainer.max_steps if trainer.max_steps > 0 else None
+        sums = self.objective(batch, StepContext(global_step=trainer.global_step, total_steps=total_steps))
+        self._window.add(sums)
+        return sums.loss.numerator * (trainer.world_size * trainer.accumulate_grad_batches / self._tokens(batch))
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Lightning's hook: reduce the window's sums once, scale the gradients, log the means."""
+        means, denominator = self._window.reduce(self.trainer.strategy.reduce)
+        factor = torch.where(denominator > 0, self._window_tokens / denominator.clamp(min=1e-12), 0)
+        scale_gradients(self.parameters(), factor)
+        self.step_losses.append(means["loss"])
+        self._log_means(means)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Lightning's hook; FSDP1 clips by norm through its root, which Lightning itself refuses."""
+        root = fsdp1_root(self.trainer.strategy.model)
+        if root is not None and gradient_clip_val and gradient_clip_algorithm in (None, "norm"):
+            root.clip_grad_norm_(gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lightning's hook: losses so far travel with the weights."""
+        self.step_losses = [float(loss) for loss in self.step_losses]
+        checkpoint["step_losses"] = self.step_losses
+        checkpoint["strategy"] = self.strategy_name
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lightning's hook."""
+        self.step_losses = list(checkpoint.get("step_losses", []))
+        self._restored = True
+
+    def _tokens(self, batch: Batch) -> int:
+        self._window_tokens: int = batch["window_num_tokens"]
+        return self._window_tokens
+
+    def _log_means(self, means: Mapping[str, Tensor]) -> None:
+        metrics = {f"train/{name}": value for name, value in self.derived_metrics(means).items()}
+        for name, value in means.items():
+            if value.ndim:
+                metrics |= {f"train/{name}_{index}": one for index, one in enumerate(value)}
+            elif name != "loss":
+                metrics[f"train/{name}"] = value
+        self.log("train/loss", means["loss"], prog_bar=True, batch_size=1)
+        self.log_dict(metrics, batch_size=1)
+        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)

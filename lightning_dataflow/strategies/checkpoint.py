@@ -1,0 +1,43 @@
+"""A draft back from a Lightning checkpoint, full or sharded."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_dataflow.contracts import UserError
+from lightning_dataflow.strategies.base import DraftModule
+from lightning_dataflow.strategies.registry import resolve_strategy
+
+
+def load_module(path: str | Path, *, target: str | None = None) -> DraftModule:
+    """Rebuild the module that wrote a checkpoint, on the CPU, in evaluation.
+
+    Args:
+        path: a `.ckpt` file, or a folder of a sharded checkpoint.
+        target: where the target is now, if it moved.
+
+    Raises:
+        UserError: no such checkpoint, or not one of a draft.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"no checkpoint {path}: give a .ckpt file, or the folder of a sharded one")
+    header = path / "meta.pt" if path.is_dir() else path
+    try:
+        checkpoint: dict[str, Any] = torch.load(header, map_location="cpu", weights_only=True)
+        name, hparams = checkpoint["strategy"], checkpoint["hyper_parameters"]
+    except (KeyError, OSError, RuntimeError) as error:
+        raise UserError(f"{path} is not a draft's checkpoint ({str(error).splitlines()[0]})") from error
+    hparams = {**hparams, "target": target or hparams["target"]}
+    module = resolve_strategy(name).module(**hparams)
+    if path.is_dir():
+        from torch.distributed import checkpoint as dcp
+
+        state = {"state_dict": module.state_dict()}
+        dcp.load(state, checkpoint_id=path, no_dist=True)
+        module.load_state_dict(state["state_dict"])
+    else:
+        module.load_state_dict(checkpoint["state_dict"])
+    module.on_load_checkpoint(checkpoint)
+    return module.eval()

@@ -1,0 +1,48 @@
+"""AdamW with linear warm-up and cosine decay."""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_dataflow.contracts import UserError
+
+
+def adamw(parameters: Iterable[nn.Parameter], *, lr: float, betas: tuple[float, float], weight_decay: float) -> AdamW:
+    """AdamW; norms (one-dimensional parameters) do not decay."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return AdamW(groups, lr=lr, betas=betas)
+
+
+def warmup_cosine(optimizer: Optimizer, *, warmup_ratio: float, min_lr_ratio: float, total_steps: int) -> LambdaLR:
+    """Warm up over `warmup_ratio` of `total_steps`, then follow a cosine down to `min_lr_ratio` of the peak."""
+    return LambdaLR(optimizer, _factor(warmup_ratio, min_lr_ratio, total_steps))
+
+
+def _factor(warmup_ratio: float, min_lr_ratio: float, total_steps: int) -> Callable[[int], float]:
+    if not 0 <= warmup_ratio < 1:
+        raise UserError(f"warmup_ratio={warmup_ratio} is a share of max_steps: choose from 0 up to, not including, 1")
+    warmup_steps = math.ceil(warmup_ratio * total_steps)
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+        return min_lr_ratio + (1 - min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2
+
+    return factor
+
+
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: torch.Tensor) -> None:
+    """Multiply every gradient by a scalar on its device, shard by shard under FSDP2, without a host sync."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    local = [getattr(gradient, "_local_tensor", gradient) for gradient in gradients]
+    if local:
+        torch._foreach_mul_(local, factor.to(local[0].dtype))

@@ -1,0 +1,29 @@
+"""How a draft is wrapped by Lightning's strategies."""
+
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+
+def shard_draft(draft: nn.Module, mesh: DeviceMesh) -> None:
+    """FSDP2 over the data-parallel mesh, the whole draft as one unit: its unrolled steps reuse one layer."""
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    if not isinstance(draft, FSDPModule):
+        fully_shard(draft, mesh=mesh)
+
+
+def full_state_dict(draft: nn.Module) -> dict[str, Any]:
+    """The unsharded state dict on the CPU of every rank. A collective under FSDP: all ranks call it."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=False)
+    return get_model_state_dict(draft, options=options)
+
+
+def fsdp1_root(model: Any) -> Any | None:
+    """`model` when FSDPStrategy wrapped it: such a root clips its own gradients."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return model if isinstance(model, FullyShardedDataParallel) else None

@@ -1,0 +1,38 @@
+"""A Trainer that would spin, lose data or train on the wrong gradient is refused before the first step."""
+
+import lightning as L
+
+from lightning_dataflow.contracts import UserError
+from lightning_dataflow.data import DataFlowDataModule
+
+
+def check_trainer(trainer: L.Trainer) -> None:
+    """Raise UserError naming the first Trainer argument that does not fit a stream, and its right value.
+
+    Lightning pulls one batch ahead of a stream unless `limit_train_batches` is a number (a resume would lose that batch),
+    and starts empty epochs without end when `max_epochs` allows more than one.
+    """
+    data = getattr(trainer, "datamodule", None)
+    if not isinstance(data, DataFlowDataModule):
+        raise UserError("this module trains on a DataFlowDataModule: call trainer.fit(module, datamodule)")
+    accumulation = data.accumulate_grad_batches(trainer.world_size)
+    if trainer.fast_dev_run:
+        return
+    if trainer.max_steps is None or trainer.max_steps < 1:
+        raise UserError(f"Trainer(max_steps={trainer.max_steps}): a stream has no end of its own, give max_steps=N")
+    if trainer.max_epochs != 1:
+        raise UserError(
+            f"Trainer(max_epochs={trainer.max_epochs}): passes over the data go on inside one epoch, give max_epochs=1"
+        )
+    if trainer.accumulate_grad_batches != accumulation:
+        raise UserError(
+            f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}): global_batch_size="
+            f"{data.global_batch_size} with micro_batch_size={data.micro_batch_size} on {trainer.world_size} ranks needs "
+            f"accumulate_grad_batches={accumulation}"
+        )
+    batches = trainer.max_steps * accumulation
+    if trainer.limit_train_batches != batches or isinstance(trainer.limit_train_batches, float):
+        raise UserError(
+            f"Trainer(limit_train_batches={trainer.limit_train_batches}): {trainer.max_steps} steps of {accumulation} "
+            f"micro-batches need limit_train_batches={batches}; otherwise a resume loses a batch"
+        )

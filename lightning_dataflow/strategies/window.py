@@ -1,0 +1,35 @@
+"""The sums of one accumulation window."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_dataflow.objectives import ObjectiveSums
+
+
+class WindowSums:
+    """Adds up the sums of a window's micro-batches on their device; one reduction over all ranks ends the window."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def add(self, sums: ObjectiveSums) -> None:
+        """Add one micro-batch."""
+        for name, one in {"loss": sums.loss, **sums.metrics}.items():
+            pair = one.numerator.detach().float(), one.denominator.detach().float()
+            known = self._sums.get(name)
+            self._sums[name] = pair if known is None else (known[0] + pair[0], known[1] + pair[1])
+
+    def reduce(self, reduce: Callable[..., Any]) -> tuple[dict[str, Tensor], Tensor]:
+        """Sum over ranks, start a new window. Returns the mean of every sum (0 where nothing was counted) and the
+        loss's denominator."""
+        flat = torch.cat([part.reshape(-1) for pair in self._sums.values() for part in pair])
+        parts = iter(reduce(flat, reduce_op="sum").split([part.numel() for pair in self._sums.values() for part in pair]))
+        totals = {
+            name: (next(parts).view_as(pair[0]), next(parts).view_as(pair[1])) for name, pair in self._sums.items()
+        }
+        self._sums = {}
+        means = {name: top / bottom.clamp(min=1e-12) for name, (top, bottom) in totals.items()}
+        return means, totals["loss"][1]

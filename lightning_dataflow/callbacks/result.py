@@ -15,7 +15,7 @@ PACKAGES = ("lightning-dataflow", "lightning", "torch", "transformers", "safeten
 
 
 class ResultWriter(L.Callback):
-    """Writes `result.json` when fitting ends, also when it ends by an exception or Ctrl-C.
+    """Writes `result.json` when training ends, also when it ends by an exception or Ctrl-C.
 
     Args:
         folder: where; the logger's folder by default.
@@ -27,7 +27,7 @@ class ResultWriter(L.Callback):
         self.settings = settings
         self.path: Path | None = None
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lightning's hook. `trainer.log_dir` is a collective, so it is asked for here, on every rank."""
         self.path = Path(self.folder or trainer.log_dir or trainer.default_root_dir) / "result.json"
 

@@ -45,10 +45,11 @@ class _FlashUnrolledAttention(torch.autograd.Function):
         if num_steps > 1:
             scores = [_own_scores(query, key, scale) for key in keys[1:]]
             merged = torch.logsumexp(torch.stack([lse, *scores]), dim=0)
-            out = out * (lse - merged).exp().unsqueeze(-1)
+            total = out * (lse - merged).exp().unsqueeze(-1)
             for score, value in zip(scores, values[1:], strict=True):
-                _grouped(out, value).addcmul_(_grouped((score - merged).exp(), value).unsqueeze(-1), value.unsqueeze(2))
-            lse = merged
+                share = _grouped((score - merged).exp(), value).unsqueeze(-1)
+                _grouped(total, value).addcmul_(share, value.unsqueeze(2).to(share.dtype))
+            out, lse = total.to(query.dtype), merged
         ctx.save_for_backward(query, out, lse, *keys_values)
         ctx.scale = scale
         return out
@@ -63,13 +64,15 @@ class _FlashUnrolledAttention(torch.autograd.Function):
             grad, query, keys[0], values[0], out, lse, 0.0, True, scale=ctx.scale
         )
         grad_keys, grad_values = [grad_key], [grad_value]
-        correction = (grad * out).sum(-1)
+        correction = _precise(grad * out).sum(-1)
         for key, value in zip(keys[1:], values[1:], strict=True):
             probability = (_own_scores(query, key, ctx.scale) - lse).exp_()
             grad_score = (_own_scores(grad, value, 1.0) - correction).mul_(probability).mul_(ctx.scale)
-            grad_values.append((_grouped(probability, value).unsqueeze(-1) * _grouped(grad, value)).sum(2))
-            grad_keys.append((_grouped(grad_score, key).unsqueeze(-1) * _grouped(query, key)).sum(2))
-            _grouped(grad_query, key).addcmul_(_grouped(grad_score, key).unsqueeze(-1), key.unsqueeze(2))
+            # Rounded to the inputs' dtype before they multiply them.
+            probability, grad_score = (_grouped(x.to(query.dtype), key).unsqueeze(-1) for x in (probability, grad_score))
+            grad_values.append((probability * _grouped(grad, value)).sum(2))
+            grad_keys.append((grad_score * _grouped(query, key)).sum(2))
+            _grouped(grad_query, key).addcmul_(grad_score, key.unsqueeze(2))
         return grad_query, *grad_keys, *grad_values
 
 
@@ -79,8 +82,12 @@ def _grouped(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _own_scores(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Products of every query with the key at its own position: [B, heads, S]."""
-    return torch.linalg.vecdot(_grouped(query, key), key.unsqueeze(2)).flatten(1, 2).mul_(scale)
+    """Products of every query with the key at its own position: [B, heads, S], in float32 at least."""
+    return torch.linalg.vecdot(_precise(_grouped(query, key)), _precise(key.unsqueeze(2))).flatten(1, 2).mul_(scale)
+
+
+def _precise(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _flex_unrolled_attention(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:

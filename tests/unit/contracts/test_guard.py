@@ -1,0 +1,32 @@
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_dataflow.contracts import assert_no_tensors
+
+
+@dataclass(frozen=True)
+class Record:
+    payload: Any
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(2), np.zeros(2), torch.zeros(())])
+@pytest.mark.parametrize(
+    ("wrap", "path"),
+    [
+        (lambda t: t, "record"),
+        (lambda t: Record(payload={"a": [1, t]}), r"record\.payload\['a'\]\[1\]"),
+        (lambda t: MappingProxyType({"deep": ({"er": t},)}), r"record\['deep'\]\[0\]\['er'\]"),
+    ],
+)
+def test_names_the_path_of_a_tensor(tensor, wrap, path):
+    with pytest.raises(TypeError, match=f"^{path} is a "):
+        assert_no_tensors(wrap(tensor))
+
+
+def test_plain_data_passes():
+    assert_no_tensors(Record(payload={"ids": [1, 2], "name": "x", "shape": (2, 3), "none": None, "type": Record}))

@@ -1,0 +1,76 @@
+import json
+
+import pytest
+
+from lightning_dataflow.contracts import (
+    CaptureSpec,
+    FeatureSpec,
+    SampleOrigin,
+    SampleRef,
+    UserError,
+    ref_from_json,
+    ref_to_json,
+)
+
+
+def make_ref() -> SampleRef:
+    origin = SampleOrigin(
+        sample_id="run:00000001-p0",
+        run_id="run",
+        source_task_id="00000001-p0",
+        source_id="00000001",
+        capture=CaptureSpec(layer_ids=(1, 3, 4), norm="post", hidden_size=64),
+        target_model_version="abc",
+        tokenizer_version="def",
+        num_tokens=5,
+    )
+    features = {"last_hidden_state": FeatureSpec(name="last_hidden_state", shape=(5, 64), dtype="bfloat16")}
+    return SampleRef(
+        origin=origin, uri="memory://x", generation="0-0123456789abcdef", features=features, num_bytes=5 * 64 * 2
+    )
+
+
+def test_round_trip_through_json():
+    assert ref_from_json(json.loads(json.dumps(ref_to_json(make_ref())))) == make_ref()
+
+
+def edited(path: str, value) -> dict:
+    data = json.loads(json.dumps(ref_to_json(make_ref())))
+    *parents, last = path.split(".")
+    node = data
+    for name in parents:
+        node = node[name]
+    node[last] = value
+    return data
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("origin.sample_id", "../../etc/passwd", "not a valid id"),
+        ("origin.sample_id", "a..b", "not a valid id"),
+        ("origin.sample_id", "x" * 300, "not a valid id"),
+        ("origin.run_id", 7, "not a valid id"),
+        ("generation", "latest", "expected attempt-nonce"),
+        ("origin.num_tokens", 10**12, "num_tokens"),
+        ("origin.num_tokens", True, "num_tokens"),
+        ("num_bytes", 1, "the ref is damaged"),
+        ("features.last_hidden_state.shape", [5, 2**60], "a size of feature"),
+        ("features.last_hidden_state.shape", [5, -64], "a size of feature"),
+        ("features.last_hidden_state.shape", [1] * 9, "at most 8 sizes"),
+        ("features.last_hidden_state.dtype", "object", "known: bool"),
+        ("features", {}, "expected 1 to 64"),
+        ("schema_version", 99, "capture again"),
+        ("surprise", 1, "not a sample reference"),
+        ("origin", None, "not a sample reference"),
+    ],
+)
+def test_a_foreign_ref_is_refused(path, value, message):
+    with pytest.raises(UserError, match=message):
+        ref_from_json(edited(path, value))
+
+
+@pytest.mark.parametrize("data", [None, 3, [], "ref", {}])
+def test_what_is_no_ref_at_all(data):
+    with pytest.raises(UserError, match="not a sample reference"):
+        ref_from_json(data)

@@ -1,0 +1,133 @@
+import json
+
+import pytest
+import torch
+
+from lightning_dataflow.contracts import UserError
+from lightning_dataflow.data import DataFlowDataModule, OfflineSource, pad_samples
+from lightning_dataflow.producers import OnlineSource, capture_to_folder
+
+
+def take(data: DataFlowDataModule, count: int) -> list[dict]:
+    stream = iter(data.train_dataloader())
+    batches = [next(stream) for _ in range(count)]
+    stream.close()
+    return batches
+
+
+@pytest.fixture
+def online(prompts, target) -> OnlineSource:
+    return OnlineSource(prompts[0], target)
+
+
+def make(source, **options) -> DataFlowDataModule:
+    return DataFlowDataModule(source, **{"global_batch_size": 4, "micro_batch_size": 2, "collate": pad_samples} | options)
+
+
+def test_batches_of_a_window(online):
+    data = make(online)
+    first, second, third = take(data, 3)
+    lengths = [online.num_tokens(data.order.locate(seq)[0]) for seq in range(8)]
+    assert [one["window_num_tokens"] for one in (first, second, third)] == [sum(lengths[:4])] * 2 + [sum(lengths[4:])]
+    assert [one["next_seq"] for one in (first, second, third)] == [4, 4, 8]
+    assert first["input_ids"].shape == (2, max(lengths[:2]))
+    assert first["num_tokens"] == sum(lengths[:2])
+    assert first["aux_hidden_states"].shape == (2, max(lengths[:2]), 3 * 64)
+    assert first["input_ids"][0, lengths[0] :].eq(0).all()
+
+
+def test_nothing_happens_before_the_first_next(online):
+    data = make(online)
+    for _ in range(3):
+        iter(data.train_dataloader())
+    assert online.store.health()["num_samples"] == 0
+    assert data.wait_seconds == 0
+
+
+def test_a_stream_that_ends_inside_a_window_leaves_nothing(online):
+    take(make(online, global_batch_size=8), 1)
+    assert online.store.health()["num_samples"] == 0
+
+
+def test_it_resumes_at_the_cursor(online):
+    data = make(online)
+    names = [one["sample_ids"] for one in take(data, 6)]
+    data.mark_applied(4)
+    resumed = make(online)
+    resumed.load_state_dict(data.state_dict())
+    assert [one["sample_ids"] for one in take(resumed, 4)] == names[2:6]
+
+
+@pytest.mark.parametrize("options", [{"seed": 1}, {"global_batch_size": 2, "micro_batch_size": 1}])
+def test_a_checkpoint_of_another_order_is_refused(online, options):
+    state = make(online).state_dict()
+    with pytest.raises(UserError, match="resume with the same data, seed and global_batch_size"):
+        make(online, **options).load_state_dict(state)
+
+
+def test_online_and_offline_yield_the_same_bits(online, prompts, target, tmp_path):
+    size = capture_to_folder(prompts[0], target, tmp_path)
+    offline = OfflineSource(tmp_path)
+    assert size == offline.num_bytes > 0
+    assert len(offline) == len(online)
+    assert torch.equal(offline.token_counts(320), online.token_counts(320))
+    passes = 2 * len(offline) // 4
+    for one, other in zip(take(make(online), 2 * passes), take(make(offline), 2 * passes), strict=True):
+        assert one["window_num_tokens"] == other["window_num_tokens"]
+        for name in ("input_ids", "loss_mask", "aux_hidden_states", "last_hidden_state"):
+            assert torch.equal(one[name], other[name])
+    assert offline.store.health()["num_samples"] == len(offline)  # still there for the next pass
+
+
+def test_capturing_twice_into_one_folder(prompts, target, tmp_path):
+    few = prompts[0].__class__(prompts=prompts[0][:3], max_length=128)
+    capture_to_folder(few, target, tmp_path)
+    with pytest.raises(UserError, match="already holds a finished capture"):
+        capture_to_folder(few, target, tmp_path)
+
+
+def test_an_unfinished_capture(prompts, target, tmp_path):
+    few = prompts[0].__class__(prompts=prompts[0][:3], max_length=128)
+
+    def interrupt(done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        capture_to_folder(few, target, tmp_path, progress=interrupt)
+    with pytest.raises(UserError, match=r"no finished capture in .*lightning-dataflow capture store.root"):
+        OfflineSource(tmp_path)
+    capture_to_folder(few, target, tmp_path)
+    assert OfflineSource(tmp_path).store.health()["num_samples"] == 3
+
+
+def test_damaged_captures(prompts, target, tmp_path):
+    few = prompts[0].__class__(prompts=prompts[0][:2], max_length=128)
+    capture_to_folder(few, target, tmp_path)
+    refs, manifest = (tmp_path / "refs.jsonl").read_text(), (tmp_path / "manifest.json").read_text()
+    (tmp_path / "refs.jsonl").write_text(refs.splitlines()[0] + "\n")
+    with pytest.raises(UserError, match="lists 1 samples, manifest.json says 2"):
+        OfflineSource(tmp_path)
+    (tmp_path / "refs.jsonl").write_text(refs.replace("offline:", "../", 1))
+    with pytest.raises(UserError, match=r"refs\.jsonl, line 1: .*not a valid id"):
+        OfflineSource(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps(json.loads(manifest) | {"schema_version": 0}))
+    with pytest.raises(UserError, match="schema version 0, this release reads 1"):
+        OfflineSource(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        OfflineSource(tmp_path)
+
+
+def test_captures_for_another_vocabulary(prompts, target, tmp_path):
+    few = prompts[0].__class__(prompts=prompts[0][:2], max_length=128)
+    capture_to_folder(few, target, tmp_path)
+    with pytest.raises(UserError, match="a vocabulary of 320 tokens, the target has 500"):
+        OfflineSource(tmp_path).token_counts(500)
+
+
+def test_a_capture_of_another_shape_never_reaches_the_store(prompts, target, online, monkeypatch):
+    monkeypatch.setattr(target, "capture", lambda batch: [{"aux_hidden_states": torch.zeros(3, 192)}] * len(batch))
+    with pytest.raises(ValueError, match=r"captured .* expected"):
+        online.refs([(0, 0)])
+    assert online.store.health()["num_samples"] == 0

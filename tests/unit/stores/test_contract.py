@@ -1,0 +1,256 @@
+"""One contract, every store."""
+
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lightning_dataflow.contracts import CapacityError, CaptureSpec, FeatureHandle, SampleOrigin, UserError
+from lightning_dataflow.stores import FeatureStore, MemoryFeatureStore, SharedDirFeatureStore
+
+DTYPES = [
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+]
+
+
+def origin(sample_id: str = "run:1", num_tokens: int = 4) -> SampleOrigin:
+    return SampleOrigin(
+        sample_id=sample_id,
+        run_id="run",
+        source_task_id="1",
+        source_id="1",
+        capture=CaptureSpec(layer_ids=(0,), norm="post", hidden_size=8),
+        target_model_version="m",
+        tokenizer_version="t",
+        num_tokens=num_tokens,
+    )
+
+
+def tensors(value: float = 1.0) -> dict[str, torch.Tensor]:
+    return {"a": torch.full((4, 8), value), "b": torch.arange(4)}
+
+
+@pytest.fixture(params=["memory", "shared_dir"])
+def make_store(request, tmp_path):
+    def make(**options) -> FeatureStore:
+        if request.param == "memory":
+            return MemoryFeatureStore(**options)
+        return SharedDirFeatureStore(tmp_path / "store", **options)
+
+    return make
+
+
+@pytest.fixture
+def store(make_store) -> FeatureStore:
+    return make_store()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_round_trip_is_bit_exact(store, dtype):
+    raw = torch.randint(0, 2 if dtype == torch.bool else 120, (3, 16), dtype=torch.uint8)
+    tensor = raw.bool() if dtype == torch.bool else raw.view(dtype)
+    ref = store.put({"x": tensor}, origin())
+    found, _ = store.get(ref)
+    assert found["x"].dtype == dtype
+    assert torch.equal(found["x"].view(torch.uint8), tensor.contiguous().view(torch.uint8))
+    assert ref.num_bytes == tensor.numel() * tensor.element_size()
+    assert ref.features["x"].shape == tuple(tensor.shape)
+
+
+def test_what_is_stored_is_a_copy(store):
+    mine = tensors()
+    ref = store.put(mine, origin())
+    mine["a"].zero_()
+    assert store.get(ref)[0]["a"].eq(1).all()
+
+
+def test_a_non_contiguous_tensor(store):
+    ref = store.put({"x": torch.arange(12).view(3, 4).T}, origin())
+    assert torch.equal(store.get(ref)[0]["x"], torch.arange(12).view(3, 4).T)
+
+
+def test_consumed_once(store):
+    ref = store.put(tensors(), origin())
+    _, handle = store.get(ref)
+    store.release(handle)
+    with pytest.raises(KeyError, match="run:1"):
+        store.get(ref)
+    assert store.health()["num_samples"] == store.health()["num_bytes"] == 0
+    store.release(handle)  # again: nothing
+
+
+def test_a_put_supersedes(store):
+    old = store.put(tensors(1.0), origin())
+    _, stale = store.get(old)
+    new = store.put(tensors(2.0), replace(origin(), attempt=1))
+    assert new.generation.startswith("1-")
+    assert new.generation != old.generation
+    with pytest.raises(KeyError):
+        store.get(old)
+    store.release(stale)  # must not free the new generation
+    assert store.get(new)[0]["a"].eq(2).all()
+    assert store.health()["num_samples"] == 1
+
+
+def test_abort_frees_every_generation(store):
+    ref = store.put(tensors(), origin())
+    store.abort("run:1")
+    store.abort("run:never-there")
+    with pytest.raises(KeyError):
+        store.get(ref)
+    assert store.health()["num_samples"] == 0
+
+
+def test_an_empty_put(store):
+    with pytest.raises(ValueError, match="without tensors"):
+        store.put({}, origin())
+
+
+def test_over_capacity_nothing_is_visible(make_store):
+    store = make_store(capacity_bytes=2000)
+    first = store.put({"x": torch.zeros(1000, dtype=torch.uint8)}, origin("run:1"))
+    with pytest.raises(CapacityError, match="run:2 needs 1500 bytes"):
+        store.put({"x": torch.zeros(1500, dtype=torch.uint8)}, origin("run:2"))
+    assert store.health()["num_samples"] == 1
+    replaced = store.put({"x": torch.zeros(1500, dtype=torch.uint8)}, origin("run:1"))  # its own space counts as free
+    with pytest.raises(KeyError):
+        store.get(first)
+    _, handle = store.get(replaced)
+    store.release(handle)
+    store.put({"x": torch.zeros(1500, dtype=torch.uint8)}, origin("run:2"))
+
+
+def test_many_threads(store):
+    failures: list[BaseException] = []
+
+    def work(worker: int) -> None:
+        try:
+            for index in range(20):
+                ref = store.put({"x": torch.full((64,), worker * 100 + index)}, origin(f"run:{worker}-{index}"))
+                found, handle = store.get(ref)
+                assert found["x"].eq(worker * 100 + index).all()
+                store.release(handle)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(worker,)) for worker in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not failures
+    assert store.health()["num_samples"] == 0
+
+
+def test_memory_frees_at_the_last_release():
+    store = MemoryFeatureStore()
+    ref = store.put(tensors(), origin())
+    handles = [store.get(ref)[1] for _ in range(2)]
+    store.release(handles[0])
+    store.release(handles[0])  # the same lease twice is one release
+    assert store.get(ref)[0]
+    store.release(handles[1])
+    assert store.health()["num_samples"] == 1  # the third reader still has its lease
+
+
+class TestSharedDir:
+    def test_retained_files_stay(self, tmp_path):
+        store = SharedDirFeatureStore(tmp_path, retain=True)
+        ref = store.put(tensors(), origin())
+        for _ in range(3):
+            _, handle = store.get(ref)
+            store.release(handle)
+        assert store.health()["num_samples"] == 1
+
+    def test_another_process_reads_frees_and_is_told(self, tmp_path):
+        store = SharedDirFeatureStore(tmp_path)
+        refs = [store.put(tensors(index), origin(f"run:{index}")) for index in range(2)]
+        code = f"""
+import sys
+from tests.unit.stores.test_contract import origin
+from lightning_dataflow.contracts import FeatureHandle
+from lightning_dataflow.stores import SharedDirFeatureStore
+store = SharedDirFeatureStore({str(tmp_path)!r})
+store.release(FeatureHandle(sample_id="run:0", generation={refs[0].generation!r}, lease_token="x"))
+store.abort("run:1")
+store.put({{"a": __import__("torch").ones(2)}}, origin("run:2"))
+"""
+        subprocess.run([sys.executable, "-c", code], check=True)
+        for ref in refs:
+            with pytest.raises(KeyError):
+                store.get(ref)
+        assert store.health()["num_samples"] == 1
+
+    def test_a_short_file_is_a_key_error(self, tmp_path):
+        store = SharedDirFeatureStore(tmp_path)
+        ref = store.put(tensors(), origin())
+        file = next(tmp_path.rglob(f"{ref.generation}.safetensors"))
+        file.write_bytes(file.read_bytes()[:-10])
+        with pytest.raises(KeyError, match="cannot be read"):
+            store.get(ref)
+
+    def test_other_tensors_than_the_ref_says(self, tmp_path):
+        store = SharedDirFeatureStore(tmp_path)
+        ref = store.put(tensors(), origin())
+        lying = replace(ref, features={"a": ref.features["a"]})
+        with pytest.raises(KeyError, match="the ref says"):
+            store.get(lying)
+
+    @pytest.mark.parametrize("sample_id", ["../escape", "/etc/passwd", "a/b", ""])
+    def test_an_id_cannot_leave_the_folder(self, tmp_path, sample_id):
+        store = SharedDirFeatureStore(tmp_path)
+        with pytest.raises(UserError, match="not a valid id"):
+            store.put(tensors(), origin(sample_id))
+        with pytest.raises(UserError, match="not a valid id"):
+            store.release(FeatureHandle(sample_id="ok", generation=sample_id, lease_token="x"))
+
+    def test_the_secret(self, tmp_path):
+        store = SharedDirFeatureStore(tmp_path, secret="one")
+        ref = store.put(tensors(), origin())
+        for wrong in ("two", None):
+            with pytest.raises(PermissionError, match="does not match"):
+                SharedDirFeatureStore(tmp_path, secret=wrong)
+        assert SharedDirFeatureStore(tmp_path, secret="one").get(ref)
+        assert "one" not in (tmp_path / "store.json").read_text()
+
+    def test_a_changed_secret_is_noticed_by_every_call(self, tmp_path):
+        store = SharedDirFeatureStore(tmp_path, secret="one")
+        ref = store.put(tensors(), origin())
+        (tmp_path / "store.json").unlink()
+        SharedDirFeatureStore(tmp_path, secret="two")
+        for call in (lambda: store.put(tensors(), origin()), lambda: store.get(ref), lambda: store.abort("run:1")):
+            with pytest.raises(PermissionError):
+                call()
+
+    def test_a_folder_that_cannot_be_written(self, tmp_path):
+        (tmp_path / "file").write_text("not a folder")
+        with pytest.raises(UserError, match="cannot use"):
+            SharedDirFeatureStore(tmp_path / "file")
+
+    def test_sweep_removes_old_half_written_files(self, tmp_path):
+        import os
+
+        store = SharedDirFeatureStore(tmp_path)
+        store.put(tensors(), origin())
+        old, fresh = (tmp_path / "samples" / "run:1" / f"0-{name * 16}.tmp" for name in "ab")
+        for path in (old, fresh):
+            path.write_bytes(b"half")
+        os.utime(old, (0, 0))
+        assert store.sweep() == {"orphans": 1}
+        assert fresh.exists()
+        assert not old.exists()
+        assert store.health()["num_samples"] == 1

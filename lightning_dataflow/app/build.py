@@ -125,15 +125,19 @@ class Builder:
         max_steps = arguments.pop("max_steps", None) or self._steps_of_passes()
         if not arguments.get("fast_dev_run"):
             arguments |= {"accumulate_grad_batches": accumulation, "limit_train_batches": max_steps * accumulation}
-        return L.Trainer(
-            max_steps=max_steps,
-            max_epochs=1,
-            num_sanity_val_steps=0,
-            default_root_dir=self.config.run_dir,
-            logger=self._loggers() or False,
-            callbacks=self._callbacks(),
-            **arguments,
-        )
+        logger, callbacks = self._loggers() or False, self._callbacks()
+        try:
+            return L.Trainer(
+                max_steps=max_steps,
+                max_epochs=1,
+                num_sanity_val_steps=0,
+                default_root_dir=self.config.run_dir,
+                logger=logger,
+                callbacks=callbacks,
+                **arguments,
+            )
+        except (ValueError, TypeError) as error:
+            raise UserError(f"trainer: {error}") from error
 
     def _steps_of_passes(self) -> int:
         data = self.config.data

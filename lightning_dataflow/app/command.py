@@ -2,8 +2,9 @@
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
+from importlib.resources import files
 from typing import Any
 
 import hydra
@@ -31,7 +32,27 @@ def command(function: Command) -> Callable[[], None]:
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(1)
 
-    return run
+    @wraps(function)
+    def checked() -> None:
+        _check_choices(sys.argv[1:])
+        run()
+
+    return checked
+
+
+def _check_choices(overrides: Sequence[str]) -> None:
+    """Name the choices of a group in one line; Hydra's own message takes several. Foreign search paths are Hydra's."""
+    if any("hydra.searchpath" in override for override in overrides):
+        return
+    root = files("lightning_dataflow.conf")
+    for group, _, choice in (override.lstrip("+~").partition("=") for override in overrides):
+        folder = root / group
+        if group.isidentifier() and choice and folder.is_dir():
+            there = sorted(file.name.removesuffix(".yaml") for file in folder.iterdir())
+            for name in choice.split(","):
+                if name not in there and name != "null":
+                    print(f"error: {group}={name} is unknown: available are {', '.join(there)}", file=sys.stderr)
+                    sys.exit(1)
 
 
 def typed(config: DictConfig) -> TrainConfig:

@@ -20,7 +20,7 @@ from lightning_dataflow.objectives import ObjectiveSums
 from lightning_dataflow.strategies.optimisation import adamw, scale_gradients, warmup_cosine
 from lightning_dataflow.strategies.registry import StrategySpec, resolve_strategy
 from lightning_dataflow.strategies.sharding import fsdp1_root, shard_draft
-from lightning_dataflow.strategies.trainer_check import check_trainer
+from lightning_dataflow.strategies.trainer_check import check_trainer, reopen_epoch
 from lightning_dataflow.strategies.window import WindowSums
 from lightning_dataflow.targets.info import read_target_info
 
@@ -194,6 +194,7 @@ class DraftModule(L.LightningModule):
         """Lightning's hook."""
         self.step_losses = list(checkpoint.get("step_losses", []))
         self._restored = True
+        reopen_epoch(checkpoint.get("loops", {}))
 
     def _tokens(self, batch: Batch) -> int:
         self._window_tokens: int = batch["window_num_tokens"]

@@ -1,4 +1,6 @@
-"""A Trainer that would spin, lose data or train on the wrong gradient is refused before the first step."""
+"""What a stream asks of a Trainer: one endless epoch, and a number of batches."""
+
+from typing import Any
 
 import lightning as L
 
@@ -36,3 +38,11 @@ def check_trainer(trainer: L.Trainer) -> None:
             f"Trainer(limit_train_batches={trainer.limit_train_batches}): {trainer.max_steps} steps of {accumulation} "
             f"micro-batches need limit_train_batches={batches}; otherwise a resume loses a batch"
         )
+
+
+def reopen_epoch(loops: dict[str, Any]) -> None:
+    """Edit a checkpoint's loop state so that the one epoch goes on: a run that reached max_steps ended it, and would
+    otherwise train nothing when it is resumed with a higher max_steps."""
+    if "fit_loop" in loops:
+        loops["fit_loop"]["epoch_progress"]["current"] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+        loops["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False

@@ -41,8 +41,7 @@ class TargetInfo:
 def read_target_info(path: str | Path) -> TargetInfo:
     """Read `config.json` and fingerprint a target's folder. Raises UserError when it is no such folder."""
     folder = Path(path)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"no target model in {folder} (config.json is missing): set target.path to a Hugging Face folder")
+    _check_folder(folder)
     try:
         config = AutoConfig.from_pretrained(folder).get_text_config()
     except (ValueError, OSError, KeyError) as error:
@@ -67,6 +66,7 @@ def read_target_info(path: str | Path) -> TargetInfo:
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The fast tokenizer in `path`. Raises UserError when there is none."""
+    _check_folder(Path(path))
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (ValueError, OSError, KeyError) as error:
@@ -74,6 +74,11 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer in {path} is not a fast one, character offsets are needed: add a tokenizer.json")
     return tokenizer
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"no target model in {folder} (config.json is missing): set target.path to a Hugging Face folder")
 
 
 def _rope_theta(config: Any) -> float:

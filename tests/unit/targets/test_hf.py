@@ -72,8 +72,13 @@ def test_bad_layers(target_path, layers, message):
 def test_bad_folders(tmp_path, target_path):
     with pytest.raises(UserError, match="no target model in"):
         read_target_info(tmp_path)
+    with pytest.raises(UserError, match="no target model in"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="cannot load a tokenizer"):
         load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="cannot read .*config.json"):
+        read_target_info(tmp_path)
     with pytest.raises(UserError, match=r"target\.dtype=int8 is unknown"):
         HFTargetEngine(target_path, dtype="int8")
 

@@ -1,0 +1,166 @@
+"""The commands in this process: bad input ends in one line and status 1."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from lightning_dataflow.app import capture, commands, evaluate, show_mask, train
+
+TINY = ("experiment=tiny", "callbacks=no_evaluation", "logger=none", "trainer.max_steps=2")
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, target_path, conversations):
+    """run(command, *overrides) → exit status, in an empty folder, on the session's tiny target."""
+    monkeypatch.chdir(tmp_path)
+    parts = (f"target.path={target_path}", f"data.path={conversations}")
+
+    def call(main, *overrides: str) -> int:
+        GlobalHydra.instance().clear()
+        chosen = {override.split("=")[0] for override in overrides}
+        defaults = [one for one in (*TINY, *parts, "run_name=test") if one.split("=")[0] not in chosen]
+        monkeypatch.setattr(sys, "argv", ["lightning-dataflow", *defaults, *overrides])
+        try:
+            main()
+        except SystemExit as error:
+            return int(error.code or 0)
+        return 0
+
+    return call
+
+
+def one_line(capsys: pytest.CaptureFixture) -> str:
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def broken_file(folder: Path) -> str:
+    path = folder / "broken.jsonl"
+    path.write_text('{"text": "fine"}\n{"text": \n')
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.path=nowhere.jsonl", "data.prepare=null"], "no prompt file nowhere.jsonl"),
+        (["data.path=BROKEN"], "line 2: not JSON"),
+        (["data.max_length=4"], "nothing supervised within max_length"),
+        (["target.path=nowhere", "target.prepare=null"], "no target model in nowhere"),
+        (["strategy.draft_vocab_size=1000"], "the target's vocabulary has 320 tokens"),
+        (["strategy.layer_ids=[0,8]"], "ids go from 0 to 7"),
+        (["+strategy.colour=red"], "unexpected keyword argument 'colour'"),
+        (["strategy.name=eagle9"], "unknown strategy 'eagle9': available are eagle3"),
+        (["topology.name=sideways"], "unknown topology 'sideways': available are offline, online"),
+        (["topology=offline", "store.root=nowhere"], "no finished capture in nowhere"),
+        (["store=shared_dir"], "use store=memory"),
+        (["topology=offline", "store=memory"], "use store=shared_dir"),
+        (["data.micro_batch_size=3"], "global_batch_size=8 is not a multiple"),
+        (["trainer.max_steps=null"], "neither trainer.max_steps nor data.num_passes"),
+        (["trainer.max_steps=null", "data.num_passes=1", "data.num_samples=5"], "fill no step"),
+        (["trainer=fsdp"], "trainer=fsdp needs a GPU"),
+        (["ckpt_path=last"], "no checkpoint in"),
+        (["ckpt_path=nowhere.ckpt"], "no checkpoint nowhere.ckpt"),
+        (["callbacks=default", "data.num_eval_samples=0"], "no held-out prompts"),
+        (["data.prepare=huge"], "prepare=huge is unknown"),
+        (["data.chat_template=nowhere.jinja"], "cannot read data.chat_template=nowhere.jinja"),
+        (["data.path=???"], "no value for data.path"),
+        (["store.capacity_bytes=1000"], "raise the store's capacity_bytes"),
+        (["trainer.precision=12-true"], "12-true"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_1(run, tmp_path, capsys, overrides, message):
+    overrides = [override.replace("BROKEN", broken_file(tmp_path)) for override in overrides]
+    assert run(train.main, *overrides) == 1
+    assert message in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("override", "listed"), [("strategy=eagle9", "eagle3"), ("topology=sideways", "online"), ("trainer=tpu", "fsdp2")]
+)
+def test_an_unknown_choice_lists_what_there_is(run, capsys, override, listed):
+    assert run(train.main, override) == 1
+    assert f"{override.split('=')[0]}={override.split('=')[1]} is unknown: available are" in (line := one_line(capsys))
+    assert listed in line
+
+
+def test_an_unknown_key_is_refused(run, capsys):
+    assert run(train.main, "data.micro_bach_size=1") == 1
+    assert "micro_bach_size" in capsys.readouterr().err
+
+
+def test_train_then_resume_then_evaluate(run, tmp_path, capsys):
+    assert run(train.main, "callbacks.checkpoint.every_n_train_steps=1") == 0
+    folder = tmp_path / "runs" / "test"
+    first = json.loads((folder / "result.json").read_text())
+    assert first["status"] == "completed"
+    assert (folder / "figure.png").stat().st_size > 1000
+    assert run(train.main, "trainer.max_steps=4", "ckpt_path=last") == 0
+    second = json.loads((folder / "result.json").read_text())
+    assert second["losses"][:2] == first["losses"]
+    assert second["samples_trained"] == 32
+    checkpoint = folder / "checkpoints" / "step=000004.ckpt"
+    options = (f"evaluate.checkpoint='{checkpoint}'", "evaluate.output=report.json")
+    assert run(evaluate.main, *options) == 0
+    report = json.loads(Path("report.json").read_text())
+    assert report["num_identical"] == report["num_prompts"] == 8
+    assert "acceptance_length" in capsys.readouterr().out
+    assert run(evaluate.main, "evaluate.checkpoint=null") == 1
+
+
+def test_capture_then_train_is_online_to_the_bit(run, tmp_path, capsys):
+    assert run(train.main, "run_name=online") == 0
+    assert run(capture.main, "store=shared_dir", "store.root=features") == 0
+    assert "88 samples in features" in capsys.readouterr().out
+    assert run(train.main, "topology=offline", "store.root=features", "run_name=offline") == 0
+    assert run(train.main, "topology=offline", "run_name=captures-itself") == 0
+    online, *others = (
+        json.loads((tmp_path / "runs" / name / "result.json").read_text())["losses"]
+        for name in ("online", "offline", "captures-itself")
+    )
+    assert others == [online, online]
+    assert run(capture.main, "store=shared_dir", "store.root=features") == 1
+    assert run(capture.main, "store=shared_dir") == 1
+
+
+def test_features_of_another_target_are_refused(run, tmp_path, capsys):
+    from lightning_dataflow.targets.tiny import write_tiny_target
+
+    assert run(capture.main, "store=shared_dir", "store.root=features") == 0
+    other = write_tiny_target(tmp_path / "other", seed=1)
+    assert run(train.main, "topology=offline", "store.root=features", f"target.path={other}") == 1
+    assert "captured with another target weights" in one_line(capsys)
+
+
+def test_capture_in_groups_is_online_in_groups(run, tmp_path):
+    groups = "target.capture_batch_size=4"
+    assert run(train.main, "run_name=online", groups) == 0
+    assert run(train.main, "run_name=offline", "topology=offline", groups) == 0
+    online, offline = (json.loads((tmp_path / "runs" / n / "result.json").read_text()) for n in ("online", "offline"))
+    assert online["losses"] == offline["losses"]
+
+
+def test_passes_set_the_number_of_steps(run, tmp_path):
+    assert run(train.main, "trainer.max_steps=null", "data.num_passes=2", "data.num_samples=16") == 0
+    result = json.loads((tmp_path / "runs" / "test" / "result.json").read_text())
+    assert result["optimizer_steps"] == 4
+
+
+def test_show_mask(run, capsys):
+    assert run(show_mask.main, "show_mask.count=2", "show_mask.colour=false") == 0
+    shown = capsys.readouterr().out
+    assert shown.count("⟦") >= 2
+    assert "88 samples to train on, 8 held out; records left out: none" in shown
+
+
+@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), ([], 0), (["fly"], 1)])
+def test_the_command_list(monkeypatch, capsys, arguments, status):
+    monkeypatch.setattr(sys, "argv", ["lightning-dataflow", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        commands.main()
+    assert stop.value.code == status
+    assert "show-mask" in capsys.readouterr().out

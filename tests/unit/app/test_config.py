@@ -1,0 +1,57 @@
+"""Every shipped configuration composes into the typed schema."""
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+from lightning_dataflow.app.command import plain_settings, typed
+from lightning_dataflow.app.schema import TrainConfig, register_schemas
+from lightning_dataflow.contracts import UserError
+
+CONF = Path(__file__).parents[3] / "conf"
+GROUPS = {path.name: sorted(file.stem for file in path.glob("*.yaml")) for path in CONF.iterdir() if path.is_dir()}
+GROUPS = {group: names for group, names in GROUPS.items() if names}
+
+
+def make(*overrides: str):
+    register_schemas()
+    GlobalHydra.instance().clear()
+    with initialize_config_module("lightning_dataflow.conf", version_base="1.3"):
+        config = compose("train", [*overrides, "hydra.runtime.output_dir=runs/x"], return_hydra_config=True)
+        HydraConfig.instance().set_config(config)
+        OmegaConf.set_struct(config, False)
+        del config["hydra"]
+        return config
+
+
+@pytest.mark.parametrize(("group", "name"), [(group, name) for group, names in GROUPS.items() for name in names])
+def test_every_file_composes(group, name):
+    config = typed(make(f"{group}={name}"))
+    assert isinstance(config, TrainConfig)
+
+
+@pytest.mark.parametrize(("topology", "experiment"), product(GROUPS["topology"], GROUPS["experiment"]))
+def test_experiments_compose_with_every_topology(topology, experiment):
+    config = typed(make(f"topology={topology}", f"experiment={experiment}"))
+    assert config.topology.name == topology
+    assert config.store.kind == ("shared_dir" if topology == "offline" else "memory")
+
+
+def test_settings_hide_secrets():
+    settings = plain_settings(make("store=shared_dir", "store.secret=hunter2"))
+    assert settings["store"]["secret"] == "***"
+    assert "hunter2" not in str(settings)
+
+
+def test_a_missing_value_is_named():
+    with pytest.raises(UserError, match=r"no value for data\.path: set it on the command line"):
+        typed(make("data.path=???"))
+
+
+def test_numbers_in_yaml_are_numbers():
+    assert typed(make("optimizer.lr=1e-4")).optimizer.lr == 1e-4

@@ -69,7 +69,7 @@ class Builder:
         arguments = {key: value for key, value in config.strategy.items() if key != "name"}
         optimizer = {key: getattr(config.optimizer, key) for key in vars(config.optimizer)}
         try:
-            return self.spec.module(target=config.target.path, seed=config.seed, **arguments, **optimizer)  # type: ignore[call-arg]
+            return self.spec.module(target=config.target.path, seed=config.seed, **arguments, **optimizer)
         except TypeError as error:
             if "unexpected keyword" not in str(error):
                 raise

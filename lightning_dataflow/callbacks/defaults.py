@@ -9,5 +9,5 @@ from lightning_dataflow.callbacks.result import ResultWriter
 
 def default_callbacks(trainer: L.Trainer) -> list[L.Callback]:
     """StreamCursor, RunMetrics and ResultWriter, except those that the Trainer has already."""
-    present = {type(callback) for callback in trainer.callbacks}
+    present = {type(callback) for callback in trainer.callbacks}  # type: ignore[attr-defined]
     return [make() for make in (StreamCursor, RunMetrics, ResultWriter) if make not in present]

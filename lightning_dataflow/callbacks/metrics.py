@@ -29,9 +29,7 @@ class RunMetrics(L.Callback):
         """Lightning's hook."""
         self._step = trainer.global_step
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         """Lightning's hook."""
         self._batch_start = time.perf_counter()
 
@@ -45,7 +43,8 @@ class RunMetrics(L.Callback):
             return
         self._step = trainer.global_step
         self.num_tokens += batch["window_num_tokens"]
-        if self._step % trainer.log_every_n_steps == 0 or self._step == trainer.max_steps:
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self._step % every == 0 or self._step == trainer.max_steps:
             self._log(trainer, pl_module)
 
     def totals(self, num_samples: int) -> dict[str, float]:

@@ -49,8 +49,9 @@ class ResultWriter(L.Callback):
     def _result(self, trainer: L.Trainer, pl_module: Any, status: str) -> dict[str, Any]:
         data = trainer.datamodule  # type: ignore[attr-defined]
         skipped = dict(data.source.card.skipped)
-        metrics = next((callback for callback in trainer.callbacks if isinstance(callback, RunMetrics)), None)
-        reports = [callback.report() for callback in trainer.callbacks if hasattr(callback, "report")]
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        metrics = next((callback for callback in callbacks if isinstance(callback, RunMetrics)), None)
+        reports = [callback.report() for callback in callbacks if hasattr(callback, "report")]
         result = {
             "status": status,
             "strategy": pl_module.strategy_name,

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 
@@ -118,8 +118,9 @@ class DataFlowDataModule(L.LightningDataModule):
 
     def _collate(self, samples: Sequence[Sample]) -> Batch:
         if self.collate is None:
-            self.collate = self.trainer.lightning_module.spec.collate
-        return self.collate(samples)
+            assert self.trainer is not None, "without a trainer, `collate` is an argument"
+            self.collate = cast(Any, self.trainer.lightning_module).spec.collate
+        return cast(Collate, self.collate)(samples)
 
 
 class _Stream:

@@ -27,8 +27,12 @@ class FeatureCard:
 class RefSource(Protocol):
     """Where refs come from: captured on demand (`online`), or listed by a manifest (`offline`)."""
 
-    store: FeatureStore
     card: FeatureCard
+
+    @property
+    def store(self) -> FeatureStore:
+        """Where the features are."""
+        ...
 
     def __len__(self) -> int:
         """Samples in one pass."""

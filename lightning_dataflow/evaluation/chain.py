@@ -57,9 +57,7 @@ class ChainDrafter(Drafter):
         hidden, logits = self.draft.decode(ids, hidden, self.embedding, self.cache)
         return hidden[:, -1:], logits
 
-    def _choose(
-        self, logits: Tensor, temperature: float, generator: torch.Generator, distributions: list[Tensor]
-    ) -> int:
+    def _choose(self, logits: Tensor, temperature: float, generator: torch.Generator, distributions: list[Tensor]) -> int:
         if temperature == 0:
             return int(logits.argmax())
         reduced = torch.softmax(logits / temperature, -1)

@@ -143,8 +143,10 @@ def _draw(weights: Tensor, generator: torch.Generator) -> int:
 
 
 def _finished(tokens: Sequence[int], max_new_tokens: int, eos_token_ids: Sequence[int]) -> bool:
-    return len(_cut(tokens, max_new_tokens, eos_token_ids)) < len(tokens) or len(tokens) == max_new_tokens or (
-        tokens[-1] in eos_token_ids
+    return (
+        len(_cut(tokens, max_new_tokens, eos_token_ids)) < len(tokens)
+        or len(tokens) == max_new_tokens
+        or (tokens[-1] in eos_token_ids)
     )
 
 

@@ -85,7 +85,7 @@ class Eagle3Attention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
 
     def project(self, x: Tensor, *, half: int) -> tuple[Tensor, ...]:
-        """q, k, v [..., heads · D] of the embedding half (0) or the hidden half (1) of the input; their sum is the whole."""
+        """The share of q, k, v [..., heads · D] that the embedding half (0) or the hidden half (1) of the input has."""
         columns = slice(half * x.shape[-1], (half + 1) * x.shape[-1])
         return tuple(F.linear(x, module.weight[:, columns]) for module in (self.q_proj, self.k_proj, self.v_proj))
 

@@ -128,7 +128,7 @@ class _Teacher:
         """One full-vocabulary pass over rows start..stop."""
         states = self.states[self.rows.teacher[start:stop]].to(self.head.dtype)
         logits = (states @ self.head.T).float()
-        top, argmax = logits.max(-1)
+        argmax = logits.argmax(-1)
         lse = torch.logsumexp(logits, -1, keepdim=True)
         kept = logits if len(self.target_ids) == logits.shape[-1] else logits.index_select(-1, self.target_ids)
         p_full = torch.sub(kept, lse).exp_()

@@ -17,9 +17,7 @@ def capture_prompts(tasks: Sequence[PromptTask], target: TargetEngine, store: Fe
     return [_store(task, features, target, store) for task, features in zip(tasks, captured, strict=True)]
 
 
-def _store(
-    task: PromptTask, features: Mapping[str, torch.Tensor], target: TargetEngine, store: FeatureStore
-) -> SampleRef:
+def _store(task: PromptTask, features: Mapping[str, torch.Tensor], target: TargetEngine, store: FeatureStore) -> SampleRef:
     num_tokens = len(task.payload["input_ids"])
     _check(task, features, target)
     tensors = {

@@ -1,6 +1,6 @@
 """The shapes of records that people have, brought to one: a list of `{"role", "content"}` messages, text, or ids."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,7 +122,7 @@ def _text(value: Any) -> str:
     return value
 
 
-_READERS = {
+_READERS: dict[str, Callable[[Mapping[str, Any]], Conversation | PlainText | Tokens]] = {
     "sharegpt": _sharegpt,
     "messages": _messages,
     "alpaca": _alpaca,

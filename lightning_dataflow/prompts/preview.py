@@ -13,7 +13,7 @@ def render_mask(prompt: TokenizedPrompt, tokenizer: PreTrainedTokenizerBase, *, 
     start, end = (SUPERVISED, PLAIN) if colour else ("⟦", "⟧")
     pieces = []
     for supervised, ids in _runs(prompt):
-        text = tokenizer.decode(ids)
+        text = str(tokenizer.decode(ids))
         pieces.append(f"{start}{text}{end}" if supervised else text)
     num_supervised = sum(prompt.loss_mask)
     header = f"record {prompt.source_id}: {len(prompt.input_ids)} tokens, {num_supervised} supervised"

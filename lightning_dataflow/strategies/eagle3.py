@@ -60,9 +60,7 @@ class Eagle3Module(DraftModule):
         min_lr_ratio: float = 0.0,
         seed: int = 0,
     ):
-        super().__init__(
-            target, layer_ids, target_dtype, lr, betas, weight_decay, warmup_ratio, min_lr_ratio, seed
-        )
+        super().__init__(target, layer_ids, target_dtype, lr, betas, weight_decay, warmup_ratio, min_lr_ratio, seed)
         self.save_hyperparameters()
         if lk_loss not in (None, "alpha", "lambda"):
             raise UserError(f"lk_loss={lk_loss} is unknown: use alpha, lambda, or leave it out")
@@ -90,7 +88,10 @@ class Eagle3Module(DraftModule):
             torch.manual_seed(seed)
             self.draft = Eagle3Draft(config)
         self._objective = Eagle3Objective(
-            step_weight_base=step_weight_base, lk_loss=lk_loss, kl_scale=kl_scale, kl_decay=kl_decay  # type: ignore[arg-type]
+            step_weight_base=step_weight_base,
+            lk_loss=lk_loss,  # type: ignore[arg-type]  # checked above
+            kl_scale=kl_scale,
+            kl_decay=kl_decay,
         )
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ def check_trainer(trainer: L.Trainer) -> None:
     if not isinstance(data, DataFlowDataModule):
         raise UserError("this module trains on a DataFlowDataModule: call trainer.fit(module, datamodule)")
     accumulation = data.accumulate_grad_batches(trainer.world_size)
-    if trainer.fast_dev_run:
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
     if trainer.max_steps is None or trainer.max_steps < 1:
         raise UserError(f"Trainer(max_steps={trainer.max_steps}): a stream has no end of its own, give max_steps=N")

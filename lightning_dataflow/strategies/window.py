@@ -27,9 +27,7 @@ class WindowSums:
         loss's denominator."""
         flat = torch.cat([part.reshape(-1) for pair in self._sums.values() for part in pair])
         parts = iter(reduce(flat, reduce_op="sum").split([part.numel() for pair in self._sums.values() for part in pair]))
-        totals = {
-            name: (next(parts).view_as(pair[0]), next(parts).view_as(pair[1])) for name, pair in self._sums.items()
-        }
+        totals = {name: (next(parts).view_as(pair[0]), next(parts).view_as(pair[1])) for name, pair in self._sums.items()}
         self._sums = {}
         means = {name: top / bottom.clamp(min=1e-12) for name, (top, bottom) in totals.items()}
         return means, totals["loss"][1]

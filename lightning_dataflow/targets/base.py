@@ -45,7 +45,9 @@ def check_layer_ids(layer_ids: Sequence[int], num_layers: int) -> tuple[int, ...
     """Sorted `layer_ids`; raises UserError when empty, repeated or out of range."""
     ids = tuple(sorted(int(layer) for layer in layer_ids))
     if not ids or len(set(ids)) != len(ids):
-        raise UserError(f"capture layers {list(layer_ids)} are empty or repeat an id: name each layer once (strategy.layer_ids)")
+        raise UserError(
+            f"capture layers {list(layer_ids)} are empty or repeat an id: name each layer once (strategy.layer_ids)"
+        )
     if ids[0] < 0 or ids[-1] >= num_layers:
         raise UserError(
             f"capture layers {list(ids)}: the target has {num_layers} layers, ids go from 0 to {num_layers - 1} "

@@ -45,7 +45,8 @@ class HFTargetEngine(TargetEngine):
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype="auto" if dtype == "auto" else DTYPES[dtype], attn_implementation=attention
         )
-        self.model = model.to(self.device).eval().requires_grad_(False)
+        self.model = model.to(self.device).eval()  # type: ignore[arg-type]
+        self.model.requires_grad_(False)
         self._decoder = model.get_decoder()
         self._layers = decoder_layers(self._decoder, self.info.num_layers)
         if layer_ids is not None:

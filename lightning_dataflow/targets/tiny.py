@@ -19,7 +19,7 @@ CHAT_TEMPLATE = (
     "{% else %}{{ message['content'] }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-_WORDS = "red green blue one two three four five cat dog bird tree river stone house light dark small large old".split()
+_WORDS = ["red", "green", "blue", "one", "two", "three", "four", "five", "cat", "dog", "bird", "tree", "river", "stone", "house", "light", "dark", "small", "large", "old"]
 
 
 def write_tiny_target(folder: str | Path, *, seed: int = 0) -> Path:

@@ -106,7 +106,7 @@ def test_damaged_captures(prompts, target, tmp_path):
     capture_to_folder(few, target, tmp_path)
     refs, manifest = (tmp_path / "refs.jsonl").read_text(), (tmp_path / "manifest.json").read_text()
     (tmp_path / "refs.jsonl").write_text(refs.splitlines()[0] + "\n")
-    with pytest.raises(UserError, match="lists 1 samples, manifest.json says 2"):
+    with pytest.raises(UserError, match=r"lists 1 samples, manifest\.json says 2"):
         OfflineSource(tmp_path)
     (tmp_path / "refs.jsonl").write_text(refs.replace("offline:", "../", 1))
     with pytest.raises(UserError, match=r"refs\.jsonl, line 1: .*not a valid id"):

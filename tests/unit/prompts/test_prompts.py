@@ -177,7 +177,7 @@ def test_no_chat_template(target_path, conversations):
 
     tokenizer = load_tokenizer(target_path)
     tokenizer.chat_template = None
-    with pytest.raises(UserError, match="has no chat template: set data.chat_template"):
+    with pytest.raises(UserError, match=r"has no chat template: set data\.chat_template"):
         load_prompts(str(conversations), tokenizer, max_length=64)
 
 

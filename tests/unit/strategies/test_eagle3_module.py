@@ -308,5 +308,5 @@ def test_default_callbacks_yield_to_the_users_own(target_path, prompts, target, 
 
 
 def test_no_prompts_to_evaluate_on(target):
-    with pytest.raises(UserError, match="data.num_eval_samples"):
+    with pytest.raises(UserError, match=r"data\.num_eval_samples"):
         AcceptanceEvaluation(lambda: target, [])

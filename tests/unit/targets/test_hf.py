@@ -77,7 +77,7 @@ def test_bad_folders(tmp_path, target_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="cannot load a tokenizer"):
         load_tokenizer(tmp_path)
-    with pytest.raises(UserError, match="cannot read .*config.json"):
+    with pytest.raises(UserError, match=r"cannot read .*config\.json"):
         read_target_info(tmp_path)
     with pytest.raises(UserError, match=r"target\.dtype=int8 is unknown"):
         HFTargetEngine(target_path, dtype="int8")

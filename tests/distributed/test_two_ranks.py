@@ -1,0 +1,46 @@
+"""Two ranks on gloo give what one process gives."""
+
+import pytest
+
+from tests.processes import ROOT, TINY, TRAIN, python, result, torchrun
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An empty folder where one process has trained 8 steps."""
+    folder = tmp_path_factory.mktemp("ranks")
+    python(TRAIN, *TINY, "topology=online", "run_name=one", cwd=folder)
+    return folder
+
+
+@pytest.mark.parametrize(("trainer", "topology"), [("ddp", "online"), ("fsdp2", "online"), ("ddp", "offline")])
+def test_losses_are_those_of_one_process(folder, trainer, topology):
+    name = f"{trainer}-{topology}"
+    torchrun(TRAIN, *TINY, f"topology={topology}", f"trainer={trainer}", "trainer.devices=2", f"run_name={name}", cwd=folder)
+    one, two = result(folder, "one"), result(folder, name)
+    assert two["world_size"] == 2
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    assert two["samples_trained"] == one["samples_trained"] == 64
+
+
+def test_fsdp2_resumes_from_a_sharded_checkpoint_which_evaluates(folder):
+    """4 steps on two ranks, 4 more after a restart; the last draft is measured in one process."""
+    common = (*TINY, "trainer=fsdp2", "trainer.devices=2", "run_name=resumed")
+    stop = f"{ROOT}/tests/distributed/stop_after.py"
+    torchrun(stop, "5", *common, "callbacks.checkpoint.every_n_train_steps=4", cwd=folder, status=1)
+    torchrun(TRAIN, *common, "ckpt_path=last", cwd=folder)
+    assert result(folder, "resumed")["losses"] == pytest.approx(result(folder, "one")["losses"], rel=1e-4)
+    checkpoint = folder / "runs" / "resumed" / "checkpoints" / "step=000008.ckpt"
+    assert checkpoint.is_dir()
+    options = (f"evaluate.checkpoint='{checkpoint}'", "run_name=evaluation")
+    shown = python("-m", "lightning_dataflow", "evaluate", *TINY, *options, cwd=folder).stdout
+    assert "num_identical               8" in shown
+
+
+def test_lightnings_own_launcher_and_evaluation_over_ranks(folder):
+    """`python train.py trainer.devices=2` starts the second rank itself; ranks share the held-out prompts."""
+    options = ("trainer=fsdp2", "trainer.devices=2", "run_name=launched", "callbacks=default")
+    python(TRAIN, *TINY, *options, cwd=folder)
+    launched = result(folder, "launched")
+    assert launched["losses"] == pytest.approx(result(folder, "one")["losses"], rel=1e-4)
+    assert [one["num_prompts"] for one in launched["acceptance"]] == [8, 8]

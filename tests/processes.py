@@ -1,0 +1,38 @@
+"""Starting the project's commands as a user does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+
+def environment() -> dict[str, str]:
+    """One thread a process keeps two ranks from fighting for two cores."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+
+
+def python(*arguments: str, cwd: Path, timeout_s: float = 240, status: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run Python with `arguments` in `cwd` and check the exit status."""
+    command = [sys.executable, *arguments]
+    result = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout_s)
+    assert result.returncode == status, f"{command} exited {result.returncode}\n{result.stdout}\n{result.stderr}"
+    return result
+
+
+def torchrun(*arguments: str, cwd: Path, num_ranks: int = 2, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a script on `num_ranks` ranks."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}")
+    return python(*launcher, *arguments, cwd=cwd, **options)
+
+
+def result(cwd: Path, run_name: str) -> dict[str, Any]:
+    """`result.json` of a run."""
+    return json.loads((cwd / "runs" / run_name / "result.json").read_text())
+
+
+TRAIN = str(ROOT / "train.py")
+TINY = ("strategy=eagle3", "experiment=tiny", "logger=none", "callbacks=no_evaluation", "hydra.job_logging.root.level=ERROR")

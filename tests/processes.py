@@ -35,4 +35,10 @@ def result(cwd: Path, run_name: str) -> dict[str, Any]:
 
 
 TRAIN = str(ROOT / "train.py")
-TINY = ("strategy=eagle3", "experiment=tiny", "logger=none", "callbacks=no_evaluation", "hydra.job_logging.root.level=ERROR")
+TINY = (
+    "strategy=eagle3",
+    "experiment=tiny",
+    "logger=none",
+    "callbacks=no_evaluation",
+    "hydra.job_logging.root.level=ERROR",
+)

@@ -20,6 +20,7 @@ from lightning_dataflow.prompts import PromptDataset, load_prompts
 from lightning_dataflow.stores import MemoryFeatureStore
 from lightning_dataflow.strategies import DraftModule, StrategySpec, resolve_strategy
 from lightning_dataflow.targets import HFTargetEngine, load_tokenizer
+from lightning_dataflow.targets.hardware import multiplies_bfloat16
 from lightning_dataflow.targets.tiny import write_tiny_conversations, write_tiny_target
 
 
@@ -121,6 +122,8 @@ class Builder:
         world_size = num_processes(arguments)
         if isinstance(strategy := arguments.get("strategy"), dict):
             arguments["strategy"] = self._trainer_strategy(dict(strategy), world_size)
+        if arguments.get("precision") == "auto":
+            arguments["precision"] = _auto_precision(arguments)
         accumulation = self.data.accumulate_grad_batches(world_size)
         max_steps = arguments.pop("max_steps", None) or self._steps_of_passes()
         if not arguments.get("fast_dev_run"):
@@ -221,6 +224,12 @@ def num_processes(trainer: Mapping[str, Any]) -> int:
         return devices * nodes
     on_gpu = trainer.get("accelerator", "auto") != "cpu" and torch.cuda.is_available()
     return (torch.cuda.device_count() if on_gpu else 1) * nodes
+
+
+def _auto_precision(trainer: Mapping[str, Any]) -> str:
+    on_gpu = trainer.get("accelerator", "auto") != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    return "bf16-mixed" if multiplies_bfloat16(device) else "32-true"
 
 
 def capture_once(builder: Builder, folder: Path) -> None:

@@ -61,6 +61,7 @@ class ResultWriter(L.Callback):
             "global_batch_size": data.global_batch_size,
             "micro_batch_size": data.micro_batch_size,
             "world_size": trainer.world_size,
+            "precision": trainer.precision,
             "samples_per_pass": len(data.source),
             "samples_trained": data.next_seq,
             "samples_skipped": sum(skipped.values()),

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.targets.base import TargetEngine
+from lightning_dataflow.targets.hardware import multiplies_bfloat16
 from lightning_dataflow.targets.info import read_target_info
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -22,7 +23,8 @@ class HFTargetEngine(TargetEngine):
     Args:
         path: a Hugging Face folder.
         layer_ids: layers to capture; see TargetEngine.
-        dtype: `auto` (the checkpoint's), `float32`, `bfloat16` or `float16`. Features have this dtype.
+        dtype: `float32`, `bfloat16`, `float16`, or `auto`: the checkpoint's, but float32 where the hardware only
+            emulates bfloat16. Features have this dtype.
         device: `auto` (CUDA when there is one), or a torch device.
         attention: transformers' `attn_implementation`.
     """
@@ -45,6 +47,8 @@ class HFTargetEngine(TargetEngine):
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype="auto" if dtype == "auto" else DTYPES[dtype], attn_implementation=attention
         )
+        if dtype == "auto" and model.dtype == torch.bfloat16 and not multiplies_bfloat16(self.device):
+            model = model.float()
         self.model = model.to(self.device).eval()  # type: ignore[arg-type]
         self.model.requires_grad_(False)
         self._decoder = model.get_decoder()

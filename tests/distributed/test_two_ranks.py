@@ -16,7 +16,9 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize(("trainer", "topology"), [("ddp", "online"), ("fsdp2", "online"), ("ddp", "offline")])
 def test_losses_are_those_of_one_process(folder, trainer, topology):
     name = f"{trainer}-{topology}"
-    torchrun(TRAIN, *TINY, f"topology={topology}", f"trainer={trainer}", "trainer.devices=2", f"run_name={name}", cwd=folder)
+    torchrun(
+        TRAIN, *TINY, f"topology={topology}", f"trainer={trainer}", "trainer.devices=2", f"run_name={name}", cwd=folder
+    )
     one, two = result(folder, "one"), result(folder, name)
     assert two["world_size"] == 2
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)

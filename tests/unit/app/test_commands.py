@@ -164,3 +164,13 @@ def test_the_command_list(monkeypatch, capsys, arguments, status):
         commands.main()
     assert stop.value.code == status
     assert "show-mask" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("native", "precision"), [(True, "bf16-mixed"), (False, "32-true")])
+def test_automatic_precision(run, tmp_path, monkeypatch, native, precision):
+    from lightning_dataflow.app import build
+
+    monkeypatch.setattr(build, "multiplies_bfloat16", lambda device: native)
+    assert run(train.main, "trainer.precision=auto") == 0
+    result = json.loads((tmp_path / "runs" / "test" / "result.json").read_text())
+    assert result["precision"] == precision

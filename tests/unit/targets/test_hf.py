@@ -90,3 +90,14 @@ def test_fingerprints_tell_weights_and_tokenizers_apart(target_path, tmp_path):
     assert same == read_target_info(target_path)
     assert same.model_version != other.model_version
     assert same.tokenizer_version == other.tokenizer_version
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_avoids_emulated_bfloat16(tmp_path, target, monkeypatch, native, expected):
+    from copy import deepcopy
+
+    from lightning_dataflow.targets import hf
+
+    deepcopy(target.model).bfloat16().save_pretrained(tmp_path)
+    monkeypatch.setattr(hf, "multiplies_bfloat16", lambda device: native)
+    assert HFTargetEngine(tmp_path, device="cpu").model.dtype == expected

@@ -24,6 +24,15 @@ from lightning_dataflow.targets.hardware import multiplies_bfloat16
 from lightning_dataflow.targets.tiny import write_tiny_conversations, write_tiny_target
 
 
+DERIVED_TRAINER_ARGUMENTS = {
+    "max_epochs": "trainer.max_steps, or trainer.max_steps=null data.num_passes=…",
+    "limit_train_batches": "trainer.max_steps",
+    "accumulate_grad_batches": "data.global_batch_size and data.micro_batch_size",
+    "num_sanity_val_steps": "evaluate.every_n_steps",
+    "default_root_dir": "run_name",
+}
+
+
 class Builder:
     """The parts of a run, each built when it is first asked for.
 
@@ -119,6 +128,9 @@ class Builder:
     def trainer(self) -> L.Trainer:
         """The Trainer, with the arguments that follow from others filled in."""
         arguments = {key: value for key, value in self.config.trainer.items() if key != "_target_"}
+        for name, instead in DERIVED_TRAINER_ARGUMENTS.items():
+            if arguments.get(name) is not None:
+                raise UserError(f"trainer.{name}={arguments[name]}: this follows from other settings, use {instead}")
         world_size = num_processes(arguments)
         if isinstance(strategy := arguments.get("strategy"), dict):
             arguments["strategy"] = self._trainer_strategy(dict(strategy), world_size)

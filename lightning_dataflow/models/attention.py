@@ -5,6 +5,7 @@ at its own position t. So a step is causal attention over S keys plus k more key
 """
 
 from collections.abc import Sequence
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -94,13 +95,20 @@ def _flex_unrolled_attention(query: Tensor, keys: Sequence[Tensor], values: Sequ
     """The same through flex attention, whose block mask skips the empty part of [S, (k+1)·S]."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    length = query.shape[2]
-    mask = _unrolled_block_mask(length, len(keys), str(query.device))
-    attend = torch.compile(flex_attention, dynamic=False) if query.is_cuda else flex_attention
+    mask = _unrolled_block_mask(query.shape[2], len(keys), query.device)
+    attend = _compiled_flex_attention() if query.is_cuda else flex_attention
     return attend(query, torch.cat(tuple(keys), 2), torch.cat(tuple(values), 2), block_mask=mask, enable_gqa=True)
 
 
-def _unrolled_block_mask(length: int, num_steps: int, device: str) -> Any:
+@cache
+def _compiled_flex_attention() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+@lru_cache(maxsize=64)
+def _unrolled_block_mask(length: int, num_steps: int, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
     def visible(batch: Tensor, head: Tensor, position: Tensor, key: Tensor) -> Tensor:

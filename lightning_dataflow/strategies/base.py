@@ -20,7 +20,7 @@ from lightning_dataflow.objectives import ObjectiveSums
 from lightning_dataflow.strategies.optimisation import adamw, scale_gradients, warmup_cosine
 from lightning_dataflow.strategies.registry import StrategySpec, resolve_strategy
 from lightning_dataflow.strategies.sharding import fsdp1_root, shard_draft
-from lightning_dataflow.strategies.trainer_check import check_trainer, reopen_epoch
+from lightning_dataflow.strategies.streaming import check_trainer, reopen_epoch
 from lightning_dataflow.strategies.window import WindowSums
 from lightning_dataflow.targets.info import read_target_info
 

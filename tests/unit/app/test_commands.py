@@ -71,6 +71,9 @@ def broken_file(folder: Path) -> str:
         (["data.path=???"], "no value for data.path"),
         (["store.capacity_bytes=1000"], "raise the store's capacity_bytes"),
         (["trainer.precision=12-true"], "12-true"),
+        (["+trainer.max_epochs=3"], "trainer.max_epochs=3: this follows from other settings, use trainer.max_steps"),
+        (["+trainer.limit_train_batches=5"], "trainer.limit_train_batches=5: this follows"),
+        (["+trainer.accumulate_grad_batches=2"], "use data.global_batch_size and data.micro_batch_size"),
     ],
 )
 def test_bad_input_is_one_line_and_status_1(run, tmp_path, capsys, overrides, message):

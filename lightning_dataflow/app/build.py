@@ -23,7 +23,6 @@ from lightning_dataflow.targets import HFTargetEngine, load_tokenizer
 from lightning_dataflow.targets.hardware import multiplies_bfloat16
 from lightning_dataflow.targets.tiny import write_tiny_conversations, write_tiny_target
 
-
 DERIVED_TRAINER_ARGUMENTS = {
     "max_epochs": "trainer.max_steps, or trainer.max_steps=null data.num_passes=…",
     "limit_train_batches": "trainer.max_steps",

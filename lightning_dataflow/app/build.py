@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from transformers import PreTrainedTokenizerBase
 
-from lightning_dataflow.app.schema import DataConfig, TrainConfig
+from lightning_dataflow.app.schema import DataConfig, StoreConfig, TrainConfig
 from lightning_dataflow.callbacks import AcceptanceEvaluation, ResultWriter, RunMetrics, StreamCursor
 from lightning_dataflow.contracts import UnknownNameError, UserError
 from lightning_dataflow.data import DataFlowDataModule, OfflineSource, PassOrder, RefSource
@@ -100,8 +100,19 @@ class Builder:
         if name == "offline":
             if store.kind != "shared_dir":
                 raise UserError(f"topology=offline reads files, not store={store.kind}: use store=shared_dir")
-            return OfflineSource(self.offline_folder(), secret=store.secret)
+            source = OfflineSource(self.offline_folder(), secret=read_secret(store))
+            self._check_prompts(source)
+            return source
         raise UnknownNameError(f"unknown topology {name!r}: available are offline, online")
+
+    def _check_prompts(self, source: OfflineSource) -> None:
+        """Held-out prompts are told from trained ones by the same settings that the capture had."""
+        evaluates = "acceptance" in (self.config.callbacks or {})
+        if evaluates and source.card.prompts_version != self.prompts[0].version:
+            raise UserError(
+                f"{source.folder} was captured from other prompts than these data.* settings choose, so held-out prompts "
+                "may be among them: use the settings of the capture, or callbacks=no_evaluation"
+            )
 
     def offline_folder(self) -> Path:
         """The captured features; without store.root they are captured into the run folder now."""
@@ -157,7 +168,13 @@ class Builder:
         data = self.config.data
         if data.num_passes is None:
             raise UserError("neither trainer.max_steps nor data.num_passes says when training ends: set one of them")
-        steps = data.num_passes * len(self.source) // data.global_batch_size
+        steps, left_over = divmod(data.num_passes * len(self.source), data.global_batch_size)
+        if left_over:
+            print(
+                f"{left_over} samples at the end of {data.num_passes} passes over {len(self.source)} fill no step of "
+                f"global_batch_size={data.global_batch_size} and are not trained on",
+                flush=True,
+            )
         if steps < 1:
             raise UserError(
                 f"{data.num_passes} passes over {len(self.source)} samples fill no step of global_batch_size="
@@ -171,9 +188,8 @@ class Builder:
         if arguments["_target_"].endswith(".FSDPStrategy"):
             if not torch.cuda.is_available():
                 raise UserError("trainer=fsdp needs a GPU, this machine has none: use trainer=fsdp2 or trainer=ddp")
-            return FSDPStrategy(
-                auto_wrap_policy={type(self.module.draft)}, state_dict_type=arguments.get("state_dict_type", "full")
-            )
+            options = {key: value for key, value in arguments.items() if key != "_target_"}
+            return FSDPStrategy(auto_wrap_policy={type(self.module.draft)}, **options)
         return hydra.utils.instantiate(arguments, _convert_="all")
 
     def _loggers(self) -> list[Any]:
@@ -226,6 +242,16 @@ def read_prompts(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
     )
 
 
+def read_secret(store: StoreConfig) -> str | None:
+    """The content of the secret's file, without white space around it."""
+    if store.secret_file is None:
+        return None
+    try:
+        return Path(store.secret_file).read_text().strip()
+    except OSError as error:
+        raise UserError(f"cannot read store.secret_file={store.secret_file}: {error.strerror}") from error
+
+
 def num_processes(trainer: Mapping[str, Any]) -> int:
     """World size that these Trainer arguments lead to."""
     devices, nodes = trainer.get("devices", "auto"), trainer.get("num_nodes") or 1
@@ -258,7 +284,7 @@ def capture_once(builder: Builder, folder: Path) -> None:
             order=[order.locate(seq)[0] for seq in range(len(prompts))],  # the groups that `online` captures
             capture_batch_size=config.target.capture_batch_size,
             capacity_bytes=config.store.capacity_bytes,
-            secret=config.store.secret,
+            secret=read_secret(config.store),
             progress=lambda done, total: print(f"\rcaptured {done}/{total}", end="\n" * (done == total), flush=True),
         )
 

@@ -10,7 +10,7 @@ from lightning_dataflow.contracts import UserError
 
 def capture(config: TrainConfig, settings: dict[str, Any]) -> None:
     """Write features to `store.root`, for `topology=offline`."""
-    from lightning_dataflow.app.build import Builder, capture_once
+    from lightning_dataflow.app.build import Builder, capture_once, read_secret
     from lightning_dataflow.data import OfflineSource
     from lightning_dataflow.data.offline import is_captured
 
@@ -20,7 +20,7 @@ def capture(config: TrainConfig, settings: dict[str, Any]) -> None:
     if is_captured(folder):
         raise UserError(f"{folder} already holds a finished capture: choose another store.root, or remove the folder")
     capture_once(Builder(config, settings), folder)
-    source = OfflineSource(folder, secret=config.store.secret)
+    source = OfflineSource(folder, secret=read_secret(config.store))
     skipped = ", ".join(f"{count} {reason}" for reason, count in source.card.skipped.items()) or "none"
     print(f"{len(source)} samples in {folder}, {source.num_bytes / 1e9:.2f} GB; records left out: {skipped}")
     print(f"train on them: python train.py topology=offline store.root={folder}")

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_dataflow.app.ranks import rank_from_environment
 from lightning_dataflow.contracts import UserError
 
 if TYPE_CHECKING:
@@ -15,9 +16,13 @@ _NAME = re.compile(r"step=(\d+)(-v\d+)?\.ckpt")
 def resolve_checkpoint(ckpt_path: str | None, run_dir: Path) -> str | None:
     """The checkpoint to resume from. `last` is the complete one of the highest step in this run's folder.
 
-    Raises UserError when there is none.
+    Raises UserError when there is none, or when a new run would mix its checkpoints with an earlier run's.
     """
     if ckpt_path is None:
+        if rank_from_environment() == 0 and complete_checkpoints(run_dir):
+            raise UserError(
+                f"{run_dir} holds checkpoints of an earlier run: resume it with ckpt_path=last, or choose another run_name"
+            )
         return None
     if ckpt_path == "last":
         found = complete_checkpoints(run_dir)

@@ -1,6 +1,7 @@
 """What all commands share: configuration, logging, and one-line errors."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -8,6 +9,7 @@ from importlib.resources import files
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_dataflow.app.schema import TrainConfig, register_schemas
@@ -27,6 +29,7 @@ def command(function: Command) -> Callable[[], None]:
 
         _log_once()
         try:
+            _check_run_name()
             return function(typed(config), plain_settings(config))
         except (UserError, CapacityError, PermissionError, MisconfigurationException) as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -64,11 +67,17 @@ def typed(config: DictConfig) -> TrainConfig:
 
 
 def plain_settings(config: DictConfig) -> dict[str, Any]:
-    """The resolved configuration for `result.json`, without secrets."""
-    settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    if settings["store"]["secret"] is not None:
-        settings["store"]["secret"] = "***"
-    return settings
+    """The resolved configuration, for `result.json`. It holds no secrets, only the names of files that do."""
+    return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+
+
+def _check_run_name() -> None:
+    """Ranks that torchrun or SLURM start would each name the run by their own clock."""
+    launched = "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("SLURM_NTASKS") or 1) > 1
+    overrides = HydraConfig.get().overrides
+    named = any(one.startswith(("run_name=", "hydra.run.dir=")) for one in (*overrides.task, *overrides.hydra))
+    if launched and not named:
+        raise UserError("ranks started by torchrun or SLURM need one name for their run: add run_name=…")
 
 
 def _log_once() -> None:

@@ -19,12 +19,7 @@ def evaluate(config: TrainConfig, settings: dict[str, Any]) -> None:
     parts = Builder(config, settings)
     if options.checkpoint is None:
         raise UserError("evaluate needs a draft: set evaluate.checkpoint to a checkpoint of a run")
-    module = load_module(options.checkpoint)
-    if module.target_info.model_version != parts.module.target_info.model_version:
-        raise UserError(
-            f"{options.checkpoint} was trained for {module.target_info.path}, not for target.path={config.target.path}: "
-            "set target to the one it was trained for"
-        )
+    module = load_module(options.checkpoint, target=config.target.path)
     parts.layer_ids = module.layer_ids
     prompts = [prompt.question for prompt in parts.prompts[1]]
     if not prompts:

@@ -27,6 +27,7 @@ def first_rank_does(
     if rank_from_environment() == 0:
         work()
         return
+    print(f"waiting for rank 0 to finish {what}, at most {timeout_s:.0f} s", flush=True)
     deadline = time.monotonic() + timeout_s
     while not is_done():
         if time.monotonic() > deadline:

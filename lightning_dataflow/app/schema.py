@@ -54,13 +54,13 @@ class StoreConfig:
 
     Attributes:
         root: folder of `shared_dir`; null for `features` in the run folder, captured when training starts.
-        secret: of `shared_dir`.
+        secret_file: holds the secret of `shared_dir`; a file, so that no log, configuration or command line shows it.
         capacity_bytes: null for no limit.
     """
 
     kind: str = MISSING
     root: str | None = None
-    secret: str | None = None
+    secret_file: str | None = None
     capacity_bytes: int | None = None
 
 
@@ -88,7 +88,7 @@ class EvaluateConfig:
 
     Attributes:
         every_n_steps: while training; 0 for before and after only.
-        checkpoint: file or folder that the `evaluate` command measures; null for an untrained draft.
+        checkpoint: file or folder that the `evaluate` command measures.
         dtype: of the target while decoding.
         output: JSON file of the `evaluate` command; null to print only.
     """

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 
+from lightning_dataflow.callbacks.acceptance import AcceptanceEvaluation
 from lightning_dataflow.callbacks.metrics import RunMetrics
 
 PACKAGES = ("lightning-dataflow", "lightning", "torch", "transformers", "safetensors", "hydra-core")
@@ -41,7 +42,7 @@ class ResultWriter(L.Callback):
         self._write(trainer, pl_module, status)
 
     def _write(self, trainer: L.Trainer, pl_module: Any, status: str) -> None:
-        if self.path is None or not trainer.is_global_zero:
+        if self.path is None or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(self._result(trainer, pl_module, status), indent=1) + "\n")
@@ -51,7 +52,7 @@ class ResultWriter(L.Callback):
         skipped = dict(data.source.card.skipped)
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         metrics = next((callback for callback in callbacks if isinstance(callback, RunMetrics)), None)
-        reports = [callback.report() for callback in callbacks if hasattr(callback, "report")]
+        reports = [callback.report() for callback in callbacks if isinstance(callback, AcceptanceEvaluation)]
         result = {
             "status": status,
             "strategy": pl_module.strategy_name,

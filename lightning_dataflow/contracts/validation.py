@@ -26,6 +26,7 @@ DTYPE_BYTES = {
 MAX_SAMPLE_BYTES = 1 << 38
 MAX_TOKENS = 1 << 24
 MAX_RANK = 8
+MAX_TEXT = 1024
 MAX_FEATURES = 64
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:#-]{0,254}")
 _GENERATION = re.compile(r"[0-9]{1,9}-[0-9a-f]{16,64}")
@@ -61,6 +62,13 @@ def validate_ref(ref: SampleRef) -> SampleRef:
     _check_count(origin.num_tokens, MAX_TOKENS, f"num_tokens of {origin.sample_id}")
     if not 0 < len(ref.features) <= MAX_FEATURES:
         raise UserError(f"ref {origin.sample_id} has {len(ref.features)} features, expected 1 to {MAX_FEATURES}")
+    for name, spec in ref.features.items():
+        if not isinstance(spec.shape, tuple) or spec.shape[:1] != (origin.num_tokens,):
+            raise UserError(
+                f"feature {name} of {origin.sample_id} has shape {_short(spec.shape)}, its first size must be the "
+                f"{origin.num_tokens} tokens"
+            )
+    _check_plain(ref)
     total = sum(_feature_bytes(name, spec, origin.sample_id) for name, spec in ref.features.items())
     if total != ref.num_bytes or total > MAX_SAMPLE_BYTES:
         raise UserError(
@@ -102,6 +110,22 @@ def _feature_bytes(name: str, spec: FeatureSpec, sample_id: str) -> int:
     for size in spec.shape:
         _check_count(size, MAX_SAMPLE_BYTES, f"a size of feature {name} of {sample_id}")
     return math.prod(spec.shape) * DTYPE_BYTES[spec.dtype]
+
+
+def _check_plain(ref: SampleRef) -> None:
+    origin, capture = ref.origin, ref.origin.capture
+    for what, value in (
+        ("uri", ref.uri),
+        ("target_model_version", origin.target_model_version),
+        ("tokenizer_version", origin.tokenizer_version),
+    ):
+        if not isinstance(value, str) or not 0 < len(value) <= MAX_TEXT:
+            raise UserError(f"{what} of {origin.sample_id} is {_short(value)}, expected up to {MAX_TEXT} characters")
+    if not isinstance(origin.attempt, int) or not 0 <= origin.attempt < 10**9:
+        raise UserError(f"attempt of {origin.sample_id} is {_short(origin.attempt)}, expected a whole number from 0")
+    _check_count(capture.hidden_size, MAX_TOKENS, f"hidden_size of {origin.sample_id}")
+    if capture.norm not in ("post", "pre") or not 0 < len(capture.layer_ids) <= MAX_FEATURES:
+        raise UserError(f"capture of {origin.sample_id} is {_short(capture)}, expected layer ids and norm post or pre")
 
 
 def _check_count(value: Any, limit: int, what: str) -> None:

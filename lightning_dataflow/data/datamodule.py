@@ -74,10 +74,10 @@ class DataFlowDataModule(L.LightningDataModule):
                 )
         self.next_seq = self.first_seq = state_dict["next_seq"]
 
-    def _identity(self) -> dict[str, int]:
+    def _identity(self) -> dict[str, int | str]:
         return {
+            "prompts": self.source.card.prompts_version,
             "seed": self.order.seed,
-            "num_samples": self.order.num_samples,
             "global_batch_size": self.global_batch_size,
         }
 
@@ -111,7 +111,10 @@ class DataFlowDataModule(L.LightningDataModule):
     def _read(self, refs: Sequence[SampleRef]) -> list[Sample]:
         samples = []
         for ref in refs:
-            tensors, handle = self.source.store.get(ref)
+            try:
+                tensors, handle = self.source.store.get(ref)
+            except KeyError as error:
+                raise UserError(f"a sample is lost: {error.args[0]}; capture again") from error
             samples.append(Sample(ref=ref, tensors=tensors))
             self.source.store.release(handle)
         return samples
@@ -124,10 +127,19 @@ class DataFlowDataModule(L.LightningDataModule):
 
 
 class _Stream:
-    """Lightning calls `iter` more often than it reads, so this starts over at the cursor each time."""
+    """Lightning calls `iter` more often than it reads, so this starts over at the cursor each time.
+
+    Lightning takes a loader with these two methods for one that resumes; the state is the DataModule's.
+    """
 
     def __init__(self, data: DataFlowDataModule):
         self._data = data
 
     def __iter__(self) -> Iterator[Batch]:
         return self._data.batches()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        assert not state_dict, "the DataModule holds the cursor"

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from lightning_dataflow.contracts import (
     CaptureSpec,
     SampleRef,
     UserError,
+    assert_no_tensors,
     ref_from_json,
     ref_to_json,
 )
@@ -38,11 +40,15 @@ class OfflineSource:
         self.folder = Path(folder)
         manifest = _read_manifest(self.folder)
         self.store = SharedDirFeatureStore(self.folder, retain=True, secret=secret)
-        self.card = _card_from_json(manifest["card"])
-        self._refs = _read_refs(self.folder / REFS)
-        if len(self._refs) != manifest["num_samples"]:
+        try:
+            self.card = _card_from_json(manifest["card"])
+            self._refs = _read_refs(self.folder / REFS)
+            num_samples = manifest["num_samples"]
+        except (KeyError, TypeError, AttributeError, OSError) as error:
+            raise UserError(f"the capture in {self.folder} is damaged ({error!r}): capture again") from error
+        if len(self._refs) != num_samples:
             raise UserError(
-                f"{self.folder}/{REFS} lists {len(self._refs)} samples, {MANIFEST} says {manifest['num_samples']}: "
+                f"{self.folder}/{REFS} lists {len(self._refs)} samples, {MANIFEST} says {num_samples}: "
                 "the capture is damaged, run it again"
             )
 
@@ -71,7 +77,10 @@ class OfflineSource:
 
     def token_counts(self, vocab_size: int) -> Tensor:
         """See RefSource."""
-        counts = load_file(self.folder / COUNTS)["token_counts"]
+        try:
+            counts = load_file(self.folder / COUNTS)["token_counts"]
+        except (OSError, SafetensorError, KeyError) as error:
+            raise UserError(f"the capture in {self.folder} is damaged ({error}): capture again") from error
         if len(counts) != vocab_size:
             raise UserError(
                 f"{self.folder} was captured for a vocabulary of {len(counts)} tokens, the target has {vocab_size}: "
@@ -87,6 +96,7 @@ def is_captured(folder: str | Path) -> bool:
 
 def write_manifest(folder: Path, refs: Sequence[SampleRef], card: FeatureCard, token_counts: Tensor) -> None:
     """Describe a finished capture; `manifest.json` comes last, so its presence says that everything is there."""
+    assert_no_tensors(refs)
     (folder / REFS).write_text("".join(json.dumps(ref_to_json(ref)) + "\n" for ref in refs))
     save_file({"token_counts": token_counts}, folder / COUNTS)
     manifest = {"schema_version": SCHEMA_VERSION, "num_samples": len(refs), "card": asdict(card)}
@@ -122,4 +132,4 @@ def _read_refs(path: Path) -> list[SampleRef]:
 
 def _card_from_json(data: dict[str, Any]) -> FeatureCard:
     capture = {**data["capture"], "layer_ids": tuple(data["capture"]["layer_ids"])}
-    return FeatureCard(**{**data, "capture": CaptureSpec(**capture)})
+    return FeatureCard(**{**data, "features": tuple(data["features"]), "capture": CaptureSpec(**capture)})

@@ -15,9 +15,13 @@ class FeatureCard:
     """What all features of a source have in common.
 
     Attributes:
+        features: their names.
+        prompts_version: fingerprint of the prompts, their masks and their order.
         skipped: records left out before anything was captured, by reason.
     """
 
+    features: tuple[str, ...]
+    prompts_version: str
     capture: CaptureSpec
     target_model_version: str
     tokenizer_version: str

@@ -70,10 +70,11 @@ class SpeculativeDecoder:
     def generate(self, prompt: Sequence[int], max_new_tokens: int) -> Generation:
         """Continue `prompt` until one of the target's end tokens, or for `max_new_tokens`."""
         eos_token_ids = self.target.eos_token_ids
-        session = TargetSession(self.target)
+        session = TargetSession(self.target, rollback=True)
         self.drafter.reset()
         generation = Generation(accepted_per_position=[0] * self.drafter.num_draft_tokens)
         logits, aux = session.extend(prompt)
+        session.crop(len(prompt))
         pending = self._choose(logits[-1])
         generation.tokens.append(pending)
         self.drafter.observe([*prompt[1:], pending], aux)

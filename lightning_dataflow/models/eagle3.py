@@ -14,6 +14,7 @@ from lightning_dataflow.models.draft_vocab import DraftVocab, check_draft_vocab_
 from lightning_dataflow.models.layers import RMSNorm, Rotary, SwiGLU, rotate
 
 Score = TypeVar("Score")
+Weights = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +85,18 @@ class Eagle3Attention(nn.Module):
         self.v_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
 
-    def project(self, x: Tensor, *, half: int) -> tuple[Tensor, ...]:
-        """The share of q, k, v [..., heads · D] that the embedding half (0) or the hidden half (1) of the input has."""
-        columns = slice(half * x.shape[-1], (half + 1) * x.shape[-1])
-        return tuple(F.linear(x, module.weight[:, columns]) for module in (self.q_proj, self.k_proj, self.v_proj))
+    def halves(self) -> tuple[Weights, Weights]:
+        """Weights of q, k, v for the embedding half and for the hidden half of the input. Sliced once a forward pass:
+        every slice of a parameter costs a gradient of the parameter's size."""
+        embedding, hidden = zip(*(module.weight.chunk(2, dim=1) for module in self._inputs()), strict=True)
+        return embedding, hidden
+
+    def project(self, x: Tensor, weights: Weights) -> tuple[Tensor, ...]:
+        """The share of q, k, v [..., heads · D] that one half of the input has."""
+        return tuple(F.linear(x, weight) for weight in weights)
+
+    def _inputs(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        return self.q_proj, self.k_proj, self.v_proj
 
     def split_heads(self, x: Tensor) -> Tensor:
         """[B, S, heads · D] → [B, heads, S, D]."""
@@ -172,8 +181,9 @@ class Eagle3Draft(nn.Module):
         """
         layer, attention = self.midlayer, self.midlayer.self_attn
         embedded = layer.input_layernorm(self.embed(input_ids, embedding).to(aux_hidden_states.dtype))
+        of_embedding, of_hidden = attention.halves()
         # The embedding's share of q, k, v is the same in every step, shifted left by one more each time.
-        shares = [F.pad(share, (0, 0, 0, num_steps - 1)) for share in attention.project(embedded, half=0)]
+        shares = [F.pad(share, (0, 0, 0, num_steps - 1)) for share in attention.project(embedded, of_embedding)]
         length = input_ids.shape[1]
         cos, sin = self.rotary.tables(torch.arange(length + num_steps - 1, device=input_ids.device))
         hidden = self.fc(aux_hidden_states)
@@ -184,7 +194,7 @@ class Eagle3Draft(nn.Module):
             window = slice(step, step + length)
             query, key, value = (
                 attention.split_heads(part + share[:, window])
-                for part, share in zip(attention.project(layer.hidden_norm(hidden), half=1), shares, strict=True)
+                for part, share in zip(attention.project(layer.hidden_norm(hidden), of_hidden), shares, strict=True)
             )
             keys.append(rotate(key, cos[window], sin[window]))
             values.append(value)
@@ -211,8 +221,9 @@ class Eagle3Draft(nn.Module):
         embedded = layer.input_layernorm(self.embed(input_ids, embedding).to(hidden.dtype))
         start = cache.length
         cos, sin = self.rotary.tables(torch.arange(start, start + input_ids.shape[1], device=hidden.device))
-        halves = zip(attention.project(embedded, half=0), attention.project(layer.hidden_norm(hidden), half=1), strict=True)
-        query, key, value = (attention.split_heads(first + second) for first, second in halves)
+        of_embedding, of_hidden = attention.halves()
+        shares = attention.project(embedded, of_embedding), attention.project(layer.hidden_norm(hidden), of_hidden)
+        query, key, value = (attention.split_heads(first + second) for first, second in zip(*shares, strict=True))
         keys, values = cache.append(rotate(key, cos, sin), value)
         hidden = layer.finish(hidden, causal_attention(rotate(query, cos, sin), keys, values))
         return hidden, self.lm_head(self.norm(hidden[:, -1])).float().squeeze(0)

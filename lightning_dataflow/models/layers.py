@@ -55,16 +55,18 @@ class _GatedProduct(torch.autograd.Function):
 class Rotary(nn.Module):
     """Rotary position embedding (arXiv 2104.09864) with halves rotated, as in Llama."""
 
-    inverse_frequencies: Tensor
-
     def __init__(self, head_dim: int, theta: float):
         super().__init__()
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-        self.register_buffer("inverse_frequencies", 1.0 / theta**exponents, persistent=False)
+        self.head_dim = head_dim
+        self.theta = theta
 
     def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions [...] → cosines and sines [..., head_dim], in float32."""
-        angles = positions[..., None].float() * self.inverse_frequencies.float()
+        """Positions [...] → cosines and sines [..., head_dim], in float32.
+
+        Frequencies are no buffer: a cast of the module to bfloat16 would round them, and with them every angle.
+        """
+        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=positions.device) / self.head_dim
+        angles = positions[..., None].float() * (1.0 / self.theta**exponents)
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos(), angles.sin()
 

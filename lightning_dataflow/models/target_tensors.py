@@ -11,6 +11,7 @@ from lightning_dataflow.contracts import UserError
 
 EMBEDDING_NAMES = ("model.embed_tokens.weight", "model.language_model.embed_tokens.weight", "transformer.wte.weight")
 HEAD_NAMES = ("lm_head.weight", "language_model.lm_head.weight")
+HEAD_BIAS_NAMES = ("lm_head.bias", "language_model.lm_head.bias")
 
 
 class FrozenTarget:
@@ -25,13 +26,24 @@ class FrozenTarget:
         self.head = head
 
     @classmethod
-    def load(cls, path: str | Path, *, dtype: torch.dtype = torch.float32) -> "FrozenTarget":
-        """Read from a Hugging Face folder. Raises UserError when the tensors cannot be found."""
+    def load(cls, path: str | Path, *, dtype: torch.dtype = torch.float32, tied: bool = True) -> "FrozenTarget":
+        """Read from a Hugging Face folder.
+
+        Args:
+            tied: the target's config allows the head to be the embedding, when the files hold none.
+
+        Raises:
+            UserError: the tensors cannot be found, or the head has a bias.
+        """
         folder = Path(path)
         embedding = _read(folder, EMBEDDING_NAMES)
         if embedding is None:
             raise UserError(f"no token embedding in the safetensors of {folder}, looked for {', '.join(EMBEDDING_NAMES)}")
         head = _read(folder, HEAD_NAMES)
+        if head is None and not tied:
+            raise UserError(f"no head in the safetensors of {folder}, looked for {', '.join(HEAD_NAMES)}")
+        if _read(folder, HEAD_BIAS_NAMES) is not None:
+            raise UserError(f"the head of {folder} has a bias, which is not supported")
         embedding = embedding.to(dtype)
         return cls(embedding, embedding if head is None else head.to(dtype))
 

@@ -89,7 +89,7 @@ class Eagle3Objective:
         whose target argmax is in the draft vocabulary).
         """
         if normaliser is None:
-            normaliser = torch.tensor(float(len(rows.teacher)), device=hidden.device)
+            normaliser = torch.tensor(float(len(rows.teacher)), dtype=torch.float32, device=hidden.device)
         teacher = _Teacher(last_hidden_state.flatten(0, 1), target_head, target_ids, t2d, rows)
         total, sums = _UnrolledLoss.apply(hidden, lm_head, teacher, self, normaliser)
         loss_k, correct, masked, accepted, supervised = sums.unbind()
@@ -155,15 +155,15 @@ class _UnrolledLoss(torch.autograd.Function):
         if options.lk_loss is not None:
             run.measure()
         sums = run.score()
-        weights = options.step_weight_base ** torch.arange(len(hidden), device=hidden.device)
-        ctx.grads = run.grad_hidden, run.grad_head
+        weights = run.step_weights
+        ctx.grads = (run.grad_hidden, hidden.dtype), (run.grad_head, lm_head.dtype)
         ctx.mark_non_differentiable(sums)
         return (weights * sums[0]).sum(), sums
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_head = (None if one is None else one * grad.to(one.dtype) for one in ctx.grads)
+        grad_hidden, grad_head = (None if one is None else (one * grad).to(dtype) for one, dtype in ctx.grads)
         return grad_hidden, grad_head, None, None, None
 
 
@@ -186,8 +186,10 @@ class _Run:
         self.rows_per_step = hidden.shape[1] * hidden.shape[2]
         self.lm_head = lm_head.detach().to(self.dtype or hidden.dtype)
         self.teacher, self.options, self.normaliser = teacher, options, normaliser
-        self.grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
-        self.grad_head = torch.zeros_like(lm_head) if wants_head else None
+        self.grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wants_hidden else None
+        self.grad_head = torch.zeros_like(lm_head, dtype=torch.float32) if wants_head else None
+        steps = torch.arange(self.num_steps, dtype=torch.float32, device=hidden.device)
+        self.step_weights = options.step_weight_base**steps
         self.means: _StepMeans | None = None
 
     def tiles(self) -> range:
@@ -201,20 +203,21 @@ class _Run:
     @torch.no_grad()
     def measure(self) -> None:
         """First pass of an LK loss: how many positions are supervised, and their mean acceptance, per step."""
-        sums = torch.zeros(2, self.num_steps, device=self.states.device)
-        for start in self.tiles():
-            tile = self.teacher.tile(start, start + self.tile_size)
-            _, valid, logits = self.student(start)
-            supervised = valid & tile.supervised
-            q = torch.softmax(logits, -1).unflatten(0, (self.num_steps, -1))
-            sums[0] += supervised.sum(1)
-            sums[1] += (torch.minimum(q, tile.p_full).sum(-1) * supervised).sum(1)
+        sums = torch.zeros(2, self.num_steps, dtype=torch.float32, device=self.states.device)
+        with torch.autocast(self.states.device.type, enabled=False):
+            for start in self.tiles():
+                tile = self.teacher.tile(start, start + self.tile_size)
+                _, valid, logits = self.student(start)
+                supervised = valid & tile.supervised
+                q = torch.softmax(logits, -1).unflatten(0, (self.num_steps, -1))
+                sums[0] += supervised.sum(1)
+                sums[1] += (torch.minimum(q, tile.p_full).sum(-1) * supervised).sum(1)
         self.means = _StepMeans(sums[0], sums[1] / sums[0].clamp(min=1))
 
     @torch.no_grad()
     def score(self) -> Tensor:
         """Sums [5, K]: loss, correct, loss-masked, accepted, supervised. Fills the gradients."""
-        sums = torch.zeros(5, self.num_steps, device=self.states.device)
+        sums = torch.zeros(5, self.num_steps, dtype=torch.float32, device=self.states.device)
         with torch.autocast(self.states.device.type, enabled=False):
             for start in self.tiles():
                 tile = self.teacher.tile(start, start + self.tile_size)
@@ -254,8 +257,7 @@ class _Run:
         self, cross_entropy: Tensor, overlap: Tensor, q: Tensor, tile: _TeacherTile, supervised: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss per row [K, R], d loss/d logits before weighting [K, R, V_d] (in q's memory), and the rows' weights."""
-        step_weight = self.options.step_weight_base ** torch.arange(self.num_steps, device=q.device)[:, None]
-        weight = step_weight * supervised
+        weight = self.step_weights[:, None] * supervised
         if self.options.lk_loss is None:
             return cross_entropy, q.sub_(tile.p), weight
         # d overlap / d logits = q · (below − Σ q·below), below marking where q < p.
@@ -282,10 +284,10 @@ class _Run:
         """Add a tile's gradients. A row that does not exist has weight 0."""
         grad_logits = grad_logits.to(self.lm_head.dtype)
         if self.grad_hidden is not None:
-            grad = (grad_logits @ self.lm_head).to(self.grad_hidden.dtype) * weight[:, None].to(self.grad_hidden.dtype)
+            grad = (grad_logits @ self.lm_head).float() * weight[:, None]
             self.grad_hidden.view(-1, grad.shape[-1]).index_add_(0, rows, grad)
         if self.grad_head is not None:
-            states = self.states[rows].to(self.lm_head.dtype) * weight[:, None].to(self.lm_head.dtype)
+            states = (self.states[rows] * weight[:, None]).to(self.lm_head.dtype)
             if self.grad_head.dtype == grad_logits.dtype:
                 self.grad_head.addmm_(grad_logits.T, states)
             else:

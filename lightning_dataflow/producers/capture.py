@@ -8,6 +8,8 @@ from lightning_dataflow.contracts import PromptTask, SampleOrigin, SampleRef
 from lightning_dataflow.stores import FeatureStore
 from lightning_dataflow.targets import TargetEngine
 
+FEATURES = ("input_ids", "loss_mask", "aux_hidden_states", "last_hidden_state")
+
 
 def capture_prompts(tasks: Sequence[PromptTask], target: TargetEngine, store: FeatureStore) -> list[SampleRef]:
     """Capture `tasks` as one batch and store each sample. Raises ValueError when the engine returns something else."""

@@ -34,11 +34,12 @@ def capture_to_folder(
         progress: called with (samples done, samples in all).
 
     Raises:
-        UserError: the folder cannot be written, or holds a finished capture.
+        UserError: the folder cannot be written, or holds a finished capture; or the prompts do not fit the target.
         CapacityError: the disk is full, or `capacity_bytes` is reached.
     """
     if is_captured(folder):
         raise UserError(f"{folder} already holds a finished capture: choose another store.root, or remove the folder")
+    prompts.check_target(target.info.vocab_size, target.info.max_position_embeddings)
     store = SharedDirFeatureStore(folder, retain=True, capacity_bytes=capacity_bytes, secret=secret)
     order = range(len(prompts)) if order is None else order
     version = target.info.model_version

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_dataflow.contracts import SampleRef
 from lightning_dataflow.data.source import FeatureCard
-from lightning_dataflow.producers.capture import capture_prompts
+from lightning_dataflow.producers.capture import FEATURES, capture_prompts
 from lightning_dataflow.prompts import PromptDataset
 from lightning_dataflow.stores import FeatureStore, MemoryFeatureStore
 from lightning_dataflow.targets import TargetEngine
@@ -22,6 +22,9 @@ class OnlineSource:
         store: where features wait for the step that uses them.
         capture_batch_size: prompts per target forward pass. 1 gives the same bits in every topology; more is faster on a
             GPU, and rounds differently when the groups differ.
+
+    Raises:
+        UserError: the prompts hold tokens that the target does not know, or are longer than its positions.
     """
 
     def __init__(
@@ -32,6 +35,7 @@ class OnlineSource:
         *,
         capture_batch_size: int = 1,
     ):
+        prompts.check_target(target.info.vocab_size, target.info.max_position_embeddings)
         self.prompts = prompts
         self.target = target
         self.store = store or MemoryFeatureStore()
@@ -73,6 +77,8 @@ class OnlineSource:
 def feature_card(prompts: PromptDataset, target: TargetEngine) -> FeatureCard:
     """What features of these prompts, captured by this target, have in common."""
     return FeatureCard(
+        features=FEATURES,
+        prompts_version=prompts.version,
         capture=target.capture_spec,
         target_model_version=target.info.model_version,
         tokenizer_version=target.info.tokenizer_version,

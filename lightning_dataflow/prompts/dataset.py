@@ -1,8 +1,10 @@
 """The filtered prompts of a run, tokenised, with a count for everything that was left out."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,7 +34,7 @@ class TokenizedPrompt:
         return self.input_ids[: first or max(1, len(self.input_ids) // 2)]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class PromptDataset(Sequence[TokenizedPrompt]):
     """Prompts that have something to learn, in file order.
 
@@ -51,16 +53,34 @@ class PromptDataset(Sequence[TokenizedPrompt]):
     def __getitem__(self, index: Any) -> Any:
         return self.prompts[index]
 
+    @cached_property
+    def version(self) -> str:
+        """Fingerprint of every prompt, its mask and their order, 16 hex digits."""
+        digest = hashlib.sha256()
+        for prompt in self.prompts:
+            digest.update(repr((prompt.source_id, prompt.input_ids, prompt.loss_mask)).encode())
+        return digest.hexdigest()[:16]
+
+    def check_target(self, vocab_size: int, max_positions: int) -> None:
+        """Raise UserError for a token id that a target does not know, or a prompt longer than its positions."""
+        for prompt in self.prompts:
+            wrong = next((token for token in prompt.input_ids if not 0 <= token < vocab_size), None)
+            if wrong is not None:
+                raise UserError(
+                    f"record {prompt.source_id} has token id {wrong}, the target's vocabulary has {vocab_size}: "
+                    "use the target's own tokenizer"
+                )
+            if len(prompt.input_ids) > max_positions:
+                raise UserError(
+                    f"record {prompt.source_id} has {len(prompt.input_ids)} tokens, the target reads {max_positions}: "
+                    f"set data.max_length to at most {max_positions}"
+                )
+
     def token_counts(self, vocab_size: int) -> torch.Tensor:
-        """How often each token id is supervised, int64 [vocab_size]."""
+        """How often each token id is supervised, int64 [vocab_size]; all ids are below that."""
         counts = torch.zeros(vocab_size, dtype=torch.int64)
         for prompt in self.prompts:
             ids = torch.tensor(prompt.input_ids)[torch.tensor(prompt.loss_mask, dtype=torch.bool)]
-            if len(ids) and int(ids.max()) >= vocab_size:
-                raise UserError(
-                    f"{prompt.source_id} has token id {int(ids.max())}, the target's vocabulary has {vocab_size}: "
-                    "use the target's own tokenizer"
-                )
             counts += torch.bincount(ids, minlength=vocab_size)
         return counts
 

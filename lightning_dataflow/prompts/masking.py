@@ -67,8 +67,12 @@ class Encoder:
                 add_generation_prompt=add_generation_prompt,
                 **options,
             )
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(
+                f"the chat template is not valid Jinja ({error.message}, line {error.lineno}): mend it"
+            ) from error
         except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
-            raise Unusable("refused by the chat template") from error
+            raise Unusable(f"refused by the chat template ({str(error).splitlines()[0][:100]})") from error
 
     def _encode_tagged(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
         encoded = self._render(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
@@ -87,23 +91,22 @@ class Encoder:
 
     def _turn_span(self, messages: Sequence[Message], index: int, text: str) -> tuple[int, int]:
         """Characters [start, end) of assistant turn `index` in the rendered conversation."""
+        before = self._render(messages[:index], tokenize=False)
         prefix = self._render(messages[:index], add_generation_prompt=True, tokenize=False)
         through = self._render(messages[: index + 1], tokenize=False)
-        if not text.startswith(prefix):
+        # A generation prompt may open a thought that the finished turn does not show.
+        start = _common_prefix(prefix, text)
+        if start < len(before):
             raise Unusable("the chat template rewrites earlier turns")
-        start = len(prefix)
         if text.startswith(through) and len(through) > start:
             end = len(through)
         else:  # the template renders a last turn otherwise than the same turn in the middle
-            end = self._content_start(messages[index], text, start) + len(messages[index]["content"].strip())
+            content = str(messages[index].get("content") or "").strip()
+            end = text.find(content, start) + len(content)
+            if not content or end < start + len(content):
+                raise Unusable("the chat template rewrites earlier turns")
             end = self._after_end_of_turn(text, end)
         return start, start + len(self._without_trailing_space(text[start:end]))
-
-    def _content_start(self, message: Message, text: str, start: int) -> int:
-        found = text.find(message["content"].strip(), start)
-        if found < 0:
-            raise Unusable("the chat template rewrites earlier turns")
-        return found
 
     def _after_end_of_turn(self, text: str, end: int) -> int:
         for token in self.tokenizer.all_special_tokens:
@@ -114,3 +117,9 @@ class Encoder:
     def _without_trailing_space(self, turn: str) -> str:
         stripped = turn.rstrip()
         return stripped if stripped.endswith(tuple(self.tokenizer.all_special_tokens)) else turn
+
+
+def _common_prefix(one: str, other: str) -> int:
+    """Number of characters that both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -18,7 +18,8 @@ class FeatureStore(ABC):
     """Consume-once storage of feature tensors.
 
     A ref is valid for one generation. Putting a sample again supersedes the older generation: its refs fail from then
-    on. After `release` or `abort` returned, nobody is handed the old bytes again.
+    on. Attempts order: a put of an older attempt than the one that is there returns a ref that is stale at once. After
+    `release` or `abort` returned, nobody is handed the old bytes again.
     """
 
     uri: str

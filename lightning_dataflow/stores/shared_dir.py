@@ -8,6 +8,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -26,7 +27,9 @@ from lightning_dataflow.stores.base import (
 )
 
 SUFFIX = ".safetensors"
+CARD = "store.json"
 ORPHAN_AGE_S = 600.0
+ATTEMPTS = 10
 
 
 class SharedDirFeatureStore(FeatureStore):
@@ -65,7 +68,7 @@ class SharedDirFeatureStore(FeatureStore):
         self.uri = f"shared_dir://{self._card()['store_id']}"
 
     def put(self, tensors: Mapping[str, torch.Tensor], origin: SampleOrigin) -> SampleRef:
-        """See FeatureStore.put. Flushed to the file's final name by an atomic rename."""
+        """See FeatureStore.put. With `capacity_bytes`, each put walks the whole folder."""
         self._check_secret()
         specs = feature_specs(tensors)
         size = num_bytes(tensors)
@@ -74,9 +77,11 @@ class SharedDirFeatureStore(FeatureStore):
         generation = new_generation(origin.attempt)
         plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
         self._write(folder, generation, plain)
-        for older in _generations(folder):
-            if older.stem != generation:
-                older.unlink(missing_ok=True)
+        for other in _generations(folder):
+            if other.stem != generation and _attempt(other.stem) <= origin.attempt:
+                other.unlink(missing_ok=True)
+        if any(_attempt(other.stem) > origin.attempt for other in _generations(folder)):
+            self._path(origin.sample_id, generation).unlink(missing_ok=True)  # a newer attempt was first
         return SampleRef(origin=origin, uri=self.uri, generation=generation, features=specs, num_bytes=size)
 
     def get(self, ref: SampleRef) -> tuple[Tensors, FeatureHandle]:
@@ -119,30 +124,31 @@ class SharedDirFeatureStore(FeatureStore):
         orphans = 0
         for folder in self._samples.iterdir():
             for path in folder.glob("*.tmp"):
-                if time.time() - path.stat().st_mtime > ORPHAN_AGE_S:
-                    path.unlink(missing_ok=True)
-                    orphans += 1
+                with suppress(FileNotFoundError):  # its writer has just renamed it
+                    if time.time() - path.stat().st_mtime > ORPHAN_AGE_S:
+                        path.unlink()
+                        orphans += 1
             _remove_empty(folder)
         return {"orphans": orphans}
 
     def _attach(self, secret: str | None) -> str:
         """Write the store's card once; whoever comes second finds it. Returns the digest that the card must show."""
-        salt = secrets.token_hex(16)
-        card = {"store_id": secrets.token_hex(8), "salt": salt, "digest": _digest(secret, salt)}
-        temporary = self.root / f".store-{secrets.token_hex(8)}.tmp"
-        temporary.write_text(json.dumps(card))
-        try:
-            os.link(temporary, self.root / "store.json")
-        except FileExistsError:
-            pass
-        finally:
-            temporary.unlink()
+        if not (self.root / CARD).exists():  # a reader may have a mount that it cannot write to
+            salt = secrets.token_hex(16)
+            card = {"store_id": secrets.token_hex(8), "salt": salt, "digest": _digest(secret, salt)}
+            temporary = self.root / f".store-{secrets.token_hex(8)}.tmp"
+            temporary.write_text(json.dumps(card))
+            try:
+                with suppress(FileExistsError):
+                    os.link(temporary, self.root / CARD)
+            finally:
+                temporary.unlink()
         digest = _digest(secret, self._card()["salt"])
         self._check_digest(digest)
         return digest
 
     def _card(self) -> dict[str, str]:
-        return json.loads((self.root / "store.json").read_text())
+        return json.loads((self.root / CARD).read_text())
 
     def _check_secret(self) -> None:
         self._check_digest(self._digest)
@@ -158,7 +164,7 @@ class SharedDirFeatureStore(FeatureStore):
     def _check_capacity(self, sample_id: str, size: int) -> None:
         if self.capacity_bytes is None:
             return
-        superseded = sum(path.stat().st_size for path in _generations(self._folder(sample_id)))
+        superseded = sum(_size(path) for path in _generations(self._folder(sample_id)))
         taken = sum(self._file_sizes()) - superseded
         if taken + size > self.capacity_bytes:
             raise CapacityError(
@@ -169,7 +175,11 @@ class SharedDirFeatureStore(FeatureStore):
     def _write(self, folder: Path, generation: str, tensors: Tensors) -> None:
         temporary = folder / f"{generation}.tmp"
         try:
-            folder.mkdir(exist_ok=True)
+            for _ in range(ATTEMPTS):
+                folder.mkdir(exist_ok=True)
+                with suppress(FileNotFoundError):  # another process has just freed the sample and removed its folder
+                    temporary.touch()
+                    break
             save_file(tensors, temporary)
             os.replace(temporary, folder / f"{generation}{SUFFIX}")
         except (OSError, SafetensorError) as error:
@@ -182,13 +192,25 @@ class SharedDirFeatureStore(FeatureStore):
     def _file_sizes(self) -> Iterator[int]:
         for folder in self._samples.iterdir():
             for path in _generations(folder):
-                yield path.stat().st_size
+                yield _size(path)
 
     def _folder(self, sample_id: str) -> Path:
         return self._samples / check_id(sample_id, "sample_id")
 
     def _path(self, sample_id: str, generation: str) -> Path:
         return self._folder(sample_id) / f"{check_id(generation, 'generation')}{SUFFIX}"
+
+
+def _attempt(generation: str) -> int:
+    return int(generation.split("-")[0])
+
+
+def _size(path: Path) -> int:
+    """0 when another process has just freed the file."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _generations(folder: Path) -> list[Path]:

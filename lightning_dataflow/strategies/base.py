@@ -19,8 +19,8 @@ from lightning_dataflow.models import FrozenTarget
 from lightning_dataflow.objectives import ObjectiveSums
 from lightning_dataflow.strategies.optimisation import adamw, scale_gradients, warmup_cosine
 from lightning_dataflow.strategies.registry import StrategySpec, resolve_strategy
-from lightning_dataflow.strategies.sharding import fsdp1_root, shard_draft
-from lightning_dataflow.strategies.streaming import check_trainer, reopen_epoch
+from lightning_dataflow.strategies.sharding import fsdp1_root, full_state_dict, shard_draft
+from lightning_dataflow.strategies.streaming import align_loops, check_trainer
 from lightning_dataflow.strategies.window import WindowSums
 from lightning_dataflow.targets.info import read_target_info
 
@@ -67,9 +67,9 @@ class DraftModule(L.LightningModule):
         self.target_info = read_target_info(target)
         self.layer_ids = tuple(layer_ids or self.spec.default_layer_ids(self.target_info.num_layers))
         self.step_losses: list[Tensor | float] = []
-        self._frozen: tuple[FrozenTarget, ...] = ()  # in a tuple, so that it is no part of the module
+        self._frozen: tuple[FrozenTarget, ...] = ()
         self._window = WindowSums()
-        self._restored = False
+        self._initialised = False  # whether the draft's weights are somebody's work
 
     @property
     def spec(self) -> StrategySpec:
@@ -89,6 +89,11 @@ class DraftModule(L.LightningModule):
     def drafter(self, *, num_draft_tokens: int) -> Drafter:
         """The draft as it stands, ready to decode. A collective under sharding: every rank calls it."""
 
+    def full_draft_state(self) -> dict[str, Tensor]:
+        """The unsharded state dict of the draft on every rank. A collective under sharding."""
+        root = fsdp1_root(self.trainer.strategy.model) if self._trainer is not None else None
+        return full_state_dict(root or self, "draft.")
+
     def initialise_draft(self, data: DataFlowDataModule) -> None:
         """Set what depends on the target's tensors or on the data, once before a new draft trains."""
 
@@ -99,22 +104,28 @@ class DraftModule(L.LightningModule):
     def load_frozen_target(self, device: torch.device) -> None:
         """Read the target's embedding and head, unless that is done."""
         if not self._frozen:
-            self._frozen = (FrozenTarget.load(self.target_info.path, dtype=DTYPES[self.hparams["target_dtype"]]),)
+            info, dtype = self.target_info, DTYPES[self.hparams["target_dtype"]]
+            self._frozen = (FrozenTarget.load(info.path, dtype=dtype, tied=info.tie_word_embeddings),)
         self.frozen_target.to(device)
 
     def setup(self, stage: str) -> None:
         """Lightning's hook: refuse features of another target, then initialise the draft."""
         self.load_frozen_target(self.trainer.strategy.root_device)
-        data = getattr(self.trainer, "datamodule", None)
-        if stage == "fit" and isinstance(data, DataFlowDataModule):
+        if stage == "fit" and isinstance(data := self._data(), DataFlowDataModule):
             self.check_features(data.source.card)
-            if not self._restored:
+            if not self._initialised:
                 self.initialise_draft(data)
+                self._initialised = True
 
     def check_features(self, card: FeatureCard) -> None:
         """Raise UserError naming the first way in which features do not fit this draft."""
         info = self.target_info
         expected = CaptureSpec(layer_ids=self.layer_ids, norm="post", hidden_size=info.hidden_size)
+        missing = set(self.spec.features) - set(card.features)
+        if missing:
+            raise UserError(
+                f"the features lack {', '.join(sorted(missing))}, which {self.strategy_name} needs: capture again"
+            )
         for what, found, wanted in (
             ("hidden size", card.capture.hidden_size, expected.hidden_size),
             ("capture layers", card.capture.layer_ids, expected.layer_ids),
@@ -141,7 +152,7 @@ class DraftModule(L.LightningModule):
         """Lightning's hook: AdamW, warm-up and cosine over the trainer's max_steps."""
         hparams = self.hparams
         optimizer = adamw(
-            self.parameters(), lr=hparams["lr"], betas=tuple(hparams["betas"]), weight_decay=hparams["weight_decay"]
+            self.named_parameters(), lr=hparams["lr"], betas=tuple(hparams["betas"]), weight_decay=hparams["weight_decay"]
         )
         schedule = warmup_cosine(
             optimizer,
@@ -154,6 +165,11 @@ class DraftModule(L.LightningModule):
     def on_fit_start(self) -> None:
         """Lightning's hook."""
         check_trainer(self.trainer)
+
+    def on_train_start(self) -> None:
+        """Lightning's hook. What an earlier, interrupted fit left behind is no part of this one."""
+        self._window = WindowSums()
+        self.step_losses = self.step_losses[: self.trainer.global_step]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Lightning's hook; see the class for the scale of what it returns."""
@@ -189,12 +205,17 @@ class DraftModule(L.LightningModule):
         self.step_losses = [float(loss) for loss in self.step_losses]
         checkpoint["step_losses"] = self.step_losses
         checkpoint["strategy"] = self.strategy_name
+        checkpoint["target_model_version"] = self.target_info.model_version
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Lightning's hook."""
         self.step_losses = list(checkpoint.get("step_losses", []))
-        self._restored = True
-        reopen_epoch(checkpoint.get("loops", {}))
+        self._initialised = True
+        if self._trainer is not None and isinstance(data := self._data(), DataFlowDataModule):
+            align_loops(checkpoint, data.accumulate_grad_batches(self.trainer.world_size))
+
+    def _data(self) -> Any:
+        return getattr(self.trainer, "datamodule", None)
 
     def _tokens(self, batch: Batch) -> int:
         self._window_tokens: int = batch["window_num_tokens"]

@@ -1,6 +1,7 @@
 """A draft back from a Lightning checkpoint, full or sharded."""
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ def load_module(path: str | Path, *, target: str | None = None) -> DraftModule:
         target: where the target is now, if it moved.
 
     Raises:
-        UserError: no such checkpoint, or not one of a draft.
+        UserError: no such checkpoint, not one of a draft, or one for another target.
     """
     path = Path(path)
     if not path.exists():
@@ -27,10 +28,13 @@ def load_module(path: str | Path, *, target: str | None = None) -> DraftModule:
     try:
         checkpoint: dict[str, Any] = torch.load(header, map_location="cpu", weights_only=True)
         name, hparams = checkpoint["strategy"], checkpoint["hyper_parameters"]
-    except (KeyError, OSError, RuntimeError) as error:
-        raise UserError(f"{path} is not a draft's checkpoint ({str(error).splitlines()[0]})") from error
+    except (KeyError, TypeError, OSError, EOFError, RuntimeError, UnpicklingError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} is not a draft's checkpoint ({reason})") from error
     hparams = {**hparams, "target": target or hparams["target"]}
     module = resolve_strategy(name).module(**hparams)
+    if module.target_info.model_version != checkpoint["target_model_version"]:
+        raise UserError(f"{path} was trained for another target than {hparams['target']}: name the one it was trained for")
     if path.is_dir():
         from torch.distributed import checkpoint as dcp
 

@@ -17,7 +17,6 @@ from lightning_dataflow.objectives import Eagle3Objective, ObjectiveSums, superv
 from lightning_dataflow.objectives.eagle3 import TargetRows
 from lightning_dataflow.strategies.base import DraftModule
 from lightning_dataflow.strategies.registry import StrategySpec, register_strategy
-from lightning_dataflow.strategies.sharding import full_state_dict
 from lightning_dataflow.targets.base import check_layer_ids
 
 
@@ -129,7 +128,7 @@ class Eagle3Module(DraftModule):
     def drafter(self, *, num_draft_tokens: int = 4) -> ChainDrafter:
         """See DraftModule."""
         copy = Eagle3Draft(self.draft.config).to(self.draft.d2t.device)
-        copy.load_state_dict(full_state_dict(self.draft))
+        copy.load_state_dict(self.full_draft_state())
         embedding = None if copy.config.train_embeddings else self.frozen_target.embedding
         return ChainDrafter(copy.eval(), embedding, num_draft_tokens=num_draft_tokens)
 

@@ -11,13 +11,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from lightning_dataflow.contracts import UserError
 
 
-def adamw(parameters: Iterable[nn.Parameter], *, lr: float, betas: tuple[float, float], weight_decay: float) -> AdamW:
-    """AdamW; norms (one-dimensional parameters) do not decay."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+def adamw(
+    parameters: Iterable[tuple[str, nn.Parameter]], *, lr: float, betas: tuple[float, float], weight_decay: float
+) -> AdamW:
+    """AdamW over named parameters; norms and biases do not decay. Told apart by name: FSDP1 flattens every shape."""
+    decaying: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in parameters:
+        if parameter.requires_grad:
+            (others if "norm" in name.split(".")[-2] or name.endswith("bias") else decaying).append(parameter)
+    groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return AdamW(groups, lr=lr, betas=betas)
 
 

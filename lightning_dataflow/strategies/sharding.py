@@ -14,12 +14,12 @@ def shard_draft(draft: nn.Module, mesh: DeviceMesh) -> None:
         fully_shard(draft, mesh=mesh)
 
 
-def full_state_dict(draft: nn.Module) -> dict[str, Any]:
-    """The unsharded state dict on the CPU of every rank. A collective under FSDP: all ranks call it."""
+def full_state_dict(module: nn.Module, prefix: str) -> dict[str, Any]:
+    """Unsharded tensors below `prefix`, on every rank. A collective under FSDP, whose root must be `module`."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    options = StateDictOptions(full_state_dict=True, cpu_offload=False)
-    return get_model_state_dict(draft, options=options)
+    state = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True))
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def fsdp1_root(model: Any) -> Any | None:

@@ -40,9 +40,21 @@ def check_trainer(trainer: L.Trainer) -> None:
         )
 
 
-def reopen_epoch(loops: dict[str, Any]) -> None:
-    """Edit a checkpoint's loop state so that the one epoch goes on: a run that reached max_steps ended it, and would
-    otherwise train nothing when it is resumed with a higher max_steps."""
-    if "fit_loop" in loops:
-        loops["fit_loop"]["epoch_progress"]["current"] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-        loops["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
+def align_loops(checkpoint: dict[str, Any], accumulation: int) -> None:
+    """Edit a checkpoint's loop state so that the one epoch goes on at the window of the cursor.
+
+    Lightning counts micro-batches: their number per step differs when ranks or micro-batch size changed, and exceeds the
+    cursor's when the checkpoint was taken inside a window. And a run that reached max_steps has ended the epoch, so that
+    resuming it with a higher max_steps would train nothing.
+    """
+    if "fit_loop" not in checkpoint.get("loops", {}):
+        return
+    fit_loop = checkpoint["loops"]["fit_loop"]
+    batches = checkpoint["global_step"] * accumulation
+    fit_loop["epoch_loop.batch_progress"]["is_last_batch"] = False
+    for scope in ("total", "current"):
+        fit_loop["epoch_progress"][scope] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+        fit_loop["epoch_loop.batch_progress"][scope] |= dict.fromkeys(
+            ("ready", "started", "processed", "completed"), batches
+        )
+    fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"]

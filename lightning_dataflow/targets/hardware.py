@@ -1,6 +1,16 @@
 """What the hardware is good at."""
 
+import os
+
 import torch
+
+
+def default_device() -> torch.device:
+    """This rank's GPU (`LOCAL_RANK` as launchers set it), or the CPU. A rank's target is built before Lightning selects
+    the rank's device."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.targets.base import TargetEngine
-from lightning_dataflow.targets.hardware import multiplies_bfloat16
+from lightning_dataflow.targets.hardware import default_device, multiplies_bfloat16
 from lightning_dataflow.targets.info import read_target_info
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -25,7 +25,7 @@ class HFTargetEngine(TargetEngine):
         layer_ids: layers to capture; see TargetEngine.
         dtype: `float32`, `bfloat16`, `float16`, or `auto`: the checkpoint's, but float32 where the hardware only
             emulates bfloat16. Features have this dtype.
-        device: `auto` (CUDA when there is one), or a torch device.
+        device: `auto` (this rank's GPU when there is one), or a torch device.
         attention: transformers' `attn_implementation`.
     """
 
@@ -43,7 +43,7 @@ class HFTargetEngine(TargetEngine):
         if dtype != "auto" and dtype not in DTYPES:
             raise UserError(f"target.dtype={dtype} is unknown: use auto, {', '.join(DTYPES)}")
         self.info = read_target_info(path)
-        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        self.device = default_device() if device == "auto" else torch.device(device)
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype="auto" if dtype == "auto" else DTYPES[dtype], attn_implementation=attention
         )
@@ -117,12 +117,17 @@ class TargetSession:
 
     Args:
         target: with capture layers set, whose states `extend` returns.
+        rollback: `crop` follows every `extend`. Layers with a sliding window keep what they would otherwise drop.
     """
 
-    def __init__(self, target: HFTargetEngine):
+    def __init__(self, target: HFTargetEngine, *, rollback: bool = False):
         self.target = target
         self.length = 0
         self._cache = DynamicCache(config=target.model.config)
+        if rollback:
+            for layer in self._cache.layers:
+                if hasattr(layer, "activate_past_recording"):
+                    layer.activate_past_recording()
 
     @torch.no_grad()
     def extend(self, token_ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,6 +141,5 @@ class TargetSession:
 
     def crop(self, length: int) -> None:
         """Forget tokens from `length` on."""
-        if length < self.length:
-            self._cache.crop(length - self.length)  # a negative number removes that many from the end
-            self.length = length
+        self._cache.crop(length - self.length)  # at most 0: how many to remove from the end
+        self.length = length

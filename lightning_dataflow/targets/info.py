@@ -31,6 +31,7 @@ class TargetInfo:
     num_key_value_heads: int
     head_dim: int
     vocab_size: int
+    tie_word_embeddings: bool
     rms_norm_eps: float
     rope_theta: float
     max_position_embeddings: int
@@ -46,6 +47,7 @@ def read_target_info(path: str | Path) -> TargetInfo:
         config = AutoConfig.from_pretrained(folder).get_text_config()
     except (ValueError, OSError, KeyError) as error:
         raise UserError(f"cannot read {folder}/config.json: {str(error).splitlines()[0]}") from error
+    _check_logits(config, folder)
     heads = config.num_attention_heads
     return TargetInfo(
         path=str(folder),
@@ -56,6 +58,7 @@ def read_target_info(path: str | Path) -> TargetInfo:
         num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         vocab_size=config.vocab_size,
+        tie_word_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
         rms_norm_eps=getattr(config, "rms_norm_eps", None) or 1e-5,
         rope_theta=_rope_theta(config),
         max_position_embeddings=getattr(config, "max_position_embeddings", None) or 2048,
@@ -79,6 +82,14 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise UserError(f"no target model in {folder} (config.json is missing): set target.path to a Hugging Face folder")
+
+
+def _check_logits(config: Any, folder: Path) -> None:
+    """Drafts are trained on head · h; a target that changes these products afterwards has another distribution."""
+    for name, neutral in (("final_logit_softcapping", None), ("logit_scale", 1.0), ("logits_scaling", 1.0)):
+        value = getattr(config, name, None)
+        if value is not None and value != neutral:
+            raise UserError(f"{folder}: {name}={value} is not supported, logits must be the head times the hidden state")
 
 
 def _rope_theta(config: Any) -> float:

@@ -67,6 +67,8 @@ def broken_file(folder: Path) -> str:
         (["ckpt_path=nowhere.ckpt"], "no checkpoint nowhere.ckpt"),
         (["callbacks=default", "data.num_eval_samples=0"], "no held-out prompts"),
         (["data.prepare=huge"], "prepare=huge is unknown"),
+        (["data.max_length=2000", "data.path=LONG"], "set data.max_length to at most 1024"),
+        (["topology=offline", "store.secret_file=nowhere"], "cannot read store.secret_file=nowhere"),
         (["data.chat_template=nowhere.jinja"], "cannot read data.chat_template=nowhere.jinja"),
         (["data.path=???"], "no value for data.path"),
         (["store.capacity_bytes=1000"], "raise the store's capacity_bytes"),
@@ -77,7 +79,13 @@ def broken_file(folder: Path) -> str:
     ],
 )
 def test_bad_input_is_one_line_and_status_1(run, tmp_path, capsys, overrides, message):
-    overrides = [override.replace("BROKEN", broken_file(tmp_path)) for override in overrides]
+    long_file = tmp_path / "long.jsonl"
+    long_file.write_text(json.dumps({"text": "x" * 1500}) + "\n")
+    names = {"BROKEN": broken_file(tmp_path), "LONG": str(long_file)}
+    for placeholder, path in names.items():
+        overrides = [override.replace(placeholder, path) for override in overrides]
+    if "data.path=" in " ".join(overrides):
+        overrides.append("data.num_eval_samples=0")
     assert run(train.main, *overrides) == 1
     assert message in one_line(capsys)
 
@@ -113,6 +121,8 @@ def test_train_then_resume_then_evaluate(run, tmp_path, capsys):
     assert report["num_identical"] == report["num_prompts"] == 8
     assert "acceptance_length" in capsys.readouterr().out
     assert run(evaluate.main, "evaluate.checkpoint=null") == 1
+    assert run(train.main) == 1  # would mix its checkpoints with these
+    assert "resume it with ckpt_path=last, or choose another run_name" in capsys.readouterr().err
 
 
 def test_capture_then_train_is_online_to_the_bit(run, tmp_path, capsys):
@@ -137,6 +147,40 @@ def test_features_of_another_target_are_refused(run, tmp_path, capsys):
     other = write_tiny_target(tmp_path / "other", seed=1)
     assert run(train.main, "topology=offline", "store.root=features", f"target.path={other}") == 1
     assert "captured with another target weights" in one_line(capsys)
+    assert run(train.main, "run_name=mine") == 0
+    checkpoint = tmp_path / "runs" / "mine" / "checkpoints" / "step=000002.ckpt"
+    assert run(evaluate.main, f"evaluate.checkpoint='{checkpoint}'", f"target.path={other}") == 1
+    assert "was trained for another target" in one_line(capsys)
+
+
+def test_the_secret_of_a_store_is_in_no_file_of_the_run(run, tmp_path, capsys):
+    (tmp_path / "secret").write_text("hunter2\n")
+    settings = ("store=shared_dir", "store.root=features", "store.secret_file=secret")
+    assert run(capture.main, *settings) == 0
+    assert run(train.main, "topology=offline", *settings[1:]) == 0
+    assert run(train.main, "topology=offline", "store.root=features", "run_name=without") == 1
+    assert "the secret does not match" in one_line(capsys)
+    for path in tmp_path.rglob("*"):
+        if path.is_file() and path.name != "secret":
+            assert b"hunter2" not in path.read_bytes(), path
+
+
+def test_held_out_prompts_must_not_be_among_the_captured_ones(run, capsys):
+    captured = ("store=shared_dir", "store.root=features", "data.num_eval_samples=0")
+    assert run(capture.main, *captured) == 0
+    assert run(train.main, "topology=offline", "store.root=features", "callbacks=default") == 1
+    assert "captured from other prompts" in one_line(capsys)
+
+
+def test_ranks_of_torchrun_need_a_run_name(run, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert run(train.main, "run_name=x", "data.max_length=4") == 1
+    assert "no prompts left" in one_line(capsys)
+    monkeypatch.setattr(sys, "argv", [argument for argument in sys.argv if not argument.startswith("run_name=")])
+    GlobalHydra.instance().clear()
+    with pytest.raises(SystemExit):
+        train.main()
+    assert "add run_name=" in one_line(capsys)
 
 
 def test_capture_in_groups_is_online_in_groups(run, tmp_path):
@@ -147,10 +191,14 @@ def test_capture_in_groups_is_online_in_groups(run, tmp_path):
     assert online["losses"] == offline["losses"]
 
 
-def test_passes_set_the_number_of_steps(run, tmp_path):
+def test_passes_set_the_number_of_steps(run, tmp_path, capsys):
     assert run(train.main, "trainer.max_steps=null", "data.num_passes=2", "data.num_samples=16") == 0
     result = json.loads((tmp_path / "runs" / "test" / "result.json").read_text())
     assert result["optimizer_steps"] == 4
+    assert "are not trained on" not in capsys.readouterr().out
+    settings = ("trainer.max_steps=null", "data.num_passes=1", "data.num_samples=19", "run_name=uneven")
+    assert run(train.main, *settings) == 0
+    assert "3 samples at the end of 1 passes over 19 fill no step" in capsys.readouterr().out
 
 
 def test_show_mask(run, capsys):

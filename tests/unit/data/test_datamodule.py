@@ -58,6 +58,29 @@ def test_it_resumes_at_the_cursor(online):
     assert [one["sample_ids"] for one in take(resumed, 4)] == names[2:6]
 
 
+def test_a_checkpoint_of_other_prompts_is_refused(online, prompts, target):
+    others = prompts[0].__class__(prompts=prompts[0][::-1], max_length=128)
+    with pytest.raises(UserError, match="resume with the same data"):
+        make(OnlineSource(others, target)).load_state_dict(make(online).state_dict())
+
+
+def test_a_sample_that_is_gone_is_named(prompts, target, tmp_path):
+    few = prompts[0].__class__(prompts=prompts[0][:4], max_length=128)
+    capture_to_folder(few, target, tmp_path)
+    next(tmp_path.rglob("0-*.safetensors")).unlink()
+    with pytest.raises(UserError, match=r"a sample is lost: features of offline:.* capture again"):
+        take(make(OfflineSource(tmp_path)), 2)
+
+
+def test_a_folder_that_cannot_be_written_is_read(prompts, target, tmp_path, monkeypatch):
+    few = prompts[0].__class__(prompts=prompts[0][:4], max_length=128)
+    capture_to_folder(few, target, tmp_path)
+    before = sorted(path for path in tmp_path.rglob("*"))
+    monkeypatch.setattr("pathlib.Path.write_text", lambda *arguments: pytest.fail("wrote to the folder"))
+    assert take(make(OfflineSource(tmp_path)), 2)
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize("options", [{"seed": 1}, {"global_batch_size": 2, "micro_batch_size": 1}])
 def test_a_checkpoint_of_another_order_is_refused(online, options):
     state = make(online).state_dict()
@@ -113,6 +136,9 @@ def test_damaged_captures(prompts, target, tmp_path):
         OfflineSource(tmp_path)
     (tmp_path / "manifest.json").write_text(json.dumps(json.loads(manifest) | {"schema_version": 0}))
     with pytest.raises(UserError, match="schema version 0, this release reads 1"):
+        OfflineSource(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps(json.loads(manifest) | {"card": {}}))
+    with pytest.raises(UserError, match="is damaged"):
         OfflineSource(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):

@@ -4,6 +4,8 @@ import torch
 from lightning_dataflow.evaluation import ChainDrafter, Drafter, SpeculativeDecoder, evaluate_acceptance
 from lightning_dataflow.evaluation.speculative import Proposal, greedy_decode, rejection_sample
 from lightning_dataflow.models import Eagle3Config, Eagle3Draft, FrozenTarget, build_draft_vocab
+from lightning_dataflow.targets import HFTargetEngine
+from lightning_dataflow.targets.hf import TargetSession
 
 
 @pytest.fixture(scope="module")
@@ -111,18 +113,59 @@ def test_sampled_decoding_follows_the_target(target, target_path, questions):
         counts[decoder.generate(question, 2).tokens[-1]] += 1
     with torch.no_grad():
         first = torch.softmax(target.model(torch.tensor([question])).logits[0, -1] / temperature, -1)
-        second = torch.zeros(320)
-        eos = set(target.eos_token_ids)
-        for token in first.topk(60).indices.tolist():
-            if token in eos:
-                second[token] += first[token]
-                continue
-            logits = target.model(torch.tensor([[*question, token]])).logits[0, -1]
-            second += first[token] * torch.softmax(logits / temperature, -1)
-    top = second.topk(20).indices
-    spread = (second[top] * (1 - second[top]) / trials).sqrt()
-    missing = 1 - second.sum()
-    assert ((counts[top] / trials - second[top]).abs() < 4.5 * spread + missing).all()
+        continued = torch.tensor([[*question, token] for token in range(320)])
+        exact = torch.softmax(target.model(continued).logits[:, -1] / temperature, -1)
+        for token in target.eos_token_ids:  # an end token is the last
+            exact[token] = torch.nn.functional.one_hot(torch.tensor(token), 320)
+        second = first @ exact
+    top = second.topk(12).indices
+    expected = torch.cat((second[top], 1 - second[top].sum(0, keepdim=True))) * trials
+    found = torch.cat((counts[top], trials - counts[top].sum(0, keepdim=True)))
+    chi_square = ((found - expected) ** 2 / expected).sum().item()
+    assert chi_square < 32.9  # 12 degrees of freedom, 0.1 %
+
+
+def test_the_drafter_keeps_verified_positions_only(target, target_path, questions):
+    """After any round its proposal is that of a fresh drafter that observed the whole verified sequence."""
+    ids = [*questions[0], *greedy_decode(target, questions[0], 12)]
+    aux = TargetSession(target).extend(ids)[1]
+    drafter = make_drafter(target, target_path)
+    generator = torch.Generator()
+    start = len(questions[0])
+    drafter.observe(ids[1 : start + 1], aux[:start])
+    for stop in (start + 1, start + 4, start + 6, start + 10):  # 1, 3, 2 and 4 tokens verified
+        drafter.propose(0, generator)
+        drafter.observe(ids[start + 1 : stop + 1], aux[start:stop])
+        start = stop
+        fresh = make_drafter(target, target_path)
+        fresh.observe(ids[1 : stop + 1], aux[:stop])
+        assert drafter.propose(0, generator).tokens == fresh.propose(0, generator).tokens
+        assert drafter.cache.length == fresh.cache.length == stop
+
+
+def test_a_target_with_sliding_windows(tmp_path, tokenizer):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=8,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    MistralForCausalLM(config).save_pretrained(tmp_path)
+    target = HFTargetEngine(tmp_path, layer_ids=[0, 2, 3], dtype="float32", device="cpu")
+    question = list(range(5, 25))
+    for wrong_at in (0, 2, 99):
+        oracle = Oracle(target, question, wrong_at=wrong_at)
+        assert SpeculativeDecoder(target, oracle).generate(question, 24).tokens == greedy_decode(target, question, 24)
 
 
 def test_sampling_is_repeatable(target, target_path, questions):

@@ -103,6 +103,12 @@ def test_tied_embeddings_stay_one_tensor(tmp_path):
     assert frozen.head is frozen.embedding
     with pytest.raises(UserError, match="no token embedding"):
         FrozenTarget.load(tmp_path.parent)
+    with pytest.raises(UserError, match="no head in"):
+        FrozenTarget.load(tmp_path, tied=False)
+    tensors = {"model.embed_tokens.weight": torch.randn(4, 2), "lm_head.bias": torch.randn(4)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="has a bias"):
+        FrozenTarget.load(tmp_path)
 
 
 def test_decoding_is_step_0_of_training():

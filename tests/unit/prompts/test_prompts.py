@@ -86,6 +86,31 @@ def test_a_template_that_renders_the_last_turn_otherwise(tokenizer):
     assert supervised(tokenizer, encoded) == ["two cats<|im_end|>", "<think></think>three<|im_end|>"]
 
 
+def test_a_generation_prompt_that_opens_a_thought(tokenizer):
+    opening = PLAIN_CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    encoded = Encoder(tokenizer, opening).encode(Conversation(messages=TURNS))
+    assert supervised(tokenizer, encoded) == ["two cats<|im_end|>", "three<|im_end|>"]
+
+
+def test_broken_and_refusing_templates(tokenizer, conversations):
+    with pytest.raises(UserError, match="not valid Jinja"):
+        load_prompts(str(conversations), tokenizer, max_length=64, chat_template="{% for %}")
+    refusing = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(UserError, match=r"96 refused by the chat template \(roles must alternate\)"):
+        load_prompts(str(conversations), tokenizer, max_length=64, chat_template=refusing)
+
+
+def test_a_tool_call_without_content(tokenizer):
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
+    turns = ({"role": "user", "content": "q"}, call, {"role": "tool", "content": "r"}, TURNS[-1])
+    shown = "{% for m in messages %}<|im_start|>{{ m['role'] }}{{ m.get('content', 'call') }}{% endfor %}"
+    with pytest.raises(Unusable, match="rewrites earlier turns"):
+        Encoder(tokenizer, THINKING.replace("{{ message['content'] }}", "{{ message.content }}")).encode(
+            Conversation(messages=turns)
+        )
+    assert Encoder(tokenizer, shown).encode(Conversation(messages=turns))
+
+
 def test_a_template_that_drops_earlier_turns_is_noticed(tokenizer):
     dropping = "{% for m in messages[-1:] %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
     with pytest.raises(Unusable, match="rewrites earlier turns"):
@@ -136,8 +161,22 @@ def test_token_counts(tokenizer, tmp_path):
 
 def test_a_token_outside_the_vocabulary(tokenizer, tmp_path):
     path = write(tmp_path, {"input_ids": [5, 6, 700]})
-    with pytest.raises(UserError, match="token id 700, the target's vocabulary has 320"):
-        load_prompts(path, tokenizer, max_length=8)[0].token_counts(320)
+    prompts = load_prompts(path, tokenizer, max_length=8)[0]
+    with pytest.raises(UserError, match="record 00000001 has token id 700, the target's vocabulary has 320"):
+        prompts.check_target(320, 100)
+    with pytest.raises(UserError, match=r"set data\.max_length to at most 2"):
+        prompts.check_target(1000, 2)
+    negative = load_prompts(write(tmp_path, {"input_ids": [5, -1, 7]}), tokenizer, max_length=8)[0]
+    with pytest.raises(UserError, match="token id -1"):
+        negative.check_target(320, 100)
+
+
+def test_the_version_tells_prompts_apart(tokenizer, conversations):
+    def version(**options) -> str:
+        return load_prompts(str(conversations), tokenizer, **{"max_length": 128} | options)[0].version
+
+    assert version() == version()
+    assert len({version(), version(max_length=100), version(num_eval_samples=1), version(num_samples=3)}) == 4
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,6 +103,15 @@ def test_a_put_supersedes(store):
     with pytest.raises(KeyError):
         store.get(old)
     store.release(stale)  # must not free the new generation
+    assert store.get(new)[0]["a"].eq(2).all()
+    assert store.health()["num_samples"] == 1
+
+
+def test_a_late_older_attempt_is_stale_at_once(store):
+    new = store.put(tensors(2.0), replace(origin(), attempt=1))
+    late = store.put(tensors(1.0), origin())
+    with pytest.raises(KeyError):
+        store.get(late)
     assert store.get(new)[0]["a"].eq(2).all()
     assert store.health()["num_samples"] == 1
 
@@ -240,6 +250,20 @@ store.put({{"a": __import__("torch").ones(2)}}, origin("run:2"))
         (tmp_path / "file").write_text("not a folder")
         with pytest.raises(UserError, match="cannot use"):
             SharedDirFeatureStore(tmp_path / "file")
+
+    def test_a_folder_that_another_process_removes_meanwhile(self, tmp_path, monkeypatch):
+        store = SharedDirFeatureStore(tmp_path)
+        real, raced = Path.mkdir, []
+
+        def mkdir(self, *arguments, **options):
+            real(self, *arguments, **options)
+            if len(raced) < 3:
+                raced.append(self)
+                self.rmdir()
+
+        monkeypatch.setattr(Path, "mkdir", mkdir)
+        assert store.get(store.put(tensors(), origin()))
+        assert len(raced) == 3
 
     def test_sweep_removes_old_half_written_files(self, tmp_path):
         import os

@@ -36,7 +36,7 @@ fi
 
 if [ ! -e "$venv/installed-$key" ]; then
   echo "installing into $venv" >&2
-  "$python" -m venv --clear "$venv"
+  [ -x "$venv/bin/pip" ] || "$python" -m venv "$venv"
   # torch first: alone, so that a CPU build that is at hand is taken rather than CUDA packages of several GB.
   "$venv/bin/pip" install -q -c constraints.txt torch numpy
   "$venv/bin/pip" install -q -c constraints.txt "setuptools>=77" -e '.[dev]'

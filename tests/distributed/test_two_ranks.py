@@ -1,6 +1,7 @@
 """Two ranks on gloo give what one process gives."""
 
 import pytest
+import torch
 
 from tests.processes import ROOT, TINY, TRAIN, python, result, torchrun
 
@@ -23,6 +24,34 @@ def test_losses_are_those_of_one_process(folder, trainer, topology):
     assert two["world_size"] == 2
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
     assert two["samples_trained"] == one["samples_trained"] == 64
+
+
+@pytest.mark.parametrize("clip", ["0", "0.05"])
+def test_gradients_and_an_sgd_step_are_those_of_one_process(tmp_path, target_path, conversations, clip):
+    """AdamW and losses alone would hide a gradient of the wrong scale."""
+    worker, saved = str(ROOT / "tests" / "distributed" / "sgd_worker.py"), {}
+    for trainer in ("one", "ddp", "fsdp2"):
+        output = tmp_path / f"{trainer}.pt"
+        arguments = (worker, str(target_path), str(conversations), trainer, clip, str(output))
+        (python if trainer == "one" else torchrun)(*arguments, cwd=tmp_path)
+        saved[trainer] = torch.load(output, weights_only=True)
+    for trainer in ("ddp", "fsdp2"):
+        for kind, expected in saved["one"].items():
+            assert expected.keys() == saved[trainer][kind].keys()
+            for name, tensor in expected.items():
+                difference = (saved[trainer][kind][name] - tensor).abs().max()
+                assert difference < 1e-5 * tensor.abs().max(), f"{trainer} {kind} {name}"
+
+
+def test_one_process_resumes_what_two_ranks_began(folder):
+    """The same samples in the same steps, with the same global batch on another number of ranks."""
+    stop = f"{ROOT}/tests/distributed/stop_after.py"
+    common = (*TINY, "run_name=shrunk", "callbacks.checkpoint.every_n_train_steps=3")
+    torchrun(stop, "5", *common, "trainer=ddp", "trainer.devices=2", cwd=folder, status=1)
+    python(TRAIN, *common, "ckpt_path=last", cwd=folder)
+    shrunk, one = result(folder, "shrunk"), result(folder, "one")
+    assert shrunk["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    assert shrunk["samples_trained"] == one["samples_trained"]
 
 
 def test_fsdp2_resumes_from_a_sharded_checkpoint_which_evaluates(folder):

@@ -1,0 +1,55 @@
+"""Two clipped SGD steps on the tiny target: sgd_worker.py TARGET PROMPTS TRAINER CLIP OUTPUT. Rank 0 writes gradients and
+weights."""
+
+import sys
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.tensor import DTensor
+
+import lightning_dataflow as ldf
+
+STEPS, GLOBAL_BATCH = 2, 8
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+class SGDModule(ldf.Eagle3Module):
+    """AdamW hides a gradient of the wrong scale; SGD does not."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def on_before_optimizer_step(self, optimizer):
+        super().on_before_optimizer_step(optimizer)
+        self.gradients = {name: whole(p.grad) for name, p in self.named_parameters() if p.grad is not None}
+
+
+target_path, prompt_file, trainer_name, clip, output = sys.argv[1:]
+devices = 1 if trainer_name == "one" else 2
+strategies = {"one": "auto", "ddp": "ddp", "fsdp2": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)}
+module = SGDModule(target_path, draft_vocab_size=96, num_steps=3)
+target = ldf.HFTargetEngine(target_path, layer_ids=module.layer_ids, dtype="float32", device="cpu")
+prompts, _ = ldf.load_prompts(prompt_file, ldf.load_tokenizer(target_path), max_length=128)
+data = ldf.DataFlowDataModule(ldf.OnlineSource(prompts, target), global_batch_size=GLOBAL_BATCH, micro_batch_size=2)
+accumulation = data.accumulate_grad_batches(devices)
+trainer = L.Trainer(
+    accelerator="cpu",
+    devices=devices,
+    strategy=strategies[trainer_name],
+    max_steps=STEPS,
+    max_epochs=1,
+    accumulate_grad_batches=accumulation,
+    limit_train_batches=STEPS * accumulation,
+    gradient_clip_val=float(clip) or None,
+    logger=False,
+    enable_checkpointing=False,
+    enable_progress_bar=False,
+)
+trainer.fit(module, data)
+weights = {name: whole(parameter) for name, parameter in module.named_parameters()}
+if trainer.is_global_zero:
+    torch.save({"gradients": module.gradients, "weights": weights}, output)

@@ -106,12 +106,13 @@ class Builder:
         raise UnknownNameError(f"unknown topology {name!r}: available are offline, online")
 
     def _check_prompts(self, source: OfflineSource) -> None:
-        """Held-out prompts are told from trained ones by the same settings that the capture had."""
+        """Held-out prompts are told from trained ones by the settings that the capture had."""
+        captured_here = self.config.store.root is None
         evaluates = "acceptance" in (self.config.callbacks or {})
-        if evaluates and source.card.prompts_version != self.prompts[0].version:
+        if (captured_here or evaluates) and source.card.prompts_version != self.prompts[0].version:
             raise UserError(
-                f"{source.folder} was captured from other prompts than these data.* settings choose, so held-out prompts "
-                "may be among them: use the settings of the capture, or callbacks=no_evaluation"
+                f"{source.folder} was captured from other prompts than these data.* settings choose: use the settings of "
+                "the capture; or another run_name, or store.root with callbacks=no_evaluation"
             )
 
     def offline_folder(self) -> Path:
@@ -147,7 +148,7 @@ class Builder:
         if arguments.get("precision") == "auto":
             arguments["precision"] = _auto_precision(arguments)
         accumulation = self.data.accumulate_grad_batches(world_size)
-        max_steps = arguments.pop("max_steps", None) or self._steps_of_passes()
+        max_steps = self._max_steps(arguments.pop("max_steps", None))
         if not arguments.get("fast_dev_run"):
             arguments |= {"accumulate_grad_batches": accumulation, "limit_train_batches": max_steps * accumulation}
         logger, callbacks = self._loggers() or False, self._callbacks()
@@ -164,8 +165,17 @@ class Builder:
         except (ValueError, TypeError) as error:
             raise UserError(f"trainer: {error}") from error
 
-    def _steps_of_passes(self) -> int:
+    def _max_steps(self, max_steps: int | None) -> int:
         data = self.config.data
+        if max_steps is not None and data.num_passes is not None:
+            raise UserError(
+                f"trainer.max_steps={max_steps} and data.num_passes={data.num_passes} both say when training ends: set one "
+                "of them to null"
+            )
+        if max_steps is not None:
+            if max_steps < 1:
+                raise UserError(f"trainer.max_steps={max_steps}: a stream has no end of its own, give at least 1 step")
+            return max_steps
         if data.num_passes is None:
             raise UserError("neither trainer.max_steps nor data.num_passes says when training ends: set one of them")
         steps, left_over = divmod(data.num_passes * len(self.source), data.global_batch_size)

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
+
 from lightning_dataflow.app.command import command
 from lightning_dataflow.app.schema import TrainConfig
 from lightning_dataflow.contracts import UserError
@@ -23,7 +25,8 @@ def capture(config: TrainConfig, settings: dict[str, Any]) -> None:
     source = OfflineSource(folder, secret=read_secret(config.store))
     skipped = ", ".join(f"{count} {reason}" for reason, count in source.card.skipped.items()) or "none"
     print(f"{len(source)} samples in {folder}, {source.num_bytes / 1e9:.2f} GB; records left out: {skipped}")
-    print(f"train on them: python train.py topology=offline store.root={folder}")
+    others = [one for one in HydraConfig.get().overrides.task if not one.startswith(("store", "topology"))]
+    print("train on them:", " ".join(["python train.py topology=offline", f"store.root={folder}", *others]))
 
 
 main = command(capture)

@@ -44,8 +44,8 @@ def command(function: Command) -> Callable[[], None]:
 
 
 def _check_choices(overrides: Sequence[str]) -> None:
-    """Name the choices of a group in one line; Hydra's own message takes several. Foreign search paths are Hydra's."""
-    if any("hydra.searchpath" in override for override in overrides):
+    """Name the choices of a group in one line; Hydra's own message takes several. Folders of the user's are Hydra's."""
+    if any("hydra.searchpath" in override or override.startswith(("-cd", "--config-dir")) for override in overrides):
         return
     root = files("lightning_dataflow.conf")
     for group, _, choice in (override.lstrip("+~").partition("=") for override in overrides):

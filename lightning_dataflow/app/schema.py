@@ -89,6 +89,7 @@ class EvaluateConfig:
     Attributes:
         every_n_steps: while training; 0 for before and after only.
         checkpoint: file or folder that the `evaluate` command measures.
+        check_lossless: the `evaluate` command also decodes with the target alone and compares.
         dtype: of the target while decoding.
         output: JSON file of the `evaluate` command; null to print only.
     """

@@ -6,6 +6,7 @@ from typing import Any
 from lightning_dataflow.app.checkpoints import resolve_checkpoint, save_final_checkpoint
 from lightning_dataflow.app.command import command
 from lightning_dataflow.app.schema import TrainConfig
+from lightning_dataflow.contracts import UserError
 
 
 def train(config: TrainConfig, settings: dict[str, Any]) -> None:
@@ -21,6 +22,13 @@ def train(config: TrainConfig, settings: dict[str, Any]) -> None:
     parts = Builder(config, settings)
     trainer = parts.trainer
     trainer.fit(parts.module, parts.data, ckpt_path=checkpoint)
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    if not (run_dir / "result.json").exists():
+        raise UserError(
+            f"{checkpoint} is at step {trainer.global_step} already, trainer.max_steps={trainer.max_steps} leaves nothing "
+            "to train: raise it"
+        )
     save_final_checkpoint(trainer, run_dir)
     if trainer.is_global_zero:
         draw_result(run_dir / "result.json", run_dir / "figure.png")

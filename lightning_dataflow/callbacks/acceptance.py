@@ -22,6 +22,7 @@ class AcceptanceEvaluation(L.Callback):
         prompts: token ids of each prompt, at least one per rank.
         num_draft_tokens: K.
         every_n_steps: 0 for before and after only.
+        temperature: 0 for greedy decoding.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class AcceptanceEvaluation(L.Callback):
         num_draft_tokens: int = 4,
         max_new_tokens: int = 32,
         every_n_steps: int = 0,
+        temperature: float = 0.0,
     ):
         if not prompts:
             raise UserError("no held-out prompts to evaluate on: set data.num_eval_samples, or callbacks=no_evaluation")
@@ -39,6 +41,7 @@ class AcceptanceEvaluation(L.Callback):
         self.num_draft_tokens = num_draft_tokens
         self.max_new_tokens = max_new_tokens
         self.every_n_steps = every_n_steps
+        self.temperature = temperature
         self.history: list[dict[str, Any]] = []
         self._make_target = target
         self._target: HFTargetEngine | None = None
@@ -86,6 +89,7 @@ class AcceptanceEvaluation(L.Callback):
             drafter,
             self.prompts[trainer.global_rank :: trainer.world_size],
             max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
         )
         report = _over_ranks(mine, trainer)
         self.history.append({"step": trainer.global_step, **report.to_json()})

@@ -16,8 +16,9 @@ class StreamCursor(L.Callback):
         self._seen_step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Lightning's hook."""
+        """Lightning's hook. A new fit starts at the first sample, a resumed one at its checkpoint's cursor."""
         self._seen_step = trainer.global_step
+        trainer.datamodule.start(resumed=trainer.global_step > 0)  # type: ignore[attr-defined]
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -45,7 +45,7 @@ class DataFlowDataModule(L.LightningDataModule):
         self.order = PassOrder(len(source), seed)
         self.collate = collate
         self.next_seq = 0
-        self.first_seq = 0  # where this process started: 0, or a checkpoint's cursor
+        self.first_seq = 0  # where this fit started: 0, or a checkpoint's cursor
         self.wait_seconds = 0.0
 
     def accumulate_grad_batches(self, world_size: int) -> int:
@@ -55,6 +55,13 @@ class DataFlowDataModule(L.LightningDataModule):
     def train_dataloader(self) -> "_Stream":
         """An endless stream of micro-batches; nothing happens before its first `next`."""
         return _Stream(self)
+
+    def start(self, *, resumed: bool) -> None:
+        """A fit begins: count from here, and from the first sample unless it goes on from a checkpoint."""
+        if not resumed:
+            self.next_seq = 0
+        self.first_seq = self.next_seq
+        self.wait_seconds = 0.0
 
     def mark_applied(self, next_seq: int) -> None:
         """The optimizer step that used everything before `next_seq` has run."""
@@ -72,7 +79,7 @@ class DataFlowDataModule(L.LightningDataModule):
                     f"the checkpoint was written with {name}={state_dict[name]}, this run has {value}: "
                     "resume with the same data, seed and global_batch_size, or start a new run"
                 )
-        self.next_seq = self.first_seq = state_dict["next_seq"]
+        self.next_seq = state_dict["next_seq"]
 
     def _identity(self) -> dict[str, int | str]:
         return {

@@ -1,6 +1,7 @@
 """The two tensors that trainers need of the target: its token embedding and its head."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,9 +10,8 @@ from torch import Tensor
 
 from lightning_dataflow.contracts import UserError
 
-EMBEDDING_NAMES = ("model.embed_tokens.weight", "model.language_model.embed_tokens.weight", "transformer.wte.weight")
-HEAD_NAMES = ("lm_head.weight", "language_model.lm_head.weight")
-HEAD_BIAS_NAMES = ("lm_head.bias", "language_model.lm_head.bias")
+EMBEDDING_NAMES = ("model.embed_tokens.weight", "model.language_model.embed_tokens.weight")
+HEAD_NAMES = ("lm_head.weight", "language_model.lm_head.weight", "embed_out.weight")
 
 
 class FrozenTarget:
@@ -26,23 +26,33 @@ class FrozenTarget:
         self.head = head
 
     @classmethod
-    def load(cls, path: str | Path, *, dtype: torch.dtype = torch.float32, tied: bool = True) -> "FrozenTarget":
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        tied: bool = True,
+        embedding_names: Sequence[str] = (),
+        head_names: Sequence[str] = (),
+    ) -> "FrozenTarget":
         """Read from a Hugging Face folder.
 
         Args:
+            embedding_names, head_names: names to look for beside those of the common architectures.
             tied: the target's config allows the head to be the embedding, when the files hold none.
 
         Raises:
             UserError: the tensors cannot be found, or the head has a bias.
         """
         folder = Path(path)
-        embedding = _read(folder, EMBEDDING_NAMES)
+        embedding_names, head_names = (*EMBEDDING_NAMES, *embedding_names), (*HEAD_NAMES, *head_names)
+        embedding = _read(folder, embedding_names)
         if embedding is None:
-            raise UserError(f"no token embedding in the safetensors of {folder}, looked for {', '.join(EMBEDDING_NAMES)}")
-        head = _read(folder, HEAD_NAMES)
+            raise UserError(f"no token embedding in the safetensors of {folder}, looked for {', '.join(embedding_names)}")
+        head = _read(folder, head_names)
         if head is None and not tied:
-            raise UserError(f"no head in the safetensors of {folder}, looked for {', '.join(HEAD_NAMES)}")
-        if _read(folder, HEAD_BIAS_NAMES) is not None:
+            raise UserError(f"no head in the safetensors of {folder}, looked for {', '.join(head_names)}")
+        if _read(folder, [name.replace(".weight", ".bias") for name in head_names]) is not None:
             raise UserError(f"the head of {folder} has a bias, which is not supported")
         embedding = embedding.to(dtype)
         return cls(embedding, embedding if head is None else head.to(dtype))
@@ -55,7 +65,7 @@ class FrozenTarget:
         return self
 
 
-def _read(folder: Path, names: tuple[str, ...]) -> Tensor | None:
+def _read(folder: Path, names: Sequence[str]) -> Tensor | None:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         files = json.loads(index.read_text())["weight_map"]

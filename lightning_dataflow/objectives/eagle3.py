@@ -132,8 +132,7 @@ class _Teacher:
         lse = torch.logsumexp(logits, -1, keepdim=True)
         kept = logits if len(self.target_ids) == logits.shape[-1] else logits.index_select(-1, self.target_ids)
         p_full = torch.sub(kept, lse).exp_()
-        p = p_full / p_full.sum(-1, keepdim=True)
-        return _TeacherTile(p, p_full, argmax, self.t2d[argmax])
+        return _TeacherTile(torch.softmax(kept, -1), p_full, argmax, self.t2d[argmax])
 
 
 class _StepMeans(NamedTuple):

@@ -51,13 +51,13 @@ class Encoder:
         return self._encode_by_prefixes(record.messages)
 
     def _template(self) -> str:
-        template = self.chat_template or self.tokenizer.chat_template
-        if template is None:
+        try:
+            return self.tokenizer.get_chat_template(self.chat_template)
+        except ValueError as error:  # none, or several without a default
             raise UserError(
                 f"the tokenizer {self.tokenizer.name_or_path} has no chat template: set data.chat_template to a Jinja "
                 "file, or give records with text or input_ids"
-            )
-        return template
+            ) from error
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False, **options: Any) -> Any:
         try:

@@ -176,8 +176,9 @@ class SharedDirFeatureStore(FeatureStore):
         temporary = folder / f"{generation}.tmp"
         try:
             for _ in range(ATTEMPTS):
-                folder.mkdir(exist_ok=True)
-                with suppress(FileNotFoundError):  # another process has just freed the sample and removed its folder
+                # Another process may free the sample and remove its folder meanwhile.
+                with suppress(FileNotFoundError, FileExistsError):
+                    folder.mkdir(exist_ok=True)
                     temporary.touch()
                     break
             save_file(tensors, temporary)

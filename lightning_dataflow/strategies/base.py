@@ -22,7 +22,7 @@ from lightning_dataflow.strategies.registry import StrategySpec, resolve_strateg
 from lightning_dataflow.strategies.sharding import fsdp1_root, full_state_dict, shard_draft
 from lightning_dataflow.strategies.streaming import align_loops, check_trainer
 from lightning_dataflow.strategies.window import WindowSums
-from lightning_dataflow.targets.info import read_target_info
+from lightning_dataflow.targets.info import read_target_info, tensor_names
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -67,8 +67,9 @@ class DraftModule(L.LightningModule):
         self.target_info = read_target_info(target)
         self.layer_ids = tuple(layer_ids or self.spec.default_layer_ids(self.target_info.num_layers))
         self.step_losses: list[Tensor | float] = []
-        self._frozen: tuple[FrozenTarget, ...] = ()
+        self._frozen: FrozenTarget | None = None
         self._window = WindowSums()
+        self._window_tokens = 0
         self._initialised = False  # whether the draft's weights are somebody's work
 
     @property
@@ -79,7 +80,8 @@ class DraftModule(L.LightningModule):
     @property
     def frozen_target(self) -> FrozenTarget:
         """The target's embedding and head."""
-        return self._frozen[0]
+        assert self._frozen is not None, "load_frozen_target comes first"
+        return self._frozen
 
     @abstractmethod
     def objective(self, batch: Batch, context: StepContext) -> ObjectiveSums:
@@ -103,10 +105,17 @@ class DraftModule(L.LightningModule):
 
     def load_frozen_target(self, device: torch.device) -> None:
         """Read the target's embedding and head, unless that is done."""
-        if not self._frozen:
+        if self._frozen is None:
             info, dtype = self.target_info, DTYPES[self.hparams["target_dtype"]]
-            self._frozen = (FrozenTarget.load(info.path, dtype=dtype, tied=info.tie_word_embeddings),)
-        self.frozen_target.to(device)
+            embedding_names, head_names = tensor_names(info.path)
+            self._frozen = FrozenTarget.load(
+                info.path,
+                dtype=dtype,
+                tied=info.tie_word_embeddings,
+                embedding_names=embedding_names,
+                head_names=head_names,
+            )
+        self._frozen.to(device)
 
     def setup(self, stage: str) -> None:
         """Lightning's hook: refuse features of another target, then initialise the draft."""
@@ -177,7 +186,8 @@ class DraftModule(L.LightningModule):
         total_steps = trainer.max_steps if trainer.max_steps > 0 else None
         sums = self.objective(batch, StepContext(global_step=trainer.global_step, total_steps=total_steps))
         self._window.add(sums)
-        return sums.loss.numerator * (trainer.world_size * trainer.accumulate_grad_batches / self._tokens(batch))
+        self._window_tokens = batch["window_num_tokens"]
+        return sums.loss.numerator * (trainer.world_size * trainer.accumulate_grad_batches / self._window_tokens)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Lightning's hook: reduce the window's sums once, scale the gradients, log the means."""
@@ -216,10 +226,6 @@ class DraftModule(L.LightningModule):
 
     def _data(self) -> Any:
         return getattr(self.trainer, "datamodule", None)
-
-    def _tokens(self, batch: Batch) -> int:
-        self._window_tokens: int = batch["window_num_tokens"]
-        return self._window_tokens
 
     def _log_means(self, means: Mapping[str, Tensor]) -> None:
         metrics = {f"train/{name}": value for name, value in self.derived_metrics(means).items()}

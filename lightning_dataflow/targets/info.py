@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from lightning_dataflow.contracts import UserError
 
@@ -77,6 +78,19 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer in {path} is not a fast one, character offsets are needed: add a tokenizer.json")
     return tokenizer
+
+
+def tensor_names(path: str | Path) -> tuple[list[str], list[str]]:
+    """Names that the token embedding and the head may have in a target's files, by building it without memory."""
+    config = AutoConfig.from_pretrained(path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    names: tuple[list[str], list[str]] = [], []
+    for found, module in zip(names, (model.get_input_embeddings(), model.get_output_embeddings()), strict=True):
+        for name, candidate in model.named_modules():
+            if candidate is module:
+                found.append(f"{name}.weight")
+    return names
 
 
 def _check_folder(folder: Path) -> None:

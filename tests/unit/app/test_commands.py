@@ -22,7 +22,9 @@ def run(tmp_path, monkeypatch, target_path, conversations):
         GlobalHydra.instance().clear()
         chosen = {override.split("=")[0] for override in overrides}
         defaults = [one for one in (*TINY, *parts, "run_name=test") if one.split("=")[0] not in chosen]
-        monkeypatch.setattr(sys, "argv", ["lightning-dataflow", *defaults, *overrides])
+        flags = [override for override in overrides if override.startswith("--")]
+        settings = [override for override in overrides if not override.startswith("--")]
+        monkeypatch.setattr(sys, "argv", ["lightning-dataflow", *flags, *defaults, *settings])
         try:
             main()
         except SystemExit as error:
@@ -61,6 +63,8 @@ def broken_file(folder: Path) -> str:
         (["topology=offline", "store=memory"], "use store=shared_dir"),
         (["data.micro_batch_size=3"], "global_batch_size=8 is not a multiple"),
         (["trainer.max_steps=null"], "neither trainer.max_steps nor data.num_passes"),
+        (["data.num_passes=2"], "both say when training ends"),
+        (["trainer.max_steps=-1"], "trainer.max_steps=-1: a stream has no end"),
         (["trainer.max_steps=null", "data.num_passes=1", "data.num_samples=5"], "fill no step"),
         (["trainer=fsdp"], "trainer=fsdp needs a GPU"),
         (["ckpt_path=last"], "no checkpoint in"),
@@ -120,6 +124,8 @@ def test_train_then_resume_then_evaluate(run, tmp_path, capsys):
     report = json.loads(Path("report.json").read_text())
     assert report["num_identical"] == report["num_prompts"] == 8
     assert "acceptance_length" in capsys.readouterr().out
+    assert run(train.main, "trainer.max_steps=4", "run_name=done", f"ckpt_path='{checkpoint}'") == 1
+    assert "leaves nothing to train: raise it" in capsys.readouterr().err
     assert run(evaluate.main, "evaluate.checkpoint=null") == 1
     assert run(train.main) == 1  # would mix its checkpoints with these
     assert "resume it with ckpt_path=last, or choose another run_name" in capsys.readouterr().err
@@ -128,7 +134,9 @@ def test_train_then_resume_then_evaluate(run, tmp_path, capsys):
 def test_capture_then_train_is_online_to_the_bit(run, tmp_path, capsys):
     assert run(train.main, "run_name=online") == 0
     assert run(capture.main, "store=shared_dir", "store.root=features") == 0
-    assert "88 samples in features" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "88 samples in features" in printed
+    assert "train on them: python train.py topology=offline store.root=features experiment=tiny" in printed
     assert run(train.main, "topology=offline", "store.root=features", "run_name=offline") == 0
     assert run(train.main, "topology=offline", "run_name=captures-itself") == 0
     online, *others = (
@@ -199,6 +207,27 @@ def test_passes_set_the_number_of_steps(run, tmp_path, capsys):
     settings = ("trainer.max_steps=null", "data.num_passes=1", "data.num_samples=19", "run_name=uneven")
     assert run(train.main, *settings) == 0
     assert "3 samples at the end of 1 passes over 19 fill no step" in capsys.readouterr().out
+
+
+def test_fast_dev_run_leaves_nothing(run, tmp_path):
+    assert run(train.main, "+trainer.fast_dev_run=1") == 0
+    assert not (tmp_path / "runs" / "test" / "checkpoints").exists()
+
+
+def test_a_resumed_run_keeps_its_first_metrics(run, tmp_path):
+    settings = ("logger=csv", "trainer.log_every_n_steps=1", "callbacks.checkpoint.every_n_train_steps=1")
+    assert run(train.main, *settings) == 0
+    assert run(train.main, *settings, "trainer.max_steps=3", "ckpt_path=last") == 0
+    rows = [len(path.read_text().splitlines()) for path in (tmp_path / "runs" / "test").rglob("metrics.csv")]
+    assert sorted(rows) == [2, 3]
+
+
+def test_a_choice_from_a_folder_of_the_users(run, tmp_path):
+    (tmp_path / "mine" / "optimizer").mkdir(parents=True)
+    (tmp_path / "mine" / "optimizer" / "slow.yaml").write_text("defaults: [schema, _self_]\nlr: 1.0e-6\n")
+    assert run(train.main, "--config-dir=mine", "optimizer=slow") == 0
+    result = json.loads((tmp_path / "runs" / "test" / "result.json").read_text())
+    assert result["settings"]["optimizer"]["lr"] == 1e-6
 
 
 def test_show_mask(run, capsys):

@@ -95,6 +95,29 @@ def test_frozen_target_reads_two_tensors(target, target_path):
     assert torch.equal(frozen.head, target.model.get_output_embeddings().weight)
 
 
+@pytest.mark.parametrize(("architecture", "tied"), [("GPTNeoX", False), ("GPT2", True), ("OPT", True)])
+def test_names_of_other_architectures(tmp_path, architecture, tied):
+    import transformers
+
+    from lightning_dataflow.targets.info import read_target_info, tensor_names
+
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 5, "num_attention_heads": 2}
+    config = getattr(transformers, f"{architecture}Config")(**sizes, tie_word_embeddings=tied)
+    if architecture == "OPT":
+        config.word_embed_proj_dim, config.ffn_dim = 16, 32
+    model = getattr(transformers, f"{architecture}ForCausalLM" if architecture != "GPT2" else "GPT2LMHeadModel")(config)
+    model.save_pretrained(tmp_path)
+    embedding_names, head_names = tensor_names(tmp_path)
+    frozen = FrozenTarget.load(
+        tmp_path,
+        tied=read_target_info(tmp_path).tie_word_embeddings,
+        embedding_names=embedding_names,
+        head_names=head_names,
+    )
+    assert torch.equal(frozen.embedding, model.get_input_embeddings().weight)
+    assert torch.equal(frozen.head, model.get_output_embeddings().weight)
+
+
 def test_tied_embeddings_stay_one_tensor(tmp_path):
     from safetensors.torch import save_file
 

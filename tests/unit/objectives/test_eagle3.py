@@ -91,6 +91,26 @@ def test_nothing_supervised_is_zero_with_zero_gradient():
     assert hidden.grad.abs().max() == lm_head.grad.abs().max() == 0
 
 
+def test_a_target_far_from_the_draft_vocabulary_is_finite():
+    """Every kept token 200 nats below the target's choice: not supervised, and no 0 / 0."""
+    hidden, lm_head, last, head, target_ids, t2d = make()
+    chosen = int((~t2d).nonzero()[0])
+    head[chosen] = 100 * last[0, 3] / last[0, 3].norm()
+    last[0, 3] *= 10
+    sums = Eagle3Objective()(
+        hidden,
+        lm_head,
+        last_hidden_state=last,
+        target_head=head,
+        target_ids=target_ids,
+        t2d=t2d,
+        rows=supervised_positions(torch.ones(2, 8)),
+    )
+    sums.loss.numerator.backward()
+    for tensor in (sums.loss.numerator, hidden.grad, lm_head.grad):
+        assert torch.isfinite(tensor).all()
+
+
 def lk_reference(options, hidden, lm_head, last, head, target_ids, t2d, rows):
     """The LK losses (arXiv 2602.23881) by autograd over whole matrices."""
     total = torch.zeros(())

@@ -220,6 +220,18 @@ def test_no_chat_template(target_path, conversations):
         load_prompts(str(conversations), tokenizer, max_length=64)
 
 
+def test_several_named_templates(target_path, conversations):
+    from lightning_dataflow.targets import load_tokenizer
+
+    tokenizer = load_tokenizer(target_path)
+    expected = load_prompts(str(conversations), tokenizer, max_length=64)[0].version
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ messages }}"}
+    assert load_prompts(str(conversations), tokenizer, max_length=64)[0].version == expected
+    tokenizer.chat_template = {"one": "a", "two": "b"}
+    with pytest.raises(UserError, match=r"set data\.chat_template"):
+        load_prompts(str(conversations), tokenizer, max_length=64)
+
+
 def test_a_hugging_face_data_set(tokenizer, tmp_path, monkeypatch):
     pytest.importorskip("datasets")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

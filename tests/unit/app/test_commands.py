@@ -224,10 +224,10 @@ def test_a_resumed_run_keeps_its_first_metrics(run, tmp_path):
 
 def test_a_choice_from_a_folder_of_the_users(run, tmp_path):
     (tmp_path / "mine" / "optimizer").mkdir(parents=True)
-    (tmp_path / "mine" / "optimizer" / "slow.yaml").write_text("defaults: [schema, _self_]\nlr: 1.0e-6\n")
+    (tmp_path / "mine" / "optimizer" / "slow.yaml").write_text("defaults: [schema, _self_]\nweight_decay: 0.3\n")
     assert run(train.main, "--config-dir=mine", "optimizer=slow") == 0
     result = json.loads((tmp_path / "runs" / "test" / "result.json").read_text())
-    assert result["settings"]["optimizer"]["lr"] == 1e-6
+    assert result["settings"]["optimizer"]["weight_decay"] == 0.3
 
 
 def test_show_mask(run, capsys):

@@ -124,6 +124,11 @@ class Builder:
         return folder
 
     @cached_property
+    def result_writer(self) -> ResultWriter:
+        """Writes `result.json` to the run's folder."""
+        return ResultWriter(self.config.run_dir, self.settings)
+
+    @cached_property
     def data(self) -> DataFlowDataModule:
         """The LightningDataModule."""
         data = self.config.data
@@ -211,7 +216,7 @@ class Builder:
         callbacks: list[L.Callback] = [
             RunMetrics(),  # first, so that it does not time the others
             StreamCursor(),
-            ResultWriter(self.config.run_dir, self.settings),
+            self.result_writer,
         ]
         for entry in (self.config.callbacks or {}).values():
             if entry["_target_"].rsplit(".", 1)[-1] == AcceptanceEvaluation.__name__:

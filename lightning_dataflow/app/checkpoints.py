@@ -10,7 +10,7 @@ from lightning_dataflow.contracts import UserError
 if TYPE_CHECKING:
     import lightning as L
 
-_NAME = re.compile(r"step=(\d+)(-v\d+)?\.ckpt")
+_NAME = re.compile(r"step-(\d+)(-v\d+)?\.ckpt")
 
 
 def resolve_checkpoint(ckpt_path: str | None, run_dir: Path) -> str | None:
@@ -39,7 +39,7 @@ def resolve_checkpoint(ckpt_path: str | None, run_dir: Path) -> str | None:
 def complete_checkpoints(run_dir: Path) -> list[Path]:
     """Checkpoints of a run in the order of their steps; a sharded one counts once its `meta.pt` is there."""
     found = []
-    for path in (run_dir / "checkpoints").glob("step=*.ckpt"):
+    for path in (run_dir / "checkpoints").glob("step-*.ckpt"):
         match = _NAME.fullmatch(path.name)
         if match and (path.is_file() or (path / "meta.pt").is_file()):
             found.append((int(match[1]), path.stat().st_mtime, path))
@@ -48,6 +48,6 @@ def complete_checkpoints(run_dir: Path) -> list[Path]:
 
 def save_final_checkpoint(trainer: "L.Trainer", run_dir: Path) -> None:
     """Save the last step, unless a callback did. Every rank calls it."""
-    path = run_dir / "checkpoints" / f"step={trainer.global_step:06d}.ckpt"
+    path = run_dir / "checkpoints" / f"step-{trainer.global_step:06d}.ckpt"
     if not trainer.strategy.broadcast(path.exists()):
         trainer.save_checkpoint(path)

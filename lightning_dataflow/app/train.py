@@ -24,7 +24,7 @@ def train(config: TrainConfig, settings: dict[str, Any]) -> None:
     trainer.fit(parts.module, parts.data, ckpt_path=checkpoint)
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
-    if not (run_dir / "result.json").exists():
+    if parts.result_writer.path is None:
         raise UserError(
             f"{checkpoint} is at step {trainer.global_step} already, trainer.max_steps={trainer.max_steps} leaves nothing "
             "to train: raise it"

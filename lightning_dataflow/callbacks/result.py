@@ -21,6 +21,9 @@ class ResultWriter(L.Callback):
     Args:
         folder: where; the logger's folder by default.
         settings: written along, for example the resolved configuration.
+
+    Attributes:
+        path: of the file; None until training starts.
     """
 
     def __init__(self, folder: str | None = None, settings: Mapping[str, Any] | None = None):

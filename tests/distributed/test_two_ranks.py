@@ -61,7 +61,7 @@ def test_fsdp2_resumes_from_a_sharded_checkpoint_which_evaluates(folder):
     torchrun(stop, "5", *common, "callbacks.checkpoint.every_n_train_steps=4", cwd=folder, status=1)
     torchrun(TRAIN, *common, "ckpt_path=last", cwd=folder)
     assert result(folder, "resumed")["losses"] == pytest.approx(result(folder, "one")["losses"], rel=1e-4)
-    checkpoint = folder / "runs" / "resumed" / "checkpoints" / "step=000008.ckpt"
+    checkpoint = folder / "runs" / "resumed" / "checkpoints" / "step-000008.ckpt"
     assert checkpoint.is_dir()
     options = (f"evaluate.checkpoint='{checkpoint}'", "run_name=evaluation")
     shown = python("-m", "lightning_dataflow", "evaluate", *TINY, *options, cwd=folder).stdout

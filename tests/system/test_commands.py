@@ -75,7 +75,7 @@ def test_ctrl_c_ends_everything_and_a_resume_goes_on(folder):
     process = subprocess.Popen(command, cwd=folder, env=environment(), start_new_session=True, stderr=subprocess.DEVNULL)
     checkpoints = folder / "runs" / "stopped" / "checkpoints"
     deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("step=00000[4-9].ckpt")):
+    while not list(checkpoints.glob("step-00000[4-9].ckpt")):
         assert time.monotonic() < deadline, "no checkpoint within 120 s"
         assert process.poll() is None, "training ended before it could be interrupted"
         time.sleep(0.05)

@@ -118,7 +118,7 @@ def test_train_then_resume_then_evaluate(run, tmp_path, capsys):
     second = json.loads((folder / "result.json").read_text())
     assert second["losses"][:2] == first["losses"]
     assert second["samples_trained"] == 32
-    checkpoint = folder / "checkpoints" / "step=000004.ckpt"
+    checkpoint = folder / "checkpoints" / "step-000004.ckpt"
     options = (f"evaluate.checkpoint='{checkpoint}'", "evaluate.output=report.json")
     assert run(evaluate.main, *options) == 0
     report = json.loads(Path("report.json").read_text())
@@ -156,7 +156,7 @@ def test_features_of_another_target_are_refused(run, tmp_path, capsys):
     assert run(train.main, "topology=offline", "store.root=features", f"target.path={other}") == 1
     assert "captured with another target weights" in one_line(capsys)
     assert run(train.main, "run_name=mine") == 0
-    checkpoint = tmp_path / "runs" / "mine" / "checkpoints" / "step=000002.ckpt"
+    checkpoint = tmp_path / "runs" / "mine" / "checkpoints" / "step-000002.ckpt"
     assert run(evaluate.main, f"evaluate.checkpoint='{checkpoint}'", f"target.path={other}") == 1
     assert "was trained for another target" in one_line(capsys)
 

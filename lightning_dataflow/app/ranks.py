@@ -1,4 +1,4 @@
-"""Work that one rank does before the process group exists."""
+"""Ranks before the process group exists, and at its end."""
 
 import os
 import time
@@ -33,3 +33,13 @@ def first_rank_does(
         if time.monotonic() > deadline:
             raise UserError(f"waited {timeout_s:.0f} s for rank 0 to finish {what}: see rank 0's messages")
         time.sleep(POLL_S)
+
+
+def leave_process_group() -> None:
+    """Every rank waits for the others, then closes its connections: a rank that exits while another still uses them can
+    abort either."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()

@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning_dataflow.app.checkpoints import resolve_checkpoint, save_final_checkpoint
 from lightning_dataflow.app.command import command
+from lightning_dataflow.app.ranks import leave_process_group
 from lightning_dataflow.app.schema import TrainConfig
 from lightning_dataflow.contracts import UserError
 
@@ -33,6 +34,7 @@ def train(config: TrainConfig, settings: dict[str, Any]) -> None:
     if trainer.is_global_zero:
         draw_result(run_dir / "result.json", run_dir / "figure.png")
         print(f"results in {run_dir}: result.json, figure.png, checkpoints/", flush=True)
+    leave_process_group()
 
 
 main = command(train)

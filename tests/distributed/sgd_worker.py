@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.tensor import DTensor
 
 import lightning_dataflow as ldf
+from lightning_dataflow.app.ranks import leave_process_group
 
 STEPS, GLOBAL_BATCH = 2, 8
 
@@ -53,3 +54,4 @@ trainer.fit(module, data)
 weights = {name: whole(parameter) for name, parameter in module.named_parameters()}
 if trainer.is_global_zero:
     torch.save({"gradients": module.gradients, "weights": weights}, output)
+leave_process_group()

@@ -308,7 +308,5 @@ def capture_once(builder: Builder, folder: Path) -> None:
 
 def _prepare(config: TrainConfig) -> None:
     for part, write in ((config.target, write_tiny_target), (config.data, write_tiny_conversations)):
-        if part.prepare == "tiny":
-            write(part.path)
-        elif part.prepare is not None:
-            raise UserError(f"prepare={part.prepare} is unknown: use tiny, or null for files that are there")
+        if part.prepare is not None:
+            write(part.prepare)

@@ -13,7 +13,7 @@ class TargetConfig:
 
     Attributes:
         path: a Hugging Face folder.
-        prepare: `tiny` writes the tiny random target to `path` first, unless it is there.
+        prepare: a folder that the tiny random target is written to first, unless it is there.
         dtype, device: see HFTargetEngine.
         capture_batch_size: prompts per forward pass while capturing.
     """
@@ -30,7 +30,7 @@ class DataConfig:
     """Prompts and batches; see load_prompts and DataFlowDataModule.
 
     Attributes:
-        prepare: `tiny` writes synthetic conversations to `path` first, unless they are there.
+        prepare: a file that synthetic conversations are written to first, unless it is there.
         chat_template: a Jinja file that replaces the tokenizer's template.
         num_passes: with trainer.max_steps=null, train this often on every sample.
     """

@@ -1,5 +1,6 @@
 """The `train` command."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,10 @@ def train(config: TrainConfig, settings: dict[str, Any]) -> None:
     save_final_checkpoint(trainer, run_dir)
     if trainer.is_global_zero:
         draw_result(run_dir / "result.json", run_dir / "figure.png")
+        history = json.loads((run_dir / "result.json").read_text()).get("acceptance", [])
+        if len(history) > 1:
+            first, last = history[0], history[-1]
+            print(f"acceptance length {first['acceptance_length']:.3f} → {last['acceptance_length']:.3f}", flush=True)
         print(f"results in {run_dir}: result.json, figure.png, checkpoints/", flush=True)
     leave_process_group()
 

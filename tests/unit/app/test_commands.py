@@ -49,10 +49,10 @@ def broken_file(folder: Path) -> str:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data.path=nowhere.jsonl", "data.prepare=null"], "no prompt file nowhere.jsonl"),
+        (["data.path=nowhere.jsonl"], "no prompt file nowhere.jsonl"),
         (["data.path=BROKEN"], "line 2: not JSON"),
         (["data.max_length=4"], "nothing supervised within max_length"),
-        (["target.path=nowhere", "target.prepare=null"], "no target model in nowhere"),
+        (["target.path=nowhere"], "no target model in nowhere"),
         (["strategy.draft_vocab_size=1000"], "the target's vocabulary has 320 tokens"),
         (["strategy.layer_ids=[0,8]"], "ids go from 0 to 7"),
         (["+strategy.colour=red"], "unexpected keyword argument 'colour'"),
@@ -70,7 +70,6 @@ def broken_file(folder: Path) -> str:
         (["ckpt_path=last"], "no checkpoint in"),
         (["ckpt_path=nowhere.ckpt"], "no checkpoint nowhere.ckpt"),
         (["callbacks=default", "data.num_eval_samples=0"], "no held-out prompts"),
-        (["data.prepare=huge"], "prepare=huge is unknown"),
         (["data.max_length=2000", "data.path=LONG"], "set data.max_length to at most 1024"),
         (["topology=offline", "store.secret_file=nowhere"], "cannot read store.secret_file=nowhere"),
         (["data.chat_template=nowhere.jinja"], "cannot read data.chat_template=nowhere.jinja"),

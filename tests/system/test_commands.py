@@ -69,7 +69,7 @@ def test_lightning_cli(folder):
 
 def test_ctrl_c_ends_everything_and_a_resume_goes_on(folder):
     """Two ranks are interrupted in the middle; no process stays, and the resumed run equals one never interrupted."""
-    settings = ("trainer=ddp", "trainer.devices=2", "trainer.max_steps=80", "callbacks.checkpoint.every_n_train_steps=2")
+    settings = ("trainer=ddp", "trainer.devices=2", "trainer.max_steps=40", "callbacks.checkpoint.every_n_train_steps=2")
     python(TRAIN, *TINY, *settings, "run_name=straight", cwd=folder)
     command = [sys.executable, TRAIN, *TINY, *settings, "run_name=stopped"]
     process = subprocess.Popen(command, cwd=folder, env=environment(), start_new_session=True, stderr=subprocess.DEVNULL)

@@ -2,7 +2,7 @@
 
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -12,6 +12,9 @@ from lightning_dataflow.contracts.records import TargetRepr
 TARGET_REPRS: dict[str, TargetRepr] = {"last_hidden_state": "hidden_state"}
 
 Tensors = dict[str, torch.Tensor]
+
+IsLive = Callable[[str, str], bool]
+"""(sample_id, generation) → whether somebody still holds a ref to it."""
 
 
 class FeatureStore(ABC):
@@ -35,7 +38,7 @@ class FeatureStore(ABC):
 
     @abstractmethod
     def get(self, ref: SampleRef) -> tuple[Tensors, FeatureHandle]:
-        """Read the tensors of `ref`.
+        """Read the tensors of `ref`. They stay valid for as long as somebody references them, also after `release`.
 
         Raises:
             KeyError: missing, freed, of an older generation, or shorter than the ref says.
@@ -47,16 +50,30 @@ class FeatureStore(ABC):
         """Give up the read lease; the last release of the current generation frees it. Stale handles do nothing."""
 
     @abstractmethod
+    def free(self, ref: SampleRef) -> None:
+        """Free this one generation at once, for every reader; another generation stays. Freed refs do nothing."""
+
+    @abstractmethod
     def abort(self, sample_id: str) -> None:
         """Free every generation of a sample at once, for every reader. Unknown ids do nothing."""
+
+    @abstractmethod
+    def exists(self, refs: Sequence[SampleRef]) -> list[bool]:
+        """Which of `refs` a `get` would find now."""
 
     @abstractmethod
     def health(self) -> dict[str, int]:
         """Counts: `num_samples`, `num_bytes`, `capacity_bytes` (0 when unlimited)."""
 
     @abstractmethod
-    def sweep(self) -> dict[str, int]:
-        """Remove what crashed writers left behind; returns counts by kind."""
+    def sweep(self, is_live: IsLive | None = None) -> dict[str, int]:
+        """Remove what crashed writers left half-written, and every generation that is not live; returns counts by kind.
+
+        Without `is_live` only the half-written is removed.
+        """
+
+    def close(self) -> None:  # noqa: B027
+        """Give up connections and buffers. The store is not used afterwards; what is stored stays."""
 
 
 def feature_specs(tensors: Mapping[str, torch.Tensor]) -> dict[str, FeatureSpec]:

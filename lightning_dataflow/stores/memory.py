@@ -2,13 +2,13 @@
 
 import secrets
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from lightning_dataflow.contracts import CapacityError, FeatureHandle, SampleOrigin, SampleRef
-from lightning_dataflow.stores.base import FeatureStore, Tensors, feature_specs, new_generation, num_bytes
+from lightning_dataflow.stores.base import FeatureStore, IsLive, Tensors, feature_specs, new_generation, num_bytes
 
 
 @dataclass
@@ -77,11 +77,24 @@ class MemoryFeatureStore(FeatureStore):
             if not entry.leases:
                 self._free(handle.sample_id)
 
+    def free(self, ref: SampleRef) -> None:
+        """See FeatureStore.free."""
+        with self._lock:
+            entry = self._entries.get(ref.sample_id)
+            if entry is not None and entry.generation == ref.generation:
+                self._free(ref.sample_id)
+
     def abort(self, sample_id: str) -> None:
         """See FeatureStore.abort."""
         with self._lock:
             if sample_id in self._entries:
                 self._free(sample_id)
+
+    def exists(self, refs: Sequence[SampleRef]) -> list[bool]:
+        """See FeatureStore.exists."""
+        with self._lock:
+            entries = [self._entries.get(ref.sample_id) for ref in refs]
+        return [entry is not None and entry.generation == ref.generation for entry, ref in zip(entries, refs, strict=True)]
 
     def health(self) -> dict[str, int]:
         """See FeatureStore.health."""
@@ -92,9 +105,15 @@ class MemoryFeatureStore(FeatureStore):
                 "capacity_bytes": self.capacity_bytes or 0,
             }
 
-    def sweep(self) -> dict[str, int]:
-        """Nothing survives this process, so there is nothing to sweep."""
-        return {}
+    def sweep(self, is_live: IsLive | None = None) -> dict[str, int]:
+        """See FeatureStore.sweep. Nothing half-written survives a process."""
+        if is_live is None:
+            return {}
+        with self._lock:
+            orphans = [sample_id for sample_id, entry in self._entries.items() if not is_live(sample_id, entry.generation)]
+            for sample_id in orphans:
+                self._free(sample_id)
+        return {"orphans": len(orphans)}
 
     def _free(self, sample_id: str) -> None:
         self._resident_bytes -= self._entries.pop(sample_id).num_bytes

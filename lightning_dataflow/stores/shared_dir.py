@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from lightning_dataflow.contracts import CapacityError, FeatureHandle, SampleOri
 from lightning_dataflow.contracts.validation import check_id
 from lightning_dataflow.stores.base import (
     FeatureStore,
+    IsLive,
     Tensors,
     check_tensors,
     feature_specs,
@@ -106,6 +107,12 @@ class SharedDirFeatureStore(FeatureStore):
             self._path(handle.sample_id, handle.generation).unlink(missing_ok=True)
             _remove_empty(self._folder(handle.sample_id))
 
+    def free(self, ref: SampleRef) -> None:
+        """See FeatureStore.free; also what was to be retained."""
+        self._check_secret()
+        self._path(ref.sample_id, ref.generation).unlink(missing_ok=True)
+        _remove_empty(self._folder(ref.sample_id))
+
     def abort(self, sample_id: str) -> None:
         """See FeatureStore.abort."""
         self._check_secret()
@@ -114,22 +121,31 @@ class SharedDirFeatureStore(FeatureStore):
             path.unlink(missing_ok=True)
         _remove_empty(folder)
 
+    def exists(self, refs: Sequence[SampleRef]) -> list[bool]:
+        """See FeatureStore.exists."""
+        self._check_secret()
+        return [self._path(ref.sample_id, ref.generation).exists() for ref in refs]
+
     def health(self) -> dict[str, int]:
         """See FeatureStore.health; `num_bytes` counts whole files. Walks the folder: not for hot paths."""
         sizes = list(self._file_sizes())
         return {"num_samples": len(sizes), "num_bytes": sum(sizes), "capacity_bytes": self.capacity_bytes or 0}
 
-    def sweep(self) -> dict[str, int]:
-        """Remove half-written files older than ten minutes and empty folders."""
-        orphans = 0
+    def sweep(self, is_live: IsLive | None = None) -> dict[str, int]:
+        """See FeatureStore.sweep. A file counts as half-written when its writer has not finished it in ten minutes."""
+        half_written = orphans = 0
         for folder in self._samples.iterdir():
             for path in folder.glob("*.tmp"):
                 with suppress(FileNotFoundError):  # its writer has just renamed it
                     if time.time() - path.stat().st_mtime > ORPHAN_AGE_S:
                         path.unlink()
-                        orphans += 1
+                        half_written += 1
+            for path in _generations(folder):
+                if is_live is not None and not is_live(folder.name, path.stem):
+                    path.unlink(missing_ok=True)
+                    orphans += 1
             _remove_empty(folder)
-        return {"orphans": orphans}
+        return {"half_written": half_written} | ({} if is_live is None else {"orphans": orphans})
 
     def _attach(self, secret: str | None) -> str:
         """Write the store's card once; whoever comes second finds it. Returns the digest that the card must show."""

@@ -125,6 +125,37 @@ def test_abort_frees_every_generation(store):
     assert store.health()["num_samples"] == 0
 
 
+def test_free_takes_one_generation_only(store):
+    old = store.put(tensors(1.0), origin())
+    new = store.put(tensors(2.0), replace(origin(), attempt=1))
+    store.free(old)
+    assert store.exists([old, new]) == [False, True]
+    assert store.get(new)[0]["a"].eq(2).all()
+    store.free(new)
+    store.free(new)
+    assert store.exists([new]) == [False]
+    with pytest.raises(KeyError):
+        store.get(new)
+    assert store.health()["num_samples"] == 0
+
+
+def test_tensors_outlive_their_release(store):
+    ref = store.put(tensors(3.0), origin())
+    found, handle = store.get(ref)
+    store.release(handle)
+    for index in range(4):  # whatever memory the first read used must not be used again
+        other = store.put(tensors(float(index)), origin(f"run:{index + 2}"))
+        store.release(store.get(other)[1])
+    assert found["a"].eq(3).all()
+
+
+def test_sweep_removes_what_nobody_holds(store):
+    live, orphan = (store.put(tensors(), origin(f"run:{index}")) for index in range(2))
+    held = {(live.sample_id, live.generation)}
+    assert store.sweep(lambda sample_id, generation: (sample_id, generation) in held)["orphans"] == 1
+    assert store.exists([live, orphan]) == [True, False]
+
+
 def test_an_empty_put(store):
     with pytest.raises(ValueError, match="without tensors"):
         store.put({}, origin())
@@ -274,7 +305,7 @@ store.put({{"a": __import__("torch").ones(2)}}, origin("run:2"))
         for path in (old, fresh):
             path.write_bytes(b"half")
         os.utime(old, (0, 0))
-        assert store.sweep() == {"orphans": 1}
+        assert store.sweep() == {"half_written": 1}
         assert fresh.exists()
         assert not old.exists()
         assert store.health()["num_samples"] == 1

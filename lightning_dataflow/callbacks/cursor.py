@@ -20,10 +20,18 @@ class StreamCursor(L.Callback):
         self._seen_step = trainer.global_step
         trainer.datamodule.start(resumed=trainer.global_step > 0)  # type: ignore[attr-defined]
 
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Lightning's hook. Whatever was saved before this batch is complete now."""
+        trainer.datamodule.mark_saved(trainer.global_step)  # type: ignore[attr-defined]
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Lightning's hook."""
+        trainer.datamodule.mark_saved(trainer.global_step)  # type: ignore[attr-defined]
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Lightning's hook."""
         if trainer.global_step != self._seen_step:
             self._seen_step = trainer.global_step
-            trainer.datamodule.mark_applied(batch["next_seq"])  # type: ignore[attr-defined]
+            trainer.datamodule.mark_applied(batch["next_seq"], trainer.global_step)  # type: ignore[attr-defined]

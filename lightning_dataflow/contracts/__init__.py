@@ -1,7 +1,15 @@
 """The records that parts exchange. Standard library only: importing this never imports torch."""
 
-from lightning_dataflow.contracts.errors import CapacityError, UnknownNameError, UserError
+from lightning_dataflow.contracts.errors import (
+    CapacityError,
+    CaptureMismatchError,
+    PeerFailedError,
+    PeerTimeoutError,
+    UnknownNameError,
+    UserError,
+)
 from lightning_dataflow.contracts.guard import assert_no_tensors
+from lightning_dataflow.contracts.log import LogRecord
 from lightning_dataflow.contracts.records import (
     SCHEMA_VERSION,
     CaptureSpec,
@@ -17,9 +25,13 @@ from lightning_dataflow.contracts.validation import ref_from_json, ref_to_json, 
 __all__ = [
     "SCHEMA_VERSION",
     "CapacityError",
+    "CaptureMismatchError",
     "CaptureSpec",
     "FeatureHandle",
     "FeatureSpec",
+    "LogRecord",
+    "PeerFailedError",
+    "PeerTimeoutError",
     "PromptTask",
     "SampleOrigin",
     "SampleRef",

@@ -14,3 +14,15 @@ class UnknownNameError(UserError, KeyError):
 
 class CapacityError(RuntimeError):
     """A store has no room. Nothing of the refused sample is visible; retry once samples were released."""
+
+
+class CaptureMismatchError(UserError):
+    """A target returned other features than the run was announced with; the message names the difference."""
+
+
+class PeerTimeoutError(TimeoutError):
+    """Nothing came from another process for too long. The message names who was waited for, for what, and how long."""
+
+
+class PeerFailedError(RuntimeError):
+    """Another process of the run ended with an error, which the message repeats."""

@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from lightning_dataflow.contracts.errors import UserError
@@ -28,6 +27,8 @@ MAX_TOKENS = 1 << 24
 MAX_RANK = 8
 MAX_TEXT = 1024
 MAX_FEATURES = 64
+_NO_DEFAULT = object()
+_ORIGIN_DEFAULTS = {"attempt": 0, "draft_weight_version": None}
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:#-]{0,254}")
 _GENERATION = re.compile(r"[0-9]{1,9}-[0-9a-f]{16,64}")
 
@@ -79,8 +80,18 @@ def validate_ref(ref: SampleRef) -> SampleRef:
 
 
 def ref_to_json(ref: SampleRef) -> dict[str, Any]:
-    """Plain containers, fit for `json.dumps`."""
-    return asdict(ref)
+    """Plain containers, fit for `json.dumps`. Fields at their defaults are left out: the log holds one line a sample."""
+    origin = {name: value for name, value in vars(ref.origin).items() if value != _ORIGIN_DEFAULTS.get(name, _NO_DEFAULT)}
+    capture = ref.origin.capture
+    origin["capture"] = {"layer_ids": capture.layer_ids, "norm": capture.norm, "hidden_size": capture.hidden_size}
+    return {
+        "origin": origin,
+        "uri": ref.uri,
+        "generation": ref.generation,
+        "features": {name: _spec_to_json(spec) for name, spec in ref.features.items()},
+        "num_bytes": ref.num_bytes,
+        "schema_version": ref.schema_version,
+    }
 
 
 def ref_from_json(data: Any) -> SampleRef:
@@ -97,6 +108,15 @@ def ref_from_json(data: Any) -> SampleRef:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"not a sample reference ({error!r}): {_short(data)}") from error
     return validate_ref(ref)
+
+
+def _spec_to_json(spec: FeatureSpec) -> dict[str, Any]:
+    data: dict[str, Any] = {"name": spec.name, "shape": spec.shape, "dtype": spec.dtype}
+    if spec.target_repr is not None:
+        data["target_repr"] = spec.target_repr
+    if spec.target_meta:
+        data["target_meta"] = spec.target_meta
+    return data
 
 
 def _feature_bytes(name: str, spec: FeatureSpec, sample_id: str) -> int:

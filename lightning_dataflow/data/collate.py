@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dataflow.contracts import SampleRef
-
 Batch = dict[str, Any]
 
 
@@ -16,7 +14,8 @@ Batch = dict[str, Any]
 class Sample:
     """One sample as read from the store: tensors whose first dimension is its length."""
 
-    ref: SampleRef
+    sample_id: str
+    num_tokens: int
     tensors: Mapping[str, Tensor]
 
 
@@ -26,14 +25,14 @@ def pad_samples(samples: Sequence[Sample]) -> Batch:
     Always copies into fresh memory, so that numbers do not depend on how a store aligned its bytes. `num_tokens` is the
     batch's Σ S before padding, `sample_ids` names its rows.
     """
-    length = max(sample.ref.num_tokens for sample in samples)
+    length = max(sample.num_tokens for sample in samples)
     batch: Batch = {
-        "num_tokens": sum(sample.ref.num_tokens for sample in samples),
-        "sample_ids": [sample.ref.sample_id for sample in samples],
+        "num_tokens": sum(sample.num_tokens for sample in samples),
+        "sample_ids": [sample.sample_id for sample in samples],
     }
     for name, first in samples[0].tensors.items():
         padded = torch.zeros(len(samples), length, *first.shape[1:], dtype=first.dtype)
         for row, sample in enumerate(samples):
-            padded[row, : sample.ref.num_tokens] = sample.tensors[name]
+            padded[row, : sample.num_tokens] = sample.tensors[name]
         batch[name] = padded
     return batch

@@ -19,13 +19,14 @@ from lightning_dataflow.contracts import (
     ref_from_json,
     ref_to_json,
 )
-from lightning_dataflow.data.source import FeatureCard
+from lightning_dataflow.data.source import FeatureCard, RefSource, RefWindow, WindowEntry
+from lightning_dataflow.data.windows import PassOrder
 from lightning_dataflow.stores import SharedDirFeatureStore
 
 MANIFEST, REFS, COUNTS = "manifest.json", "refs.jsonl", "token_counts.safetensors"
 
 
-class OfflineSource:
+class OfflineSource(RefSource):
     """Refs of a folder of captured features.
 
     Args:
@@ -41,7 +42,7 @@ class OfflineSource:
         manifest = _read_manifest(self.folder)
         self.store = SharedDirFeatureStore(self.folder, retain=True, secret=secret)
         try:
-            self.card = _card_from_json(manifest["card"])
+            self.card = card_from_json(manifest["card"])
             self._refs = _read_refs(self.folder / REFS)
             num_samples = manifest["num_samples"]
         except (KeyError, TypeError, AttributeError, OSError) as error:
@@ -60,13 +61,19 @@ class OfflineSource:
         """Payload of all samples."""
         return sum(ref.num_bytes for ref in self._refs)
 
-    def num_tokens(self, index: int) -> int:
-        """See RefSource."""
-        return self._refs[index].num_tokens
+    @property
+    def sample_refs(self) -> Sequence[SampleRef]:
+        """Refs of all samples, in the order of the prompts."""
+        return self._refs
 
-    def refs(self, samples: Sequence[tuple[int, int]]) -> list[SampleRef]:
+    def window(self, seqs: range, share: range, order: PassOrder) -> RefWindow:
         """See RefSource; the same ref in every pass."""
-        return [self._refs[index] for index, _ in samples]
+        refs = [self._refs[order.locate(seq)[0]] for seq in seqs]
+        mine = [refs[seq - seqs.start] for seq in share]
+        return RefWindow(
+            entries=[WindowEntry(seq=seq, ref=ref) for seq, ref in zip(share, mine, strict=True)],
+            num_tokens=sum(ref.num_tokens for ref in refs),
+        )
 
     def discard(self, refs: Sequence[SampleRef]) -> None:
         """See RefSource; the files stay for the next pass."""
@@ -130,6 +137,7 @@ def _read_refs(path: Path) -> list[SampleRef]:
     return refs
 
 
-def _card_from_json(data: dict[str, Any]) -> FeatureCard:
+def card_from_json(data: dict[str, Any]) -> FeatureCard:
+    """Rebuild a card from `json.loads` output. Raises KeyError, TypeError or AttributeError for something else."""
     capture = {**data["capture"], "layer_ids": tuple(data["capture"]["layer_ids"])}
     return FeatureCard(**{**data, "features": tuple(data["features"]), "capture": CaptureSpec(**capture)})

@@ -1,12 +1,14 @@
-"""What the DataModule asks of a topology: references for seqs, and what the features are."""
+"""What the DataModule asks of a topology: references for the seqs of a window, and what the features are."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from torch import Tensor
 
-from lightning_dataflow.contracts import CaptureSpec, SampleRef
+from lightning_dataflow.contracts import CaptureSpec, SampleRef, UserError
+from lightning_dataflow.control import RunPlan
+from lightning_dataflow.data.windows import PassOrder
 from lightning_dataflow.stores import FeatureStore
 
 
@@ -16,11 +18,13 @@ class FeatureCard:
 
     Attributes:
         features: their names.
+        dtype: of the hidden states, torch's name without the prefix.
         prompts_version: fingerprint of the prompts, their masks and their order.
         skipped: records left out before anything was captured, by reason.
     """
 
     features: tuple[str, ...]
+    dtype: str
     prompts_version: str
     capture: CaptureSpec
     target_model_version: str
@@ -28,36 +32,86 @@ class FeatureCard:
     skipped: Mapping[str, int] = field(default_factory=dict)
 
 
-class RefSource(Protocol):
-    """Where refs come from: captured on demand (`online`), or listed by a manifest (`offline`)."""
+@dataclass(frozen=True, kw_only=True)
+class WindowEntry:
+    """One seq of a window; `ref` is None where it was skipped and keeps its place with zero loss weight."""
+
+    seq: int
+    ref: SampleRef | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefWindow:
+    """A rank's share of one window.
+
+    Attributes:
+        entries: in seq order.
+        num_tokens: of the whole window, the same on every rank.
+    """
+
+    entries: Sequence[WindowEntry]
+    num_tokens: int
+
+
+class RefSource(ABC):
+    """Where refs come from: captured on demand, listed by a manifest, or streamed from other processes.
+
+    Attributes:
+        card: what the features are.
+        store: where they are.
+        prefetch_windows: how many windows are worth reading ahead.
+    """
 
     card: FeatureCard
+    store: FeatureStore
+    prefetch_windows: int = 1
 
-    @property
-    def store(self) -> FeatureStore:
-        """Where the features are."""
-        ...
-
+    @abstractmethod
     def __len__(self) -> int:
         """Samples in one pass."""
-        ...
 
-    def num_tokens(self, index: int) -> int:
-        """Length of one sample, known before it is captured."""
-        ...
+    @abstractmethod
+    def window(self, seqs: range, share: range, order: PassOrder) -> RefWindow:
+        """The refs of `share`, this rank's part of the window `seqs`; blocks until the whole window is there."""
 
-    def refs(self, samples: Sequence[tuple[int, int]]) -> list[SampleRef]:
-        """Refs of (index, pass) pairs, in their order; their features are in `store`."""
-        ...
+    @abstractmethod
+    def token_counts(self, vocab_size: int) -> Tensor:
+        """How often each token is supervised in one pass, int64 [vocab_size]."""
+
+    @abstractmethod
+    def in_flight(self) -> dict[str, int]:
+        """`refs_in_flight` and `bytes_in_flight`: captured and not yet trained. Cheap."""
+
+    def check_order(self, order: PassOrder) -> None:  # noqa: B027
+        """Raise UserError when this source counts seqs in another order."""
+
+    def begin(self, plan: RunPlan, rank: int, world_size: int) -> None:  # noqa: B027
+        """A fit starts. Rank 0 calls it first."""
+
+    def replace(self, entry: WindowEntry, reason: str) -> WindowEntry:
+        """What to train instead of a ref whose features are gone; blocks while they are captured again.
+
+        Raises UserError where nobody captures again.
+        """
+        raise UserError(f"a sample is lost: {reason}; capture again")
 
     def discard(self, refs: Sequence[SampleRef]) -> None:
         """Give back refs that nobody will read."""
-        ...
+        for ref in refs:
+            self.store.free(ref)
 
-    def in_flight(self) -> dict[str, int]:
-        """`refs_in_flight` and `bytes_in_flight`: captured and not yet trained. Cheap."""
-        ...
+    def applied(self, seqs: Sequence[int], next_seq: int, global_step: int) -> None:  # noqa: B027
+        """The step that used everything before `next_seq` has run; this rank freed the features of `seqs`."""
 
-    def token_counts(self, vocab_size: int) -> Tensor:
-        """How often each token is supervised in one pass, int64 [vocab_size]."""
-        ...
+    def durable(self, next_seq: int, global_step: int) -> None:  # noqa: B027
+        """A complete checkpoint holds that step."""
+
+    def cancel(self) -> None:  # noqa: B027
+        """Make a `window` or `replace` that blocks in another thread end."""
+
+    def finish(self, status: str) -> None:  # noqa: B027
+        """The fit ended: whatever was captured and never read is freed."""
+
+    def counts(self) -> dict[str, int]:
+        """`skipped` while training, and `recaptured`."""
+        return {"skipped": 0, "recaptured": 0}

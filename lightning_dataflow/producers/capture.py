@@ -1,27 +1,51 @@
-"""One step of every producer: capture a group of prompts, check it, put it into the store."""
+"""One step of every producer: capture a group of prompts and check that it is what the run was announced with."""
 
 from collections.abc import Mapping, Sequence
 
 import torch
 
-from lightning_dataflow.contracts import PromptTask, SampleOrigin, SampleRef
-from lightning_dataflow.stores import FeatureStore
+from lightning_dataflow.contracts import CaptureMismatchError, CaptureSpec, PromptTask, SampleOrigin
+from lightning_dataflow.data.source import FeatureCard
+from lightning_dataflow.stores.base import Tensors, dtype_name
 from lightning_dataflow.targets import TargetEngine
 
 FEATURES = ("input_ids", "loss_mask", "aux_hidden_states", "last_hidden_state")
 
 
-def capture_prompts(tasks: Sequence[PromptTask], target: TargetEngine, store: FeatureStore) -> list[SampleRef]:
-    """Capture `tasks` as one batch and store each sample. Raises ValueError when the engine returns something else."""
+def capture_prompts(
+    tasks: Sequence[PromptTask], target: TargetEngine, card: FeatureCard
+) -> list[tuple[SampleOrigin, Tensors]]:
+    """Capture `tasks` as one batch.
+
+    Raises:
+        CaptureMismatchError: the engine returned other features than `card` says; names the difference.
+    """
+    verify_capture_spec(target.capture_spec, card)
     captured = target.capture([task.payload["input_ids"] for task in tasks])
     if len(captured) != len(tasks):
-        raise ValueError(f"the {target.backend} target returned {len(captured)} samples for {len(tasks)} prompts")
-    return [_store(task, features, target, store) for task, features in zip(tasks, captured, strict=True)]
+        raise CaptureMismatchError(f"the {target.backend} target returned {len(captured)} samples for {len(tasks)} prompts")
+    return [_sample(task, features, target, card) for task, features in zip(tasks, captured, strict=True)]
 
 
-def _store(task: PromptTask, features: Mapping[str, torch.Tensor], target: TargetEngine, store: FeatureStore) -> SampleRef:
+def verify_capture_spec(spec: CaptureSpec, card: FeatureCard) -> None:
+    """Raise CaptureMismatchError when a target captures other layers, another width or norm than was announced."""
+    for what, found, expected in (
+        ("layers", spec.layer_ids, card.capture.layer_ids),
+        ("hidden size", spec.hidden_size, card.capture.hidden_size),
+        ("norm of the last hidden state", spec.norm, card.capture.norm),
+    ):
+        if found != expected:
+            raise CaptureMismatchError(
+                f"the target captures another {what} ({found}) than the run was announced with ({expected}): give the "
+                "producer the settings of the run"
+            )
+
+
+def _sample(
+    task: PromptTask, features: Mapping[str, torch.Tensor], target: TargetEngine, card: FeatureCard
+) -> tuple[SampleOrigin, Tensors]:
     num_tokens = len(task.payload["input_ids"])
-    _check(task, features, target)
+    _verify(task, features, target.backend, card)
     tensors = {
         "input_ids": torch.tensor(task.payload["input_ids"], dtype=torch.int64),
         "loss_mask": torch.tensor(task.payload["loss_mask"], dtype=torch.uint8),
@@ -39,16 +63,16 @@ def _store(task: PromptTask, features: Mapping[str, torch.Tensor], target: Targe
         attempt=task.attempt,
         metadata=task.metadata,
     )
-    return store.put(tensors, origin)
+    return origin, tensors
 
 
-def _check(task: PromptTask, features: Mapping[str, torch.Tensor], target: TargetEngine) -> None:
-    """A capture of another shape than asked for must not reach the store."""
-    spec, length = target.capture_spec, len(task.payload["input_ids"])
+def _verify(task: PromptTask, features: Mapping[str, torch.Tensor], backend: str, card: FeatureCard) -> None:
+    """A capture of another shape or dtype than announced must not reach the store."""
+    spec, length = card.capture, len(task.payload["input_ids"])
     expected = {
-        "aux_hidden_states": (length, len(spec.layer_ids) * spec.hidden_size),
-        "last_hidden_state": (length, spec.hidden_size),
+        "aux_hidden_states": ((length, len(spec.layer_ids) * spec.hidden_size), card.dtype),
+        "last_hidden_state": ((length, spec.hidden_size), card.dtype),
     }
-    found = {name: tuple(tensor.shape) for name, tensor in features.items()}
+    found = {name: (tuple(tensor.shape), dtype_name(tensor.dtype)) for name, tensor in features.items()}
     if found != expected:
-        raise ValueError(f"the {target.backend} target captured {found} for {task.task_id}, expected {expected}")
+        raise CaptureMismatchError(f"the {backend} target captured {found} for {task.task_id}, expected {expected}")

@@ -42,13 +42,14 @@ def capture_to_folder(
     prompts.check_target(target.info.vocab_size, target.info.max_position_embeddings)
     store = SharedDirFeatureStore(folder, retain=True, capacity_bytes=capacity_bytes, secret=secret)
     order = range(len(prompts)) if order is None else order
-    version = target.info.model_version
+    version, card = target.info.model_version, feature_card(prompts, target)
     refs: dict[int, SampleRef] = {}
     for start in range(0, len(order), capture_batch_size):
         group = order[start : start + capture_batch_size]
         tasks = [prompts.task(index, 0, run_id=RUN_ID, target_model_version=version) for index in group]
-        refs |= zip(group, capture_prompts(tasks, target, store), strict=True)
+        captured = capture_prompts(tasks, target, card)
+        refs |= {index: store.put(tensors, origin) for index, (origin, tensors) in zip(group, captured, strict=True)}
         progress(len(refs), len(order))
     in_order = [refs[index] for index in range(len(prompts))]
-    write_manifest(Path(folder), in_order, feature_card(prompts, target), prompts.token_counts(target.info.vocab_size))
+    write_manifest(Path(folder), in_order, card, prompts.token_counts(target.info.vocab_size))
     return sum(ref.num_bytes for ref in in_order)

@@ -1,19 +1,19 @@
 """Topology `online`: the target runs in the training process and captures what the next window needs."""
 
 import secrets
-from collections.abc import Sequence
 
 from torch import Tensor
 
 from lightning_dataflow.contracts import SampleRef
-from lightning_dataflow.data.source import FeatureCard
+from lightning_dataflow.data.source import FeatureCard, RefSource, RefWindow, WindowEntry
+from lightning_dataflow.data.windows import PassOrder
 from lightning_dataflow.producers.capture import FEATURES, capture_prompts
 from lightning_dataflow.prompts import PromptDataset
 from lightning_dataflow.stores import FeatureStore, MemoryFeatureStore
 from lightning_dataflow.targets import TargetEngine
 
 
-class OnlineSource:
+class OnlineSource(RefSource):
     """Captures on demand; every pass captures anew.
 
     Args:
@@ -26,6 +26,8 @@ class OnlineSource:
     Raises:
         UserError: the prompts hold tokens that the target does not know, or are longer than its positions.
     """
+
+    prefetch_windows = 0  # a thread beside would run the target while the trainer computes on the same device
 
     def __init__(
         self,
@@ -46,23 +48,21 @@ class OnlineSource:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def num_tokens(self, index: int) -> int:
-        """See RefSource."""
-        return len(self.prompts[index].input_ids)
-
-    def refs(self, samples: Sequence[tuple[int, int]]) -> list[SampleRef]:
-        """See RefSource; captures them now."""
+    def window(self, seqs: range, share: range, order: PassOrder) -> RefWindow:
+        """See RefSource; captures the share now."""
         version = self.target.info.model_version
-        tasks = [self.prompts.task(i, p, run_id=self.run_id, target_model_version=version) for i, p in samples]
+        tasks = [
+            self.prompts.task(index, pass_index, run_id=self.run_id, target_model_version=version)
+            for index, pass_index in map(order.locate, share)
+        ]
         refs: list[SampleRef] = []
         for start in range(0, len(tasks), self.capture_batch_size):
-            refs += capture_prompts(tasks[start : start + self.capture_batch_size], self.target, self.store)
-        return refs
-
-    def discard(self, refs: Sequence[SampleRef]) -> None:
-        """See RefSource."""
-        for ref in refs:
-            self.store.abort(ref.sample_id)
+            group = tasks[start : start + self.capture_batch_size]
+            refs += [self.store.put(tensors, origin) for origin, tensors in capture_prompts(group, self.target, self.card)]
+        return RefWindow(
+            entries=[WindowEntry(seq=seq, ref=ref) for seq, ref in zip(share, refs, strict=True)],
+            num_tokens=window_tokens(self.prompts, seqs, order),
+        )
 
     def in_flight(self) -> dict[str, int]:
         """See RefSource."""
@@ -74,10 +74,16 @@ class OnlineSource:
         return self.prompts.token_counts(vocab_size)
 
 
+def window_tokens(prompts: PromptDataset, seqs: range, order: PassOrder) -> int:
+    """Tokens of a window."""
+    return sum(len(prompts[order.locate(seq)[0]].input_ids) for seq in seqs)
+
+
 def feature_card(prompts: PromptDataset, target: TargetEngine) -> FeatureCard:
     """What features of these prompts, captured by this target, have in common."""
     return FeatureCard(
         features=FEATURES,
+        dtype=target.dtype,
         prompts_version=prompts.version,
         capture=target.capture_spec,
         target_model_version=target.info.model_version,

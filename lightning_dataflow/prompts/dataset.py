@@ -84,7 +84,7 @@ class PromptDataset(Sequence[TokenizedPrompt]):
             counts += torch.bincount(ids, minlength=vocab_size)
         return counts
 
-    def task(self, index: int, pass_index: int, *, run_id: str, target_model_version: str) -> PromptTask:
+    def task(self, index: int, pass_index: int, *, run_id: str, target_model_version: str, attempt: int = 0) -> PromptTask:
         """The task of prompt `index` in pass `pass_index`."""
         prompt = self.prompts[index]
         return PromptTask(
@@ -94,6 +94,7 @@ class PromptDataset(Sequence[TokenizedPrompt]):
             payload={"input_ids": prompt.input_ids, "loss_mask": prompt.loss_mask},
             max_length=self.max_length,
             target_model_version=target_model_version,
+            attempt=attempt,
             metadata={"pass": pass_index},
         )
 

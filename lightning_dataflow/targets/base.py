@@ -26,6 +26,11 @@ class TargetEngine(ABC):
         self.layer_ids = check_layer_ids(layer_ids, self.info.num_layers)
 
     @property
+    @abstractmethod
+    def dtype(self) -> str:
+        """Of the features: torch's name without the prefix."""
+
+    @property
     def capture_spec(self) -> CaptureSpec:
         """What `capture` returns, as refs describe it."""
         return CaptureSpec(layer_ids=self.layer_ids, norm="post", hidden_size=self.info.hidden_size)

@@ -57,6 +57,11 @@ class HFTargetEngine(TargetEngine):
             self.set_capture_layers(layer_ids)
 
     @property
+    def dtype(self) -> str:
+        """See TargetEngine."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a generation."""
         ids = self.model.generation_config.eos_token_id

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.data import DataFlowDataModule, OfflineSource, pad_samples
+from lightning_dataflow.data import DataFlowDataModule, OfflineSource, PassOrder, pad_samples
 from lightning_dataflow.producers import OnlineSource, capture_to_folder
 
 
@@ -27,7 +27,7 @@ def make(source, **options) -> DataFlowDataModule:
 def test_batches_of_a_window(online):
     data = make(online)
     first, second, third = take(data, 3)
-    lengths = [online.num_tokens(data.order.locate(seq)[0]) for seq in range(8)]
+    lengths = [len(online.prompts[data.order.locate(seq)[0]].input_ids) for seq in range(8)]
     assert [one["window_num_tokens"] for one in (first, second, third)] == [sum(lengths[:4])] * 2 + [sum(lengths[4:])]
     assert [one["next_seq"] for one in (first, second, third)] == [4, 4, 8]
     assert first["input_ids"].shape == (2, max(lengths[:2]))
@@ -52,7 +52,7 @@ def test_a_stream_that_ends_inside_a_window_leaves_nothing(online):
 def test_it_resumes_at_the_cursor(online):
     data = make(online)
     names = [one["sample_ids"] for one in take(data, 6)]
-    data.mark_applied(4)
+    data.mark_applied(4, 1)
     resumed = make(online)
     resumed.load_state_dict(data.state_dict())
     assert [one["sample_ids"] for one in take(resumed, 4)] == names[2:6]
@@ -155,5 +155,5 @@ def test_captures_for_another_vocabulary(prompts, target, tmp_path):
 def test_a_capture_of_another_shape_never_reaches_the_store(prompts, target, online, monkeypatch):
     monkeypatch.setattr(target, "capture", lambda batch: [{"aux_hidden_states": torch.zeros(3, 192)}] * len(batch))
     with pytest.raises(ValueError, match=r"captured .* expected"):
-        online.refs([(0, 0)])
+        online.window(range(1), range(1), PassOrder(len(online), 0))
     assert online.store.health()["num_samples"] == 0

@@ -1,0 +1,91 @@
+"""The contract of every channel."""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from lightning_dataflow.contracts import LogRecord, PeerTimeoutError, UserError
+
+POLL_S = (0.002, 0.05)
+"""Waits between two looks at a log without news: they grow from the first to the second."""
+
+
+class StreamingRefChannel(ABC):
+    """An append-only log of LogRecords, and the card of the run that they belong to.
+
+    Any number of processes append; each reader has a position of its own. The log is the truth about what was published;
+    whatever else counts it is rebuilt from it. How far training has come is no part of it: see MetadataStore.
+    """
+
+    name: str
+    """Where the log is, for messages."""
+
+    @abstractmethod
+    def announce(self, card: Mapping[str, Any]) -> None:
+        """Say what run this is; plain data. Whoever comes second must say the same: UserError names the difference."""
+
+    @abstractmethod
+    def card(self) -> dict[str, Any] | None:
+        """What was announced; None before that."""
+
+    @abstractmethod
+    def publish(self, records: Sequence[LogRecord]) -> None:
+        """Append `records` at once: a reader sees them in this order, and none from another writer between them.
+
+        Raises TypeError naming the path of a tensor inside them.
+        """
+
+    @abstractmethod
+    def poll(self, max_records: int = 1024) -> list[LogRecord]:
+        """The next complete records after this reader's position, [] when there are none yet.
+
+        Raises UserError for a record that is malformed, of another run or another schema.
+        """
+
+    @abstractmethod
+    def trim(self, seq: int) -> None:
+        """Drop what this reader has read and what only concerns seqs below `seq`, in so far as that is cheap."""
+
+    def close(self, total: int) -> None:
+        """Publish that no seq from `total` on will follow."""
+        self.publish([LogRecord(kind="end", seq=total)])
+
+    def wait_for_card(self, timeout_s: float, who: str) -> dict[str, Any]:
+        """The card, once somebody announced it. Raises PeerTimeoutError naming `who`."""
+        deadline = time.monotonic() + timeout_s
+        while (card := self.card()) is None:
+            if time.monotonic() > deadline:
+                raise PeerTimeoutError(
+                    f"waited {timeout_s:.0f} s for {who} to announce the run in {self.name}: is it running, and does it "
+                    "use the same run and channel?"
+                )
+            time.sleep(POLL_S[1])
+        return card
+
+    def stream(self, idle_timeout_s: float) -> Iterator[LogRecord]:
+        """Records as they come, up to `end`. Raises PeerTimeoutError when none came for `idle_timeout_s`."""
+        last, wait = time.monotonic(), POLL_S[0]
+        while True:
+            records = self.poll()
+            for record in records:
+                yield record
+                if record.kind == "end":
+                    return
+            if records:
+                last, wait = time.monotonic(), POLL_S[0]
+            elif time.monotonic() - last > idle_timeout_s:
+                raise PeerTimeoutError(f"no record came in {idle_timeout_s:.0f} s from the producers of {self.name}")
+            else:
+                time.sleep(wait)
+                wait = min(2 * wait, POLL_S[1])
+
+
+def check_card(found: Mapping[str, Any], mine: Mapping[str, Any], where: str) -> None:
+    """Raise UserError naming the first field in which an announced card differs from `mine`."""
+    for name in sorted(found.keys() | mine.keys()):
+        if found.get(name) != mine.get(name):
+            raise UserError(
+                f"{where} belongs to a run with another {name} ({str(found.get(name))[:60]}, here "
+                f"{str(mine.get(name))[:60]}): give all processes of a run the same settings, or choose another run_name"
+            )

@@ -1,0 +1,62 @@
+"""Records of the log that carries references from producers to trainers."""
+
+import json
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+from lightning_dataflow.contracts.errors import UserError
+from lightning_dataflow.contracts.guard import assert_no_tensors
+from lightning_dataflow.contracts.records import SampleRef
+from lightning_dataflow.contracts.validation import ref_from_json, ref_to_json
+
+Kind = Literal["begin", "ref", "supersede", "skip", "end"]
+MAX_SEQ = 1 << 48
+MAX_REASON = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogRecord:
+    """One line of the log.
+
+    Attributes:
+        kind: `ref`: the features of a seq are in the store. `supersede`: the same seq again, its older generation was
+            lost. `skip`: the seq keeps its place without features. `begin`: a trainer starts at this seq; an `end` before
+            it no longer holds. `end`: no seq from this one on will follow.
+        seq: position of the sample in the run, over all passes.
+        ref: of `ref` and `supersede`.
+        reason: of `skip`.
+    """
+
+    kind: Kind
+    seq: int
+    ref: SampleRef | None = None
+    reason: str | None = None
+
+
+def record_to_line(record: LogRecord) -> str:
+    """One line of JSON, with its newline. Raises TypeError for a record that carries a tensor."""
+    data: dict[str, Any] = {"kind": record.kind, "seq": record.seq}
+    if record.ref is not None:
+        assert_no_tensors(record.ref.origin.metadata, "record.ref.origin.metadata")
+        data["ref"] = ref_to_json(record.ref)
+    if record.reason is not None:
+        data["reason"] = record.reason[:MAX_REASON]
+    return json.dumps(data, separators=(",", ":"), default=_refuse) + "\n"
+
+
+def record_from_json(data: Any) -> LogRecord:
+    """Rebuild and validate a record from `json.loads` output. Raises UserError for anything malformed."""
+    kind, seq = (data.get("kind"), data.get("seq")) if isinstance(data, dict) else (None, None)
+    if kind not in get_args(Kind) or not isinstance(seq, int) or isinstance(seq, bool) or not 0 <= seq <= MAX_SEQ:
+        raise UserError(f"not a log record: {str(data)[:80]}")
+    if kind in ("ref", "supersede"):
+        return LogRecord(kind=cast(Kind, kind), seq=seq, ref=ref_from_json(data.get("ref")))
+    reason = data.get("reason")
+    if kind == "skip" and not (isinstance(reason, str) and 0 < len(reason) <= MAX_REASON):
+        raise UserError(f"the skip of seq {seq} gives no reason: {str(reason)[:80]}")
+    return LogRecord(kind=cast(Kind, kind), seq=seq, reason=reason if kind == "skip" else None)
+
+
+def _refuse(value: Any) -> Any:
+    assert_no_tensors(value, "record")
+    raise TypeError(f"a {type(value).__name__} cannot be logged: records hold plain data")

@@ -1,0 +1,25 @@
+"""The control plane: leases, commits, acknowledgements and backpressure. Nothing here carries a tensor."""
+
+from lightning_dataflow.control.base import MAX_ATTEMPTS, Lease, MetadataStore, RunPlan, Watermarks
+from lightning_dataflow.control.noop import NoOpMetadataStore
+from lightning_dataflow.control.plane import (
+    ControlPlane,
+    Reconciliation,
+    reconcile_on_restart,
+    resolve_control_plane,
+)
+from lightning_dataflow.control.sqlite import SqliteMetadataStore
+
+__all__ = [
+    "MAX_ATTEMPTS",
+    "ControlPlane",
+    "Lease",
+    "MetadataStore",
+    "NoOpMetadataStore",
+    "Reconciliation",
+    "RunPlan",
+    "SqliteMetadataStore",
+    "Watermarks",
+    "reconcile_on_restart",
+    "resolve_control_plane",
+]

@@ -1,0 +1,171 @@
+"""The contract of every MetadataStore: who captures which sample, and what became of it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_dataflow.contracts import UserError
+
+MAX_ATTEMPTS = 3
+"""A sample whose capture failed this often is given up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """What a trainer needs: seqs [start, stop), in windows of `window` seqs per optimizer step."""
+
+    start: int
+    stop: int
+    window: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watermarks:
+    """Bounds on what is in flight: reserved by a lease or published, and not freed yet.
+
+    Capture pauses when a further group would exceed `high_bytes` or `high_refs`, and goes on at the low marks. The window
+    that the trainer waits for is captured above the low marks too, so nothing waits for itself.
+
+    Raises:
+        UserError: a low mark is not below its high mark.
+    """
+
+    high_bytes: int
+    high_refs: int
+    low_bytes: int
+    low_refs: int
+
+    def __post_init__(self) -> None:
+        for unit in ("bytes", "refs"):
+            low, high = getattr(self, f"low_{unit}"), getattr(self, f"high_{unit}")
+            if not 0 <= low < high:
+                raise UserError(f"the low watermark of {low} {unit} is not below the high one of {high}: lower it")
+
+    def check_window(self, num_refs: int, num_bytes: int, seq: int) -> None:
+        """Raise UserError when the window at `seq` does not fit below the high marks: training could never start it."""
+        for unit, size, high in (("refs", num_refs, self.high_refs), ("bytes", num_bytes, self.high_bytes)):
+            if size > high:
+                raise UserError(
+                    f"the window at seq {seq} has {size} {unit}, the high watermark is {high} {unit}: raise "
+                    f"topology.high_{unit} (and store.capacity_bytes), or lower data.global_batch_size or data.max_length"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lease:
+    """A worker's right to capture one group of prompts until it expires.
+
+    Attributes:
+        seqs: the whole group: it is captured as one batch, the same in every attempt.
+        wanted: those of them whose features are to be published.
+        attempt: of this capture; higher than that of every earlier one of these samples.
+    """
+
+    worker: str
+    seqs: tuple[int, ...]
+    wanted: tuple[int, ...]
+    attempt: int
+
+
+class MetadataStore(ABC):
+    """The ledger of a run. Safe for threads, and for processes where the backend is.
+
+    A seq is leased, then published, then freed; a lost one is wanted again, with the next attempt. Of several attempts at
+    one seq a single one is published: `commit` tells the worker whether it is his.
+    """
+
+    @abstractmethod
+    def begin(
+        self, plan: RunPlan, *, published: Mapping[int, tuple[str, int]], wanted: Mapping[int, int], frontier: int
+    ) -> None:
+        """A trainer starts or resumes. Replaces what was known of samples; leases from before are void.
+
+        Args:
+            published: seq → (generation, bytes) of samples whose features are there.
+            wanted: seq → attempt of samples below `frontier` that must be captured again.
+            frontier: the first seq that was never leased.
+        """
+
+    @abstractmethod
+    def plan(self) -> RunPlan | None:
+        """The plan of the latest `begin`; None before it."""
+
+    @abstractmethod
+    def lease(
+        self, worker: str, *, group: int, num_bytes: Callable[[int], int], watermarks: Watermarks, lease_s: float
+    ) -> Lease | None:
+        """The next group to capture: what is wanted again or was leased by a dead worker first, then in seq order.
+
+        None when all is leased or published, when the watermarks say wait (`status` tells which), or when the run is
+        finished. Groups are seqs [k·group, (k + 1)·group).
+
+        Args:
+            num_bytes: seq → payload of its features, which are reserved.
+        """
+
+    @abstractmethod
+    def renew(self, worker: str, lease_s: float) -> None:
+        """Extend all leases of `worker`."""
+
+    @abstractmethod
+    def give_back(self, lease: Lease, *, retryable: bool = True) -> list[int]:
+        """Return a lease whose capture failed. Returns the seqs that are given up: attempts used up, or not retryable."""
+
+    @abstractmethod
+    def commit(self, lease: Lease, generations: Mapping[int, tuple[str, int]]) -> AbstractContextManager[list[int]]:
+        """One transaction: enters with the seqs whose commit this is, and the caller publishes their refs inside.
+
+        Leaves out seqs that another attempt took over or published, and everything once the run is finished. An exception
+        inside undoes it.
+
+        Args:
+            generations: seq → (generation, bytes).
+        """
+
+    @abstractmethod
+    def want(self, seq: int, generation: str) -> bool:
+        """Ask for a published sample to be captured again because that generation is lost. Asking twice is asking once.
+
+        False when its attempts are used up: the sample is given up.
+        """
+
+    @abstractmethod
+    def free(self, seqs: Iterable[int]) -> None:
+        """The features of these seqs were freed, or will never come."""
+
+    @abstractmethod
+    def ack(self, next_seq: int, global_step: int) -> None:
+        """The optimizer step that used everything before `next_seq` has been applied. One transaction."""
+
+    @abstractmethod
+    def ack_durable(self, next_seq: int, global_step: int) -> None:
+        """A complete checkpoint holds that step."""
+
+    @abstractmethod
+    def count_wait(self) -> None:
+        """A trainer found its next window incomplete. Capture's own waits are counted by `lease`."""
+
+    @abstractmethod
+    def finish(self, status: str) -> None:
+        """No more samples are needed: leases end, and producers do. A later `begin` reopens the run."""
+
+    @abstractmethod
+    def finished(self) -> str | None:
+        """The status of `finish`; None while the run goes on."""
+
+    @abstractmethod
+    def report(self, name: str, state: str, *, failed: bool = False) -> None:
+        """A sign of life of a process of the run, and what it does or waits for."""
+
+    @abstractmethod
+    def failures(self) -> Sequence[str]:
+        """What failed processes reported, since the latest `begin`."""
+
+    @abstractmethod
+    def status(self) -> dict[str, Any]:
+        """Counts and states for people; see `lightning-dataflow status`."""
+
+    def close(self) -> None:  # noqa: B027
+        """Give up connections."""

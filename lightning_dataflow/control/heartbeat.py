@@ -1,0 +1,40 @@
+"""Signs of life: a thread that tells the ledger what a part of the run does."""
+
+import threading
+from collections.abc import Callable
+
+from lightning_dataflow.control.base import MetadataStore
+
+EVERY_S = 2.0
+
+
+class Heartbeat:
+    """Reports `name` as alive every two seconds until `stop`.
+
+    Args:
+        describe: what the part does or waits for now.
+        renew_s: also extend the leases of `name` by this much; None where it holds none.
+    """
+
+    def __init__(self, ledger: MetadataStore, name: str, describe: Callable[[], str], *, renew_s: float | None = None):
+        self._ledger = ledger
+        self._name = name
+        self._describe = describe
+        self._renew_s = renew_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"heartbeat of {name}", daemon=True)
+        self._thread.start()
+
+    def stop(self, last_words: str, *, failed: bool = False) -> None:
+        """End the thread and leave a last state."""
+        self._stop.set()
+        self._thread.join()
+        self._ledger.report(self._name, last_words, failed=failed)
+
+    def _run(self) -> None:
+        while True:
+            self._ledger.report(self._name, self._describe())
+            if self._renew_s is not None:
+                self._ledger.renew(self._name, self._renew_s)
+            if self._stop.wait(EVERY_S):
+                return

@@ -1,0 +1,72 @@
+"""The control plane of target and trainer in one process: nothing to coordinate, nothing to remember."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from lightning_dataflow.control.base import Lease, MetadataStore, RunPlan, Watermarks
+
+
+class NoOpMetadataStore(MetadataStore):
+    """Retains nothing: every commit is accepted, nothing is leased, all counts are zero."""
+
+    def begin(
+        self, plan: RunPlan, *, published: Mapping[int, tuple[str, int]], wanted: Mapping[int, int], frontier: int
+    ) -> None:
+        """See MetadataStore."""
+
+    def plan(self) -> RunPlan | None:
+        """See MetadataStore."""
+        return None
+
+    def lease(
+        self, worker: str, *, group: int, num_bytes: Callable[[int], int], watermarks: Watermarks, lease_s: float
+    ) -> Lease | None:
+        """See MetadataStore."""
+        return None
+
+    def renew(self, worker: str, lease_s: float) -> None:
+        """See MetadataStore."""
+
+    def give_back(self, lease: Lease, *, retryable: bool = True) -> list[int]:
+        """See MetadataStore."""
+        return []
+
+    @contextmanager
+    def commit(self, lease: Lease, generations: Mapping[int, tuple[str, int]]) -> Iterator[list[int]]:
+        """See MetadataStore."""
+        yield list(generations)
+
+    def want(self, seq: int, generation: str) -> bool:
+        """See MetadataStore. There is nobody to capture it again."""
+        return False
+
+    def free(self, seqs: Iterable[int]) -> None:
+        """See MetadataStore."""
+
+    def ack(self, next_seq: int, global_step: int) -> None:
+        """See MetadataStore."""
+
+    def ack_durable(self, next_seq: int, global_step: int) -> None:
+        """See MetadataStore."""
+
+    def count_wait(self) -> None:
+        """See MetadataStore."""
+
+    def finish(self, status: str) -> None:
+        """See MetadataStore."""
+
+    def finished(self) -> str | None:
+        """See MetadataStore."""
+        return None
+
+    def report(self, name: str, state: str, *, failed: bool = False) -> None:
+        """See MetadataStore."""
+
+    def failures(self) -> Sequence[str]:
+        """See MetadataStore."""
+        return []
+
+    def status(self) -> dict[str, Any]:
+        """See MetadataStore."""
+        return {"refs_in_flight": 0, "bytes_in_flight": 0}

@@ -1,0 +1,124 @@
+"""The control plane of a run: its log and its ledger, chosen by where the parts run."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from lightning_dataflow.channels import FileChannel, StreamingRefChannel
+from lightning_dataflow.contracts import LogRecord, SampleRef, UnknownNameError, UserError
+from lightning_dataflow.control.base import Lease, MetadataStore, RunPlan
+from lightning_dataflow.control.noop import NoOpMetadataStore
+from lightning_dataflow.control.sqlite import SqliteMetadataStore
+from lightning_dataflow.stores import FeatureStore
+
+DeploymentMode = Literal["local_colocated", "dataflow_colocated", "disaggregated"]
+LEDGER = "ledger.sqlite"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlPlane:
+    """What producers and trainers of a run share beside the feature store.
+
+    Attributes:
+        channel: None in `local_colocated`, where nothing is published.
+        durable: whether the ledger survives this process.
+    """
+
+    run_id: str
+    ledger: MetadataStore
+    channel: StreamingRefChannel | None
+    durable: bool
+
+    @property
+    def log(self) -> StreamingRefChannel:
+        """The channel, where there is one."""
+        assert self.channel is not None, "local_colocated has no log"
+        return self.channel
+
+    def publish(self, lease: Lease, refs: dict[int, SampleRef]) -> list[int]:
+        """Commit and publish in one transaction. Returns the seqs whose refs are in the log now; free the others."""
+        kind: Literal["supersede", "ref"] = "supersede" if lease.attempt else "ref"
+        with self.ledger.commit(lease, {seq: (ref.generation, ref.num_bytes) for seq, ref in refs.items()}) as accepted:
+            if accepted:
+                self.log.publish([LogRecord(kind=kind, seq=seq, ref=refs[seq]) for seq in accepted])
+        return list(accepted)
+
+    def skip(self, seqs: Iterable[int], reason: str) -> None:
+        """Publish that these seqs keep their places in their windows without features."""
+        self.log.publish([LogRecord(kind="skip", seq=seq, reason=reason) for seq in seqs])
+
+    def close(self) -> None:
+        """Give up connections."""
+        self.ledger.close()
+
+
+def resolve_control_plane(mode: DeploymentMode, run_id: str, *, path: str | Path | None = None) -> ControlPlane:
+    """The control plane of a deployment.
+
+    Args:
+        mode: `local_colocated`: target and trainer take turns in one process, nothing is coordinated or kept.
+            `dataflow_colocated`: the full control plane in one process, its ledger in memory. `disaggregated`: a ledger and
+            a log that several processes share.
+        path: folder of the log, and of the ledger of `disaggregated`; unused by `local_colocated`.
+
+    Raises:
+        UserError: the folder cannot be used; or it is another machine's.
+    """
+    if mode not in get_args(DeploymentMode):
+        raise UnknownNameError(f"unknown deployment mode {mode!r}: available are {', '.join(get_args(DeploymentMode))}")
+    if mode == "local_colocated":
+        return ControlPlane(run_id=run_id, ledger=NoOpMetadataStore(), channel=None, durable=False)
+    if path is None:
+        raise UserError(f"{mode} keeps a log of references: give the path of its folder (channel.path)")
+    channel = FileChannel(path)
+    if mode == "dataflow_colocated":
+        return ControlPlane(run_id=run_id, ledger=SqliteMetadataStore(), channel=channel, durable=False)
+    return ControlPlane(run_id=run_id, ledger=SqliteMetadataStore(Path(path) / LEDGER), channel=channel, durable=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconciliation:
+    """What `reconcile_on_restart` found.
+
+    Attributes:
+        num_live: samples from the start on whose features are still there.
+        lost: published samples that must be captured again; their old records are void.
+        swept: what the store removed, by kind.
+    """
+
+    num_live: int
+    lost: frozenset[int]
+    swept: dict[str, int]
+
+
+def reconcile_on_restart(
+    plane: ControlPlane, store: FeatureStore, plan: RunPlan, log: Iterable[LogRecord]
+) -> Reconciliation:
+    """Rebuild the ledger from the log and the store, and begin the run at `plan.start`.
+
+    Published samples from `plan.start` on are kept if the store still has them. The others, and those that were leased and
+    never published, are wanted again. Features that no live ref names are removed from the store. Doing it twice changes
+    nothing.
+
+    Args:
+        log: all records that the log holds so far.
+    """
+    latest = {record.seq: record for record in log if record.kind in ("ref", "supersede", "skip")}
+    refs = {seq: record.ref for seq, record in latest.items() if record.ref is not None and plan.start <= seq < plan.stop}
+    found = store.exists(list(refs.values()))
+    live = {seq: ref for (seq, ref), there in zip(refs.items(), found, strict=True) if there}
+    lost = {seq: ref for seq, ref in refs.items() if seq not in live}
+    frontier = max(plan.start, max(latest, default=-1) + 1)
+    wanted = {seq: 0 for seq in range(plan.start, min(frontier, plan.stop)) if seq not in latest}
+    wanted |= {seq: ref.origin.attempt + 1 for seq, ref in lost.items()}
+    held = {(ref.sample_id, ref.generation) for ref in live.values()}
+    swept = store.sweep(lambda sample_id, generation: (sample_id, generation) in held) if latest else {}
+    plane.ledger.begin(
+        plan,
+        published={seq: (ref.generation, ref.num_bytes) for seq, ref in live.items()},
+        wanted=wanted,
+        frontier=frontier,
+    )
+    plane.log.publish([LogRecord(kind="begin", seq=plan.start)])
+    return Reconciliation(num_live=len(live), lost=frozenset(lost), swept=swept)

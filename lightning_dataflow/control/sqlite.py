@@ -1,0 +1,378 @@
+"""MetadataStores `sqlite` (a file, for the processes of one machine) and `memory` (for the threads of one process)."""
+
+import json
+import os
+import socket
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning_dataflow.contracts import UserError
+from lightning_dataflow.control.base import MAX_ATTEMPTS, Lease, MetadataStore, RunPlan, Watermarks
+
+BUSY_TIMEOUT_S = 30.0
+TOTALS = (
+    "frontier",
+    "bytes_in_flight",
+    "refs_in_flight",
+    "published",
+    "recaptured",
+    "given_up",
+    "trained_seq",
+    "trained_step",
+    "durable_seq",
+    "durable_step",
+    "paused",
+    "capture_waits",
+    "train_waits",
+)
+_COLUMNS = ", ".join(f"{name} INTEGER NOT NULL DEFAULT 0" for name in TOTALS)
+SCHEMA = f"""
+CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value TEXT);
+CREATE TABLE IF NOT EXISTS totals (id INTEGER PRIMARY KEY CHECK (id = 1), {_COLUMNS});
+CREATE TABLE IF NOT EXISTS samples (
+    seq INTEGER PRIMARY KEY,
+    state TEXT NOT NULL,      -- leased | wanted | published
+    attempt INTEGER NOT NULL,
+    tries INTEGER NOT NULL DEFAULT 0,  -- failures in this run; attempts also count those of earlier ones
+    worker TEXT,
+    expires REAL,
+    generation TEXT,
+    bytes INTEGER NOT NULL
+);
+CREATE INDEX IF NOT EXISTS open_samples ON samples (state, seq) WHERE state != 'published';
+CREATE TABLE IF NOT EXISTS parts (name TEXT PRIMARY KEY, host TEXT, pid INTEGER, seen REAL, state TEXT, failed INTEGER);
+"""
+
+
+class SqliteMetadataStore(MetadataStore):
+    """The ledger in SQLite.
+
+    Rows exist only for samples in flight, so file and memory stay small however long the run is. Every call is one
+    transaction. It survives the death of any process, not a loss of power.
+
+    Args:
+        path: of the file, in an existing folder; None keeps the ledger in the memory of this process.
+
+    Raises:
+        UserError: the file is not a ledger, cannot be written, or was made on another machine.
+    """
+
+    def __init__(self, path: str | Path | None = None):
+        self._lock = threading.RLock()
+        self._host = socket.gethostname()
+        try:
+            self._db = sqlite3.connect(
+                path or ":memory:", timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+            )
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=NORMAL")
+            self._db.executescript(SCHEMA)
+        except sqlite3.Error as error:
+            raise UserError(f"cannot use {path} as a ledger ({error}): choose another channel.path") from error
+        with self._transaction():
+            self._db.execute("INSERT OR IGNORE INTO totals (id) VALUES (1)")
+            self._db.execute("INSERT OR IGNORE INTO run VALUES ('host', ?)", (self._host,))
+        host = self._get("host")
+        if host != self._host:
+            raise UserError(
+                f"the ledger {path} was made on {host}, this is {self._host}: SQLite serves the processes of one machine, "
+                f"so start producers and trainers on {host}"
+            )
+
+    def begin(
+        self, plan: RunPlan, *, published: Mapping[int, tuple[str, int]], wanted: Mapping[int, int], frontier: int
+    ) -> None:
+        """See MetadataStore."""
+        rows: list[tuple[int, str, int, str | None, int]]
+        rows = [(seq, "published", _attempt(generation), generation, size) for seq, (generation, size) in published.items()]
+        rows += [(seq, "wanted", attempt, None, 0) for seq, attempt in wanted.items()]
+        with self._transaction():
+            self._db.execute("DELETE FROM samples")
+            self._db.executemany(
+                "INSERT INTO samples (seq, state, attempt, generation, bytes) VALUES (?, ?, ?, ?, ?)", rows
+            )
+            self._db.execute("DELETE FROM parts WHERE failed")
+            self._set("plan", json.dumps(asdict(plan)))
+            self._set("finished", None)
+            self._set_totals(
+                frontier=frontier,
+                refs_in_flight=len(rows),
+                bytes_in_flight=sum(row[-1] for row in rows),
+                trained_seq=plan.start,
+                trained_step=plan.start // plan.window,
+                paused=0,
+            )
+
+    def plan(self) -> RunPlan | None:
+        """See MetadataStore."""
+        text = self._get("plan")
+        return None if text is None else RunPlan(**json.loads(text))
+
+    def lease(
+        self, worker: str, *, group: int, num_bytes: Callable[[int], int], watermarks: Watermarks, lease_s: float
+    ) -> Lease | None:
+        """See MetadataStore."""
+        with self._transaction():
+            plan = self.plan()
+            if plan is None or self.finished() is not None:
+                return None
+            now, totals = time.time(), self._totals()
+            seq = self._first_open(now)
+            if seq is None:
+                seq = totals["frontier"]
+                if seq >= plan.stop:
+                    return None
+            seqs = tuple(range(seq // group * group, min((seq // group + 1) * group, plan.stop)))
+            new = [one for one in seqs if one >= totals["frontier"]]
+            wanted = self._open_in(seqs, now)
+            unreserved = {one: num_bytes(one) for one in (*wanted, *new) if not wanted.get(one)}
+            if unreserved and self._must_wait(seq, sum(unreserved.values()), len(new), totals, plan, watermarks):
+                return None
+            self._reserve(unreserved, new, totals)
+            return self._lease(worker, seqs, [*wanted, *new], now + lease_s)
+
+    def renew(self, worker: str, lease_s: float) -> None:
+        """See MetadataStore."""
+        with self._transaction():
+            self._db.execute(
+                "UPDATE samples SET expires = ? WHERE state = 'leased' AND worker = ?", (time.time() + lease_s, worker)
+            )
+
+    def give_back(self, lease: Lease, *, retryable: bool = True) -> list[int]:
+        """See MetadataStore."""
+        with self._transaction():
+            mine = self._held(lease)
+            if not retryable:
+                self._give_up(mine)
+                return mine
+            return [seq for seq in mine if not self._want_again(seq, lease.attempt + 1)]
+
+    @contextmanager
+    def commit(self, lease: Lease, generations: Mapping[int, tuple[str, int]]) -> Iterator[list[int]]:
+        """See MetadataStore."""
+        with self._transaction():
+            held = [] if self.finished() is not None else self._held(lease)
+            accepted = [seq for seq in held if seq in generations]
+            yield accepted
+            reserved = self._bytes(accepted)
+            self._db.executemany(
+                "UPDATE samples SET state = 'published', generation = ?, bytes = ? WHERE seq = ?",
+                [(*generations[seq], seq) for seq in accepted],
+            )
+            self._add(
+                bytes_in_flight=self._bytes(accepted) - reserved,
+                published=len(accepted),
+                recaptured=len(accepted) if lease.attempt else 0,
+            )
+
+    def want(self, seq: int, generation: str) -> bool:
+        """See MetadataStore."""
+        with self._transaction():
+            row = self._db.execute("SELECT state, attempt, generation FROM samples WHERE seq = ?", (seq,)).fetchone()
+            if row is None:
+                return False
+            state, attempt, current = row
+            if state != "published" or current != generation:
+                return True  # asked before
+            return self._want_again(seq, attempt + 1)
+
+    def free(self, seqs: Iterable[int]) -> None:
+        """See MetadataStore."""
+        with self._transaction():
+            self._drop(seqs)
+
+    def ack(self, next_seq: int, global_step: int) -> None:
+        """See MetadataStore."""
+        with self._transaction():
+            self._set_totals(trained_seq=next_seq, trained_step=global_step)
+
+    def ack_durable(self, next_seq: int, global_step: int) -> None:
+        """See MetadataStore."""
+        with self._transaction():
+            self._set_totals(durable_seq=next_seq, durable_step=global_step)
+
+    def count_wait(self) -> None:
+        """See MetadataStore."""
+        with self._transaction():
+            self._add(train_waits=1)
+
+    def finish(self, status: str) -> None:
+        """See MetadataStore."""
+        with self._transaction():
+            self._set("finished", status)
+            self._db.execute("DELETE FROM samples")
+            self._set_totals(bytes_in_flight=0, refs_in_flight=0)
+
+    def finished(self) -> str | None:
+        """See MetadataStore."""
+        return self._get("finished")
+
+    def report(self, name: str, state: str, *, failed: bool = False) -> None:
+        """See MetadataStore."""
+        with self._transaction():
+            self._db.execute(
+                "INSERT OR REPLACE INTO parts VALUES (?, ?, ?, ?, ?, ?)",
+                (name, self._host, os.getpid(), time.time(), state, failed),
+            )
+
+    def failures(self) -> Sequence[str]:
+        """See MetadataStore."""
+        with self._lock:
+            rows = self._db.execute("SELECT name, state FROM parts WHERE failed ORDER BY name").fetchall()
+        return [f"{name}: {state}" for name, state in rows]
+
+    def status(self) -> dict[str, Any]:
+        """See MetadataStore."""
+        with self._transaction():
+            states = dict(self._db.execute("SELECT state, COUNT(*) FROM samples GROUP BY state"))
+            parts = self._db.execute("SELECT name, host, pid, seen, state, failed FROM parts ORDER BY name").fetchall()
+            plan = self.plan()
+            now = time.time()
+            return {
+                "plan": None if plan is None else asdict(plan),
+                "finished": self.finished(),
+                **self._totals(),
+                "leased": states.get("leased", 0),
+                "wanted_again": states.get("wanted", 0),
+                "waiting_to_be_trained": states.get("published", 0),
+                "parts": [
+                    dict(name=name, host=host, pid=pid, seen_s_ago=now - seen, state=state, failed=bool(failed))
+                    for name, host, pid, seen, state, failed in parts
+                ],
+            }
+
+    def close(self) -> None:
+        """See MetadataStore."""
+        with self._lock:
+            self._db.close()
+
+    def _first_open(self, now: float) -> int | None:
+        """The lowest seq that is wanted again, or whose lease expired."""
+        row = self._db.execute(
+            "SELECT MIN(seq) FROM samples WHERE state = 'wanted' OR (state = 'leased' AND expires < ?)", (now,)
+        ).fetchone()
+        return row[0]
+
+    def _open_in(self, seqs: Sequence[int], now: float) -> dict[int, int]:
+        """Those of `seqs` that are to be captured again, with the bytes reserved for them."""
+        rows = self._db.execute(
+            "SELECT seq, bytes FROM samples WHERE seq BETWEEN ? AND ? AND (state = 'wanted' OR "
+            "(state = 'leased' AND expires < ?)) ORDER BY seq",
+            (seqs[0], seqs[-1], now),
+        )
+        return dict(rows.fetchall())
+
+    def _must_wait(
+        self, seq: int, num_bytes: int, num_refs: int, totals: Mapping[str, int], plan: RunPlan, marks: Watermarks
+    ) -> bool:
+        in_bytes, in_refs = totals["bytes_in_flight"], totals["refs_in_flight"]
+        fits = in_bytes + num_bytes <= marks.high_bytes and in_refs + num_refs <= marks.high_refs
+        awaited = seq < totals["trained_seq"] + plan.window
+        lost = num_refs == 0  # of a resumed run; what survived must not keep out what the trainer waits for
+        paused = totals["paused"] and not (in_bytes <= marks.low_bytes and in_refs <= marks.low_refs)
+        wait = not (awaited and lost) and (not fits or (bool(paused) and not awaited))
+        if wait != totals["paused"]:
+            self._add(capture_waits=int(wait))
+            self._set_totals(paused=int(wait))
+        return wait
+
+    def _reserve(self, sizes: Mapping[int, int], new: Sequence[int], totals: Mapping[str, int]) -> None:
+        if not sizes:
+            return
+        self._db.executemany(
+            "INSERT INTO samples (seq, state, attempt, bytes) VALUES (?, 'wanted', 0, ?) "
+            "ON CONFLICT (seq) DO UPDATE SET bytes = excluded.bytes",
+            list(sizes.items()),
+        )
+        self._add(bytes_in_flight=sum(sizes.values()), refs_in_flight=len(new))
+        if new:
+            self._set_totals(frontier=new[-1] + 1)
+
+    def _lease(self, worker: str, seqs: tuple[int, ...], wanted: Sequence[int], expires: float) -> Lease:
+        """Take over `wanted` with one attempt for all: higher than that of any lease that expired."""
+        (attempt,) = self._db.execute(
+            "SELECT MAX(attempt + (state = 'leased')) FROM samples WHERE seq BETWEEN ? AND ? AND state != 'published'",
+            (wanted[0], wanted[-1]),
+        ).fetchone()
+        self._db.executemany(
+            "UPDATE samples SET state = 'leased', attempt = ?, worker = ?, expires = ? WHERE seq = ?",
+            [(attempt, worker, expires, seq) for seq in wanted],
+        )
+        return Lease(worker=worker, seqs=seqs, wanted=tuple(wanted), attempt=attempt)
+
+    def _held(self, lease: Lease) -> list[int]:
+        """Seqs of a lease that nobody took over. An expired lease holds until somebody does."""
+        rows = self._db.execute(
+            "SELECT seq FROM samples WHERE state = 'leased' AND worker = ? AND attempt = ? AND seq BETWEEN ? AND ?",
+            (lease.worker, lease.attempt, lease.seqs[0], lease.seqs[-1]),
+        )
+        return [seq for (seq,) in rows if seq in lease.wanted]
+
+    def _want_again(self, seq: int, attempt: int) -> bool:
+        """False, and the sample is given up, when it has failed too often."""
+        (tries,) = self._db.execute(
+            "UPDATE samples SET state = 'wanted', attempt = ?, tries = tries + 1, worker = NULL, generation = NULL "
+            "WHERE seq = ? RETURNING tries",
+            (attempt, seq),
+        ).fetchone()
+        if tries >= MAX_ATTEMPTS:
+            self._give_up([seq])
+        return tries < MAX_ATTEMPTS
+
+    def _give_up(self, seqs: Sequence[int]) -> None:
+        self._drop(seqs)
+        self._add(given_up=len(seqs))
+
+    def _drop(self, seqs: Iterable[int]) -> None:
+        there = [(seq,) for seq in seqs]
+        freed_bytes = self._bytes([seq for (seq,) in there])
+        freed_refs = self._db.executemany("DELETE FROM samples WHERE seq = ?", there).rowcount
+        if freed_refs > 0:
+            self._add(bytes_in_flight=-freed_bytes, refs_in_flight=-freed_refs)
+
+    def _bytes(self, seqs: Sequence[int]) -> int:
+        return sum(
+            row[0]
+            for seq in seqs
+            if (row := self._db.execute("SELECT bytes FROM samples WHERE seq = ?", (seq,)).fetchone()) is not None
+        )
+
+    def _get(self, key: str) -> str | None:
+        with self._lock:
+            row = self._db.execute("SELECT value FROM run WHERE key = ?", (key,)).fetchone()
+        return row[0] if row else None
+
+    def _set(self, key: str, value: str | None) -> None:
+        self._db.execute("INSERT OR REPLACE INTO run VALUES (?, ?)", (key, value))
+
+    def _totals(self) -> dict[str, int]:
+        row = self._db.execute(f"SELECT {', '.join(TOTALS)} FROM totals").fetchone()
+        return dict(zip(TOTALS, row, strict=True))
+
+    def _set_totals(self, **values: int) -> None:
+        self._db.execute(f"UPDATE totals SET {', '.join(f'{name} = ?' for name in values)}", tuple(values.values()))
+
+    def _add(self, **values: int) -> None:
+        changes = ", ".join(f"{name} = {name} + ?" for name in values)
+        self._db.execute(f"UPDATE totals SET {changes}", tuple(values.values()))
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+
+def _attempt(generation: str) -> int:
+    return int(generation.partition("-")[0])

@@ -1,0 +1,92 @@
+"""Fetch ahead: a thread reads, collates and copies to the device while the trainer computes."""
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from lightning_dataflow.data.collate import Batch
+
+JOIN_TIMEOUT_S = 30.0
+_POLL_S = 0.1
+
+
+class Prefetcher:
+    """Iterates `batches` in a thread, up to `depth` ahead of the reader.
+
+    On a GPU the thread also pins each batch and copies it on a stream of its own; the reader's stream waits for the
+    copy, not the reader. An exception in the thread reaches the reader after the batches before it.
+
+    Args:
+        batches: touched by the thread only.
+        depth: batches that wait at most; one more is being made.
+        device: where batches go.
+    """
+
+    def __init__(self, batches: Iterator[Batch], *, depth: int, device: torch.device):
+        assert depth > 0, "without depth there is no need of a thread"
+        self._batches = batches
+        self._ready: queue.Queue[tuple[Batch | None, Any]] = queue.Queue(maxsize=depth)
+        self._stop = threading.Event()
+        self._device = device
+        self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches, on the device."""
+        while True:
+            batch, event = self._ready.get()
+            if batch is None:
+                if event is not None:
+                    raise event
+                return
+            if event is not None:
+                current = torch.cuda.current_stream(self._device)
+                current.wait_event(event)
+                for value in batch.values():
+                    if isinstance(value, torch.Tensor):
+                        value.record_stream(current)
+            yield batch
+
+    def close(self) -> None:
+        """End the thread. Raises RuntimeError when it does not end in time."""
+        self._stop.set()
+        self._thread.join(JOIN_TIMEOUT_S)
+        if self._thread.is_alive():
+            raise RuntimeError(f"the prefetch thread did not end within {JOIN_TIMEOUT_S:.0f} s: it hangs in a read")
+
+    def _run(self) -> None:
+        try:
+            copier = _DeviceCopier(self._device) if self._device.type == "cuda" else None
+            for batch in self._batches:
+                if not self._offer((batch, None) if copier is None else copier.copy(batch)):
+                    return
+            self._offer((None, None))
+        except BaseException as error:  # the reader raises it
+            self._offer((None, error))
+
+    def _offer(self, item: tuple[Batch | None, Any]) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._ready.put(item, timeout=_POLL_S)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+
+class _DeviceCopier:
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+
+    def copy(self, batch: Batch) -> tuple[Batch, torch.cuda.Event]:
+        """The batch on the device once the event has passed."""
+        with torch.cuda.stream(self._stream):
+            moved = {
+                name: value.pin_memory().to(self._device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+                for name, value in batch.items()
+            }
+            return moved, self._stream.record_event()

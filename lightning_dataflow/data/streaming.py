@@ -1,0 +1,174 @@
+"""Refs that other processes or threads publish while training runs."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_dataflow.contracts import UserError
+from lightning_dataflow.control import ControlPlane, Reconciliation, RunPlan, reconcile_on_restart
+from lightning_dataflow.control.heartbeat import Heartbeat
+from lightning_dataflow.data.offline import card_from_json
+from lightning_dataflow.data.queue import StreamingRefQueue
+from lightning_dataflow.data.source import FeatureCard, RefSource, RefWindow, WindowEntry
+from lightning_dataflow.data.windows import PassOrder
+from lightning_dataflow.stores import FeatureStore
+
+
+class StreamingSource(RefSource):
+    """The trainer's end of the control plane.
+
+    Its constructor waits for a producer to announce the run; `begin` tells producers which seqs this fit needs, and
+    has what a resumed one lost captured again. Features are freed once the optimizer step that used them has run.
+
+    Args:
+        skip_ids: see StreamingRefQueue.
+        start_timeout_s: wait this long for a producer to announce the run.
+        idle_timeout_s: wait this long for a sample.
+
+    Raises:
+        PeerTimeoutError: no producer announced the run.
+    """
+
+    prefetch_windows = 2
+
+    def __init__(
+        self,
+        plane: ControlPlane,
+        store: FeatureStore,
+        *,
+        skip_ids: Collection[str] = (),
+        start_timeout_s: float = 1800.0,
+        idle_timeout_s: float = 600.0,
+        pump: Callable[[], bool] | None = None,
+    ):
+        announced = plane.log.wait_for_card(start_timeout_s, "a producer")
+        self.card, self._num_samples, self._seed, self._token_counts = announcement_from_json(announced, plane.log.name)
+        self.store = store
+        self.plane = plane
+        self.reconciliation: Reconciliation | None = None
+        self._rank = 0
+        self._skip_ids = skip_ids
+        self._idle_timeout_s = idle_timeout_s
+        self._pump = pump
+        self._heartbeat: Heartbeat | None = None
+        self.queue = self._make_queue(0)
+
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def check_order(self, order: PassOrder) -> None:
+        """See RefSource."""
+        if self._seed is not None and order.seed != self._seed:
+            raise UserError(
+                f"the producers of {self.plane.log.name} count samples in the order of seed {self._seed}, this trainer has "
+                f"seed {order.seed}: use one seed for all processes of a run"
+            )
+
+    def begin(self, plan: RunPlan, rank: int, world_size: int) -> None:
+        """See RefSource. Rank 0 rebuilds the ledger from what the log and the store hold."""
+        self._rank = rank
+        self.queue = self._make_queue(plan.start)
+        log = self.queue.catch_up()
+        if rank == 0:
+            self.reconciliation = reconcile_on_restart(self.plane, self.store, plan, log)
+            self.queue.forget(self.reconciliation.lost)
+        self._heartbeat = Heartbeat(self.plane.ledger, f"trainer-{rank}", self._describe)
+
+    def window(self, seqs: range, share: range, order: PassOrder) -> RefWindow:
+        """See RefSource. Raises PeerTimeoutError, PeerFailedError; see StreamingRefQueue."""
+        return self.queue.get(seqs, share)
+
+    def replace(self, entry: WindowEntry, reason: str) -> WindowEntry:
+        """See RefSource."""
+        return self.queue.fail(entry, reason)
+
+    def token_counts(self, vocab_size: int) -> Tensor:
+        """See RefSource."""
+        if max(self._token_counts, default=0) >= vocab_size:
+            raise UserError(
+                f"the producers announced token id {max(self._token_counts)}, the target's vocabulary has {vocab_size}: "
+                "give producers and trainers one target"
+            )
+        counts = torch.zeros(vocab_size, dtype=torch.int64)
+        counts[list(self._token_counts)] = torch.tensor(list(self._token_counts.values()), dtype=torch.int64)
+        return counts
+
+    def in_flight(self) -> dict[str, int]:
+        """See RefSource."""
+        status = self.plane.ledger.status()
+        return {name: status[name] for name in ("refs_in_flight", "bytes_in_flight")}
+
+    def applied(self, seqs: Sequence[int], next_seq: int, global_step: int) -> None:
+        """See RefSource."""
+        self.plane.ledger.free(seqs)
+        if self._rank == 0:
+            self.queue.ack(next_seq, global_step)
+
+    def durable(self, next_seq: int, global_step: int) -> None:
+        """See RefSource."""
+        if self._rank == 0:
+            self.plane.ledger.ack_durable(next_seq, global_step)
+            self.plane.log.trim(next_seq)
+
+    def cancel(self) -> None:
+        """See RefSource."""
+        self.queue.cancel()
+
+    def finish(self, status: str) -> None:
+        """See RefSource. Rank 0 ends the run for the producers, and frees what nobody read."""
+        if self._rank == 0:
+            self.plane.ledger.finish(status)
+            self.queue.catch_up()
+            for ref in self.queue.unread():
+                self.store.free(ref)
+        if self._heartbeat is not None:
+            self._heartbeat.stop(status)
+            self._heartbeat = None
+
+    def counts(self) -> dict[str, int]:
+        """See RefSource."""
+        return {"skipped": len(self.queue.skipped), "recaptured": self.queue.num_recaptured}
+
+    def _make_queue(self, start: int) -> StreamingRefQueue:
+        return StreamingRefQueue(
+            self.plane, start=start, skip_ids=self._skip_ids, idle_timeout_s=self._idle_timeout_s, pump=self._pump
+        )
+
+    def _describe(self) -> str:
+        waiting_for = self.queue.waiting_for
+        return f"waiting for {waiting_for}" if waiting_for else "training"
+
+
+def announcement_to_json(
+    card: FeatureCard, *, run_id: str, num_samples: int, seed: int | None, token_counts: Tensor
+) -> dict[str, Any]:
+    """What a producer announces: plain data that tells a trainer all it must know of the prompts.
+
+    Args:
+        seed: of the order of seqs; None when seqs number the samples themselves.
+        token_counts: int64 [vocab_size].
+    """
+    supervised = token_counts.nonzero().flatten().tolist()
+    return {
+        "run_id": run_id,
+        "card": asdict(card),
+        "num_samples": num_samples,
+        "seed": seed,
+        "token_counts": {str(token): int(token_counts[token]) for token in supervised},
+    }
+
+
+def announcement_from_json(data: dict[str, Any], where: str) -> tuple[FeatureCard, int, int | None, dict[int, int]]:
+    """(card, number of samples, seed, token counts). Raises UserError for something else."""
+    try:
+        counts = {int(token): int(count) for token, count in data["token_counts"].items()}
+        num_samples, seed = int(data["num_samples"]), data["seed"]
+        card = card_from_json(data["card"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"what {where} announces is damaged ({error!r}): start again under another run_name") from error
+    if num_samples < 1 or min(counts, default=0) < 0:
+        raise UserError(f"what {where} announces is damaged ({num_samples} samples): start again under another run_name")
+    return card, num_samples, seed, counts

@@ -1,0 +1,117 @@
+"""Target and trainer in one process, with the full control plane between them."""
+
+import threading
+
+from lightning_dataflow.control import ControlPlane, RunPlan, Watermarks
+from lightning_dataflow.data import PassOrder, RefWindow
+from lightning_dataflow.data.source import WindowEntry
+from lightning_dataflow.data.streaming import StreamingSource
+from lightning_dataflow.data.windows import rank_slice
+from lightning_dataflow.producers.feeds import PromptFeed
+from lightning_dataflow.producers.online import window_tokens
+from lightning_dataflow.producers.rollout import RolloutWorker
+from lightning_dataflow.prompts import PromptDataset
+from lightning_dataflow.stores import FeatureStore
+from lightning_dataflow.targets import TargetEngine
+
+JOIN_TIMEOUT_S = 30.0
+
+
+class ColocatedSource(StreamingSource):
+    """Captures what this rank trains, through leases, commits, the log and the queue.
+
+    Every rank has a control plane of its own, in which its share of each window is numbered without gaps.
+
+    Args:
+        plane: of this rank alone.
+        threaded: a thread captures beside training (`interleaved`); otherwise the target runs while the trainer waits.
+    """
+
+    def __init__(
+        self,
+        prompts: PromptDataset,
+        target: TargetEngine,
+        plane: ControlPlane,
+        store: FeatureStore,
+        watermarks: Watermarks,
+        *,
+        seed: int,
+        capture_batch_size: int = 1,
+        threaded: bool,
+        idle_timeout_s: float = 600.0,
+    ):
+        self._prompts = prompts
+        self._passes = PassOrder(len(prompts), seed)
+        self._window, self._share = 1, range(1)
+        feed = PromptFeed(prompts, target, seed=seed, run_id=plane.run_id, locate=self._locate)
+        self._worker = RolloutWorker("producer", feed, plane, store, watermarks, group=capture_batch_size)
+        self._thread: threading.Thread | None = None
+        self._stopping = threading.Event()
+        self._error: BaseException | None = None
+        super().__init__(plane, store, idle_timeout_s=idle_timeout_s, pump=None if threaded else lambda: self._pump_once())
+        self.prefetch_windows = 2 if threaded else 0
+        self._threaded = threaded
+
+    def begin(self, plan: RunPlan, rank: int, world_size: int) -> None:
+        """See RefSource; in seqs of this rank's own."""
+        self._window, self._share = plan.window, rank_slice(0, plan.window, rank, world_size)
+        share = len(self._share)
+        windows = plan.start // plan.window, plan.stop // plan.window
+        super().begin(RunPlan(start=windows[0] * share, stop=windows[1] * share, window=share), 0, world_size)
+        if self._threaded:
+            self._stopping.clear()
+            self._thread = threading.Thread(target=self._produce, name="producer", daemon=True)
+            self._thread.start()
+
+    def window(self, seqs: range, share: range, order: PassOrder) -> RefWindow:
+        """See RefSource. Raises what the producer thread raised."""
+        mine = range(self._own(share.start), self._own(share.start) + len(share))
+        try:
+            found = self.queue.get(mine, mine)
+        except Exception as error:
+            if self._error is not None:
+                raise self._error from error
+            raise
+        entries = [WindowEntry(seq=seq, ref=entry.ref) for seq, entry in zip(share, found.entries, strict=True)]
+        return RefWindow(entries=entries, num_tokens=window_tokens(self._prompts, seqs, order))
+
+    def replace(self, entry: WindowEntry, reason: str) -> WindowEntry:
+        """See RefSource."""
+        replaced = super().replace(WindowEntry(seq=self._own(entry.seq), ref=entry.ref), reason)
+        return WindowEntry(seq=entry.seq, ref=replaced.ref)
+
+    def applied(self, seqs: list[int], next_seq: int, global_step: int) -> None:  # type: ignore[override]
+        """See RefSource."""
+        super().applied([self._own(seq) for seq in seqs], self._own(next_seq), global_step)
+
+    def durable(self, next_seq: int, global_step: int) -> None:
+        """See RefSource."""
+        super().durable(self._own(next_seq), global_step)
+
+    def finish(self, status: str) -> None:
+        """See RefSource. Raises RuntimeError when the producer thread does not end."""
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join(JOIN_TIMEOUT_S)
+            if self._thread.is_alive():
+                raise RuntimeError(f"the producer thread did not end within {JOIN_TIMEOUT_S:.0f} s: it hangs in a capture")
+            self._thread = None
+        super().finish(status)
+
+    def _own(self, seq: int) -> int:
+        """This rank's number of `seq`; of a window's end, where the next window starts."""
+        window, position = divmod(seq, self._window)
+        return window * len(self._share) + max(0, position - self._share.start)
+
+    def _locate(self, own: int) -> tuple[int, int]:
+        window, position = divmod(own, len(self._share))
+        return self._passes.locate(window * self._window + self._share.start + position)
+
+    def _pump_once(self) -> bool:
+        return self._worker.run_once() in ("captured", "failed")
+
+    def _produce(self) -> None:
+        try:
+            self._worker.run(self._stopping.is_set)
+        except BaseException as error:  # the trainer's thread raises it
+            self._error = error

@@ -1,0 +1,131 @@
+"""What a RolloutWorker puts into the store: prompts as the target reads them, or features captured before."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from lightning_dataflow.contracts import SampleOrigin
+from lightning_dataflow.contracts.validation import DTYPE_BYTES
+from lightning_dataflow.data import FeatureCard, OfflineSource, PassOrder
+from lightning_dataflow.producers.capture import capture_prompts
+from lightning_dataflow.producers.online import feature_card
+from lightning_dataflow.prompts import PromptDataset
+from lightning_dataflow.stores.base import Tensors
+from lightning_dataflow.targets import TargetEngine
+
+
+class Feed(ABC):
+    """Features by seq.
+
+    Attributes:
+        seed: of the order of seqs; None where seqs number the samples themselves.
+    """
+
+    card: FeatureCard
+    seed: int | None
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Samples in one pass."""
+
+    @abstractmethod
+    def num_bytes(self, seq: int) -> int:
+        """Payload of the features of `seq`, known before they are captured."""
+
+    @abstractmethod
+    def capture(self, seqs: Sequence[int], attempt: int) -> list[tuple[SampleOrigin, Tensors]]:
+        """Features of one group.
+
+        Raises:
+            CaptureMismatchError: they are not what the card says.
+        """
+
+    @abstractmethod
+    def token_counts(self) -> torch.Tensor:
+        """How often each token is supervised in one pass, int64 [vocab_size]."""
+
+
+class PromptFeed(Feed):
+    """Captures prompts with a target, in the order of `seed`.
+
+    Args:
+        locate: seq → (index of the prompt, pass); by default PassOrder's.
+
+    Raises:
+        UserError: the prompts hold tokens that the target does not know, or are longer than its positions.
+    """
+
+    def __init__(
+        self,
+        prompts: PromptDataset,
+        target: TargetEngine,
+        *,
+        seed: int,
+        run_id: str,
+        locate: Callable[[int], tuple[int, int]] | None = None,
+    ):
+        prompts.check_target(target.info.vocab_size, target.info.max_position_embeddings)
+        self.prompts = prompts
+        self.target = target
+        self.seed = seed
+        self.run_id = run_id
+        self.card = feature_card(prompts, target)
+        self._locate = locate or PassOrder(len(prompts), seed).locate
+        spec = target.capture_spec
+        hidden = (len(spec.layer_ids) + 1) * spec.hidden_size * DTYPE_BYTES[target.dtype]
+        self._bytes_per_token = hidden + DTYPE_BYTES["int64"] + DTYPE_BYTES["uint8"]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def num_bytes(self, seq: int) -> int:
+        """See Feed."""
+        return len(self.prompts[self._locate(seq)[0]].input_ids) * self._bytes_per_token
+
+    def capture(self, seqs: Sequence[int], attempt: int) -> list[tuple[SampleOrigin, Tensors]]:
+        """See Feed."""
+        version = self.target.info.model_version
+        tasks = [
+            self.prompts.task(index, pass_index, run_id=self.run_id, target_model_version=version, attempt=attempt)
+            for index, pass_index in map(self._locate, seqs)
+        ]
+        return capture_prompts(tasks, self.target, self.card)
+
+    def token_counts(self) -> torch.Tensor:
+        """See Feed."""
+        return self.prompts.token_counts(self.target.info.vocab_size)
+
+
+class FolderFeed(Feed):
+    """Features that `capture` wrote to disk; seq i is sample i."""
+
+    def __init__(self, source: OfflineSource, *, vocab_size: int, run_id: str):
+        self.source = source
+        self.seed = None
+        self.run_id = run_id
+        self.card = source.card
+        self._vocab_size = vocab_size
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def num_bytes(self, seq: int) -> int:
+        """See Feed."""
+        specs = self.source.sample_refs[seq].features.values()
+        return sum(math.prod(spec.shape) * DTYPE_BYTES[spec.dtype] for spec in specs)
+
+    def capture(self, seqs: Sequence[int], attempt: int) -> list[tuple[SampleOrigin, Tensors]]:
+        """See Feed; reads the files."""
+        samples = []
+        for ref in (self.source.sample_refs[seq] for seq in seqs):
+            tensors, _ = self.source.store.get(ref)
+            name = f"{self.run_id}:{ref.origin.source_task_id}"
+            samples.append((replace(ref.origin, sample_id=name, run_id=self.run_id, attempt=attempt), tensors))
+        return samples
+
+    def token_counts(self) -> torch.Tensor:
+        """See Feed."""
+        return self.source.token_counts(self._vocab_size)

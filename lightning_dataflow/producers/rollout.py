@@ -1,0 +1,181 @@
+"""The drive loop of a producer: lease a group, capture it, put it into the store, publish its refs."""
+
+import time
+from collections.abc import Callable
+from typing import Literal
+
+from lightning_dataflow.contracts import CapacityError, CaptureMismatchError, PeerTimeoutError, SampleOrigin, SampleRef
+from lightning_dataflow.control import MAX_ATTEMPTS, ControlPlane, Lease, RunPlan, Watermarks
+from lightning_dataflow.control.heartbeat import Heartbeat
+from lightning_dataflow.data.streaming import announcement_to_json
+from lightning_dataflow.producers.feeds import Feed
+from lightning_dataflow.stores import FeatureStore
+from lightning_dataflow.stores.base import Tensors
+
+State = Literal["captured", "failed", "idle", "finished"]
+IDLE_S = (0.002, 0.1)
+MAX_FAILURES = 3 * MAX_ATTEMPTS
+"""Failed leases in a row after which a worker ends with the error: three groups, each tried as often as it may be."""
+
+
+class RolloutWorker:
+    """Captures what the ledger leases to it. Any number of workers share a run; each needs a name of its own.
+
+    Args:
+        group: prompts that are captured as one batch; the same for all workers of a run.
+        lease_s: a lease of a worker that died ends after this long.
+        peer_timeout_s: wait this long for a trainer to begin, or to show a sign of life.
+
+    Raises:
+        UserError: another producer announced another run under this run_id.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        feed: Feed,
+        plane: ControlPlane,
+        store: FeatureStore,
+        watermarks: Watermarks,
+        *,
+        group: int = 1,
+        lease_s: float = 30.0,
+        peer_timeout_s: float = 1800.0,
+    ):
+        self.name = name
+        self.feed = feed
+        self.plane = plane
+        self.store = store
+        self.watermarks = watermarks
+        self.group = group
+        self.lease_s = lease_s
+        self.peer_timeout_s = peer_timeout_s
+        self.state = "waiting for the trainer to begin"
+        self.num_captured = 0
+        self._failures_in_a_row = 0
+        self._checked: RunPlan | None = None
+        plane.log.announce(
+            {
+                **announcement_to_json(
+                    feed.card, run_id=plane.run_id, num_samples=len(feed), seed=feed.seed, token_counts=feed.token_counts()
+                ),
+                "capture_batch_size": group,
+            }
+        )
+
+    def run(self, should_stop: Callable[[], bool] = lambda: False) -> None:
+        """Capture until the trainer has finished.
+
+        Raises:
+            PeerTimeoutError: no trainer began, or the trainer gave no sign of life.
+            CaptureMismatchError: the target captures something else than was announced.
+            UserError: a watermark is below a window.
+        """
+        heartbeat = Heartbeat(self.plane.ledger, self.name, lambda: self.state, renew_s=self.lease_s)
+        try:
+            self._drive(should_stop)
+        except BaseException as error:
+            heartbeat.stop(f"{error or type(error).__name__}", failed=not isinstance(error, KeyboardInterrupt))
+            raise
+        heartbeat.stop("finished")
+
+    def run_once(self) -> State:
+        """Lease and capture one group at most."""
+        ledger = self.plane.ledger
+        if ledger.finished() is not None:
+            return "finished"
+        plan = ledger.plan()
+        if plan is None:
+            return "idle"
+        self._check_windows(plan)
+        lease = ledger.lease(
+            self.name,
+            group=self.group,
+            num_bytes=self.feed.num_bytes,
+            watermarks=self.watermarks,
+            lease_s=self.lease_s,
+        )
+        if lease is None:
+            self.state = "all captured, or waiting for the trainer to free some"
+            return "idle"
+        self.state = f"capturing seq {lease.seqs[0]}"
+        return self._capture(lease)
+
+    def _drive(self, should_stop: Callable[[], bool]) -> None:
+        pause, waiting_since = IDLE_S[0], time.monotonic()
+        while not should_stop():
+            state = self.run_once()
+            if state == "finished":
+                return
+            if state != "idle":
+                pause, waiting_since = IDLE_S[0], time.monotonic()
+                continue
+            self._check_trainer(time.monotonic() - waiting_since)
+            time.sleep(pause)
+            pause = min(2 * pause, IDLE_S[1])
+
+    def _capture(self, lease: Lease) -> State:
+        refs: dict[int, SampleRef] = {}
+        try:
+            for seq, (origin, tensors) in zip(lease.seqs, self.feed.capture(lease.seqs, lease.attempt), strict=True):
+                if seq in lease.wanted:
+                    refs[seq] = self._put(tensors, origin)
+            accepted = self.plane.publish(lease, refs)
+        except BaseException as error:
+            for ref in refs.values():
+                self.store.free(ref)
+            self._give_back(lease, error)
+            if isinstance(error, CaptureMismatchError) or not isinstance(error, Exception):
+                raise
+            self._failures_in_a_row += 1
+            if self._failures_in_a_row >= MAX_FAILURES:
+                raise
+            return "failed"
+        for seq in refs.keys() - set(accepted):
+            self.store.free(refs[seq])
+        self.num_captured += len(accepted)
+        self._failures_in_a_row = 0
+        return "captured"
+
+    def _put(self, tensors: Tensors, origin: SampleOrigin) -> SampleRef:
+        """Put, and while the store is full wait for the trainer to free some of it, for at most one lease."""
+        deadline, pause = time.monotonic() + self.lease_s, IDLE_S[0]
+        while True:
+            try:
+                return self.store.put(tensors, origin)
+            except CapacityError:
+                if time.monotonic() > deadline or self.plane.ledger.finished() is not None:
+                    raise
+                self.state = "waiting for room in the store"
+                time.sleep(pause)
+                pause = min(2 * pause, IDLE_S[1])
+
+    def _give_back(self, lease: Lease, error: BaseException) -> None:
+        given_up = self.plane.ledger.give_back(lease)
+        if given_up:
+            self.plane.skip(given_up, f"capture failed: {error or type(error).__name__}")
+
+    def _check_windows(self, plan: RunPlan) -> None:
+        """Every window of the run must fit below the watermarks, or training could never start it."""
+        if plan == self._checked:
+            return
+        distinct = plan.start + len(self.feed) * plan.window  # after this many, windows repeat in size
+        for start in range(plan.start // plan.window * plan.window, min(plan.stop, distinct), plan.window):
+            seqs = range(start, min(start + plan.window, plan.stop))
+            self.watermarks.check_window(len(seqs), sum(map(self.feed.num_bytes, seqs)), start)
+        self._checked = plan
+
+    def _check_trainer(self, waited_s: float) -> None:
+        if waited_s < self.peer_timeout_s:
+            return
+        parts = [part for part in self.plane.ledger.status()["parts"] if part["name"].startswith("trainer")]
+        if not parts:
+            raise PeerTimeoutError(
+                f"waited {waited_s:.0f} s for a trainer to begin in {self.plane.log.name}: start one with role=trainer"
+            )
+        last = min(parts, key=lambda part: part["seen_s_ago"])
+        if last["seen_s_ago"] > self.peer_timeout_s:
+            raise PeerTimeoutError(
+                f"{last['name']} on {last['host']} gave no sign of life for {last['seen_s_ago']:.0f} s "
+                f"(it was {last['state']}): start it again, or end this producer"
+            )

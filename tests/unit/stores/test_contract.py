@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from lightning_dataflow.contracts import CapacityError, CaptureSpec, FeatureHandle, SampleOrigin, UserError
-from lightning_dataflow.stores import FeatureStore, MemoryFeatureStore, SharedDirFeatureStore
+from lightning_dataflow.stores import FeatureStore, LocalMooncake, MemoryFeatureStore, SharedDirFeatureStore
+from tests.unit.stores.conftest import VARIANTS, attach
 
 DTYPES = [
     torch.bool,
@@ -45,19 +47,35 @@ def tensors(value: float = 1.0) -> dict[str, torch.Tensor]:
     return {"a": torch.full((4, 8), value), "b": torch.arange(4)}
 
 
-@pytest.fixture(params=["memory", "shared_dir"])
-def make_store(request, tmp_path):
-    def make(**options) -> FeatureStore:
-        if request.param == "memory":
-            return MemoryFeatureStore(**options)
-        return SharedDirFeatureStore(tmp_path / "store", **options)
-
-    return make
+@pytest.fixture(params=["memory", "shared_dir", *VARIANTS])
+def backend(request) -> str:
+    return request.param
 
 
 @pytest.fixture
-def store(make_store) -> FeatureStore:
-    return make_store()
+def store(backend, request, tmp_path) -> Iterator[FeatureStore]:
+    if backend == "memory":
+        yield MemoryFeatureStore()
+    elif backend == "shared_dir":
+        yield SharedDirFeatureStore(tmp_path / "store")
+    else:
+        store = request.getfixturevalue("mooncake_stores")(backend)
+        yield store
+        store.clear()
+
+
+@pytest.fixture
+def small_store(backend, tmp_path) -> Iterator[tuple[FeatureStore, int]]:
+    """A store with room for 2000 units, and the bytes of one unit. Mooncake really is that small."""
+    if backend == "memory":
+        yield MemoryFeatureStore(capacity_bytes=2000), 1
+    elif backend == "shared_dir":
+        yield SharedDirFeatureStore(tmp_path / "store", capacity_bytes=2000), 1
+    else:
+        with LocalMooncake(capacity_bytes=16 << 20, log_dir=tmp_path) as mooncake:
+            store = attach(mooncake, "small", **VARIANTS[backend])
+            yield store, mooncake.capacity_bytes // 2000
+            store.close()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -161,18 +179,22 @@ def test_an_empty_put(store):
         store.put({}, origin())
 
 
-def test_over_capacity_nothing_is_visible(make_store):
-    store = make_store(capacity_bytes=2000)
-    first = store.put({"x": torch.zeros(1000, dtype=torch.uint8)}, origin("run:1"))
-    with pytest.raises(CapacityError, match="run:2 needs 1500 bytes"):
-        store.put({"x": torch.zeros(1500, dtype=torch.uint8)}, origin("run:2"))
+def test_over_capacity_nothing_is_visible(small_store):
+    store, unit = small_store
+
+    def sample(units: int) -> dict[str, torch.Tensor]:
+        return {"x": torch.zeros(units * unit, dtype=torch.uint8)}
+
+    first = store.put(sample(1000), origin("run:1"))
+    with pytest.raises(CapacityError, match=f"run:2 needs {1500 * unit} bytes"):
+        store.put(sample(1500), origin("run:2"))
     assert store.health()["num_samples"] == 1
-    replaced = store.put({"x": torch.zeros(1500, dtype=torch.uint8)}, origin("run:1"))  # its own space counts as free
+    replaced = store.put(sample(1500), origin("run:1"))  # its own space counts as free
     with pytest.raises(KeyError):
         store.get(first)
     _, handle = store.get(replaced)
     store.release(handle)
-    store.put({"x": torch.zeros(1500, dtype=torch.uint8)}, origin("run:2"))
+    store.put(sample(1500), origin("run:2"))
 
 
 def test_many_threads(store):

@@ -1,0 +1,172 @@
+"""Registered memory that is recycled: fresh pages and registrations cost more than the copy into them."""
+
+import ctypes
+import mmap
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, Protocol
+
+ALIGNMENT = 64
+SMALLEST_STEP = 1 << 16
+MAX_IDLE_BYTES = 2 << 30
+
+
+class Block(NamedTuple):
+    """Memory that a transfer may use."""
+
+    address: int
+    num_bytes: int
+
+
+class BlockMemory(Protocol):
+    """Where blocks come from. Both methods may be called by any thread."""
+
+    def allocate(self, num_bytes: int) -> Block:
+        """A registered block of exactly this size, aligned to pages."""
+
+    def free(self, block: Block) -> None:
+        """Give it back."""
+
+
+class RegisteredMemory:
+    """Blocks of a raw allocator, registered as wholes.
+
+    Args:
+        alloc: size → address, 0 when there is no memory.
+        free: what undoes it.
+        register: (address, size); raises when it cannot.
+        unregister: what undoes it.
+    """
+
+    def __init__(
+        self,
+        alloc: Callable[[int], int],
+        free: Callable[[int], object],
+        register: Callable[[int, int], None],
+        unregister: Callable[[int], object],
+    ):
+        self._alloc, self._free = alloc, free
+        self._register, self._unregister = register, unregister
+
+    def allocate(self, num_bytes: int) -> Block:
+        """See BlockMemory.allocate."""
+        address = self._alloc(num_bytes)
+        if not address:
+            raise MemoryError(f"no memory for a transfer buffer of {num_bytes} bytes: free memory, or use smaller samples")
+        try:
+            self._register(address, num_bytes)
+        except BaseException:
+            self._free(address)
+            raise
+        return Block(address, num_bytes)
+
+    def free(self, block: Block) -> None:
+        """See BlockMemory.free."""
+        self._unregister(block.address)
+        self._free(block.address)
+
+
+class PageAllocator:
+    """Anonymous pages of this process; `alloc` and `free` for RegisteredMemory."""
+
+    def __init__(self) -> None:
+        self._maps: dict[int, mmap.mmap] = {}
+
+    def alloc(self, num_bytes: int) -> int:
+        """Address of new pages."""
+        pages = mmap.mmap(-1, num_bytes)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+        self._maps[address] = pages
+        return address
+
+    def free(self, address: int) -> None:
+        """Unmap them."""
+        del self._maps[address]
+
+
+class BufferPool:
+    """Hands out buffers and takes them back when the last tensor that uses one is gone. Thread-safe.
+
+    Args:
+        memory: where new blocks come from.
+        max_idle_bytes: what is kept for reuse; beyond it, the longest unused blocks are freed.
+    """
+
+    def __init__(self, memory: BlockMemory, *, max_idle_bytes: int = MAX_IDLE_BYTES):
+        self.num_allocations = 0
+        self._memory = memory
+        self._max_idle_bytes = max_idle_bytes
+        self._idle: list[Block] = []  # the longest unused first
+        self._returned: deque[Block] = deque()
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def lease(self, num_bytes: int) -> ctypes.Array:
+        """A writable buffer of at least `num_bytes`, its content undefined.
+
+        `torch.frombuffer` keeps it alive. Its memory is used again once nothing references it, and never before.
+        """
+        with self._lock:
+            self._collect()
+            block = self._take(num_bytes)
+        if block is None:
+            block = self._memory.allocate(size_class(num_bytes))
+            ctypes.memset(block.address, 0, block.num_bytes)  # page faults now, not during the first transfer
+            self.num_allocations += 1
+        buffer = (ctypes.c_ubyte * block.num_bytes).from_address(block.address)
+        weakref.finalize(buffer, self._give_back, block).atexit = False
+        return buffer
+
+    def close(self) -> None:
+        """Free what is idle. Buffers that are still referenced stay valid and are freed when they no longer are."""
+        self._closed = True
+        with self._lock:
+            self._collect()
+            self._free_beyond(0)
+
+    def _give_back(self, block: Block) -> None:
+        # Runs wherever the last reference goes, also inside a garbage collection while this thread holds the lock:
+        # so it must not take it.
+        if self._closed:
+            self._memory.free(block)
+        else:
+            self._returned.append(block)
+
+    def _collect(self) -> None:
+        while self._returned:
+            self._idle.append(self._returned.popleft())
+        self._free_beyond(self._max_idle_bytes)
+
+    def _free_beyond(self, max_idle_bytes: int) -> None:
+        idle_bytes = sum(block.num_bytes for block in self._idle)
+        while idle_bytes > max_idle_bytes:
+            block = self._idle.pop(0)
+            idle_bytes -= block.num_bytes
+            self._memory.free(block)
+
+    def _take(self, num_bytes: int) -> Block | None:
+        """The best fit, of these the last used: its pages are the likeliest to be in a cache."""
+        limit = 2 * size_class(num_bytes)
+        fitting = [block for block in reversed(self._idle) if num_bytes <= block.num_bytes <= limit]
+        if not fitting:
+            return None
+        block = min(fitting, key=lambda block: block.num_bytes)
+        self._idle.remove(block)
+        return block
+
+
+def size_class(num_bytes: int) -> int:
+    """`num_bytes` rounded up by at most an eighth, so that samples of similar lengths share blocks."""
+    step = max(SMALLEST_STEP, 1 << max(0, num_bytes.bit_length() - 4))
+    return -(-num_bytes // step) * step
+
+
+def offsets(sizes: Iterable[int]) -> tuple[list[int], int]:
+    """Where parts of these sizes start in one buffer, aligned for every dtype, and how big it must be."""
+    starts, end = [], 0
+    for size in sizes:
+        starts.append(end)
+        end += -(-size // ALIGNMENT) * ALIGNMENT
+    return starts, end

@@ -82,7 +82,7 @@ class MooncakeFeatureStore(FeatureStore):
         retain: bool = False,
         capacity_bytes: int | None = None,
         max_idle_bytes: int = MAX_IDLE_BYTES,
-        staging_bytes: int = 1 << 30,
+        staging_bytes: int = 256 << 20,
         owner_timeout_s: float = 15.0,
         unavailable_timeout_s: float = 20.0,
     ):

@@ -1,0 +1,254 @@
+"""What only the Mooncake store does."""
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lightning_dataflow.contracts import CapacityError, UserError
+from lightning_dataflow.stores import LocalMooncake, MooncakeFeatureStore
+from lightning_dataflow.stores.mooncake import _at_most
+from lightning_dataflow.stores.mooncake_client import MooncakeAdmin
+from tests.unit.stores.conftest import VARIANTS, attach
+from tests.unit.stores.test_contract import origin, tensors
+
+
+@pytest.fixture(params=VARIANTS)
+def store(request, mooncake_stores) -> Iterator[MooncakeFeatureStore]:
+    store = mooncake_stores(request.param)
+    yield store
+    store.clear()
+
+
+@pytest.fixture
+def keys(mooncake, store):
+    """The keys of this store now."""
+    return lambda: sorted(key for key in MooncakeAdmin(mooncake.metrics_address).list_keys() if store.store_id in key)
+
+
+def lying(ref, **shape):
+    features = {name: replace(spec, shape=shape.get(name, spec.shape)) for name, spec in ref.features.items()}
+    return replace(ref, features=features)
+
+
+@pytest.mark.parametrize("rows", [2, 8])
+def test_a_ref_that_lies_about_a_size_reads_nothing(store, rows):
+    ref = store.put(tensors(), origin())
+    with pytest.raises(KeyError):
+        store.get(lying(ref, a=(rows, 8)))
+    assert store.get(ref)[0]["a"].shape == (4, 8)
+
+
+def test_a_ref_with_a_feature_too_many_reads_nothing(store):
+    ref = store.put(tensors(), origin())
+    with pytest.raises(KeyError):
+        store.get(replace(ref, features={**ref.features, "c": replace(ref.features["a"], name="c")}))
+
+
+def test_a_tensor_without_elements(store):
+    ref = store.put({"a": torch.ones(3), "none": torch.zeros(0, 5, dtype=torch.float16)}, origin())
+    found, handle = store.get(ref)
+    assert found["none"].shape == (0, 5)
+    assert found["none"].dtype == torch.float16
+    assert store.exists([ref]) == [True]
+    store.release(handle)
+    assert store.exists([ref]) == [False]
+
+
+def test_nothing_but_empty_tensors(store):
+    with pytest.raises(ValueError, match="run:1 has only empty tensors"):
+        store.put({"a": torch.zeros(0)}, origin())
+
+
+def test_the_last_lease_of_this_process_frees(store):
+    ref = store.put(tensors(), origin())
+    handles = [store.get(ref)[1] for _ in range(2)]
+    store.release(handles[0])
+    store.release(handles[0])
+    assert store.exists([ref]) == [True]
+    store.release(handles[1])
+    assert store.exists([ref]) == [False]
+
+
+def test_retained_samples_stay(mooncake):
+    store = attach(mooncake, "retained", retain=True)
+    ref = store.put(tensors(), origin())
+    for _ in range(3):
+        store.release(store.get(ref)[1])
+    store.free(ref)
+    assert store.exists([ref]) == [False]
+    store.close()
+
+
+def test_a_ref_of_another_store(store):
+    ref = replace(store.put(tensors(), origin()), uri="mooncake://other")
+    for call in (store.get, store.free):
+        with pytest.raises(KeyError, match="this store is"):
+            call(ref)
+    assert store.exists([ref]) == [False]
+
+
+def test_ids_are_taken_literally(store):
+    ids = ["a.b", "aXb", "a.b#1", "a.b:1", "a.b-1", "a.b_1", "a", "ab"]
+    refs = {sample_id: store.put(tensors(), origin(sample_id)) for sample_id in ids}
+    for sample_id in ids:
+        store.abort(sample_id)
+        del refs[sample_id]
+        assert store.exists(list(refs.values())) == [True] * len(refs)
+
+
+@pytest.mark.parametrize("sample_id", ["../escape", "a/b", "", "a|b", "a*"])
+def test_an_id_cannot_be_a_pattern_or_another_sample(store, sample_id):
+    for call in (lambda: store.put(tensors(), origin(sample_id)), lambda: store.abort(sample_id)):
+        with pytest.raises(UserError, match="not a valid id"):
+            call()
+
+
+@pytest.mark.parametrize("limit", [0, 1, 9, 10, 19, 100, 120, 4096])
+def test_the_pattern_of_older_attempts(limit):
+    import re
+
+    accepted = {number for number in range(6000) if re.fullmatch(_at_most(limit), str(number))}
+    assert accepted == set(range(limit + 1))
+
+
+def test_attempts_order_however_they_come(store, keys):
+    attempts = [2, 0, 10, 9, 11, 3]
+    refs = {attempt: store.put(tensors(attempt), replace(origin(), attempt=attempt)) for attempt in attempts}
+    assert [attempt for attempt, found in zip(refs, store.exists(list(refs.values())), strict=True) if found] == [11]
+    assert store.get(refs[11])[0]["a"].eq(11).all()
+    for attempt in (2, 10):
+        store.free(refs[attempt])  # stale: the marks must stay
+    late = store.put(tensors(), replace(origin(), attempt=5))
+    assert store.exists([late]) == [False]
+    store.free(refs[11])
+    assert keys() == []
+
+
+def test_a_put_again_leaves_one_generation(store, keys):
+    refs = [store.put({"a": torch.full((3,), value)}, origin()) for value in range(3)]
+    assert store.exists(refs) == [False, False, True]
+    assert len(keys()) == 1
+
+
+def test_sweep_takes_the_marks_of_what_is_gone(store, keys):
+    live, orphan = (store.put(tensors(), replace(origin(f"run:{index}"), attempt=2)) for index in range(2))
+    assert store.sweep(lambda sample_id, generation: generation == live.generation) == {"orphans": 1}
+    assert {key.split("/")[1] for key in keys()} == {live.sample_id}
+    assert len([key for key in keys() if "superseded" in key]) == 2
+    assert store.exists([orphan]) == [False]
+    assert store.sweep() == {}
+
+
+def test_sweep_says_what_it_needs(mooncake):
+    store = attach(mooncake, "blind", metrics_address=None)
+    ref = store.put(tensors(), origin())
+    assert store.health() == {"num_samples": 1, "num_bytes": ref.num_bytes, "capacity_bytes": 0}
+    with pytest.raises(UserError, match=r"store\.metrics_address"):
+        store.sweep(lambda sample_id, generation: True)
+    store.clear()
+    assert store.health()["num_samples"] == 0
+    store.close()
+
+
+def test_a_sample_larger_than_the_store(store, mooncake):
+    with pytest.raises(CapacityError, match="too small for one sample"):
+        store.put({"a": torch.zeros(mooncake.capacity_bytes + 1, dtype=torch.uint8)}, origin())
+
+
+def test_steady_state_allocates_no_buffers(mooncake):
+    store = attach(mooncake, "steady")
+    sample = {"a": torch.zeros(1 << 20)}
+    for index in range(20):
+        store.release(store.get(store.put(sample, origin(f"run:{index}")))[1])
+    assert store._transfer._pool.num_allocations <= 2
+    store.close()
+
+
+def test_tensors_outlive_the_store(mooncake):
+    store = attach(mooncake, "short-lived")
+    found, handle = store.get(store.put(tensors(5.0), origin()))
+    store.release(handle)
+    store.close()
+    assert found["a"].eq(5).all()
+    del found
+
+
+def test_nobody_at_an_address(mooncake):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        absent = f"127.0.0.1:{server.getsockname()[1]}"
+    for places, message in (
+        ({"master_address": absent}, f"no Mooncake master listens at {absent}"),
+        ({"client_address": absent}, f"no mooncake_client listens at {absent}"),
+        ({"master_address": "nonsense"}, "'nonsense', expected host:port"),
+    ):
+        began = time.monotonic()
+        with pytest.raises(UserError, match=message) as caught:
+            attach(mooncake, "s", **places)
+        assert time.monotonic() - began < 3
+        assert "\n" not in str(caught.value)
+
+
+def test_without_the_package():
+    code = """
+import sys
+sys.modules["mooncake"] = None
+from lightning_dataflow.stores import MooncakeFeatureStore
+try:
+    MooncakeFeatureStore("s", master_address="127.0.0.1:1")
+except ValueError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install 'lightning-dataflow[mooncake]'" in result.stdout
+    assert "libibverbs1" in result.stdout
+    assert result.stdout.count("\n") == 1
+
+
+class TestLocalMooncake:
+    def test_a_taken_port(self, tmp_path):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+            with pytest.raises(UserError, match=f"port {port} of 127.0.0.1 is taken"):
+                LocalMooncake(capacity_bytes=16 << 20, log_dir=tmp_path, master_port=port)
+
+    def test_too_little_memory(self, tmp_path):
+        with pytest.raises(UserError, match="is 1048576, Mooncake needs at least 16777216"):
+            LocalMooncake(capacity_bytes=1 << 20, log_dir=tmp_path)
+
+    def test_a_part_that_does_not_start(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("lightning_dataflow.stores.mooncake_local.find_program", lambda name: "/bin/false")
+        with pytest.raises(UserError, match=r"mooncake_master exited with status 1; .*mooncake_master\.log ends") as caught:
+            LocalMooncake(capacity_bytes=16 << 20, log_dir=tmp_path)
+        assert "\n" not in str(caught.value)
+
+    def test_a_part_that_is_never_ready(self, tmp_path, monkeypatch):
+        script = tmp_path / "sleeper"
+        script.write_text("#!/bin/sh\necho waiting for nothing\nexec sleep 60\n")
+        script.chmod(0o755)
+        monkeypatch.setattr("lightning_dataflow.stores.mooncake_local.find_program", lambda name: str(script))
+        began = time.monotonic()
+        with pytest.raises(UserError, match=r"mooncake_master is not ready in time; .*waiting for nothing"):
+            LocalMooncake(capacity_bytes=16 << 20, log_dir=tmp_path, start_timeout_s=0.5)
+        assert time.monotonic() - began < 5
+
+    def test_without_the_programs(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("shutil.which", lambda name, path: None)
+        with pytest.raises(UserError, match="mooncake_master is not installed: pip install"):
+            LocalMooncake(capacity_bytes=16 << 20, log_dir=tmp_path)
+
+    def test_its_life(self, tmp_path):
+        with LocalMooncake(capacity_bytes=16 << 20, log_dir=tmp_path, warm=True) as running:
+            assert running.poll() is None
+            assert MooncakeAdmin(running.metrics_address).list_keys() == []  # warming leaves nothing
+            running.processes["mooncake_client"].kill()
+            running.processes["mooncake_client"].wait()
+            assert running.poll() == ("mooncake_client", -9)
+        running.close()
+        assert running.processes["mooncake_master"].returncode is not None
+        assert {path.name for path in tmp_path.iterdir()} == {"mooncake_master.log", "mooncake_client.log"}

@@ -5,31 +5,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import hydra
 import lightning as L
-import torch
-from lightning.pytorch.strategies import FSDPStrategy
 from transformers import PreTrainedTokenizerBase
 
-from lightning_dataflow.app.schema import DataConfig, StoreConfig, TrainConfig
-from lightning_dataflow.callbacks import AcceptanceEvaluation, ResultWriter, RunMetrics, StreamCursor
-from lightning_dataflow.contracts import UnknownNameError, UserError
-from lightning_dataflow.data import DataFlowDataModule, OfflineSource, PassOrder, RefSource
-from lightning_dataflow.producers import OnlineSource, capture_to_folder
+from lightning_dataflow.app.command import log_once
+from lightning_dataflow.app.lightning_trainer import make_trainer
+from lightning_dataflow.app.schema import DataConfig, TrainConfig
+from lightning_dataflow.app.topologies import is_disaggregated, make_source, read_secret
+from lightning_dataflow.callbacks import ResultWriter
+from lightning_dataflow.contracts import UserError
+from lightning_dataflow.data import DataFlowDataModule, FeatureCard, PassOrder, RefSource
+from lightning_dataflow.producers import capture_to_folder
 from lightning_dataflow.prompts import PromptDataset, load_prompts
-from lightning_dataflow.stores import MemoryFeatureStore
 from lightning_dataflow.strategies import DraftModule, StrategySpec, resolve_strategy
 from lightning_dataflow.targets import HFTargetEngine, load_tokenizer
-from lightning_dataflow.targets.hardware import multiplies_bfloat16
 from lightning_dataflow.targets.tiny import write_tiny_conversations, write_tiny_target
-
-DERIVED_TRAINER_ARGUMENTS = {
-    "max_epochs": "trainer.max_steps, or trainer.max_steps=null data.num_passes=…",
-    "limit_train_batches": "trainer.max_steps",
-    "accumulate_grad_batches": "data.global_batch_size and data.micro_batch_size",
-    "num_sanity_val_steps": "evaluate.every_n_steps",
-    "default_root_dir": "run_name",
-}
 
 
 class Builder:
@@ -43,6 +33,7 @@ class Builder:
     def __init__(self, config: TrainConfig, settings: Mapping[str, Any]):
         self.config = config
         self.settings = settings
+        log_once()
         _prepare(config)
 
     @cached_property
@@ -87,41 +78,29 @@ class Builder:
     @cached_property
     def source(self) -> RefSource:
         """Where references come from, by topology."""
-        name, store = self.config.topology.name, self.config.store
-        if name == "online":
-            if store.kind != "memory":
-                raise UserError(f"topology=online keeps features in memory, not in store={store.kind}: use store=memory")
-            return OnlineSource(
-                self.prompts[0],
-                self.target,
-                MemoryFeatureStore(store.capacity_bytes),
-                capture_batch_size=self.config.target.capture_batch_size,
-            )
-        if name == "offline":
-            if store.kind != "shared_dir":
-                raise UserError(f"topology=offline reads files, not store={store.kind}: use store=shared_dir")
-            source = OfflineSource(self.offline_folder(), secret=read_secret(store))
-            self._check_prompts(source)
-            return source
-        raise UnknownNameError(f"unknown topology {name!r}: available are offline, online")
+        return make_source(self)
 
-    def _check_prompts(self, source: OfflineSource) -> None:
+    def check_prompts(self, card: FeatureCard, where: str) -> None:
         """Held-out prompts are told from trained ones by the settings that the capture had."""
-        captured_here = self.config.store.root is None
-        evaluates = "acceptance" in (self.config.callbacks or {})
-        if (captured_here or evaluates) and source.card.prompts_version != self.prompts[0].version:
+        captured_here = self.config.topology.name == "offline" and self._captured_folder() is None
+        evaluates = "acceptance" in (self.config.callbacks or {}) and self.config.role != "producer"
+        if (captured_here or evaluates) and card.prompts_version != self.prompts[0].version:
             raise UserError(
-                f"{source.folder} was captured from other prompts than these data.* settings choose: use the settings of "
-                "the capture; or another run_name, or store.root with callbacks=no_evaluation"
+                f"{where} was captured from other prompts than these data.* settings choose: use the settings of "
+                "the capture; or another run_name, or callbacks=no_evaluation"
             )
 
     def offline_folder(self) -> Path:
-        """The captured features; without store.root they are captured into the run folder now."""
-        if self.config.store.root is not None:
-            return Path(self.config.store.root)
+        """The captured features; where none are given they are captured into the run folder now."""
+        given = self._captured_folder()
+        if given is not None:
+            return Path(given)
         folder = Path(self.config.run_dir) / "features"
         capture_once(self, folder)
         return folder
+
+    def _captured_folder(self) -> str | None:
+        return self.config.topology.features if is_disaggregated(self.config) else self.config.store.root
 
     @cached_property
     def result_writer(self) -> ResultWriter:
@@ -138,94 +117,13 @@ class Builder:
             micro_batch_size=data.micro_batch_size,
             seed=self.config.seed,
             collate=self.spec.collate,
+            prefetch_windows=data.prefetch_windows,
         )
 
     @cached_property
     def trainer(self) -> L.Trainer:
         """The Trainer, with the arguments that follow from others filled in."""
-        arguments = {key: value for key, value in self.config.trainer.items() if key != "_target_"}
-        for name, instead in DERIVED_TRAINER_ARGUMENTS.items():
-            if arguments.get(name) is not None:
-                raise UserError(f"trainer.{name}={arguments[name]}: this follows from other settings, use {instead}")
-        world_size = num_processes(arguments)
-        if isinstance(strategy := arguments.get("strategy"), dict):
-            arguments["strategy"] = self._trainer_strategy(dict(strategy), world_size)
-        if arguments.get("precision") == "auto":
-            arguments["precision"] = _auto_precision(arguments)
-        accumulation = self.data.accumulate_grad_batches(world_size)
-        max_steps = self._max_steps(arguments.pop("max_steps", None))
-        if not arguments.get("fast_dev_run"):
-            arguments |= {"accumulate_grad_batches": accumulation, "limit_train_batches": max_steps * accumulation}
-        logger, callbacks = self._loggers() or False, self._callbacks()
-        try:
-            return L.Trainer(
-                max_steps=max_steps,
-                max_epochs=1,
-                num_sanity_val_steps=0,
-                default_root_dir=self.config.run_dir,
-                logger=logger,
-                callbacks=callbacks,
-                **arguments,
-            )
-        except (ValueError, TypeError) as error:
-            raise UserError(f"trainer: {error}") from error
-
-    def _max_steps(self, max_steps: int | None) -> int:
-        data = self.config.data
-        if max_steps is not None and data.num_passes is not None:
-            raise UserError(
-                f"trainer.max_steps={max_steps} and data.num_passes={data.num_passes} both say when training ends: set one "
-                "of them to null"
-            )
-        if max_steps is not None:
-            if max_steps < 1:
-                raise UserError(f"trainer.max_steps={max_steps}: a stream has no end of its own, give at least 1 step")
-            return max_steps
-        if data.num_passes is None:
-            raise UserError("neither trainer.max_steps nor data.num_passes says when training ends: set one of them")
-        steps, left_over = divmod(data.num_passes * len(self.source), data.global_batch_size)
-        if left_over:
-            print(
-                f"{left_over} samples at the end of {data.num_passes} passes over {len(self.source)} fill no step of "
-                f"global_batch_size={data.global_batch_size} and are not trained on",
-                flush=True,
-            )
-        if steps < 1:
-            raise UserError(
-                f"{data.num_passes} passes over {len(self.source)} samples fill no step of global_batch_size="
-                f"{data.global_batch_size}: add samples or passes, or lower data.global_batch_size"
-            )
-        return steps
-
-    def _trainer_strategy(self, arguments: dict[str, Any], world_size: int) -> Any:
-        if arguments.get("data_parallel_size") == "auto":
-            arguments["data_parallel_size"] = world_size
-        if arguments["_target_"].endswith(".FSDPStrategy"):
-            if not torch.cuda.is_available():
-                raise UserError("trainer=fsdp needs a GPU, this machine has none: use trainer=fsdp2 or trainer=ddp")
-            options = {key: value for key, value in arguments.items() if key != "_target_"}
-            return FSDPStrategy(auto_wrap_policy={type(self.module.draft)}, **options)
-        return hydra.utils.instantiate(arguments, _convert_="all")
-
-    def _loggers(self) -> list[Any]:
-        config = self.config.logger or {}
-        entries = [config] if "_target_" in config else list(config.values())
-        return [hydra.utils.instantiate(entry, _convert_="all") for entry in entries]
-
-    def _callbacks(self) -> list[L.Callback]:
-        callbacks: list[L.Callback] = [
-            RunMetrics(),  # first, so that it does not time the others
-            StreamCursor(),
-            self.result_writer,
-        ]
-        for entry in (self.config.callbacks or {}).values():
-            if entry["_target_"].rsplit(".", 1)[-1] == AcceptanceEvaluation.__name__:
-                entry = {key: value for key, value in entry.items() if key != "_target_"}
-                prompts = [prompt.question for prompt in self.prompts[1]]
-                callbacks.append(AcceptanceEvaluation(self.evaluation_target, prompts, **entry))
-            else:
-                callbacks.append(hydra.utils.instantiate(entry, _convert_="all"))
-        return callbacks
+        return make_trainer(self)
 
     def evaluation_target(self) -> HFTargetEngine:
         """The target that decodes; the one that captures, if it has the same dtype."""
@@ -257,33 +155,6 @@ def read_prompts(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
     )
 
 
-def read_secret(store: StoreConfig) -> str | None:
-    """The content of the secret's file, without white space around it."""
-    if store.secret_file is None:
-        return None
-    try:
-        return Path(store.secret_file).read_text().strip()
-    except OSError as error:
-        raise UserError(f"cannot read store.secret_file={store.secret_file}: {error.strerror}") from error
-
-
-def num_processes(trainer: Mapping[str, Any]) -> int:
-    """World size that these Trainer arguments lead to."""
-    devices, nodes = trainer.get("devices", "auto"), trainer.get("num_nodes") or 1
-    if isinstance(devices, list):
-        return len(devices) * nodes
-    if isinstance(devices, int) and devices > 0:
-        return devices * nodes
-    on_gpu = trainer.get("accelerator", "auto") != "cpu" and torch.cuda.is_available()
-    return (torch.cuda.device_count() if on_gpu else 1) * nodes
-
-
-def _auto_precision(trainer: Mapping[str, Any]) -> str:
-    on_gpu = trainer.get("accelerator", "auto") != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu")
-    return "bf16-mixed" if multiplies_bfloat16(device) else "32-true"
-
-
 def capture_once(builder: Builder, folder: Path) -> None:
     """Capture into `folder`, unless that is done; every rank but the first waits for it."""
     from lightning_dataflow.app.ranks import first_rank_does
@@ -298,8 +169,8 @@ def capture_once(builder: Builder, folder: Path) -> None:
             folder,
             order=[order.locate(seq)[0] for seq in range(len(prompts))],  # the groups that `online` captures
             capture_batch_size=config.target.capture_batch_size,
-            capacity_bytes=config.store.capacity_bytes,
-            secret=read_secret(config.store),
+            capacity_bytes=None if is_disaggregated(config) else config.store.capacity_bytes,
+            secret=None if is_disaggregated(config) else read_secret(config.store),
             progress=lambda done, total: print(f"\rcaptured {done}/{total}", end="\n" * (done == total), flush=True),
         )
 

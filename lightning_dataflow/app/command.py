@@ -13,7 +13,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_dataflow.app.schema import TrainConfig, register_schemas
-from lightning_dataflow.contracts import CapacityError, UserError
+from lightning_dataflow.contracts import CapacityError, PeerFailedError, PeerTimeoutError, UserError
+
+INTERRUPTED = 130
+"""Exit status of a command that Ctrl-C ended, as shells give it."""
 
 Command = Callable[[TrainConfig, dict[str, Any]], Any]
 
@@ -25,13 +28,15 @@ def command(function: Command) -> Callable[[], None]:
     @hydra.main(version_base="1.3", config_path="pkg://lightning_dataflow.conf", config_name="train")
     @wraps(function)
     def run(config: DictConfig) -> Any:
-        from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
-        _log_once()
         try:
             _check_run_name()
             return function(typed(config), plain_settings(config))
-        except (UserError, CapacityError, PermissionError, MisconfigurationException) as error:
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            sys.exit(INTERRUPTED)
+        except Exception as error:
+            if not _is_for_the_user(error):
+                raise
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(1)
 
@@ -41,6 +46,17 @@ def command(function: Command) -> Callable[[], None]:
         run()
 
     return checked
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    """Whether the message says all there is to say; otherwise the traceback does."""
+    if isinstance(error, UserError | CapacityError | PermissionError | PeerFailedError | PeerTimeoutError):
+        return True
+    foreign = (
+        ("lightning_dataflow.stores", "StoreUnavailableError"),
+        ("lightning.pytorch.utilities.exceptions", "MisconfigurationException"),
+    )
+    return any(isinstance(error, getattr(sys.modules[module], name)) for module, name in foreign if module in sys.modules)
 
 
 def _check_choices(overrides: Sequence[str]) -> None:
@@ -71,6 +87,12 @@ def plain_settings(config: DictConfig) -> dict[str, Any]:
     return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
 
 
+def job_arguments() -> list[str]:
+    """This job's overrides, and where its configuration is found: what another process needs to run it."""
+    flags = [one for one in sys.argv[1:] if one.startswith(("-cd", "--config-dir"))]
+    return [*flags, *HydraConfig.get().overrides.task]
+
+
 def _check_run_name() -> None:
     """Ranks that torchrun or SLURM start would each name the run by their own clock."""
     launched = "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("SLURM_NTASKS") or 1) > 1
@@ -78,10 +100,18 @@ def _check_run_name() -> None:
     named = any(one.startswith(("run_name=", "hydra.run.dir=")) for one in (*overrides.task, *overrides.hydra))
     if launched and not named:
         raise UserError("ranks started by torchrun or SLURM need one name for their run: add run_name=…")
+    role = HydraConfig.get().runtime.choices.get("role")
+    if role != "auto" and not named:
+        raise UserError(f"role={role} is one part of a run that has other parts: add run_name=…, the same for all of them")
+    if role == "auto" and launched and str(HydraConfig.get().runtime.choices.get("topology")).startswith("disagg_"):
+        raise UserError(
+            "torchrun or SLURM starts trainers, each of which would start a run of its own: add role=trainer, and start "
+            "producers with role=producer"
+        )
 
 
-def _log_once() -> None:
-    """Lightning installs handlers of its own; without them its messages reach Hydra's, once."""
+def log_once() -> None:
+    """Lightning installs handlers of its own when it is imported; without them its messages reach Hydra's, once."""
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logger = logging.getLogger(name)
         logger.handlers.clear()

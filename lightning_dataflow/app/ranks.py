@@ -2,7 +2,8 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from lightning_dataflow.contracts import UserError
 
@@ -16,6 +17,20 @@ def rank_from_environment() -> int:
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
     return 0
+
+
+def num_processes(trainer: Mapping[str, Any]) -> int:
+    """World size that these Trainer arguments lead to."""
+    devices, nodes = trainer.get("devices", "auto"), trainer.get("num_nodes") or 1
+    if isinstance(devices, list):
+        return len(devices) * nodes
+    if isinstance(devices, int) and devices > 0:
+        return devices * nodes
+    if trainer.get("accelerator", "auto") == "cpu":
+        return nodes
+    import torch
+
+    return max(1, torch.cuda.device_count()) * nodes
 
 
 def first_rank_does(

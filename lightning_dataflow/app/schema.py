@@ -33,6 +33,7 @@ class DataConfig:
         prepare: a file that synthetic conversations are written to first, unless it is there.
         chat_template: a Jinja file that replaces the tokenizer's template.
         num_passes: with trainer.max_steps=null, train this often on every sample.
+        prefetch_windows: windows that a thread reads ahead; null for what suits the topology, 0 for none.
     """
 
     path: str = MISSING
@@ -46,6 +47,7 @@ class DataConfig:
     global_batch_size: int = 8
     micro_batch_size: int = 1
     num_passes: int | None = None
+    prefetch_windows: int | None = None
 
 
 @dataclass
@@ -55,20 +57,67 @@ class StoreConfig:
     Attributes:
         root: folder of `shared_dir`; null for `features` in the run folder, captured when training starts.
         secret_file: holds the secret of `shared_dir`; a file, so that no log, configuration or command line shows it.
-        capacity_bytes: null for no limit.
+        capacity_bytes: null for no limit; of `mooncake`, what a managed one offers, or what of a running one to use.
+        address: of a running Mooncake master, `host:port`; null starts a Mooncake on this machine.
+        client_address: of the `mooncake_client` on this machine, for shared memory; null for TCP or RDMA.
+        metrics_address: of the master's HTTP port.
+        hostname: how other machines reach this one, for TCP and RDMA.
+        protocol, rdma_devices: of Mooncake, without client_address.
+        zero_copy: false stores one blob per sample instead of raw tensors.
     """
 
     kind: str = MISSING
     root: str | None = None
     secret_file: str | None = None
     capacity_bytes: int | None = None
+    address: str | None = None
+    client_address: str | None = None
+    metrics_address: str | None = None
+    hostname: str = "127.0.0.1"
+    protocol: str = "tcp"
+    rdma_devices: str = ""
+    zero_copy: bool = True
+
+
+@dataclass
+class ControlConfig:
+    """The ledger: `noop`, `memory` or `sqlite`."""
+
+    kind: str = MISSING
+
+
+@dataclass
+class ChannelConfig:
+    """The log of references: a folder."""
+
+    path: str = MISSING
 
 
 @dataclass
 class TopologyConfig:
-    """Where target and trainer run: `online` or `offline`."""
+    """Where target and trainer run.
+
+    Attributes:
+        name: `offline`, `online`, `interleaved`, `disagg_offline` or `disagg_online`.
+        features: of `disagg_offline`: folder of captured features; null captures them into the run folder first.
+        num_producers: of `disagg_online`: processes that the supervisor starts.
+        high_bytes, high_refs: capture pauses rather than have more in flight; null for 0.8 of store.capacity_bytes.
+        low_bytes, low_refs: it goes on below these; null for three quarters of the high ones.
+        lease_s: a dead producer's prompts are captured by another after this long.
+        start_timeout_s: how long processes wait for each other to begin.
+        idle_timeout_s: how long a trainer waits for a sample.
+    """
 
     name: str = MISSING
+    features: str | None = None
+    num_producers: int = 1
+    high_bytes: int | None = None
+    high_refs: int = 4096
+    low_bytes: int | None = None
+    low_refs: int | None = None
+    lease_s: float = 30.0
+    start_timeout_s: float = 1800.0
+    idle_timeout_s: float = 600.0
 
 
 @dataclass
@@ -121,6 +170,9 @@ class TrainConfig:
         strategy: `name`, and keyword arguments of that strategy's module.
         ckpt_path: a checkpoint to resume from; `last` for the newest of the run `run_name`.
         run_name: the run's folder below `runs/`.
+        role: `auto` starts what is missing, `trainer` and `producer` are one part of a run.
+        num_threads: CPU threads of torch in each process; null for torch's default, and for an equal share of the cores
+            where the supervisor starts several.
     """
 
     strategy: dict[str, Any] = MISSING
@@ -128,13 +180,17 @@ class TrainConfig:
     target: TargetConfig = MISSING
     data: DataConfig = MISSING
     store: StoreConfig = MISSING
+    control: ControlConfig = MISSING
+    channel: ChannelConfig = MISSING
     optimizer: OptimizerConfig = MISSING
     trainer: dict[str, Any] = MISSING
     logger: Any = None
     callbacks: Any = None
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     show_mask: ShowMaskConfig = field(default_factory=ShowMaskConfig)
+    role: str = "auto"
     seed: int = 0
+    num_threads: int | None = None
     run_name: str = MISSING
     run_dir: str = MISSING
     ckpt_path: str | None = None
@@ -149,6 +205,8 @@ def register_schemas() -> None:
         ("data", DataConfig),
         ("store", StoreConfig),
         ("topology", TopologyConfig),
+        ("control", ControlConfig),
+        ("channel", ChannelConfig),
         ("optimizer", OptimizerConfig),
     ):
         store.store(group=group, name="schema", node=schema)

@@ -5,20 +5,41 @@ from pathlib import Path
 from typing import Any
 
 from lightning_dataflow.app.checkpoints import resolve_checkpoint, save_final_checkpoint
-from lightning_dataflow.app.command import command
+from lightning_dataflow.app.command import command, job_arguments
 from lightning_dataflow.app.ranks import leave_process_group
 from lightning_dataflow.app.schema import TrainConfig
 from lightning_dataflow.contracts import UserError
 
 
+def run(config: TrainConfig, settings: dict[str, Any]) -> None:
+    """The part of a run that this process is: all of it, a supervisor, a producer, or a trainer."""
+    from lightning_dataflow.app.topologies import check_topology, is_disaggregated
+
+    check_topology(config)
+    if config.role == "producer":
+        from lightning_dataflow.app.producer import produce
+
+        produce(config, settings)
+    elif config.role == "auto" and is_disaggregated(config):
+        from lightning_dataflow.app.supervisor import supervise
+
+        resolve_checkpoint(config.ckpt_path, Path(config.run_dir))
+        supervise(config, job_arguments())
+    else:
+        train(config, settings)
+
+
 def train(config: TrainConfig, settings: dict[str, Any]) -> None:
     """Train a draft, write `result.json`, a figure and a last checkpoint to the run folder."""
+    import torch
     from lightning import seed_everything
 
     from lightning_dataflow.app.build import Builder
     from lightning_dataflow.app.figure import draw_result
 
     seed_everything(config.seed, verbose=False)
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
     run_dir = Path(config.run_dir)
     checkpoint = resolve_checkpoint(config.ckpt_path, run_dir)
     parts = Builder(config, settings)
@@ -32,6 +53,7 @@ def train(config: TrainConfig, settings: dict[str, Any]) -> None:
             "to train: raise it"
         )
     save_final_checkpoint(trainer, run_dir)
+    parts.data.mark_saved(trainer.global_step)
     if trainer.is_global_zero:
         draw_result(run_dir / "result.json", run_dir / "figure.png")
         history = json.loads((run_dir / "result.json").read_text()).get("acceptance", [])
@@ -42,4 +64,4 @@ def train(config: TrainConfig, settings: dict[str, Any]) -> None:
     leave_process_group()
 
 
-main = command(train)
+main = command(run)

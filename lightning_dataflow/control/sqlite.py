@@ -70,9 +70,7 @@ class SqliteMetadataStore(MetadataStore):
             self._db = sqlite3.connect(
                 path or ":memory:", timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
             )
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=NORMAL")
-            self._db.executescript(SCHEMA)
+            self._prepare()
         except sqlite3.Error as error:
             raise UserError(f"cannot use {path} as a ledger ({error}): choose another channel.path") from error
         with self._transaction():
@@ -84,6 +82,20 @@ class SqliteMetadataStore(MetadataStore):
                 f"the ledger {path} was made on {host}, this is {self._host}: SQLite serves the processes of one machine, "
                 f"so start producers and trainers on {host}"
             )
+
+    def _prepare(self) -> None:
+        """SQLite does not wait for another process that opens a new file at the same moment, so this does."""
+        deadline = time.monotonic() + BUSY_TIMEOUT_S
+        while True:
+            try:
+                self._db.execute("PRAGMA journal_mode=WAL")
+                self._db.execute("PRAGMA synchronous=NORMAL")
+                self._db.executescript(SCHEMA)
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.02)
 
     def begin(
         self, plan: RunPlan, *, published: Mapping[int, tuple[str, int]], wanted: Mapping[int, int], frontier: int

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[2] / "lightning_dataflow"
 # What each part may import of this package, beside itself.
 ALLOWED = {
     "contracts": set(),
-    "stores": {"contracts"},
+    "stores": {"contracts", "leash"},
     "channels": {"contracts"},
     "control": {"contracts", "channels", "stores"},
     "prompts": {"contracts"},

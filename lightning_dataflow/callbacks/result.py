@@ -2,6 +2,7 @@
 
 import json
 import platform
+from collections import Counter
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,7 +13,16 @@ import lightning as L
 from lightning_dataflow.callbacks.acceptance import AcceptanceEvaluation
 from lightning_dataflow.callbacks.metrics import RunMetrics
 
-PACKAGES = ("lightning-dataflow", "lightning", "torch", "transformers", "safetensors", "hydra-core")
+PACKAGES = (
+    "lightning-dataflow",
+    "lightning",
+    "torch",
+    "transformers",
+    "safetensors",
+    "hydra-core",
+    "mooncake-transfer-engine",
+    "mooncake-transfer-engine-non-cuda",
+)
 
 
 class ResultWriter(L.Callback):
@@ -52,7 +62,7 @@ class ResultWriter(L.Callback):
 
     def _result(self, trainer: L.Trainer, pl_module: Any, status: str) -> dict[str, Any]:
         data = trainer.datamodule  # type: ignore[attr-defined]
-        skipped = dict(data.source.card.skipped)
+        skipped = Counter(data.source.card.skipped) + Counter(data.source.skipped().values())
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         metrics = next((callback for callback in callbacks if isinstance(callback, RunMetrics)), None)
         reports = [callback.report() for callback in callbacks if isinstance(callback, AcceptanceEvaluation)]
@@ -67,10 +77,11 @@ class ResultWriter(L.Callback):
             "world_size": trainer.world_size,
             "precision": trainer.precision,
             "samples_per_pass": len(data.source),
-            "samples_trained": data.next_seq,
+            "samples_trained": data.next_seq - len(data.source.skipped()),
             "samples_skipped": sum(skipped.values()),
-            "samples_skipped_by_reason": skipped,
-            "samples_recaptured": 0,
+            "samples_skipped_by_reason": dict(skipped),
+            "seqs_skipped_while_training": sorted(data.source.skipped()),
+            "samples_recaptured": data.source.num_recaptured(),
             "throughput": metrics.totals(data.next_seq - data.first_seq) if metrics else {},
             "versions": _versions(),
             "settings": self.settings or dict(pl_module.hparams),

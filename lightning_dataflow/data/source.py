@@ -112,6 +112,10 @@ class RefSource(ABC):
     def finish(self, status: str) -> None:  # noqa: B027
         """The fit ended: whatever was captured and never read is freed."""
 
-    def counts(self) -> dict[str, int]:
-        """`skipped` while training, and `recaptured`."""
-        return {"skipped": 0, "recaptured": 0}
+    def skipped(self) -> Mapping[int, str]:
+        """Seqs that kept their places without features, with the reasons."""
+        return {}
+
+    def num_recaptured(self) -> int:
+        """Samples that were captured again because their features were lost."""
+        return 0

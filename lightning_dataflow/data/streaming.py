@@ -1,6 +1,6 @@
 """Refs that other processes or threads publish while training runs."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -128,9 +128,13 @@ class StreamingSource(RefSource):
             self._heartbeat.stop(status)
             self._heartbeat = None
 
-    def counts(self) -> dict[str, int]:
+    def skipped(self) -> Mapping[int, str]:
         """See RefSource."""
-        return {"skipped": len(self.queue.skipped), "recaptured": self.queue.num_recaptured}
+        return self.queue.skipped
+
+    def num_recaptured(self) -> int:
+        """See RefSource."""
+        return self.queue.num_recaptured
 
     def _make_queue(self, start: int) -> StreamingRefQueue:
         return StreamingRefQueue(

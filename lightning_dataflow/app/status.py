@@ -1,0 +1,83 @@
+"""The `status` command: a run as seen from outside, from its ledger."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_dataflow.contracts import UserError
+from lightning_dataflow.control import SqliteMetadataStore
+from lightning_dataflow.control.plane import LEDGER
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print what the ledger of a run says; changes nothing."""
+    parser = argparse.ArgumentParser(prog="lightning-dataflow status", description=__doc__)
+    parser.add_argument("run", type=Path, help="folder of the run, runs/NAME, or its channel.path")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--interval", type=float, default=1.0, metavar="S", help="seconds over which rates are measured")
+    options = parser.parse_args(arguments)
+    try:
+        status = measure(find_ledger(options.run), options.interval)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    print(json.dumps(status, indent=1) if options.json else "\n".join(describe(status)))
+
+
+def find_ledger(run: Path) -> Path:
+    """The ledger of a run. Raises UserError where there is none."""
+    for path in (run / LEDGER, run / "control" / LEDGER):
+        if path.is_file():
+            return path
+    raise UserError(
+        f"no ledger in {run} or {run}/control: give the folder of a disaggregated run (other topologies keep theirs in "
+        "memory, and print their progress)"
+    )
+
+
+def measure(ledger: Path, interval_s: float) -> dict[str, Any]:
+    """The ledger's status, and rates per second over `interval_s`."""
+    store = SqliteMetadataStore(ledger)
+    try:
+        before, start = store.status(), time.monotonic()
+        time.sleep(interval_s)
+        after, elapsed = store.status(), max(time.monotonic() - start, 1e-9)
+    finally:
+        store.close()
+    rates = {
+        "published_per_s": (after["published"] - before["published"]) / elapsed,
+        "trained_per_s": (after["trained_seq"] - before["trained_seq"]) / elapsed,
+    }
+    return after | rates
+
+
+def describe(status: dict[str, Any]) -> list[str]:
+    """Lines for people."""
+    plan = status["plan"]
+    if plan is None:
+        return ["not begun: no trainer has said what it needs", *_parts(status)]
+    total = plan["stop"] - plan["start"]
+    rows = {
+        "state": status["finished"] or "running",
+        "prompts": f"{total} from seq {plan['start']}, {plan['window']} a step",
+        "leased": f"{status['leased']} being captured, {status['wanted_again']} to be captured again",
+        "published": f"{status['published']} ({status['recaptured']} of them again), {status['given_up']} given up",
+        "trained": f"up to seq {status['trained_seq']}, step {status['trained_step']}",
+        "durable": f"up to seq {status['durable_seq']}, step {status['durable_step']}",
+        "in flight": f"{status['refs_in_flight']} refs, {status['bytes_in_flight'] / 1e6:.1f} MB",
+        "rates": f"{status['published_per_s']:.1f} published/s, {status['trained_per_s']:.1f} trained/s",
+        "waits": f"capture for the trainer {status['capture_waits']} times, the trainer for capture "
+        f"{status['train_waits']} times" + ("; capture waits now" if status["paused"] else ""),
+    }
+    return [f"{name:12}{value}" for name, value in rows.items()] + _parts(status)
+
+
+def _parts(status: dict[str, Any]) -> list[str]:
+    return [
+        f"{part['name']} (pid {part['pid']} on {part['host']}, seen {part['seen_s_ago']:.0f} s ago): {part['state']}"
+        for part in status["parts"]
+    ]

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,28 @@ def torchrun(*arguments: str, cwd: Path, num_ranks: int = 2, **options: Any) -> 
     """Run a script on `num_ranks` ranks."""
     launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}")
     return python(*launcher, *arguments, cwd=cwd, **options)
+
+
+def processes_in(folder: Path) -> dict[int, str]:
+    """Processes whose working directory is `folder`, by id, with their command lines."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and Path(os.readlink(entry / "cwd")) == folder:
+                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                if state != "Z":
+                    found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
+        except OSError:  # it has just ended
+            continue
+    return found
+
+
+def wait_until(condition: Callable[[], object], timeout_s: float, shown: Callable[[], str]) -> None:
+    """Fail with what is `shown` unless `condition` comes true in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {shown()}"
+        time.sleep(0.05)
 
 
 def result(cwd: Path, run_name: str) -> dict[str, Any]:

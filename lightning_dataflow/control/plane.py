@@ -3,14 +3,16 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from lightning_dataflow.channels import FileChannel, StreamingRefChannel
 from lightning_dataflow.contracts import LogRecord, SampleRef, UnknownNameError, UserError
 from lightning_dataflow.control.base import Lease, MetadataStore, RunPlan
 from lightning_dataflow.control.noop import NoOpMetadataStore
 from lightning_dataflow.control.sqlite import SqliteMetadataStore
-from lightning_dataflow.stores import FeatureStore
+
+if TYPE_CHECKING:
+    from lightning_dataflow.stores import FeatureStore
 
 DeploymentMode = Literal["local_colocated", "dataflow_colocated", "disaggregated"]
 LEDGER = "ledger.sqlite"
@@ -93,7 +95,7 @@ class Reconciliation:
 
 
 def reconcile_on_restart(
-    plane: ControlPlane, store: FeatureStore, plan: RunPlan, log: Iterable[LogRecord]
+    plane: ControlPlane, store: "FeatureStore", plan: RunPlan, log: Iterable[LogRecord]
 ) -> Reconciliation:
     """Rebuild the ledger from the log and the store, and begin the run at `plan.start`.
 

@@ -1,0 +1,225 @@
+"""Producers, trainers and Mooncake as processes of their own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from lightning_dataflow.stores import LocalMooncake
+from tests.processes import ROOT, TINY, TRAIN, environment, processes_in, python, result, wait_until
+
+pytestmark = pytest.mark.system
+
+DISAGG = (*TINY, "topology=disagg_online", "store.capacity_bytes=64000000")
+EVERYWHERE = ("losses", "samples_trained", "samples_skipped", "samples_recaptured", "global_batch_size", "optimizer_steps")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """An empty folder where one process has trained 8 steps in topology=online."""
+    folder = tmp_path_factory.mktemp("disaggregated")
+    python(TRAIN, *TINY, "topology=online", "run_name=online", cwd=folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(folder):
+    yield
+    wait_until(lambda: not processes_in(folder), 10, lambda: f"processes left: {processes_in(folder)}")
+
+
+@contextmanager
+def started(folder: Path, *arguments: str):
+    """A command in the background, with its output in a file; killed if it is still there at the end."""
+    with open(folder / "output.txt", "w+") as output:
+        process = subprocess.Popen(
+            [sys.executable, TRAIN, *arguments],
+            cwd=folder,
+            env=environment(),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        process.shown = lambda: (folder / "output.txt").read_text()
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def status(folder: Path, run_name: str) -> dict:
+    shown = python("-m", "lightning_dataflow", "status", f"runs/{run_name}", "--json", "--interval=0.1", cwd=folder)
+    return json.loads(shown.stdout)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("interleaved", ("topology=interleaved",)),
+        ("colocated", ("topology=online", "control=memory")),
+        ("disagg_online", DISAGG),
+        ("disagg_offline", (*DISAGG, "topology=disagg_offline")),
+    ],
+)
+def test_losses_are_those_of_online_to_the_bit(folder, name, options):
+    python(TRAIN, *TINY, *dict.fromkeys(options), f"run_name={name}", cwd=folder)
+    found, expected = result(folder, name), result(folder, "online")
+    assert {key: found[key] for key in EVERYWHERE} == {key: expected[key] for key in EVERYWHERE}
+    assert len(found["losses"]) == 8
+
+
+def test_the_status_command_after_a_run(folder):
+    found = status(folder, "disagg_online")
+    assert found["finished"] == "completed"
+    assert (found["published"], found["trained_seq"], found["durable_seq"]) == (64, 64, 64)
+    assert found["refs_in_flight"] == found["bytes_in_flight"] == found["leased"] == 0
+    assert {part["name"].partition("-")[0] for part in found["parts"]} == {"producer", "trainer"}
+    table = python("-m", "lightning_dataflow", "status", "runs/disagg_online", cwd=folder).stdout
+    assert "trained     up to seq 64, step 8" in table
+    wrong = python("-m", "lightning_dataflow", "status", "runs/online", cwd=folder, status=1)
+    assert wrong.stderr.startswith("error: no ledger in runs/online")
+
+
+@pytest.mark.parametrize("trainer", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_two_ranks(folder, trainer):
+    python(TRAIN, *DISAGG, f"trainer={trainer}", "trainer.devices=2", f"run_name={trainer}", cwd=folder)
+    found, expected = result(folder, trainer), result(folder, "online")
+    assert found["world_size"] == 2
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+    assert found["samples_trained"] == expected["samples_trained"]
+
+
+@pytest.mark.parametrize("moment", ["mooncake", "announced", pytest.param("import", marks=pytest.mark.slow)])
+def test_ctrl_c_while_starting(folder, moment):
+    signs = {"import": "", "mooncake": "Mooncake at", "announced": "waiting for the trainer to begin"}
+    with started(folder, *DISAGG, f"run_name=early-{moment}") as process:
+        wait_until(lambda: signs[moment] in process.shown(), 60, process.shown)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) in (130, -signal.SIGINT)
+        assert "Traceback" not in process.shown() or moment == "import"
+    assert not processes_in(folder)
+
+
+def test_ctrl_c_while_training_and_an_exact_resume(folder):
+    settings = (*DISAGG, "trainer.max_steps=30", "callbacks.checkpoint.every_n_train_steps=2")
+    python(TRAIN, *settings, "topology=online", "store=memory", "control=noop", "run_name=straight", cwd=folder)
+    with started(folder, *settings, "run_name=stopped") as process:
+        checkpoints = folder / "runs" / "stopped" / "checkpoints"
+        wait_until(lambda: list(checkpoints.glob("step-00000[4-9].ckpt")), 60, process.shown)
+        during = status(folder, "stopped")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) == 130
+        assert "Traceback" not in process.shown()
+    assert not processes_in(folder)
+    assert during["finished"] is None
+    assert during["refs_in_flight"] > 0
+    after = status(folder, "stopped")
+    assert after["finished"] == "interrupted"
+    assert after["refs_in_flight"] == after["leased"] == 0
+    assert result(folder, "stopped")["status"] == "interrupted"
+    python(TRAIN, *settings, "run_name=stopped", "ckpt_path=last", cwd=folder)
+    resumed, straight = result(folder, "stopped"), result(folder, "straight")
+    assert resumed["losses"] == straight["losses"]
+    assert resumed["samples_trained"] == straight["samples_trained"]
+
+
+def find(folder: Path, text: str) -> int:
+    """The process in `folder` whose command line contains `text`."""
+    return next(pid for pid, line in processes_in(folder).items() if text in line)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("role=producer", "error: producer-0: ended with status -9"),
+        pytest.param("role=trainer", "error: trainer: ended with status -9", marks=pytest.mark.slow),
+        pytest.param("mooncake_client", "error: mooncake_client ended with status -9, see", marks=pytest.mark.slow),
+        pytest.param("mooncake_master", "error: mooncake_master ended with status -9, see", marks=pytest.mark.slow),
+    ],
+)
+def test_a_part_that_dies_ends_the_run(folder, part, message):
+    name = f"dies-{len(part)}"
+    with started(folder, *DISAGG, "trainer.max_steps=1000", f"run_name={name}") as process:
+        wait_until(lambda: "tokens/s" in process.shown() or "it/s" in process.shown(), 60, process.shown)
+        os.kill(find(folder, part), signal.SIGKILL)
+        assert process.wait(timeout=20) == 1
+        assert message in process.shown()
+        assert "Traceback" not in process.shown()
+
+
+def test_a_supervisor_that_is_killed_leaves_nothing(folder):
+    with started(folder, *DISAGG, "trainer.max_steps=1000", "run_name=orphaned") as process:
+        wait_until(lambda: "it/s" in process.shown(), 60, process.shown)
+        process.kill()
+        wait_until(lambda: not processes_in(folder), 20, lambda: f"left: {processes_in(folder)}")
+
+
+def keys(mooncake: LocalMooncake) -> str:
+    """What the store holds."""
+    with urllib.request.urlopen(f"http://{mooncake.metrics_address}/get_all_keys") as answer:
+        return answer.read().decode().strip()
+
+
+@pytest.mark.slow
+def test_parts_started_by_hand(folder, tmp_path):
+    """A Mooncake of somebody else's, two producers, and a trainer of two ranks under torchrun; its store ends empty."""
+    with LocalMooncake(capacity_bytes=64_000_000, log_dir=tmp_path) as mooncake:
+        addresses = (
+            f"store.address={mooncake.master_address}",
+            f"store.client_address={mooncake.client_address}",
+            f"store.metrics_address={mooncake.metrics_address}",
+        )
+        parts = (*TINY, "topology=disagg_online", *addresses, "run_name=by-hand")
+        producers = [
+            subprocess.Popen([sys.executable, TRAIN, *parts, "role=producer"], cwd=folder, env=environment())
+            for _ in range(2)
+        ]
+        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+        python(*launcher, TRAIN, *parts, "role=trainer", "trainer=ddp", "trainer.devices=2", cwd=folder)
+        assert [producer.wait(timeout=30) for producer in producers] == [0, 0]
+        assert "by-hand" not in keys(mooncake)
+    assert result(folder, "by-hand")["losses"] == pytest.approx(result(folder, "online")["losses"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_scripts_without_hydra(folder, tmp_path):
+    """The same losses as train.py with the same settings, and an empty store at the end."""
+    target, prompts = (str(folder / "assets" / "tiny" / name) for name in ("target", "conversations.jsonl"))
+    recipe = ROOT / "recipes" / "plain_streaming"
+    with LocalMooncake(capacity_bytes=200_000_000, log_dir=tmp_path) as mooncake:
+        where = (str(tmp_path / "control"), mooncake.master_address, mooncake.client_address)
+        command = [sys.executable, str(recipe / "producer.py"), target, prompts, *where]
+        producer = subprocess.Popen(command, cwd=folder, env=environment())
+        python(str(recipe / "train.py"), target, "4", *where, cwd=folder)
+        assert producer.wait(timeout=30) == 0
+        assert "plain" not in keys(mooncake)
+    plain = json.loads(next((folder / "lightning_logs").rglob("result.json")).read_text())
+    settings = ("strategy.draft_vocab_size=256", "optimizer.lr=1e-3", "data.num_eval_samples=0", "trainer.max_steps=4")
+    python(TRAIN, *TINY, *settings, "trainer.gradient_clip_val=null", "run_name=same", cwd=folder)
+    assert plain["losses"] == result(folder, "same")["losses"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("topology.high_bytes=1000",), "error: producer-0: the window at seq 0 has"),
+        pytest.param(("store.address=127.0.0.1:9",), "127.0.0.1:9", marks=pytest.mark.slow),
+        pytest.param(("target.path=nowhere",), "error: producer-0: ", marks=pytest.mark.slow),
+    ],
+)
+def test_a_part_with_bad_input_ends_the_run_with_its_message(folder, options, message):
+    start = time.monotonic()
+    shown = python(TRAIN, *DISAGG, *options, f"run_name=bad-{len(message)}", cwd=folder, status=1)
+    (error,) = [line for line in shown.stderr.splitlines() if line.startswith("error: ")]
+    assert message in error
+    assert "Traceback" not in shown.stderr + shown.stdout
+    assert time.monotonic() - start < 60
+    assert str(ROOT) not in shown.stderr

@@ -39,12 +39,11 @@ class MooncakeFeatureStore(FeatureStore):
     another object. Who reads a sample while it is freed gets a KeyError, never mixed bytes.
 
     Attempts order across processes: before a put of attempt n > 0 removes what is older, it leaves a one-byte object
-    `{sample_id}/superseded/{k}` for every k < n; a generation of attempt k counts only while that object is absent. A
-    late put looks for its own after its bytes are stored. So either the newer put's removal finds them, or the late put
-    finds the mark and frees them itself. The marks go with the generation that left them. Not promised: that two puts of
-    the *same* attempt by different processes supersede each other; that an attempt is recognised as late by a put more
-    than 32 attempts ahead; marks while the same sample's newest generation is freed and put again at the same moment.
-    The control plane, which hands out attempts, prevents all three.
+    `{sample_id}/superseded/{k}` for every k < n, and a generation of attempt k counts only while that mark is absent. So
+    what a late put of an older attempt stores is stale at once, whoever was first. It goes with the generation that left
+    the marks, and they go last. Not promised: that two puts of the *same* attempt by different processes supersede each
+    other; that an attempt is recognised as late by a put more than 32 attempts ahead; marks while the newest generation of
+    a sample is freed and put again at the same moment. The control plane, which hands out attempts, prevents all three.
 
     Thread-safe. Objects that a crashed writer left incomplete are discarded by the master
     (`--put_start_discard_timeout_sec`).
@@ -124,10 +123,7 @@ class MooncakeFeatureStore(FeatureStore):
         staged = self._transfer.stage(tensors)
         self._remove_older(origin)
         ref = self._client.retry(lambda: self._store(draft, staged))
-        if self._exist([self._mark(origin.sample_id, origin.attempt)])[0]:
-            self.free(ref)  # a newer attempt came first
-        else:
-            self._remember(ref)
+        self._remember(ref)
         return ref
 
     def get(self, ref: SampleRef) -> tuple[Tensors, FeatureHandle]:
@@ -160,11 +156,15 @@ class MooncakeFeatureStore(FeatureStore):
         self._check_ours(ref)
         with self._lock:
             self._leases.pop((ref.sample_id, ref.generation), None)
-        keys = self._keys(ref)
-        attempt = ref.origin.attempt
-        if attempt and not any(self._exist([self._mark(ref.sample_id, attempt)])):
-            keys += self._marks(ref.origin)
-        self._client.retry(lambda: self._client.remove(keys))
+        keys, origin = self._keys(ref), ref.origin
+        if origin.attempt == 0:
+            self._remove(keys)
+            return
+        there, superseded = self._exist([keys[0], self._mark(origin.sample_id, origin.attempt)])
+        self._remove(keys)
+        if there and not superseded:
+            self._remove_matching(_up_to(origin, origin.attempt - 1))  # what came late
+            self._remove(self._marks(origin))
 
     def abort(self, sample_id: str) -> None:
         """See FeatureStore.abort. Asks the master to look through all its keys: about 1 ms for a thousand."""
@@ -197,10 +197,12 @@ class MooncakeFeatureStore(FeatureStore):
             with self._lock:
                 refs = list(self._puts.values())
             there = [ref for ref, found in zip(refs, self.exists(refs), strict=True) if found]
-            sizes = sum(ref.num_bytes for ref in there)
-            return {"num_samples": len(there), "num_bytes": sizes, "capacity_bytes": self.capacity_bytes or 0}
+            size = sum(ref.num_bytes for ref in there)
+            return {"num_samples": len(there), "num_bytes": size, "capacity_bytes": self.capacity_bytes or 0}
+        generations, marks = self._listing(self._admin)
+        attempts = [(sample_id, int(generation.split("-")[0])) for sample_id, generation in generations]
         return {
-            "num_samples": len(self._listing(self._admin)[0]),
+            "num_samples": sum(self._mark(*attempt) not in marks for attempt in attempts),
             "num_bytes": self._admin.gauge("master_allocated_bytes"),
             "capacity_bytes": self._admin.gauge("master_total_capacity_bytes"),
         }
@@ -217,11 +219,9 @@ class MooncakeFeatureStore(FeatureStore):
             raise UserError("a sweep lists the keys of Mooncake: set store.metrics_address to the master's metrics port")
         generations, marks = self._listing(self._admin)
         orphans = [generation for generation in generations if not is_live(*generation)]
-        keys = [key for generation in orphans for key in generations[generation]]
         live = {sample_id for sample_id, _ in generations.keys() - set(orphans)}
-        keys += [mark for sample_id, of_sample in marks.items() if sample_id not in live for mark in of_sample]
-        if keys:
-            self._client.retry(lambda: self._client.remove(keys))
+        keys = [key for generation in orphans for key in generations[generation]]
+        self._remove(keys + [mark for mark in marks if mark.split("/")[1] not in live])
         return {"orphans": len(orphans)}
 
     def clear(self) -> None:
@@ -258,10 +258,9 @@ class MooncakeFeatureStore(FeatureStore):
         with self._lock:
             previous = self._puts.get(origin.sample_id)
         if origin.attempt:
-            older = f"{re.escape(origin.sample_id)}/g(?:{_at_most(origin.attempt)})-"
-            self._remove_matching(older)  # first, for the marks may need its room
+            self._remove_matching(_up_to(origin, origin.attempt))  # first, for the marks may need its room
             self._client.retry(lambda: self._leave_marks(origin))
-            self._remove_matching(older)
+            self._remove_matching(_up_to(origin, origin.attempt))
         elif previous is not None and previous.origin.attempt == 0:
             self.free(previous)
 
@@ -305,19 +304,23 @@ class MooncakeFeatureStore(FeatureStore):
     def _exist(self, keys: list[str]) -> list[bool]:
         return self._client.retry(lambda: self._client.exist(keys))
 
+    def _remove(self, keys: list[str]) -> None:
+        if keys:
+            self._client.retry(lambda: self._client.remove(keys))
+
     def _remove_matching(self, pattern: str) -> None:
         """Remove keys of this store that go on with `pattern`; ids in it are escaped."""
         self._client.retry(lambda: self._client.remove_matching(f"^{re.escape(self.store_id)}/{pattern}"))
 
-    def _listing(self, admin: MooncakeAdmin) -> tuple[dict[tuple[str, str], list[str]], dict[str, list[str]]]:
-        """The keys of each (sample_id, generation) of this store, and the marks of each sample_id."""
+    def _listing(self, admin: MooncakeAdmin) -> tuple[dict[tuple[str, str], list[str]], set[str]]:
+        """The keys of each (sample_id, generation) of this store, and its marks."""
         generations: dict[tuple[str, str], list[str]] = {}
-        marks: dict[str, list[str]] = {}
+        marks: set[str] = set()
         for key in admin.list_keys():
             if key.startswith(f"{self.store_id}/"):
                 _, sample_id, part, _ = key.split("/")
                 if part == SUPERSEDED:
-                    marks.setdefault(sample_id, []).append(key)
+                    marks.add(key)
                 else:
                     generations.setdefault((sample_id, part.removeprefix("g")), []).append(key)
         return generations, marks
@@ -348,6 +351,11 @@ def _check_fits(sample_id: str, size: int, capacity: int) -> None:
 
 def _name(ref: SampleRef) -> str:
     return f"{ref.sample_id} generation {ref.generation}"
+
+
+def _up_to(origin: SampleOrigin, attempt: int) -> str:
+    """A pattern for the generations of attempts 0 to `attempt` of a sample."""
+    return f"{re.escape(origin.sample_id)}/g(?:{_at_most(attempt)})-"
 
 
 def _at_most(number: int) -> str:

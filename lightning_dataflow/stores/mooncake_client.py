@@ -14,7 +14,7 @@ from lightning_dataflow.stores.buffers import PageAllocator, RegisteredMemory
 
 T = TypeVar("T")
 
-NO_SPACE, BUSY, NOT_FOUND, LEASE_EXPIRED, OWNER_GONE = -200, -703, -704, -707, -800
+NO_SPACE, NO_STAGING, LEASE_EXPIRED, OWNER_GONE = -200, -600, -707, -800
 UNREACHABLE = (-1, -900, -901)
 PROBE_TIMEOUT_S = 1.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 0.5
@@ -106,8 +106,11 @@ class MooncakeClient:
         return _checked(self._store.batch_get_into(list(keys), list(addresses), list(sizes)))
 
     def put_bytes(self, key: str, value: bytes) -> int:
-        """Store `value`; 0 or a code. Needs `staging_bytes`."""
-        return _checked([self._store.put(key, value, self._pinned)])[0]
+        """Store `value`; 0 or NO_SPACE. UserError when it is too large for `staging_bytes`."""
+        code = _checked([self._store.put(key, value, self._pinned)])[0]
+        if code == NO_STAGING:
+            raise UserError(f"{key} has {len(value)} bytes, more than fits store.staging_bytes: raise it")
+        return code
 
     def get_bytes(self, key: str) -> bytes:
         """The value; empty when there is none."""

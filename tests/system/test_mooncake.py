@@ -231,18 +231,21 @@ def read_newest(store: MooncakeFeatureStore, lines: "queue.SimpleQueue[str]") ->
     return verified, gone
 
 
-@pytest.mark.parametrize("client", ["shared_memory", "tcp"])
-def test_a_read_in_flight_never_returns_mixed_bytes(tmp_path, client):
-    """The writer frees by force and puts into the same space while we read: room for two samples only."""
+@pytest.mark.parametrize(("client", "rounds"), [("shared_memory", 100), ("tcp", 400)])
+def test_a_read_in_flight_never_returns_mixed_bytes(tmp_path, client, rounds):
+    """The writer frees by force and puts into the same space while we read: room for two samples only.
+
+    Slow reads over TCP are what catches a store that does not look again after its bytes have landed.
+    """
     with LocalMooncake(capacity_bytes=20 << 20, log_dir=tmp_path) as small:
         reader = attach(small, **{} if client == "shared_memory" else {"client_address": None})
         writer = Peer(small)
-        writer.start(CHURN.format(rounds=400))
+        writer.start(CHURN.format(rounds=rounds))
         verified, gone = read_newest(reader, follow(writer))
         writer.kill()
         reader.close()
-    assert verified > 20
-    assert gone > 20
+    assert verified > 5
+    assert gone > 5
 
 
 def test_a_producer_killed_after_its_put(store, mooncake):

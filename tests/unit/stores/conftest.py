@@ -9,7 +9,7 @@ from lightning_dataflow.stores import LocalMooncake, MooncakeFeatureStore
 
 @pytest.fixture(scope="session")
 def mooncake(tmp_path_factory) -> Iterator[LocalMooncake]:
-    with LocalMooncake(capacity_bytes=256 << 20, log_dir=tmp_path_factory.mktemp("mooncake")) as running:
+    with LocalMooncake(capacity_bytes=64 << 20, log_dir=tmp_path_factory.mktemp("mooncake")) as running:
         yield running
 
 

@@ -187,7 +187,7 @@ def test_over_capacity_nothing_is_visible(small_store):
 
     first = store.put(sample(1000), origin("run:1"))
     with pytest.raises(CapacityError, match=f"run:2 needs {1500 * unit} bytes"):
-        store.put(sample(1500), origin("run:2"))
+        store.put({"fits": sample(500)["x"], **sample(1000)}, origin("run:2"))
     assert store.health()["num_samples"] == 1
     replaced = store.put(sample(1500), origin("run:1"))  # its own space counts as free
     with pytest.raises(KeyError):

@@ -130,6 +130,20 @@ def test_attempts_order_however_they_come(store, keys):
     assert keys() == []
 
 
+def test_freeing_a_superseded_generation_of_the_same_attempt(store):
+    old, new = (store.put(tensors(value), replace(origin(), attempt=1)) for value in range(2))
+    store.free(old)
+    late = store.put(tensors(), origin())
+    assert store.exists([old, new, late]) == [False, True, False]
+
+
+def test_a_blob_larger_than_its_staging_memory(mooncake):
+    store = attach(mooncake, "small-staging", zero_copy=False, staging_bytes=16 << 20)
+    with pytest.raises(UserError, match=r"more than fits store\.staging_bytes"):
+        store.put({"a": torch.zeros(20 << 20, dtype=torch.uint8)}, origin())
+    store.close()
+
+
 def test_a_put_again_leaves_one_generation(store, keys):
     refs = [store.put({"a": torch.full((3,), value)}, origin()) for value in range(3)]
     assert store.exists(refs) == [False, False, True]

@@ -44,6 +44,10 @@ class StreamingRefChannel(ABC):
         """
 
     @abstractmethod
+    def rewind(self) -> None:
+        """Read from the start again."""
+
+    @abstractmethod
     def trim(self, seq: int) -> None:
         """Drop what this reader has read and what only concerns seqs below `seq`, in so far as that is cheap."""
 
@@ -83,9 +87,21 @@ class StreamingRefChannel(ABC):
 
 def check_card(found: Mapping[str, Any], mine: Mapping[str, Any], where: str) -> None:
     """Raise UserError naming the first field in which an announced card differs from `mine`."""
+    difference = _difference(found, mine)
+    if difference is not None:
+        name, theirs, ours = difference
+        raise UserError(
+            f"{where} belongs to a run with another {name} ({str(theirs)[:60]}, here {str(ours)[:60]}): give all processes "
+            "of a run the same settings, or choose another run_name"
+        )
+
+
+def _difference(found: Mapping[str, Any], mine: Mapping[str, Any], path: str = "") -> tuple[str, Any, Any] | None:
     for name in sorted(found.keys() | mine.keys()):
-        if found.get(name) != mine.get(name):
-            raise UserError(
-                f"{where} belongs to a run with another {name} ({str(found.get(name))[:60]}, here "
-                f"{str(mine.get(name))[:60]}): give all processes of a run the same settings, or choose another run_name"
-            )
+        theirs, ours = found.get(name), mine.get(name)
+        if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+            if (inner := _difference(theirs, ours, f"{path}{name}.")) is not None:
+                return inner
+        elif theirs != ours:
+            return f"{path}{name}", theirs, ours
+    return None

@@ -5,6 +5,7 @@ import json
 import os
 import secrets
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -49,6 +50,7 @@ class FileChannel(StreamingRefChannel):
         self._segment = -1  # of the reader; below the first one before it has read anything
         self._offset = 0
         self._partial = b""
+        self._lines: deque[bytes] = deque()  # complete, of the current segment, and not parsed yet
         self._highest: dict[int, int] = {}  # highest seq of every segment that this reader has read from
         self.card()
 
@@ -84,7 +86,14 @@ class FileChannel(StreamingRefChannel):
 
     def publish(self, records: Sequence[LogRecord]) -> None:
         """See StreamingRefChannel."""
-        data = "".join(map(record_to_line, records)).encode()
+        lines = [record_to_line(record).encode() for record in records]
+        for record, line in zip(records, lines, strict=True):
+            if len(line) > MAX_LINE_BYTES:
+                raise UserError(
+                    f"the record of seq {record.seq} has {len(line)} bytes, the limit is {MAX_LINE_BYTES}: give its sample "
+                    "less metadata"
+                )
+        data = b"".join(lines)
         with self._exclusive():
             segment = os.open(self._last_segment(), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             try:
@@ -99,28 +108,38 @@ class FileChannel(StreamingRefChannel):
     def poll(self, max_records: int = 1024) -> list[LogRecord]:
         """See StreamingRefChannel."""
         records: list[LogRecord] = []
-        while len(records) < max_records:
-            chunk = self._read()
-            if not chunk:
-                break
-            *lines, self._partial = (self._partial + chunk).split(b"\n")
-            if len(self._partial) > MAX_LINE_BYTES:
-                path = self._path(self._segment)
-                raise UserError(f"{path} has a line of over {MAX_LINE_BYTES} bytes: it is no log of references")
-            for line in lines:
-                record = self._parse(line)
-                if record is not None:
-                    records.append(record)
-                    self._highest[self._segment] = max(self._highest.get(self._segment, -1), record.seq)
+        while len(records) < max_records and (self._lines or self._fill()):
+            record = self._parse(self._lines.popleft())
+            if record is not None:
+                records.append(record)
+                self._highest[self._segment] = max(self._highest.get(self._segment, -1), record.seq)
         return records
+
+    def rewind(self) -> None:
+        """See StreamingRefChannel."""
+        self._segment, self._offset, self._partial = -1, 0, b""
+        self._lines.clear()
+        self._highest.clear()
 
     def trim(self, seq: int) -> None:
         """See StreamingRefChannel. Removes segments of which everything is read and below `seq`."""
         for segment in self._segments():
-            if segment >= self._segment or self._highest.get(segment, seq) >= seq:
+            if segment >= self._segment or self._highest.get(segment, -1) >= seq:
                 return
             self._path(segment).unlink(missing_ok=True)
-            self._highest.pop(segment)
+            self._highest.pop(segment, None)
+
+    def _fill(self) -> bool:
+        """Split more of the log into lines; False when it has no complete ones yet."""
+        while chunk := self._read():
+            *lines, self._partial = (self._partial + chunk).split(b"\n")
+            if len(self._partial) > MAX_LINE_BYTES:
+                path = self._path(self._segment)
+                raise UserError(f"{path} has a line of over {MAX_LINE_BYTES} bytes: it is no log of references")
+            if lines:
+                self._lines.extend(lines)
+                return True
+        return False
 
     def _read(self) -> bytes:
         """More bytes of the log; b"" when there are none yet."""
@@ -129,6 +148,7 @@ class FileChannel(StreamingRefChannel):
             chunk = self._read_segment()  # after looking for the next one: nothing is appended once that is there
             if chunk or following is None:
                 return chunk
+            self.num_torn += bool(self._partial)
             self._segment, self._offset, self._partial = following, 0, b""
 
     def _read_segment(self) -> bytes:

@@ -33,6 +33,16 @@ class LogRecord:
     reason: str | None = None
 
 
+def replaces(record: LogRecord, known: LogRecord) -> bool:
+    """Whether `record` counts instead of `known`, an earlier record of its seq, for every reader of the log.
+
+    A later attempt does, and so does giving up, which is final. A second record of one attempt does not.
+    """
+    if record.ref is None or known.ref is None:
+        return known.ref is not None
+    return record.ref.origin.attempt > known.ref.origin.attempt
+
+
 def record_to_line(record: LogRecord) -> str:
     """One line of JSON, with its newline. Raises TypeError for a record that carries a tensor."""
     data: dict[str, Any] = {"kind": record.kind, "seq": record.seq}

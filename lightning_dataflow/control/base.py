@@ -43,12 +43,12 @@ class Watermarks:
             if not 0 <= low < high:
                 raise UserError(f"the low watermark of {low} {unit} is not below the high one of {high}: lower it")
 
-    def check_window(self, num_refs: int, num_bytes: int, seq: int) -> None:
-        """Raise UserError when the window at `seq` does not fit below the high marks: training could never start it."""
+    def check_window(self, num_refs: int, num_bytes: int) -> None:
+        """Raise UserError when a window does not fit below the high marks: training could never start it."""
         for unit, size, high in (("refs", num_refs, self.high_refs), ("bytes", num_bytes, self.high_bytes)):
             if size > high:
                 raise UserError(
-                    f"the window at seq {seq} has {size} {unit}, the high watermark is {high} {unit}: raise "
+                    f"a window can have {size} {unit}, the high watermark is {high} {unit}: raise "
                     f"topology.high_{unit} (and store.capacity_bytes), or lower data.global_batch_size or data.max_length"
                 )
 
@@ -75,6 +75,13 @@ class MetadataStore(ABC):
     A seq is leased, then published, then freed; a lost one is wanted again, with the next attempt. Of several attempts at
     one seq a single one is published: `commit` tells the worker whether it is his.
     """
+
+    @abstractmethod
+    def fence(self) -> dict[int, int]:
+        """Void all leases: nothing is leased or committed until the next `begin`.
+
+        Returns seq → the next attempt, of samples that were leased or wanted again.
+        """
 
     @abstractmethod
     def begin(
@@ -110,8 +117,15 @@ class MetadataStore(ABC):
         """Extend all leases of `worker`."""
 
     @abstractmethod
-    def give_back(self, lease: Lease, *, retryable: bool = True) -> list[int]:
-        """Return a lease whose capture failed. Returns the seqs that are given up: attempts used up, or not retryable."""
+    def give_back(self, lease: Lease, *, retryable: bool = True, counts: bool = True) -> AbstractContextManager[list[int]]:
+        """Return a lease whose capture failed.
+
+        One transaction: enters with the seqs that are given up, because they are not retryable or have failed too often,
+        and the caller publishes their skips inside. An exception inside undoes it.
+
+        Args:
+            counts: whether this failure counts against the samples; one of the store does not.
+        """
 
     @abstractmethod
     def commit(self, lease: Lease, generations: Mapping[int, tuple[str, int]]) -> AbstractContextManager[list[int]]:
@@ -128,7 +142,7 @@ class MetadataStore(ABC):
     def want(self, seq: int, generation: str) -> bool:
         """Ask for a published sample to be captured again because that generation is lost. Asking twice is asking once.
 
-        False when its attempts are used up: the sample is given up.
+        False when its attempts are used up: the sample is given up. A finished run gives up nothing.
         """
 
     @abstractmethod
@@ -152,8 +166,8 @@ class MetadataStore(ABC):
         """No more samples are needed: leases end, and producers do. A later `begin` reopens the run."""
 
     @abstractmethod
-    def finished(self) -> str | None:
-        """The status of `finish`; None while the run goes on."""
+    def finished(self, since: float = 0.0) -> str | None:
+        """The status of `finish`; None while the run goes on, and when it finished before the time `since`."""
 
     @abstractmethod
     def report(self, name: str, state: str, *, failed: bool = False) -> None:

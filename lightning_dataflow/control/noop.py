@@ -10,6 +10,10 @@ from lightning_dataflow.control.base import Lease, MetadataStore, RunPlan, Water
 class NoOpMetadataStore(MetadataStore):
     """Retains nothing: every commit is accepted, nothing is leased, all counts are zero."""
 
+    def fence(self) -> dict[int, int]:
+        """See MetadataStore."""
+        return {}
+
     def begin(
         self, plan: RunPlan, *, published: Mapping[int, tuple[str, int]], wanted: Mapping[int, int], frontier: int
     ) -> None:
@@ -28,9 +32,10 @@ class NoOpMetadataStore(MetadataStore):
     def renew(self, worker: str, lease_s: float) -> None:
         """See MetadataStore."""
 
-    def give_back(self, lease: Lease, *, retryable: bool = True) -> list[int]:
+    @contextmanager
+    def give_back(self, lease: Lease, *, retryable: bool = True, counts: bool = True) -> Iterator[list[int]]:
         """See MetadataStore."""
-        return []
+        yield []
 
     @contextmanager
     def commit(self, lease: Lease, generations: Mapping[int, tuple[str, int]]) -> Iterator[list[int]]:
@@ -56,7 +61,7 @@ class NoOpMetadataStore(MetadataStore):
     def finish(self, status: str) -> None:
         """See MetadataStore."""
 
-    def finished(self) -> str | None:
+    def finished(self, since: float = 0.0) -> str | None:
         """See MetadataStore."""
         return None
 

@@ -1,12 +1,13 @@
 """The control plane of a run: its log and its ledger, chosen by where the parts run."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from lightning_dataflow.channels import FileChannel, StreamingRefChannel
 from lightning_dataflow.contracts import LogRecord, SampleRef, UnknownNameError, UserError
+from lightning_dataflow.contracts.log import replaces
 from lightning_dataflow.control.base import Lease, MetadataStore, RunPlan
 from lightning_dataflow.control.noop import NoOpMetadataStore
 from lightning_dataflow.control.sqlite import SqliteMetadataStore
@@ -45,6 +46,12 @@ class ControlPlane:
             if accepted:
                 self.log.publish([LogRecord(kind=kind, seq=seq, ref=refs[seq]) for seq in accepted])
         return list(accepted)
+
+    def give_back(self, lease: Lease, reason: str, *, counts: bool = True) -> None:
+        """Return a lease whose capture failed, and publish what is given up with it in one transaction."""
+        with self.ledger.give_back(lease, counts=counts) as given_up:
+            if given_up:
+                self.skip(given_up, reason)
 
     def skip(self, seqs: Iterable[int], reason: str) -> None:
         """Publish that these seqs keep their places in their windows without features."""
@@ -95,7 +102,7 @@ class Reconciliation:
 
 
 def reconcile_on_restart(
-    plane: ControlPlane, store: "FeatureStore", plan: RunPlan, log: Iterable[LogRecord]
+    plane: ControlPlane, store: "FeatureStore", plan: RunPlan, read_log: Callable[[], Iterable[LogRecord]]
 ) -> Reconciliation:
     """Rebuild the ledger from the log and the store, and begin the run at `plan.start`.
 
@@ -104,16 +111,19 @@ def reconcile_on_restart(
     nothing.
 
     Args:
-        log: all records that the log holds so far.
+        read_log: returns all records of the log. Called when no producer can commit any more, so that the ledger does not
+            miss one.
     """
-    latest = {record.seq: record for record in log if record.kind in ("ref", "supersede", "skip")}
+    attempts = plane.ledger.fence()
+    latest = _latest(read_log())
     refs = {seq: record.ref for seq, record in latest.items() if record.ref is not None and plan.start <= seq < plan.stop}
     found = store.exists(list(refs.values()))
     live = {seq: ref for (seq, ref), there in zip(refs.items(), found, strict=True) if there}
     lost = {seq: ref for seq, ref in refs.items() if seq not in live}
-    frontier = max(plan.start, max(latest, default=-1) + 1)
+    frontier = max(plan.start, max((*latest, *attempts), default=-1) + 1)
     wanted = {seq: 0 for seq in range(plan.start, min(frontier, plan.stop)) if seq not in latest}
     wanted |= {seq: ref.origin.attempt + 1 for seq, ref in lost.items()}
+    wanted = {seq: max(attempt, attempts.get(seq, 0)) for seq, attempt in wanted.items()}
     held = {(ref.sample_id, ref.generation) for ref in live.values()}
     swept = store.sweep(lambda sample_id, generation: (sample_id, generation) in held) if latest else {}
     plane.ledger.begin(
@@ -124,3 +134,14 @@ def reconcile_on_restart(
     )
     plane.log.publish([LogRecord(kind="begin", seq=plan.start)])
     return Reconciliation(num_live=len(live), lost=frozenset(lost), swept=swept)
+
+
+def _latest(log: Iterable[LogRecord]) -> dict[int, LogRecord]:
+    """The record of each seq that counts."""
+    latest: dict[int, LogRecord] = {}
+    for record in log:
+        if record.kind in ("ref", "supersede", "skip"):
+            known = latest.get(record.seq)
+            if known is None or replaces(record, known):
+                latest[record.seq] = record
+    return latest

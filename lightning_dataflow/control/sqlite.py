@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts import PeerTimeoutError, UserError
 from lightning_dataflow.control.base import MAX_ATTEMPTS, Lease, MetadataStore, RunPlan, Watermarks
 
 BUSY_TIMEOUT_S = 30.0
@@ -66,10 +66,9 @@ class SqliteMetadataStore(MetadataStore):
     def __init__(self, path: str | Path | None = None):
         self._lock = threading.RLock()
         self._host = socket.gethostname()
+        self._path = path or ":memory:"
         try:
-            self._db = sqlite3.connect(
-                path or ":memory:", timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
-            )
+            self._db = sqlite3.connect(self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
             self._prepare()
         except sqlite3.Error as error:
             raise UserError(f"cannot use {path} as a ledger ({error}): choose another channel.path") from error
@@ -80,7 +79,8 @@ class SqliteMetadataStore(MetadataStore):
         if host != self._host:
             raise UserError(
                 f"the ledger {path} was made on {host}, this is {self._host}: SQLite serves the processes of one machine, "
-                f"so start producers and trainers on {host}"
+                f"so start producers and trainers on {host}; if that machine is gone, delete the file, and the trainer "
+                "rebuilds it from the log"
             )
 
     def _prepare(self) -> None:
@@ -96,6 +96,15 @@ class SqliteMetadataStore(MetadataStore):
                 if "locked" not in str(error) or time.monotonic() > deadline:
                     raise
                 time.sleep(0.02)
+
+    def fence(self) -> dict[int, int]:
+        """See MetadataStore."""
+        with self._transaction():
+            self._db.execute(
+                "UPDATE samples SET state = 'wanted', attempt = attempt + 1, worker = NULL WHERE state = 'leased'"
+            )
+            self._set("plan", None)
+            return dict(self._db.execute("SELECT seq, attempt FROM samples WHERE state = 'wanted'").fetchall())
 
     def begin(
         self, plan: RunPlan, *, published: Mapping[int, tuple[str, int]], wanted: Mapping[int, int], frontier: int
@@ -156,14 +165,15 @@ class SqliteMetadataStore(MetadataStore):
                 "UPDATE samples SET expires = ? WHERE state = 'leased' AND worker = ?", (time.time() + lease_s, worker)
             )
 
-    def give_back(self, lease: Lease, *, retryable: bool = True) -> list[int]:
+    @contextmanager
+    def give_back(self, lease: Lease, *, retryable: bool = True, counts: bool = True) -> Iterator[list[int]]:
         """See MetadataStore."""
         with self._transaction():
             mine = self._held(lease)
-            if not retryable:
-                self._give_up(mine)
-                return mine
-            return [seq for seq in mine if not self._want_again(seq, lease.attempt + 1)]
+            if retryable:
+                mine = [seq for seq in mine if not self._want_again(seq, lease.attempt + 1, counts)]
+            self._give_up(mine)
+            yield mine
 
     @contextmanager
     def commit(self, lease: Lease, generations: Mapping[int, tuple[str, int]]) -> Iterator[list[int]]:
@@ -186,13 +196,18 @@ class SqliteMetadataStore(MetadataStore):
     def want(self, seq: int, generation: str) -> bool:
         """See MetadataStore."""
         with self._transaction():
+            if self.finished() is not None:
+                return True
             row = self._db.execute("SELECT state, attempt, generation FROM samples WHERE seq = ?", (seq,)).fetchone()
             if row is None:
                 return False
             state, attempt, current = row
             if state != "published" or current != generation:
                 return True  # asked before
-            return self._want_again(seq, attempt + 1)
+            if self._want_again(seq, attempt + 1):
+                return True
+            self._give_up([seq])
+            return False
 
     def free(self, seqs: Iterable[int]) -> None:
         """See MetadataStore."""
@@ -218,12 +233,14 @@ class SqliteMetadataStore(MetadataStore):
         """See MetadataStore."""
         with self._transaction():
             self._set("finished", status)
+            self._set("finished_at", str(time.time()))
             self._db.execute("DELETE FROM samples")
             self._set_totals(bytes_in_flight=0, refs_in_flight=0)
 
-    def finished(self) -> str | None:
+    def finished(self, since: float = 0.0) -> str | None:
         """See MetadataStore."""
-        return self._get("finished")
+        status = self._get("finished")
+        return status if status is not None and float(self._get("finished_at") or 0) >= since else None
 
     def report(self, name: str, state: str, *, failed: bool = False) -> None:
         """See MetadataStore."""
@@ -285,14 +302,15 @@ class SqliteMetadataStore(MetadataStore):
     ) -> bool:
         in_bytes, in_refs = totals["bytes_in_flight"], totals["refs_in_flight"]
         fits = in_bytes + num_bytes <= marks.high_bytes and in_refs + num_refs <= marks.high_refs
-        awaited = seq < totals["trained_seq"] + plan.window
-        lost = num_refs == 0  # of a resumed run; what survived must not keep out what the trainer waits for
-        paused = totals["paused"] and not (in_bytes <= marks.low_bytes and in_refs <= marks.low_refs)
-        wait = not (awaited and lost) and (not fits or (bool(paused) and not awaited))
-        if wait != totals["paused"]:
-            self._add(capture_waits=int(wait))
-            self._set_totals(paused=int(wait))
-        return wait
+        low = in_bytes <= marks.low_bytes and in_refs <= marks.low_refs
+        paused = not fits or (bool(totals["paused"]) and not low)
+        if paused != totals["paused"]:
+            self._add(capture_waits=int(paused))
+            self._set_totals(paused=int(paused))
+        if seq < totals["trained_seq"] + plan.window:  # the trainer waits for it
+            lost = num_refs == 0  # of a resumed run; what survived must not keep it out
+            return not fits and not lost
+        return paused
 
     def _reserve(self, sizes: Mapping[int, int], new: Sequence[int], totals: Mapping[str, int]) -> None:
         if not sizes:
@@ -326,15 +344,13 @@ class SqliteMetadataStore(MetadataStore):
         )
         return [seq for (seq,) in rows if seq in lease.wanted]
 
-    def _want_again(self, seq: int, attempt: int) -> bool:
-        """False, and the sample is given up, when it has failed too often."""
+    def _want_again(self, seq: int, attempt: int, counts: bool = True) -> bool:
+        """False when it has failed too often."""
         (tries,) = self._db.execute(
-            "UPDATE samples SET state = 'wanted', attempt = ?, tries = tries + 1, worker = NULL, generation = NULL "
+            "UPDATE samples SET state = 'wanted', attempt = ?, tries = tries + ?, worker = NULL, generation = NULL "
             "WHERE seq = ? RETURNING tries",
-            (attempt, seq),
+            (attempt, counts, seq),
         ).fetchone()
-        if tries >= MAX_ATTEMPTS:
-            self._give_up([seq])
         return tries < MAX_ATTEMPTS
 
     def _give_up(self, seqs: Sequence[int]) -> None:
@@ -377,13 +393,19 @@ class SqliteMetadataStore(MetadataStore):
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError as error:
+                raise PeerTimeoutError(
+                    f"could not write to the ledger {self._path} ({error}) within {BUSY_TIMEOUT_S:.0f} s: is a process of "
+                    "the run stopped inside a write? Continue or end it"
+                ) from error
             try:
                 yield
+                self._db.execute("COMMIT")
             except BaseException:
                 self._db.execute("ROLLBACK")
                 raise
-            self._db.execute("COMMIT")
 
 
 def _attempt(generation: str) -> int:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from lightning_dataflow.contracts import SampleRef
 from lightning_dataflow.control import RunPlan
-from lightning_dataflow.data.queue import StreamingRefQueue
 from lightning_dataflow.data.source import RefWindow, WindowEntry
 from lightning_dataflow.data.streaming import StreamingSource
 from lightning_dataflow.data.windows import PassOrder
@@ -21,17 +20,21 @@ class ManifestSource(StreamingSource):
     """
 
     _order: PassOrder
+    _complete = False
 
     def begin(self, plan: RunPlan, rank: int, world_size: int) -> None:
         """See RefSource; asks for every sample."""
         n = len(self)
+        self._complete = False
         super().begin(RunPlan(start=0, stop=n, window=n), rank, world_size)
 
     def window(self, seqs: range, share: range, order: PassOrder) -> RefWindow:
         """See RefSource; the first call waits until all samples are there."""
         self._order = order
-        everything = self.queue.get(range(len(self)), range(len(self))).entries
-        refs = [everything[order.locate(seq)[0]].ref for seq in seqs]
+        if not self._complete:
+            self.queue.get(range(len(self)), range(0))
+            self._complete = True
+        refs = [self.queue.entry(order.locate(seq)[0]).ref for seq in seqs]
         return RefWindow(
             entries=[WindowEntry(seq=seq, ref=refs[seq - seqs.start]) for seq in share],
             num_tokens=sum(ref.num_tokens for ref in refs if ref is not None),
@@ -49,12 +52,9 @@ class ManifestSource(StreamingSource):
     def applied(self, seqs: Sequence[int], next_seq: int, global_step: int) -> None:
         """See RefSource; nothing is freed."""
         if self._rank == 0:
-            self.queue.ack(min(next_seq, len(self)), global_step)
+            self.plane.ledger.ack(min(next_seq, len(self)), global_step)
 
     def durable(self, next_seq: int, global_step: int) -> None:
         """See RefSource; the manifest stays as it is."""
         if self._rank == 0:
             self.plane.ledger.ack_durable(min(next_seq, len(self)), global_step)
-
-    def _make_queue(self, start: int) -> StreamingRefQueue:
-        return StreamingRefQueue(self.plane, idle_timeout_s=self._idle_timeout_s, retain=True)

@@ -37,7 +37,7 @@ class Prefetcher:
     def __iter__(self) -> Iterator[Batch]:
         """Batches, on the device."""
         while True:
-            batch, event = self._ready.get()
+            batch, event = self._take()
             if batch is None:
                 if event is not None:
                     raise event
@@ -51,11 +51,19 @@ class Prefetcher:
             yield batch
 
     def close(self) -> None:
-        """End the thread. Raises RuntimeError when it does not end in time."""
+        """End the thread, and a reader's wait for it. Raises RuntimeError when it does not end in time."""
         self._stop.set()
         self._thread.join(JOIN_TIMEOUT_S)
         if self._thread.is_alive():
             raise RuntimeError(f"the prefetch thread did not end within {JOIN_TIMEOUT_S:.0f} s: it hangs in a read")
+
+    def _take(self) -> tuple[Batch | None, Any]:
+        while not self._stop.is_set():
+            try:
+                return self._ready.get(timeout=_POLL_S)
+            except queue.Empty:
+                continue
+        return None, None
 
     def _run(self) -> None:
         try:

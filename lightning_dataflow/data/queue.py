@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable
 
 from lightning_dataflow.channels.base import POLL_S
 from lightning_dataflow.contracts import LogRecord, PeerFailedError, PeerTimeoutError, SampleRef, UserError
+from lightning_dataflow.contracts.log import replaces
 from lightning_dataflow.control import ControlPlane
 from lightning_dataflow.data.source import RefWindow, WindowEntry
 
@@ -20,14 +21,16 @@ class StreamingRefQueue:
     """Reads the log and hands out windows that are complete.
 
     Every rank reads the whole log and sees the same windows, so ranks need no dispatcher and never differ in their number
-    of batches. The first ref of a seq counts; a `supersede` replaces it, later duplicates are `unwanted`.
+    of batches. Which of several records of a seq counts is `contracts.log.replaces`; the refs of others are unwanted.
+    Memory holds what is in flight: a window is kept until it is acknowledged, so that a later record of it is noticed.
+
+    One thread reads; `ack`, `cancel` and the counts may be used from another.
 
     Args:
-        start: the first seq of interest; older ones are dropped.
+        start: the first seq of interest; older ones are unwanted.
         skip_ids: sample ids that are not trained: they keep their places with zero loss weight.
         idle_timeout_s: wait this long for a record at most.
         pump: where this process captures by itself, called instead of waiting; returns whether it got further.
-        retain: a window can be asked for again.
     """
 
     def __init__(
@@ -38,20 +41,19 @@ class StreamingRefQueue:
         skip_ids: Collection[str] = (),
         idle_timeout_s: float = 600.0,
         pump: Callable[[], bool] | None = None,
-        retain: bool = False,
     ):
         self._plane = plane
         self._start = start
         self._skip_ids = frozenset(skip_ids)
         self._idle_timeout_s = idle_timeout_s
         self._pump = pump
-        self._retain = retain
-        self._entries: dict[int, WindowEntry] = {}
+        self._records: dict[int, LogRecord] = {}  # the one that counts
         self._num_tokens: dict[int, int] = {}  # by the first record of a seq, so that all ranks count alike
-        self._lost: dict[int, str] = {}  # generations that are waited to be superseded
+        self._lost: set[int] = set()  # their records are void; waiting for the next
+        self._unwanted: list[tuple[int, SampleRef]] = []
         self._end: int | None = None
+        self._lock = threading.Lock()
         self._cancelled = threading.Event()
-        self.unwanted: list[SampleRef] = []
         self.skipped: dict[int, str] = {}
         self.num_recaptured = 0
         self.waiting_for = ""
@@ -66,29 +68,32 @@ class StreamingRefQueue:
 
     def forget(self, seqs: Iterable[int]) -> None:
         """What was published of these seqs is lost: wait for it to be captured again."""
-        for seq in seqs:
-            self._entries.pop(seq, None)
+        self._lost.update(seqs)
 
     def get(self, seqs: range, share: range) -> RefWindow:
         """The window `seqs`, and of it the refs of `share`, once it is complete.
 
         Raises:
             PeerTimeoutError: no record came for `idle_timeout_s`; names who was waited for.
-            PeerFailedError: another part of the run reported that it failed.
+            PeerFailedError: another part of the run reported that it failed, or ended the run.
             UserError: the log has ended before this window.
         """
         self._wait(seqs)
-        entries = [self._entries[seq] for seq in share]
-        num_tokens = sum(self._num_tokens[seq] for seq in seqs)
-        if not self._retain:
-            for seq in seqs:
-                del self._entries[seq], self._num_tokens[seq]
-            self._start = max(self._start, seqs.stop)
-        return RefWindow(entries=entries, num_tokens=num_tokens)
+        return RefWindow(entries=[self.entry(seq) for seq in share], num_tokens=sum(self._num_tokens[seq] for seq in seqs))
 
-    def ack(self, next_seq: int, global_step: int) -> None:
-        """The optimizer step that used everything before `next_seq` has been applied."""
-        self._plane.ledger.ack(next_seq, global_step)
+    def entry(self, seq: int) -> WindowEntry:
+        """What is known of a seq of a complete window."""
+        ref = self._records[seq].ref
+        return WindowEntry(seq=seq, ref=None if ref is None or ref.sample_id in self._skip_ids else ref)
+
+    def ack(self, next_seq: int) -> list[SampleRef]:
+        """Everything before `next_seq` has been trained. Returns refs of it that nobody reads, to be freed."""
+        with self._lock:
+            for seq in range(self._start, next_seq):
+                self._records.pop(seq, None)
+                self._num_tokens.pop(seq, None)
+            self._start = max(self._start, next_seq)
+            return self._take_unwanted(next_seq)
 
     def fail(self, entry: WindowEntry, reason: str, *, retryable: bool = True) -> WindowEntry:
         """The features of `entry` cannot be read: blocks until they are captured again or given up.
@@ -96,66 +101,65 @@ class StreamingRefQueue:
         Not retryable, or after the bounded attempts, the sample is published as skipped.
         """
         assert entry.ref is not None, "a skipped entry has no features to fail"
-        known = self._entries.get(entry.seq)
-        if known is not None and known != entry:
-            return known  # captured again meanwhile
-        if retryable and self._plane.ledger.want(entry.seq, entry.ref.generation):
-            return self._wait_again(entry.seq, entry.ref.generation)
-        self._plane.skip([entry.seq], reason)
-        self.skipped[entry.seq] = reason
-        return WindowEntry(seq=entry.seq, ref=None)
-
-    def _wait_again(self, seq: int, lost_generation: str) -> WindowEntry:
-        self._entries.pop(seq, None)
-        before, self._start = self._start, min(self._start, seq)
-        self._lost[seq] = lost_generation
-        try:
+        seq = entry.seq
+        if self.entry(seq) != entry:
+            return self.entry(seq)  # captured again, or given up, meanwhile
+        if retryable and self._plane.ledger.want(seq, entry.ref.generation):
+            self._lost.add(seq)
             self._wait(range(seq, seq + 1))
-        finally:
-            self._start = before
-            del self._lost[seq]
-        if self._retain:
-            return self._entries[seq]
-        self._num_tokens.pop(seq)
-        return self._entries.pop(seq)
+            return self.entry(seq)
+        self._plane.skip([seq], reason)
+        self._take_in([LogRecord(kind="skip", seq=seq, reason=reason)])
+        return self.entry(seq)
 
     def unread(self) -> list[SampleRef]:
-        """Refs that were never handed out."""
-        return [entry.ref for entry in self._entries.values() if entry.ref is not None] + self.unwanted
+        """Refs that were not acknowledged."""
+        return [record.ref for record in self._records.values() if record.ref is not None] + self.take_unwanted()
+
+    def take_unwanted(self) -> list[SampleRef]:
+        """Refs so far that do not count."""
+        with self._lock:
+            return self._take_unwanted(None)
 
     def cancel(self) -> None:
         """Make a call that blocks in another thread raise QueueCancelledError."""
         self._cancelled.set()
 
+    def _take_unwanted(self, below: int | None) -> list[SampleRef]:
+        taken = [ref for seq, ref in self._unwanted if below is None or seq < below]
+        self._unwanted = [(seq, ref) for seq, ref in self._unwanted if below is not None and seq >= below]
+        return taken
+
     def _take_in(self, records: Iterable[LogRecord]) -> None:
-        for record in records:
-            if record.kind == "begin":
-                self._end = None
-            elif record.kind == "end":
-                self._end = record.seq
-            elif record.seq < self._start:
-                if record.ref is not None:
-                    self.unwanted.append(record.ref)
-            else:
-                self._take(record)
+        with self._lock:
+            for record in records:
+                if record.kind == "begin":
+                    self._end = None
+                elif record.kind == "end":
+                    self._end = record.seq
+                else:
+                    self._take(record)
 
     def _take(self, record: LogRecord) -> None:
         seq, ref = record.seq, record.ref
-        if ref is not None and ref.generation == self._lost.get(seq):
+        known = self._records.get(seq)
+        if seq < self._start or (known is not None and not replaces(record, known)):
+            self._discard(record)
             return
+        if known is not None:
+            self._discard(known)
+            self.num_recaptured += ref is not None
+        self._records[seq] = record
         self._num_tokens.setdefault(seq, 0 if ref is None else ref.num_tokens)
-        if record.kind == "ref" and seq in self._entries:
-            assert ref is not None
-            self.unwanted.append(ref)
-            return
-        self.num_recaptured += record.kind == "supersede"
-        if ref is not None and ref.sample_id in self._skip_ids:
-            self.unwanted.append(ref)
-            self.skipped[seq] = "skip_ids"
-            ref = None
-        elif ref is None:
+        self._lost.discard(seq)
+        if ref is None:
             self.skipped[seq] = str(record.reason)
-        self._entries[seq] = WindowEntry(seq=seq, ref=ref)
+        elif ref.sample_id in self._skip_ids:
+            self.skipped[seq] = "skip_ids"
+
+    def _discard(self, record: LogRecord) -> None:
+        if record.ref is not None:
+            self._unwanted.append((record.seq, record.ref))
 
     def _wait(self, seqs: range) -> None:
         """Until every one of `seqs` has its entry."""
@@ -163,7 +167,7 @@ class StreamingRefQueue:
         while True:
             records = self._plane.log.poll()
             self._take_in(records)
-            missing = [seq for seq in seqs if seq not in self._entries]
+            missing = [seq for seq in seqs if seq not in self._records or seq in self._lost]
             if not missing:
                 self.waiting_for = ""
                 return
@@ -187,6 +191,8 @@ class StreamingRefQueue:
     def _check_peers(self, seqs: range, idle_s: float) -> None:
         if failures := self._plane.ledger.failures():
             raise PeerFailedError("; ".join(failures))
+        if (status := self._plane.ledger.finished()) is not None:
+            raise PeerFailedError(f"the run was ended ({status}) while this process waited for {self.waiting_for}")
         if self._end is not None and self._end < seqs.stop:
             raise UserError(
                 f"{self._plane.log.name} ends at seq {self._end}, the next window needs seqs up to {seqs.stop}: lower "

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts import SampleRef, UserError
 from lightning_dataflow.control import ControlPlane, Reconciliation, RunPlan, reconcile_on_restart
 from lightning_dataflow.control.heartbeat import Heartbeat
 from lightning_dataflow.data.offline import card_from_json
@@ -45,11 +45,16 @@ class StreamingSource(RefSource):
         pump: Callable[[], bool] | None = None,
     ):
         announced = plane.log.wait_for_card(start_timeout_s, "a producer")
+        if announced["run_id"] != plane.run_id:
+            raise UserError(
+                f"{plane.log.name} belongs to run {announced['run_id']}, this trainer is of run {plane.run_id}: give all "
+                "processes of a run the same run_name and channel.path"
+            )
         self.card, self._num_samples, self._seed, self._token_counts = announcement_from_json(announced, plane.log.name)
         self.store = store
         self.plane = plane
         self.reconciliation: Reconciliation | None = None
-        self._rank = 0
+        self._rank: int | None = None  # until `begin`: a run that this trainer never began is not its to end
         self._skip_ids = skip_ids
         self._idle_timeout_s = idle_timeout_s
         self._pump = pump
@@ -70,11 +75,14 @@ class StreamingSource(RefSource):
     def begin(self, plan: RunPlan, rank: int, world_size: int) -> None:
         """See RefSource. Rank 0 rebuilds the ledger from what the log and the store hold."""
         self._rank = rank
+        self.plane.log.rewind()
         self.queue = self._make_queue(plan.start)
-        log = self.queue.catch_up()
         if rank == 0:
-            self.reconciliation = reconcile_on_restart(self.plane, self.store, plan, log)
+            self.reconciliation = reconcile_on_restart(self.plane, self.store, plan, self.queue.catch_up)
             self.queue.forget(self.reconciliation.lost)
+        else:
+            self.queue.catch_up()
+        self.queue.take_unwanted()  # from before: swept
         self._heartbeat = Heartbeat(self.plane.ledger, f"trainer-{rank}", self._describe)
 
     def window(self, seqs: range, share: range, order: PassOrder) -> RefWindow:
@@ -104,8 +112,10 @@ class StreamingSource(RefSource):
     def applied(self, seqs: Sequence[int], next_seq: int, global_step: int) -> None:
         """See RefSource."""
         self.plane.ledger.free(seqs)
+        unwanted = self.queue.ack(next_seq)
         if self._rank == 0:
-            self.queue.ack(next_seq, global_step)
+            self.plane.ledger.ack(next_seq, global_step)
+            self._free(unwanted)
 
     def durable(self, next_seq: int, global_step: int) -> None:
         """See RefSource."""
@@ -122,8 +132,7 @@ class StreamingSource(RefSource):
         if self._rank == 0:
             self.plane.ledger.finish(status)
             self.queue.catch_up()
-            for ref in self.queue.unread():
-                self.store.free(ref)
+            self._free(self.queue.unread())
         if self._heartbeat is not None:
             self._heartbeat.stop(status)
             self._heartbeat = None
@@ -135,6 +144,10 @@ class StreamingSource(RefSource):
     def num_recaptured(self) -> int:
         """See RefSource."""
         return self.queue.num_recaptured
+
+    def _free(self, refs: Sequence[SampleRef]) -> None:
+        for ref in refs:
+            self.store.free(ref)
 
     def _make_queue(self, start: int) -> StreamingRefQueue:
         return StreamingRefQueue(

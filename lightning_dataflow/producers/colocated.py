@@ -2,6 +2,7 @@
 
 import threading
 
+from lightning_dataflow.contracts import PeerFailedError
 from lightning_dataflow.control import ControlPlane, RunPlan, Watermarks
 from lightning_dataflow.data import PassOrder, RefWindow
 from lightning_dataflow.data.source import WindowEntry
@@ -57,6 +58,7 @@ class ColocatedSource(StreamingSource):
         self._window, self._share = plan.window, rank_slice(0, plan.window, rank, world_size)
         share = len(self._share)
         windows = plan.start // plan.window, plan.stop // plan.window
+        self._error = None
         super().begin(RunPlan(start=windows[0] * share, stop=windows[1] * share, window=share), 0, world_size)
         if self._threaded:
             self._stopping.clear()
@@ -68,10 +70,10 @@ class ColocatedSource(StreamingSource):
         mine = range(self._own(share.start), self._own(share.start) + len(share))
         try:
             found = self.queue.get(mine, mine)
-        except Exception as error:
-            if self._error is not None:
-                raise self._error from error
-            raise
+        except PeerFailedError as error:
+            assert self._thread is not None, "without a thread, the producer's error is raised where it happens"
+            self._thread.join(JOIN_TIMEOUT_S)  # it has reported its error and is about to keep it
+            raise (self._error or error) from error
         entries = [WindowEntry(seq=seq, ref=entry.ref) for seq, entry in zip(share, found.entries, strict=True)]
         return RefWindow(entries=entries, num_tokens=window_tokens(self._prompts, seqs, order))
 
@@ -92,6 +94,7 @@ class ColocatedSource(StreamingSource):
         """See RefSource. Raises RuntimeError when the producer thread does not end."""
         self._stopping.set()
         if self._thread is not None:
+            self.plane.ledger.finish(status)  # ends a wait for room in the store
             self._thread.join(JOIN_TIMEOUT_S)
             if self._thread.is_alive():
                 raise RuntimeError(f"the producer thread did not end within {JOIN_TIMEOUT_S:.0f} s: it hangs in a capture")

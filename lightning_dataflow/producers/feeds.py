@@ -32,8 +32,12 @@ class Feed(ABC):
         """Samples in one pass."""
 
     @abstractmethod
+    def sizes(self) -> Sequence[int]:
+        """Payload in bytes of the features of every sample of a pass, known before they are captured."""
+
+    @abstractmethod
     def num_bytes(self, seq: int) -> int:
-        """Payload of the features of `seq`, known before they are captured."""
+        """Payload of the features of `seq`."""
 
     @abstractmethod
     def capture(self, seqs: Sequence[int], attempt: int) -> list[tuple[SampleOrigin, Tensors]]:
@@ -76,14 +80,19 @@ class PromptFeed(Feed):
         self._locate = locate or PassOrder(len(prompts), seed).locate
         spec = target.capture_spec
         hidden = (len(spec.layer_ids) + 1) * spec.hidden_size * DTYPE_BYTES[target.dtype]
-        self._bytes_per_token = hidden + DTYPE_BYTES["int64"] + DTYPE_BYTES["uint8"]
+        bytes_per_token = hidden + DTYPE_BYTES["int64"] + DTYPE_BYTES["uint8"]
+        self._sizes = [len(prompt.input_ids) * bytes_per_token for prompt in prompts]
 
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def sizes(self) -> Sequence[int]:
+        """See Feed."""
+        return self._sizes
+
     def num_bytes(self, seq: int) -> int:
         """See Feed."""
-        return len(self.prompts[self._locate(seq)[0]].input_ids) * self._bytes_per_token
+        return self._sizes[self._locate(seq)[0]]
 
     def capture(self, seqs: Sequence[int], attempt: int) -> list[tuple[SampleOrigin, Tensors]]:
         """See Feed."""
@@ -108,14 +117,21 @@ class FolderFeed(Feed):
         self.run_id = run_id
         self.card = source.card
         self._vocab_size = vocab_size
+        self._sizes = [
+            sum(math.prod(spec.shape) * DTYPE_BYTES[spec.dtype] for spec in ref.features.values())
+            for ref in source.sample_refs
+        ]
 
     def __len__(self) -> int:
         return len(self.source)
 
+    def sizes(self) -> Sequence[int]:
+        """See Feed."""
+        return self._sizes
+
     def num_bytes(self, seq: int) -> int:
         """See Feed."""
-        specs = self.source.sample_refs[seq].features.values()
-        return sum(math.prod(spec.shape) * DTYPE_BYTES[spec.dtype] for spec in specs)
+        return self._sizes[seq]
 
     def capture(self, seqs: Sequence[int], attempt: int) -> list[tuple[SampleOrigin, Tensors]]:
         """See Feed; reads the files."""

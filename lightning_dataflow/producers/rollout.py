@@ -1,5 +1,6 @@
 """The drive loop of a producer: lease a group, capture it, put it into the store, publish its refs."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import Literal
@@ -14,6 +15,8 @@ from lightning_dataflow.stores.base import Tensors
 
 State = Literal["captured", "failed", "idle", "finished"]
 IDLE_S = (0.002, 0.1)
+LOADED_AT = time.time()
+"""A run that finished before this process existed is one that its next trainer resumes."""
 MAX_FAILURES = 3 * MAX_ATTEMPTS
 """Failed leases in a row after which a worker ends with the error: three groups, each tried as often as it may be."""
 
@@ -82,7 +85,7 @@ class RolloutWorker:
     def run_once(self) -> State:
         """Lease and capture one group at most."""
         ledger = self.plane.ledger
-        if ledger.finished() is not None:
+        if ledger.finished(since=LOADED_AT) is not None:
             return "finished"
         plan = ledger.plan()
         if plan is None:
@@ -124,7 +127,10 @@ class RolloutWorker:
         except BaseException as error:
             for ref in refs.values():
                 self.store.free(ref)
-            self._give_back(lease, error)
+            if isinstance(error, CapacityError):
+                self.plane.give_back(lease, str(error), counts=False)
+                return "idle"
+            self.plane.give_back(lease, f"capture failed: {error or type(error).__name__}")
             if isinstance(error, CaptureMismatchError) or not isinstance(error, Exception):
                 raise
             self._failures_in_a_row += 1
@@ -150,19 +156,15 @@ class RolloutWorker:
                 time.sleep(pause)
                 pause = min(2 * pause, IDLE_S[1])
 
-    def _give_back(self, lease: Lease, error: BaseException) -> None:
-        given_up = self.plane.ledger.give_back(lease)
-        if given_up:
-            self.plane.skip(given_up, f"capture failed: {error or type(error).__name__}")
-
     def _check_windows(self, plan: RunPlan) -> None:
-        """Every window of the run must fit below the watermarks, or training could never start it."""
+        """The largest window that the order of any pass can make must fit below the watermarks."""
         if plan == self._checked:
             return
-        distinct = plan.start + len(self.feed) * plan.window  # after this many, windows repeat in size
-        for start in range(plan.start // plan.window * plan.window, min(plan.stop, distinct), plan.window):
-            seqs = range(start, min(start + plan.window, plan.stop))
-            self.watermarks.check_window(len(seqs), sum(map(self.feed.num_bytes, seqs)), start)
+        sizes = sorted(self.feed.sizes(), reverse=True)
+        overhang = self.group - math.gcd(self.group, plan.window)  # of the group in which the window ends
+        num_refs = min(plan.window + overhang, plan.stop - plan.start)
+        passes, rest = divmod(num_refs, len(sizes))
+        self.watermarks.check_window(num_refs, passes * sum(sizes) + sum(sizes[:rest]))
         self._checked = plan
 
     def _check_trainer(self, waited_s: float) -> None:

@@ -1,0 +1,529 @@
+"""One contract, every ledger: who captures what, what became of it, and how much may be in flight."""
+
+import random
+import sqlite3
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_dataflow.contracts import PeerTimeoutError, UserError
+from lightning_dataflow.control import (
+    MAX_ATTEMPTS,
+    Lease,
+    MetadataStore,
+    NoOpMetadataStore,
+    RunPlan,
+    SqliteMetadataStore,
+    Watermarks,
+)
+from lightning_dataflow.control import sqlite as sqlite_module
+from lightning_dataflow.control.heartbeat import Heartbeat
+from tests.streams import WIDE, forked
+
+SIZE = 10
+
+
+def begin(ledger: MetadataStore, start: int = 0, stop: int = 100, window: int = 4, **known: Any) -> None:
+    plan = RunPlan(start=start, stop=stop, window=window)
+    ledger.begin(plan, **{"published": {}, "wanted": {}, "frontier": start} | known)
+
+
+def lease(ledger: MetadataStore, worker: str = "a", group: int = 4, marks: Watermarks = WIDE, lease_s: float = 60.0):
+    return ledger.lease(worker, group=group, num_bytes=lambda seq: SIZE, watermarks=marks, lease_s=lease_s)
+
+
+def generations(found: Lease, size: int = SIZE) -> dict[int, tuple[str, int]]:
+    return {seq: (f"{found.attempt}-{seq:016x}", size) for seq in found.wanted}
+
+
+def commit(ledger: MetadataStore, found: Lease, size: int = SIZE) -> list[int]:
+    with ledger.commit(found, generations(found, size)) as accepted:
+        pass
+    return accepted
+
+
+def give_back(ledger: MetadataStore, found: Lease, **options: bool) -> list[int]:
+    with ledger.give_back(found, **options) as given_up:
+        pass
+    return given_up
+
+
+def in_flight(ledger: MetadataStore) -> tuple[int, int]:
+    status = ledger.status()
+    return status["refs_in_flight"], status["bytes_in_flight"]
+
+
+def marks(refs: int, low: int = 0) -> Watermarks:
+    return Watermarks(high_bytes=1 << 40, high_refs=refs, low_bytes=1 << 39, low_refs=low)
+
+
+def test_nothing_is_leased_before_a_run_begins(ledger):
+    assert ledger.plan() is None
+    assert lease(ledger) is None
+    begin(ledger, stop=8)
+    assert ledger.plan() == RunPlan(start=0, stop=8, window=4)
+
+
+def test_leases_are_disjoint_in_order_and_end(ledger):
+    begin(ledger, stop=40)
+    found = [lease(ledger, worker) for worker in "abcabcabca"]
+    assert [one.seqs for one in found] == [tuple(range(at, at + 4)) for at in range(0, 40, 4)]
+    assert [one.worker for one in found] == list("abcabcabca")
+    assert all(one.wanted == one.seqs and one.attempt == 0 for one in found)
+    assert lease(ledger) is None
+    assert in_flight(ledger) == (40, 400)
+
+
+def test_groups_are_fixed_wherever_a_run_begins_or_ends(ledger):
+    begin(ledger, start=6, stop=18)
+    first, second, third, last = (lease(ledger) for _ in range(4))
+    assert (first.seqs, first.wanted) == ((4, 5, 6, 7), (6, 7))
+    assert (second.seqs, second.wanted) == ((8, 9, 10, 11), (8, 9, 10, 11))
+    assert third.seqs == (12, 13, 14, 15)
+    assert (last.seqs, last.wanted) == ((16, 17), (16, 17))
+    assert in_flight(ledger) == (12, 120)
+
+
+def test_an_expired_lease_goes_on_with_the_next_attempt_and_the_old_worker_is_fenced(ledger):
+    begin(ledger)
+    old = lease(ledger, "old", lease_s=-1)
+    new = lease(ledger, "new")
+    assert (new.seqs, new.wanted, new.attempt) == (old.seqs, old.wanted, 1)
+    assert in_flight(ledger) == (4, 40)
+    assert commit(ledger, old) == []
+    assert give_back(ledger, old) == []
+    assert commit(ledger, new) == [0, 1, 2, 3]
+    assert commit(ledger, new) == []
+    assert lease(ledger, "old").seqs == (4, 5, 6, 7)
+
+
+def test_an_expired_lease_that_nobody_took_still_counts(ledger):
+    begin(ledger)
+    found = lease(ledger, lease_s=-1)
+    assert commit(ledger, found) == [0, 1, 2, 3]
+
+
+def test_one_worker_that_leases_its_own_expired_group_again(ledger):
+    begin(ledger)
+    old = lease(ledger, "a", lease_s=-1)
+    new = lease(ledger, "a")
+    assert commit(ledger, old) == []
+    assert commit(ledger, new) == [0, 1, 2, 3]
+
+
+def test_leases_are_renewed_by_worker(ledger):
+    begin(ledger)
+    lease(ledger, "a", lease_s=0.05)
+    lease(ledger, "b", lease_s=0.05)
+    ledger.renew("b", 60)
+    time.sleep(0.06)
+    assert lease(ledger, "c").seqs == (0, 1, 2, 3)
+    assert lease(ledger, "c").seqs == (8, 9, 10, 11)
+
+
+def test_what_is_given_back_is_leased_first_and_given_up_after_bounded_tries(ledger):
+    begin(ledger)
+    found = lease(ledger)
+    lease(ledger)
+    for attempt in range(1, MAX_ATTEMPTS):
+        assert give_back(ledger, found) == []
+        found = lease(ledger)
+        assert (found.seqs, found.attempt) == ((0, 1, 2, 3), attempt)
+    assert give_back(ledger, found) == [0, 1, 2, 3]
+    assert lease(ledger).seqs == (8, 9, 10, 11)
+    assert ledger.status()["given_up"] == 4
+    assert in_flight(ledger) == (8, 80)
+
+
+def test_what_is_not_retryable_is_given_up_at_once(ledger):
+    begin(ledger)
+    assert give_back(ledger, lease(ledger), retryable=False) == [0, 1, 2, 3]
+    assert in_flight(ledger) == (0, 0)
+
+
+def test_a_failure_that_does_not_count(ledger):
+    begin(ledger)
+    for attempt in range(2 * MAX_ATTEMPTS):
+        found = lease(ledger)
+        assert (found.seqs, found.attempt) == ((0, 1, 2, 3), attempt)
+        assert give_back(ledger, found, counts=False) == []
+    assert in_flight(ledger) == (4, 40)
+
+
+def test_an_exception_while_giving_back_undoes_it(ledger):
+    begin(ledger)
+    found = lease(ledger)
+    with pytest.raises(OSError), ledger.give_back(found, retryable=False) as given_up:
+        assert given_up == [0, 1, 2, 3]
+        raise OSError
+    assert commit(ledger, found) == [0, 1, 2, 3]
+
+
+def test_an_exception_while_publishing_undoes_the_commit(ledger):
+    begin(ledger)
+    found = lease(ledger)
+    with pytest.raises(OSError), ledger.commit(found, generations(found)) as accepted:
+        assert accepted == [0, 1, 2, 3]
+        raise OSError
+    assert ledger.status()["published"] == 0
+    assert commit(ledger, found) == [0, 1, 2, 3]
+    assert ledger.status()["published"] == 4
+
+
+def test_a_part_of_a_group_may_be_committed(ledger):
+    begin(ledger)
+    found = lease(ledger)
+    with ledger.commit(found, {seq: ("0-0", SIZE) for seq in (1, 2)}) as accepted:
+        assert accepted == [1, 2]
+    assert commit(ledger, found) == [0, 3]
+
+
+def test_counters_are_exact(ledger):
+    begin(ledger)
+    found = lease(ledger)
+    assert commit(ledger, found, size=7) == [0, 1, 2, 3]
+    assert in_flight(ledger) == (4, 28)
+    ledger.free([0, 2, 77])
+    ledger.free([0])
+    assert in_flight(ledger) == (2, 14)
+    lease(ledger)
+    assert in_flight(ledger) == (6, 54)
+    status = ledger.status()
+    assert (status["leased"], status["wanted_again"], status["waiting_to_be_trained"]) == (4, 0, 2)
+
+
+def test_a_lost_sample_is_captured_again_with_its_group(ledger):
+    begin(ledger)
+    found = lease(ledger)
+    commit(ledger, found)
+    generation = generations(found)[2][0]
+    assert ledger.want(2, generation)
+    assert ledger.want(2, generation)  # the other rank noticed too
+    again = lease(ledger, "b")
+    assert (again.seqs, again.wanted, again.attempt) == ((0, 1, 2, 3), (2,), 1)
+    assert ledger.want(2, generation)
+    assert lease(ledger).seqs == (4, 5, 6, 7)
+    assert commit(ledger, again) == [2]
+    assert ledger.want(2, generation)  # of the generation before
+    assert lease(ledger).seqs == (8, 9, 10, 11)
+    assert in_flight(ledger) == (12, 120)
+    assert ledger.status()["recaptured"] == 1
+
+
+def test_wanting_is_bounded(ledger):
+    begin(ledger)
+    found = lease(ledger)
+    commit(ledger, found)
+    for _ in range(MAX_ATTEMPTS - 1):
+        assert ledger.want(0, generations(found)[0][0])
+        found = lease(ledger)
+        commit(ledger, found)
+    assert not ledger.want(0, generations(found)[0][0])
+    assert not ledger.want(0, generations(found)[0][0])
+    assert not ledger.want(55, "0-0")
+    assert in_flight(ledger) == (3, 30)
+    assert ledger.status()["given_up"] == 1
+
+
+def test_a_finished_run_gives_nothing_up(ledger):
+    """A rank that still reads while another ends the run must not publish samples as skipped."""
+    begin(ledger)
+    found = lease(ledger)
+    commit(ledger, found)
+    ledger.finish("failed")
+    assert ledger.want(0, generations(found)[0][0])
+
+
+def test_low_watermarks_must_be_lower():
+    for low_refs, low_bytes in ((4, 1), (1, 40), (-1, 1)):
+        with pytest.raises(UserError, match=r"the low watermark of -?\d+ \w+ is not below the high one of \d+: lower it"):
+            Watermarks(high_refs=4, low_refs=low_refs, high_bytes=40, low_bytes=low_bytes)
+
+
+@pytest.mark.parametrize("unit", ["refs", "bytes"])
+def test_capture_pauses_above_the_high_mark_and_goes_on_at_the_low_one(ledger, unit):
+    high = {"high_refs": 1 << 30, "low_refs": 1 << 29, "high_bytes": 1 << 30, "low_bytes": 1 << 29}
+    bound = Watermarks(
+        **high | {f"high_{unit}": 16 * (SIZE if unit == "bytes" else 1), f"low_{unit}": 8 * (10 if unit == "bytes" else 1)}
+    )
+    begin(ledger)
+    for at in range(0, 16, 4):
+        commit(ledger, found := lease(ledger, marks=bound))
+        assert found.seqs[0] == at
+    assert lease(ledger, marks=bound) is None
+    assert lease(ledger, marks=bound) is None
+    ledger.free(range(4))
+    ledger.ack(4, 1)
+    assert lease(ledger, marks=bound) is None  # below the high mark, not yet at the low one
+    ledger.free(range(4, 8))
+    ledger.ack(8, 2)
+    assert lease(ledger, marks=bound).seqs[0] == 16
+    assert ledger.status()["capture_waits"] == 1
+
+
+def test_a_sample_that_fits_alone_waits_for_its_group(ledger):
+    begin(ledger)
+    assert lease(ledger, marks=marks(7, 1)).seqs == (0, 1, 2, 3)
+    assert lease(ledger, marks=marks(7, 1)) is None
+
+
+def test_the_window_that_the_trainer_waits_for_is_never_paused_and_others_stay_so(ledger):
+    bound = marks(8, 1)
+    begin(ledger, window=4)
+    for _ in range(4):
+        commit(ledger, lease(ledger, group=2, marks=bound))
+    assert lease(ledger, group=2, marks=bound) is None
+    ledger.free(range(7))
+    ledger.ack(8, 2)  # the trainer waits for 8 to 11, and rank 1 is about to free seq 7
+    ledger.free([7])
+    assert lease(ledger, group=2, marks=marks(8, 0)).seqs == (8, 9)
+    begin(ledger, window=4, published={seq: ("0-0", SIZE) for seq in range(8)}, frontier=8)
+    assert lease(ledger, group=2, marks=bound) is None
+    ledger.free(range(5))
+    ledger.ack(6, 1)
+    assert lease(ledger, group=2, marks=bound).seqs == (8, 9)  # awaited: 6 to 9
+    assert lease(ledger, group=2, marks=bound) is None  # not awaited, and still above the low mark
+
+
+def test_a_lost_window_that_is_awaited_goes_above_the_marks(ledger):
+    known = {seq: ("0-0", SIZE) for seq in range(4, 16)}
+    begin(ledger, published=known, wanted={seq: 1 for seq in range(4)}, frontier=16)
+    assert in_flight(ledger) == (16, 120)
+    found = lease(ledger, marks=marks(8, 2))
+    assert (found.wanted, found.attempt) == ((0, 1, 2, 3), 1)
+    assert in_flight(ledger) == (16, 160)
+    assert lease(ledger, marks=marks(8, 2)) is None
+
+
+def test_lost_samples_that_are_not_awaited_wait(ledger):
+    begin(ledger, published={seq: ("0-0", SIZE) for seq in range(8)}, wanted={8: 1}, frontier=12)
+    assert lease(ledger, marks=marks(8, 2)) is None
+    ledger.ack(8, 2)
+    assert lease(ledger, marks=marks(8, 2)).wanted == (8,)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_random_walk_never_exceeds_the_marks_and_never_starves(ledger, seed):
+    """Workers lease, commit, fail or vanish while a trainer takes windows: in flight is bounded, every sample is trained."""
+    draw = random.Random(seed)
+    window, group = draw.choice([(4, 4), (4, 1), (6, 4), (4, 8)])
+    stop, high = 24 * window, max(window, group) + group + draw.randrange(12)
+    bound = Watermarks(
+        high_refs=high, low_refs=draw.randrange(high), high_bytes=high * 9, low_bytes=draw.randrange(high * 9)
+    )
+    size = [draw.randrange(1, 10) for _ in range(stop)]
+    begin(ledger, stop=stop, window=window)
+    held: list[Lease] = []
+    published: set[int] = set()
+    trained = idle = 0
+    while trained < stop:
+        action = draw.random()
+        if action < 0.45:
+            expiry = -1.0 if draw.random() < 0.2 else 60.0
+            found = ledger.lease(
+                draw.choice("abc"), group=group, num_bytes=size.__getitem__, watermarks=bound, lease_s=expiry
+            )
+            held += [found] if found else []
+        elif action < 0.8 and held:
+            found = held.pop(draw.randrange(len(held)))
+            with ledger.commit(found, {seq: (f"{found.attempt}-0", size[seq]) for seq in found.wanted}) as accepted:
+                assert not published & set(accepted)
+                published |= set(accepted)
+        elif action < 0.85 and held:
+            give_back(ledger, held.pop(), counts=False)
+        elif published >= set(range(trained, trained + window)):
+            ledger.free(range(trained, trained + window))
+            trained += window
+            ledger.ack(trained, trained // window)
+            idle = 0
+        refs, num_bytes = in_flight(ledger)
+        assert refs <= bound.high_refs
+        assert num_bytes <= bound.high_bytes
+        idle += 1
+        assert idle < 1000, "the awaited window starves"
+    assert published >= set(range(stop))
+
+
+def test_begin_replaces_what_was_known_and_voids_leases(ledger):
+    begin(ledger)
+    old = lease(ledger)
+    ledger.report("producer-0", "out of memory", failed=True)
+    ledger.report("trainer-0", "training")
+    begin(ledger, start=4, stop=20, published={5: ("0-0", 7)}, wanted={4: 2}, frontier=8)
+    assert commit(ledger, old) == []
+    assert in_flight(ledger) == (2, 7)
+    assert ledger.failures() == []
+    assert [part["name"] for part in ledger.status()["parts"]] == ["trainer-0"]
+    found = lease(ledger)
+    assert (found.seqs, found.wanted, found.attempt) == ((4, 5, 6, 7), (4,), 2)
+    assert lease(ledger).seqs == (8, 9, 10, 11)
+    assert ledger.status()["trained_seq"] == 4
+
+
+def test_a_fence_voids_leases_until_the_next_begin(ledger):
+    begin(ledger)
+    old, other = lease(ledger), lease(ledger)
+    commit(ledger, other)
+    ledger.want(5, generations(other)[5][0])
+    assert ledger.fence() == {0: 1, 1: 1, 2: 1, 3: 1, 5: 1}
+    assert ledger.fence() == {0: 1, 1: 1, 2: 1, 3: 1, 5: 1}
+    assert commit(ledger, old) == []
+    assert give_back(ledger, old, retryable=False) == []
+    assert lease(ledger) is None
+    assert ledger.plan() is None
+
+
+def test_a_finished_run_is_over_until_it_begins_again(ledger):
+    begin(ledger)
+    old = lease(ledger)
+    assert ledger.finished() is None
+    before = time.time()
+    ledger.finish("completed")
+    assert ledger.finished() == ledger.finished(since=before) == "completed"
+    assert ledger.finished(since=time.time() + 1) is None
+    assert lease(ledger) is None
+    assert commit(ledger, old) == []
+    assert give_back(ledger, old) == []
+    assert in_flight(ledger) == (0, 0)
+    begin(ledger)
+    assert ledger.finished() is None
+    assert lease(ledger).seqs == (0, 1, 2, 3)
+
+
+def test_failures_and_signs_of_life(ledger):
+    ledger.report("producer-1", "capturing seq 4")
+    ledger.report("producer-0", "CUDA out of memory", failed=True)
+    assert ledger.failures() == ["producer-0: CUDA out of memory"]
+    ledger.report("producer-0", "finished")
+    assert ledger.failures() == []
+    first, second = ledger.status()["parts"]
+    assert (first["name"], first["state"], first["failed"]) == ("producer-0", "finished", False)
+    assert 0 <= second["seen_s_ago"] < 5
+    assert second["pid"] > 0
+
+
+def test_a_heartbeat_reports_and_renews(ledger, monkeypatch):
+    monkeypatch.setattr("lightning_dataflow.control.heartbeat.EVERY_S", 0.01)
+    begin(ledger)
+    lease(ledger, "a", lease_s=0.05)
+    heartbeat = Heartbeat(ledger, "a", lambda: "capturing", renew_s=60.0)
+    time.sleep(0.1)
+    assert lease(ledger, "b").seqs == (4, 5, 6, 7)
+    assert ledger.status()["parts"][0]["state"] == "capturing"
+    heartbeat.stop("it broke", failed=True)
+    assert ledger.failures() == ["a: it broke"]
+
+
+def test_status_counts_progress(ledger):
+    begin(ledger)
+    ledger.count_wait()
+    ledger.count_wait()
+    ledger.ack(8, 2)
+    ledger.ack_durable(4, 1)
+    status = ledger.status()
+    expected = {
+        "trained_seq": 8,
+        "trained_step": 2,
+        "durable_seq": 4,
+        "durable_step": 1,
+        "train_waits": 2,
+        "finished": None,
+    }
+    assert {name: status[name] for name in expected} == expected
+    assert status["plan"] == {"start": 0, "stop": 100, "window": 4}
+
+
+def test_the_noop_ledger_accepts_all_and_keeps_nothing():
+    ledger = NoOpMetadataStore()
+    begin(ledger, published={0: ("0-0", 1)})
+    assert ledger.plan() is None
+    assert lease(ledger) is None
+    own = Lease(worker="a", seqs=(0, 1), wanted=(0, 1), attempt=0)
+    assert commit(ledger, own) == commit(ledger, own) == [0, 1]
+    assert give_back(ledger, own) == []
+    assert not ledger.want(0, "0-0")
+    assert ledger.fence() == {}
+    ledger.finish("completed")
+    ledger.report("a", "b", failed=True)
+    assert ledger.finished() is None
+    assert ledger.failures() == []
+    assert in_flight(ledger) == (0, 0)
+
+
+def work(path: Path, worker: str) -> None:
+    ledger = SqliteMetadataStore(path)
+    with open(path.parent / worker, "w") as mine:
+        while (found := lease(ledger, worker, group=2)) is not None:
+            for seq in commit(ledger, found):
+                mine.write(f"{seq}\n")
+
+
+def test_several_processes_on_one_file(tmp_path):
+    path = tmp_path / "ledger.sqlite"
+    begin(SqliteMetadataStore(path), stop=600)
+    workers = [forked(work, path, f"worker-{index}") for index in range(4)]
+    for worker in workers:
+        worker.join(30)
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    seqs = [int(line) for file in tmp_path.glob("worker-*") for line in file.read_text().splitlines()]
+    assert sorted(seqs) == list(range(600))
+    assert in_flight(SqliteMetadataStore(path)) == (600, 6000)
+
+
+def open_and_report(path: Path, name: str) -> None:
+    SqliteMetadataStore(path).report(name, "here")
+
+
+def test_several_processes_open_a_new_file_at_once(tmp_path):
+    path = tmp_path / "ledger.sqlite"
+    processes = [forked(open_and_report, path, f"part-{index}") for index in range(8)]
+    for process in processes:
+        process.join(30)
+    assert [process.exitcode for process in processes] == [0] * 8
+    assert len(SqliteMetadataStore(path).status()["parts"]) == 8
+
+
+def test_a_process_that_is_stopped_inside_a_write_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sqlite_module, "BUSY_TIMEOUT_S", 0.05)
+    path = tmp_path / "ledger.sqlite"
+    ledger, other = SqliteMetadataStore(path), SqliteMetadataStore(path)
+    begin(ledger)
+    found = lease(ledger)
+    with (
+        pytest.raises(PeerTimeoutError, match=r"could not write to the ledger .*locked.* is a process of the run stopped"),
+        ledger.commit(found, {}),
+    ):
+        other.ack(1, 1)
+    assert other.finished() is None
+
+
+def test_a_ledger_of_another_machine(tmp_path, monkeypatch):
+    path = tmp_path / "ledger.sqlite"
+    SqliteMetadataStore(path).close()
+    monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
+    with pytest.raises(UserError, match=r"was made on .*, this is elsewhere: .* delete the file"):
+        SqliteMetadataStore(path)
+
+
+def test_files_that_are_no_ledgers(tmp_path):
+    path = tmp_path / "ledger.sqlite"
+    path.write_text("not a database, but long enough to be looked at as one" * 20)
+    for wrong in (path, tmp_path, tmp_path / "nowhere" / "ledger.sqlite"):
+        with pytest.raises(UserError, match=r"cannot use .* as a ledger .*: choose another channel\.path"):
+            SqliteMetadataStore(wrong)
+
+
+def test_the_file_stays_small(tmp_path):
+    ledger = SqliteMetadataStore(tmp_path / "ledger.sqlite")
+    begin(ledger, stop=5000, window=8)
+    for seq in range(0, 5000, 8):
+        commit(ledger, lease(ledger, group=8))
+        ledger.free(range(seq, seq + 8))
+        ledger.ack(seq + 8, seq // 8 + 1)
+    assert in_flight(ledger) == (0, 0)
+    ledger.close()
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 64 << 10
+    rows = sqlite3.connect(tmp_path / "ledger.sqlite").execute("SELECT COUNT(*) FROM samples").fetchone()
+    assert rows == (0,)

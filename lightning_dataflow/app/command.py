@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from lightning_dataflow.app.schema import TrainConfig, register_schemas
 from lightning_dataflow.contracts import CapacityError, PeerFailedError, PeerTimeoutError, UserError
 
+CONFIG_DIR_FLAGS = ("-cd", "--config-dir")
 INTERRUPTED = 130
 """Exit status of a command that Ctrl-C ended, as shells give it."""
 
@@ -61,7 +62,7 @@ def _is_for_the_user(error: Exception) -> bool:
 
 def _check_choices(overrides: Sequence[str]) -> None:
     """Name the choices of a group in one line; Hydra's own message takes several. Folders of the user's are Hydra's."""
-    if any("hydra.searchpath" in override or override.startswith(("-cd", "--config-dir")) for override in overrides):
+    if any("hydra.searchpath" in override or override.startswith(CONFIG_DIR_FLAGS) for override in overrides):
         return
     root = files("lightning_dataflow.conf")
     for group, _, choice in (override.lstrip("+~").partition("=") for override in overrides):
@@ -89,7 +90,12 @@ def plain_settings(config: DictConfig) -> dict[str, Any]:
 
 def job_arguments() -> list[str]:
     """This job's overrides, and where its configuration is found: what another process needs to run it."""
-    flags = [one for one in sys.argv[1:] if one.startswith(("-cd", "--config-dir"))]
+    flags, given = [], iter(sys.argv[1:])
+    for one in given:
+        if one in CONFIG_DIR_FLAGS:
+            flags += [one, next(given)]
+        elif one.startswith("--config-dir="):
+            flags.append(one)
     return [*flags, *HydraConfig.get().overrides.task]
 
 

@@ -13,6 +13,7 @@ from typing import IO
 
 from lightning_dataflow.app.ranks import num_processes
 from lightning_dataflow.app.schema import TrainConfig
+from lightning_dataflow.app.topologies import watermarks
 from lightning_dataflow.contracts import PeerFailedError, UserError
 from lightning_dataflow.leash import leashed_command
 from lightning_dataflow.stores import LocalMooncake
@@ -163,7 +164,7 @@ def _start_mooncake(config: TrainConfig, stack: ExitStack) -> LocalMooncake | No
         return None
     assert config.store.capacity_bytes is not None, "checked"
     logs = Path(config.run_dir) / "mooncake"
-    mooncake = LocalMooncake(capacity_bytes=config.store.capacity_bytes, log_dir=logs)
+    mooncake = LocalMooncake(capacity_bytes=config.store.capacity_bytes, log_dir=logs, warm=True)
     stack.callback(mooncake.close)
     print(f"Mooncake at {mooncake.master_address}, logs in {logs}", flush=True)
     return mooncake
@@ -172,6 +173,8 @@ def _start_mooncake(config: TrainConfig, stack: ExitStack) -> LocalMooncake | No
 def _check(config: TrainConfig) -> None:
     if config.topology.num_producers < 1:
         raise UserError(f"topology.num_producers={config.topology.num_producers}: a run needs at least one")
+    marks = watermarks(config.topology, config.store)
+    marks.check_window(config.data.global_batch_size, 0)
     if config.store.kind == "mooncake" and config.store.address is None and config.store.capacity_bytes is None:
         raise UserError("store.capacity_bytes=null: a Mooncake that starts on this machine needs to know its size")
 

@@ -9,6 +9,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 from lightning_dataflow.app import capture, commands, evaluate, show_mask, train
 
+BY_HAND = ("topology=disagg_online", "store=shared_dir", "role=producer", "run_name=test")
 TINY = ("experiment=tiny", "callbacks=no_evaluation", "logger=none", "trainer.max_steps=2")
 
 
@@ -61,6 +62,27 @@ def broken_file(folder: Path) -> str:
         (["topology=offline", "store.root=nowhere"], "no finished capture in nowhere"),
         (["store=shared_dir"], "use store=memory"),
         (["topology=offline", "store=memory"], "use store=shared_dir"),
+        (
+            ["topology=interleaved", "control=sqlite"],
+            "topology=interleaved does not work with control=sqlite: use control=memory",
+        ),
+        (["topology=disagg_online", "store=memory"], "use store=mooncake or shared_dir"),
+        (
+            ["topology=disagg_online", "topology.high_refs=4"],
+            "a window can have 8 refs, the high watermark is 4 refs",
+        ),
+        (["topology=disagg_online", "topology.low_refs=5000"], "the low watermark of 5000 refs is not below the high one"),
+        (["topology=disagg_online", "topology.high_bytes=2000000000"], "is more than store.capacity_bytes=1073741824"),
+        (["topology=disagg_online", "topology.num_producers=0"], "topology.num_producers=0: a run needs at least one"),
+        (["topology=disagg_online", "store.capacity_bytes=null"], "needs to know its size"),
+        (["topology=disagg_online", "store.capacity_bytes=1000"], "1000"),
+        (["topology=disagg_online", "role=trainer"], "needs the address of a Mooncake master: store.address=host:port"),
+        (["role=producer"], "topology=online has no parts of its own, so role=producer has no meaning"),
+        ([*BY_HAND, "channel.path=/proc/nowhere"], "cannot write to /proc/nowhere"),
+        ([*BY_HAND, "role=trainer", "topology.start_timeout_s=0"], "waited 0 s for a producer to announce the run in"),
+        ([*BY_HAND, "topology.start_timeout_s=0"], "waited 0 s for a trainer to begin in"),
+        ([*BY_HAND, "store.root=/proc/nowhere"], "cannot use /proc/nowhere as a store"),
+        ([*BY_HAND, "role=trainer", "store=mooncake", "store.address=127.0.0.1:9"], "127.0.0.1:9"),
         (["data.micro_batch_size=3"], "global_batch_size=8 is not a multiple"),
         (["trainer.max_steps=null"], "neither trainer.max_steps nor data.num_passes"),
         (["data.num_passes=2"], "both say when training ends"),

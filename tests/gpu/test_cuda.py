@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from lightning_dataflow.data.prefetch import Prefetcher
 from lightning_dataflow.models import Eagle3Config, Eagle3Draft
 from lightning_dataflow.models.attention import unrolled_attention
 from lightning_dataflow.objectives import Eagle3Objective, supervised_positions
@@ -74,3 +75,13 @@ def test_trainers_give_the_cpus_losses(tmp_path, trainer):
     options = (f"trainer={trainer}", "trainer.devices=1", "trainer.precision=32-true", f"run_name={trainer}")
     python(TRAIN, *TINY, *options, cwd=tmp_path, timeout_s=280)
     assert result(tmp_path, trainer)["losses"] == pytest.approx(result(tmp_path, "cpu")["losses"], rel=1e-2)
+
+
+def test_batches_are_copied_to_the_device_ahead():
+    batches = [{"x": torch.full((1024, 1024), float(index)), "next_seq": index} for index in range(8)]
+    prefetcher = Prefetcher(iter(batches), depth=2, device=torch.device("cuda", 0))
+    for index, batch in enumerate(prefetcher):
+        assert batch["x"].is_cuda
+        assert batch["next_seq"] == index
+        assert batch["x"].eq(index).all()
+    prefetcher.close()

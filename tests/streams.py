@@ -10,7 +10,7 @@ import torch
 
 from lightning_dataflow.contracts import CaptureSpec, FeatureSpec, SampleOrigin, SampleRef
 from lightning_dataflow.control import ControlPlane, RunPlan, Watermarks, resolve_control_plane
-from lightning_dataflow.data import FeatureCard, StreamingSource
+from lightning_dataflow.data import FeatureCard, PassOrder, StreamingSource
 from lightning_dataflow.producers import Feed, RolloutWorker
 from lightning_dataflow.producers.capture import FEATURES
 from lightning_dataflow.stores import FeatureStore
@@ -25,6 +25,8 @@ CARD = FeatureCard(
     target_model_version="m",
     tokenizer_version="t",
 )
+PLAN = RunPlan(start=0, stop=40, window=4)
+ORDER = PassOrder(300, 0)
 WIDE = Watermarks(high_bytes=1 << 40, high_refs=1 << 40, low_bytes=1 << 39, low_refs=1 << 39)
 
 

@@ -49,6 +49,7 @@ class StreamingRefQueue:
         self._pump = pump
         self._records: dict[int, LogRecord] = {}  # the one that counts
         self._num_tokens: dict[int, int] = {}  # by the first record of a seq, so that all ranks count alike
+        self._handed_out: dict[int, SampleRef | None] = {}
         self._lost: set[int] = set()  # their records are void; waiting for the next
         self._unwanted: list[tuple[int, SampleRef]] = []
         self._end: int | None = None
@@ -79,6 +80,7 @@ class StreamingRefQueue:
             UserError: the log has ended before this window.
         """
         self._wait(seqs)
+        self._handed_out.update({seq: self._records[seq].ref for seq in seqs})
         return RefWindow(entries=[self.entry(seq) for seq in share], num_tokens=sum(self._num_tokens[seq] for seq in seqs))
 
     def entry(self, seq: int) -> WindowEntry:
@@ -90,8 +92,10 @@ class StreamingRefQueue:
         """Everything before `next_seq` has been trained. Returns refs of it that nobody reads, to be freed."""
         with self._lock:
             for seq in range(self._start, next_seq):
-                self._records.pop(seq, None)
+                record, handed_out = self._records.pop(seq, None), self._handed_out.pop(seq, None)
                 self._num_tokens.pop(seq, None)
+                if record is not None and record.ref != handed_out:  # came after its window was handed out
+                    self._discard(record)
             self._start = max(self._start, next_seq)
             return self._take_unwanted(next_seq)
 
@@ -102,14 +106,14 @@ class StreamingRefQueue:
         """
         assert entry.ref is not None, "a skipped entry has no features to fail"
         seq = entry.seq
-        if self.entry(seq) != entry:
-            return self.entry(seq)  # captured again, or given up, meanwhile
-        if retryable and self._plane.ledger.want(seq, entry.ref.generation):
-            self._lost.add(seq)
-            self._wait(range(seq, seq + 1))
-            return self.entry(seq)
-        self._plane.skip([seq], reason)
-        self._take_in([LogRecord(kind="skip", seq=seq, reason=reason)])
+        if self.entry(seq) == entry:  # else it was captured again, or given up, meanwhile
+            if retryable and self._plane.ledger.want(seq, entry.ref.generation):
+                self._lost.add(seq)
+                self._wait(range(seq, seq + 1))
+            else:
+                self._plane.skip([seq], reason)
+                self._take_in([LogRecord(kind="skip", seq=seq, reason=reason)])
+        self._handed_out[seq] = self._records[seq].ref
         return self.entry(seq)
 
     def unread(self) -> list[SampleRef]:
@@ -156,6 +160,7 @@ class StreamingRefQueue:
             self.skipped[seq] = str(record.reason)
         elif ref.sample_id in self._skip_ids:
             self.skipped[seq] = "skip_ids"
+            self._discard(record)
 
     def _discard(self, record: LogRecord) -> None:
         if record.ref is not None:

@@ -186,6 +186,6 @@ def announcement_from_json(data: dict[str, Any], where: str) -> tuple[FeatureCar
         card = card_from_json(data["card"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"what {where} announces is damaged ({error!r}): start again under another run_name") from error
-    if num_samples < 1 or min(counts, default=0) < 0:
+    if num_samples < 1 or min((*counts, *counts.values()), default=0) < 0:
         raise UserError(f"what {where} announces is damaged ({num_samples} samples): start again under another run_name")
     return card, num_samples, seed, counts

@@ -1,0 +1,321 @@
+"""One rank's view of the log."""
+
+import threading
+import time
+
+import pytest
+
+from lightning_dataflow.contracts import LogRecord, PeerFailedError, PeerTimeoutError, UserError
+from lightning_dataflow.control import ControlPlane
+from lightning_dataflow.data import StreamingRefQueue, rank_slice
+from lightning_dataflow.data import queue as queue_module
+from lightning_dataflow.data.queue import QueueCancelledError
+from lightning_dataflow.data.source import WindowEntry
+from tests.streams import WIDE, begin, make_ref, memory_plane
+
+
+@pytest.fixture
+def plane(tmp_path) -> ControlPlane:
+    made = memory_plane(tmp_path)
+    made.log.announce({"run_id": "run"})
+    begin(made)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def look_at_peers_at_once(monkeypatch):
+    monkeypatch.setattr(queue_module, "CHECK_PEERS_S", 0.0)
+
+
+def queue_of(plane: ControlPlane, **options) -> StreamingRefQueue:
+    """A reader of its own."""
+    reader = memory_plane(plane.log.name)
+    return StreamingRefQueue(
+        ControlPlane(run_id="run", ledger=plane.ledger, channel=reader.log, durable=False),
+        **{"idle_timeout_s": 5.0} | options,
+    )
+
+
+def publish(plane: ControlPlane, *seqs: int, attempt: int = 0):
+    refs = {seq: make_ref(seq, attempt) for seq in seqs}
+    kind = "supersede" if attempt else "ref"
+    plane.log.publish([LogRecord(kind=kind, seq=seq, ref=ref) for seq, ref in refs.items()])
+    return refs
+
+
+def lease_and_publish(plane: ControlPlane, group: int = 4):
+    lease = plane.ledger.lease("producer-0", group=group, num_bytes=lambda seq: 8, watermarks=WIDE, lease_s=60)
+    refs = {seq: make_ref(seq, lease.attempt) for seq in lease.wanted}
+    assert plane.publish(lease, refs) == list(refs)
+    return refs
+
+
+def soon(action, after_s: float = 0.05) -> None:
+    timer = threading.Timer(after_s, action)
+    timer.daemon = True
+    timer.start()
+
+
+def test_windows_come_whole_and_in_order_whatever_arrives_first(plane):
+    queue = queue_of(plane)
+    later = publish(plane, 6, 4, 5, 7)
+    first = publish(plane, 3, 1, 0)
+    soon(lambda: first.update(publish(plane, 2)))
+    window = queue.get(range(4), range(4))
+    assert [(entry.seq, entry.ref) for entry in window.entries] == [(seq, first[seq]) for seq in range(4)]
+    assert window.num_tokens == sum(ref.num_tokens for ref in first.values())
+    assert [entry.ref for entry in queue.get(range(4, 8), range(4, 8)).entries] == [later[seq] for seq in range(4, 8)]
+    assert plane.ledger.status()["train_waits"] == 1
+
+
+def test_ranks_share_every_window(plane):
+    refs = publish(plane, *range(12))
+    ranks = [queue_of(plane) for _ in range(2)]
+    for window in range(3):
+        seqs = range(4 * window, 4 * window + 4)
+        found = [queue.get(seqs, rank_slice(window, 4, rank, 2)) for rank, queue in enumerate(ranks)]
+        assert [[entry.seq for entry in one.entries] for one in found] == [list(seqs[:2]), list(seqs[2:])]
+        assert {one.num_tokens for one in found} == {sum(refs[seq].num_tokens for seq in seqs)}
+
+
+def test_duplicates_are_unwanted_and_a_later_attempt_counts(plane):
+    queue = queue_of(plane)
+    first = publish(plane, 0, 1)
+    second = publish(plane, 0)
+    newer = publish(plane, 1, attempt=2)
+    older = publish(plane, 1, attempt=1)
+    window = queue.get(range(2), range(2))
+    assert [entry.ref for entry in window.entries] == [first[0], newer[1]]
+    assert queue.num_recaptured == 1
+    assert queue.ack(2) == [second[0], first[1], older[1]]
+    assert queue.unread() == []
+
+
+def test_unwanted_refs_are_handed_over_once_their_window_is_trained(plane):
+    queue = queue_of(plane)
+    publish(plane, *range(8))
+    twice = publish(plane, 1, 6)
+    queue.get(range(4), range(4))
+    assert queue.ack(4) == [twice[1]]
+    assert queue.ack(4) == []
+    late = publish(plane, 2, attempt=1)  # of a worker that was stopped for long
+    queue.get(range(4, 8), range(4, 8))
+    assert queue.ack(8) == [twice[6], late[2]]
+
+
+def test_a_skipped_seq_keeps_its_place(plane):
+    queue = queue_of(plane)
+    refs = publish(plane, 0, 2)
+    plane.skip([1], "too long")
+    publish(plane, 1)  # giving up is final
+    window = queue.get(range(3), range(3))
+    assert [entry.ref for entry in window.entries] == [refs[0], None, refs[2]]
+    assert window.num_tokens == refs[0].num_tokens + refs[2].num_tokens
+    assert queue.skipped == {1: "too long"}
+
+
+def test_all_ranks_count_the_tokens_of_the_first_record(plane):
+    early, late = queue_of(plane), queue_of(plane)
+    refs = publish(plane, 0, 1)
+    first = early.get(range(2), range(2))
+    plane.skip([1], "lost")
+    second = late.get(range(2), range(2))
+    assert first.num_tokens == second.num_tokens == sum(ref.num_tokens for ref in refs.values())
+    assert second.entries[1].ref is None
+
+
+def test_skip_ids_are_not_trained_and_are_freed(plane):
+    queue = queue_of(plane, skip_ids=["run:s1"])
+    refs = publish(plane, 0, 1)
+    assert [entry.ref for entry in queue.get(range(2), range(2)).entries] == [refs[0], None]
+    assert queue.skipped == {1: "skip_ids"}
+    assert queue.ack(2) == [refs[1]]
+
+
+def test_a_resumed_queue_drops_what_is_before_its_start(plane):
+    queue = queue_of(plane, start=4)
+    old = publish(plane, *range(4))
+    publish(plane, *range(4, 8))
+    queue.catch_up()
+    assert queue.take_unwanted() == list(old.values())
+    assert [entry.seq for entry in queue.get(range(4, 8), range(4, 8)).entries] == [4, 5, 6, 7]
+    assert len(queue.unread()) == 4
+
+
+def test_memory_holds_what_is_in_flight(plane):
+    queue = queue_of(plane)
+    for seq in range(0, 400, 4):
+        publish(plane, *range(seq, seq + 4))
+        publish(plane, seq, attempt=1)
+        queue.get(range(seq, seq + 4), range(seq, seq + 2))
+        queue.ack(seq + 4)
+    held = {name: len(value) for name, value in vars(queue).items() if isinstance(value, dict | list | set)}
+    assert set(held.values()) == {0}
+
+
+def test_a_window_may_be_asked_for_again_until_it_is_trained(plane):
+    queue = queue_of(plane)
+    publish(plane, 0, 1)
+    assert queue.get(range(2), range(2)) == queue.get(range(2), range(2))
+
+
+def test_a_lost_sample_is_captured_again(plane):
+    queue = queue_of(plane)
+    refs = lease_and_publish(plane)
+    entry = queue.get(range(4), range(4)).entries[2]
+    again = {}
+    soon(lambda: again.update(lease_and_publish(plane)))
+    replaced = queue.fail(entry, "gone")
+    assert replaced == WindowEntry(seq=2, ref=again[2])
+    assert replaced.ref.origin.attempt == 1
+    assert queue.num_recaptured == 1
+    assert queue.ack(4) == [refs[2]]
+
+
+def test_the_new_ref_came_before_the_loss_was_noticed(plane):
+    """A lease that expired between append and commit: both attempts are in the log when the older is read."""
+    queue = queue_of(plane)
+    publish(plane, 0, 1)
+    entry = queue.get(range(2), range(2)).entries[0]
+    newer = publish(plane, 0, attempt=1)
+    publish(plane, 2, 3)
+    queue.get(range(2, 4), range(2, 4))  # reads on, ahead of the trainer
+    assert queue.fail(entry, "gone").ref == newer[0]
+
+
+def test_a_sample_that_is_lost_too_often_is_skipped_for_every_reader(plane):
+    queue = queue_of(plane)
+    lease_and_publish(plane)
+    entry = queue.get(range(4), range(4)).entries[0]
+    for _ in range(2):
+        soon(lambda: lease_and_publish(plane))
+        entry = queue.fail(entry, "gone")
+        assert entry.ref is not None
+    assert queue.fail(entry, "gone for good") == WindowEntry(seq=0, ref=None)
+    assert queue.skipped == {0: "gone for good"}
+    other = queue_of(plane)
+    assert other.get(range(4), range(4)).entries[0].ref is None
+    assert other.skipped == {0: "gone for good"}
+
+
+def test_what_cannot_be_captured_again_is_skipped_at_once(plane):
+    queue = queue_of(plane)
+    lease_and_publish(plane)
+    entry = queue.get(range(4), range(4)).entries[0]
+    assert queue.fail(entry, "damaged", retryable=False).ref is None
+
+
+def test_another_rank_gave_the_sample_up_while_this_one_waited(plane):
+    queue = queue_of(plane)
+    lease_and_publish(plane)
+    entry = queue.get(range(4), range(4)).entries[0]
+    soon(lambda: plane.skip([0], "capture failed: too long"))
+    assert queue.fail(entry, "gone") == WindowEntry(seq=0, ref=None)
+    assert queue.skipped == {0: "capture failed: too long"}
+
+
+def test_forgotten_samples_are_waited_for(plane):
+    queue = queue_of(plane)
+    publish(plane, 0, 1)
+    queue.catch_up()
+    queue.forget([1])
+    again = {}
+    soon(lambda: again.update(publish(plane, 1, attempt=1)))
+    assert queue.get(range(2), range(2)).entries[1].ref == again[1]
+
+
+def test_a_producer_that_falls_silent_is_named(plane):
+    queue = queue_of(plane, idle_timeout_s=0.05)
+    with pytest.raises(
+        PeerTimeoutError, match=r"no sample came for 0 s; waiting for 2 of the 2 samples of the window at seq 0"
+    ):
+        queue.get(range(2), range(2))
+    plane.ledger.report("producer-0", "capturing seq 0")
+    publish(plane, 0)
+    with pytest.raises(
+        PeerTimeoutError, match=r"1 of the 2 samples .* from producer-0 on .* \(capturing seq 0, seen 0 s ago\)"
+    ):
+        queue.get(range(2), range(2))
+    assert queue.waiting_for == "1 of the 2 samples of the window at seq 0"
+
+
+def test_records_keep_the_patience_up(plane):
+    queue = queue_of(plane, idle_timeout_s=0.5)
+    for at in range(1, 6):
+        soon(lambda at=at: publish(plane, at), 0.2 * at)
+    soon(lambda: publish(plane, 0), 1.2)
+    assert queue.get(range(2), range(2)).entries
+
+
+def test_a_failed_producer_ends_the_wait(plane):
+    soon(lambda: plane.ledger.report("producer-0", "CUDA out of memory", failed=True))
+    with pytest.raises(PeerFailedError, match="producer-0: CUDA out of memory"):
+        queue_of(plane).get(range(2), range(2))
+
+
+def test_another_rank_that_ends_the_run_ends_the_wait(plane):
+    queue = queue_of(plane)
+    lease_and_publish(plane)
+    entry = queue.get(range(4), range(4)).entries[0]
+    plane.ledger.finish("failed: loss is nan")
+    with pytest.raises(
+        PeerFailedError, match=r"the run was ended \(failed: loss is nan\) while this process waited for 1 of"
+    ):
+        queue.fail(entry, "freed by the rank that ended")
+    reader = queue_of(plane)
+    reader.catch_up()
+    assert reader.skipped == {}
+
+
+def test_a_log_that_ends_before_the_window(plane):
+    queue = queue_of(plane)
+    publish(plane, 0, 1, 2)
+    plane.log.close(3)
+    assert queue.get(range(2), range(2)).entries
+    with pytest.raises(UserError, match=r"ends at seq 3, the next window needs seqs up to 4: lower trainer\.max_steps"):
+        queue.get(range(2, 4), range(2, 4))
+    plane.log.publish([LogRecord(kind="begin", seq=0)])  # a new fit
+    publish(plane, 3)
+    assert queue.get(range(2, 4), range(2, 4)).entries
+
+
+def test_cancelled_from_another_thread(plane):
+    queue = queue_of(plane)
+    soon(queue.cancel)
+    start = time.monotonic()
+    with pytest.raises(QueueCancelledError):
+        queue.get(range(2), range(2))
+    assert time.monotonic() - start < 2
+
+
+def test_a_pump_is_called_instead_of_waiting(plane):
+    calls: list[int] = []
+
+    def pump() -> bool:
+        publish(plane, len(calls))
+        calls.append(0)
+        return True
+
+    assert len(queue_of(plane, pump=pump).get(range(3), range(3)).entries) == 3
+    assert len(calls) == 3
+
+
+def test_acknowledging_beside_a_reading_thread(plane):
+    queue = queue_of(plane)
+
+    def write() -> None:
+        for seq in range(0, 2000, 20):
+            publish(plane, *range(seq, seq + 20))
+
+    writer = threading.Thread(target=write)
+    trained: list[int] = []
+    reader = threading.Thread(
+        target=lambda: [trained.append(queue.get(range(s, s + 4), range(s, s + 4)) and s + 4) for s in range(0, 2000, 4)]
+    )
+    writer.start()
+    reader.start()
+    while reader.is_alive():
+        if trained:
+            assert queue.ack(trained[-1]) == []
+    queue.ack(2000)
+    assert queue.unread() == []

@@ -1,0 +1,239 @@
+"""The trainer's end: begin, train, end, for any number of ranks; what is in the store is freed exactly once."""
+
+import threading
+
+import pytest
+import torch
+
+from lightning_dataflow.contracts import PeerTimeoutError, UserError
+from lightning_dataflow.control import ControlPlane, RunPlan
+from lightning_dataflow.data import ManifestSource, PassOrder
+from lightning_dataflow.data import queue as queue_module
+from lightning_dataflow.data.streaming import announcement_from_json, announcement_to_json
+from lightning_dataflow.data.windows import rank_slice
+from lightning_dataflow.stores import MemoryFeatureStore, SharedDirFeatureStore
+from tests.streams import CARD, ORDER, PLAN, SeqFeed, make_source, make_worker, memory_plane
+
+
+@pytest.fixture(autouse=True)
+def look_at_peers_at_once(monkeypatch):
+    monkeypatch.setattr(queue_module, "CHECK_PEERS_S", 0.0)
+
+
+@pytest.fixture
+def store():
+    return MemoryFeatureStore()
+
+
+@pytest.fixture
+def plane(tmp_path):
+    return memory_plane(tmp_path)
+
+
+def another_reader(plane: ControlPlane) -> ControlPlane:
+    return ControlPlane(run_id="run", ledger=plane.ledger, channel=memory_plane(plane.log.name).log, durable=False)
+
+
+def capture(worker, groups: int) -> None:
+    for _ in range(groups):
+        assert worker.run_once() == "captured"
+
+
+def train(source, window: int, rank: int = 0, world_size: int = 1) -> list[int]:
+    """Read, apply and free one window; the numbers that its features hold."""
+    share = rank_slice(window, 4, rank, world_size)
+    found = source.window(range(4 * window, 4 * window + 4), share, ORDER)
+    handles, values = [], []
+    for entry in found.entries:
+        tensors, handle = source.store.get(entry.ref)
+        handles.append(handle)
+        values.append(int(tensors["last_hidden_state"][0, 0]))
+    for handle in handles:
+        source.store.release(handle)
+    source.applied(list(share), 4 * window + 4, window + 1)
+    return values
+
+
+def test_a_run_frees_all_it_captured(plane, store):
+    worker = make_worker(plane, store)
+    source = make_source(plane, store)
+    source.begin(PLAN, 0, 1)
+    capture(worker, 14)
+    assert train(source, 0) == [0, 1, 2, 3]
+    assert train(source, 1) == [4, 5, 6, 7]
+    source.window(range(8, 12), range(8, 12), ORDER)  # read ahead and never trained
+    assert source.in_flight()["refs_in_flight"] == store.health()["num_samples"] == 6
+    assert source.in_flight()["bytes_in_flight"] == store.health()["num_bytes"]
+    source.finish("interrupted")
+    assert store.health()["num_samples"] == 0
+    assert plane.ledger.finished() == "interrupted"
+    assert worker.run_once() == "finished"
+
+
+def test_two_ranks_train_all_once_and_a_rank_behind_leaves_nothing(plane, store):
+    worker = make_worker(plane, store)
+    sources = [make_source(plane, store), make_source(another_reader(plane), store)]
+    for rank, source in enumerate(sources):
+        source.begin(PLAN, rank, 2)
+    capture(worker, 16)
+    values = [train(source, window, rank, 2) for window in range(2) for rank, source in enumerate(sources)]
+    assert [value for one in values for value in one] == list(range(8))
+    sources[0].window(range(8, 12), range(8, 10), ORDER)  # rank 0 is a window ahead when the run ends
+    for source in sources:
+        source.cancel()
+        source.finish("interrupted")
+    assert store.health()["num_samples"] == 0
+
+
+def test_what_arrives_late_is_freed_with_its_window(plane, store, monkeypatch):
+    """A worker was killed between append and commit; its samples are captured again while they are trained."""
+    worker = make_worker(plane, store, group=4, lease_s=-1.0)
+    source = make_source(plane, store)
+    source.begin(PLAN, 0, 1)
+    publish = plane.log.publish
+
+    def die(records):
+        publish(records)
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plane.log, "publish", die)
+        patch.setattr(store, "free", lambda ref: None)
+        patch.setattr(type(plane), "give_back", lambda *arguments, **options: None)
+        with pytest.raises(SystemExit):
+            worker.run_once()
+    found = source.window(range(4), range(4), ORDER)
+    tensors = [store.get(entry.ref) for entry in found.entries]
+    capture(worker, 1)
+    for _, handle in tensors:
+        store.release(handle)  # of generations that are superseded by now
+    assert store.health()["num_samples"] == 4
+    source.queue.catch_up()
+    source.applied(range(4), 4, 1)
+    assert store.health()["num_samples"] == 0
+    assert plane.ledger.status()["refs_in_flight"] == 0
+
+
+def test_a_resumed_run_captures_what_is_missing(plane, store):
+    worker = make_worker(plane, store, group=2)
+    first = make_source(plane, store)
+    first.begin(PLAN, 0, 1)
+    capture(worker, 6)
+    assert train(first, 0) == [0, 1, 2, 3]
+    assert train(first, 1) == [4, 5, 6, 7]
+    # killed here; the checkpoint was of step 1
+    resumed = make_source(plane, store)
+    resumed.begin(RunPlan(start=4, stop=40, window=4), 0, 1)
+    assert resumed.reconciliation.lost == {4, 5, 6, 7}
+    capture(worker, 2)
+    assert [train(resumed, window) for window in (1, 2)] == [[4, 5, 6, 7], [8, 9, 10, 11]]
+    assert (dict(resumed.skipped()), resumed.num_recaptured()) == ({}, 4)
+    resumed.finish("completed")
+    assert store.health()["num_samples"] == 0
+
+
+def test_a_second_fit_in_one_process_starts_over(plane, store):
+    worker = make_worker(plane, store)
+    source = make_source(plane, store)
+    for _ in range(3):
+        source.begin(RunPlan(start=0, stop=8, window=4), 0, 1)
+        capture(worker, 8)
+        assert worker.run_once() == "idle"
+        assert train(source, 0) + train(source, 1) == list(range(8))
+        source.finish("completed")
+        assert store.health()["num_samples"] == 0
+    source.queue.catch_up()
+    fresh = make_source(another_reader(plane), store)
+    fresh.begin(RunPlan(start=0, stop=8, window=4), 0, 1)
+    assert fresh.reconciliation.lost == set(range(8))
+
+
+def test_segments_are_trimmed_at_checkpoints_and_skips_survive_until_then(tmp_path, store):
+    plane = memory_plane(tmp_path)
+    plane.log.segment_bytes = 2000
+    worker = make_worker(plane, store)
+    source = make_source(plane, store)
+    source.begin(PLAN, 0, 1)
+    for window in range(10):
+        capture(worker, 4)
+        train(source, window)
+    before = len(list(tmp_path.glob("log-*")))
+    source.durable(20, 5)
+    between = len(list(tmp_path.glob("log-*")))
+    source.durable(40, 10)
+    assert before > between > len(list(tmp_path.glob("log-*"))) == 1
+    assert plane.ledger.status()["durable_step"] == 10
+    source.finish("completed")
+
+
+def test_a_trainer_that_never_began_ends_nobodys_run(plane, store):
+    worker = make_worker(plane, store)
+    running = make_source(plane, store)
+    running.begin(PLAN, 0, 1)
+    capture(worker, 4)
+    wrong = make_source(another_reader(plane), store)
+    with pytest.raises(UserError, match="count samples in the order of seed 0, this trainer has seed 5: use one seed"):
+        wrong.check_order(PassOrder(300, 5))
+    wrong.finish("failed: another seed")
+    assert plane.ledger.finished() is None
+    assert train(running, 0) == [0, 1, 2, 3]
+    running.finish("completed")
+
+
+def test_nobody_announces(plane, store):
+    with pytest.raises(PeerTimeoutError, match="for a producer to announce the run"):
+        make_source(plane, store, start_timeout_s=0.02)
+
+
+def test_the_log_of_another_run(tmp_path, plane, store):
+    make_worker(plane, store)
+    with pytest.raises(UserError, match=r"belongs to run run, this trainer is of run other: .* same run_name"):
+        make_source(memory_plane(tmp_path, "other"), store)
+
+
+def test_announcements():
+    counts = torch.tensor([0, 3, 0, 1])
+    announced = announcement_to_json(CARD, run_id="run", num_samples=5, seed=None, token_counts=counts)
+    assert announcement_from_json(announced, "here") == (CARD, 5, None, {1: 3, 3: 1})
+    for damage in ({"num_samples": 0}, {"token_counts": {"1": -1}}, {"token_counts": {"x": 1}}, {"card": {}}, {"seed": 1}):
+        damaged = {**announced, **damage}
+        if "seed" in damage:
+            del damaged["num_samples"]
+        with pytest.raises(UserError, match=r"what here announces is damaged .* another run_name"):
+            announcement_from_json(damaged, "here")
+
+
+def test_token_counts_of_another_vocabulary(plane, store):
+    make_worker(plane, store)
+    source = make_source(plane, store)
+    assert torch.equal(source.token_counts(10), torch.tensor([1] * 8 + [0, 0]))
+    with pytest.raises(UserError, match="announced token id 7, the target's vocabulary has 5"):
+        source.token_counts(5)
+
+
+def test_a_manifest_is_read_for_several_passes(tmp_path):
+    plane = memory_plane(tmp_path / "log")
+    store = SharedDirFeatureStore(tmp_path / "store", retain=True)
+    worker = make_worker(plane, store, SeqFeed(length=6))
+    source = ManifestSource(plane, store, start_timeout_s=1, idle_timeout_s=5)
+    source.begin(RunPlan(start=0, stop=12, window=4), 0, 1)
+    producing = threading.Thread(target=worker.run)
+    producing.start()
+    order, seen = PassOrder(6, 0), []
+    for window in range(3):
+        seqs = range(4 * window, 4 * window + 4)
+        for entry in source.window(seqs, seqs, order).entries:
+            tensors, handle = store.get(entry.ref)
+            seen.append(int(tensors["last_hidden_state"][0, 0]))
+            store.release(handle)
+        source.applied(list(seqs), seqs.stop, window + 1)
+    assert seen == [order.locate(seq)[0] for seq in range(12)]
+    entry = source.window(range(4), range(4), order).entries[1]
+    store.free(entry.ref)
+    replaced = source.replace(entry, "gone")
+    assert (replaced.seq, replaced.ref.origin.attempt) == (1, 1)
+    assert source.window(range(4), range(4), order).entries[1] == replaced
+    source.finish("completed")
+    producing.join(5)
+    assert not producing.is_alive()
+    assert store.health()["num_samples"] == 0

@@ -306,7 +306,7 @@ def test_lost_samples_that_are_not_awaited_wait(ledger):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_random_walk_never_exceeds_the_marks_and_never_starves(ledger, seed):
-    """Workers lease, commit, fail or vanish while a trainer takes windows: in flight is bounded, every sample is trained."""
+    """Workers lease, commit, fail or vanish while a trainer takes windows: in flight is bounded, all is trained."""
     draw = random.Random(seed)
     window, group = draw.choice([(4, 4), (4, 1), (6, 4), (4, 8)])
     stop, high = 24 * window, max(window, group) + group + draw.randrange(12)

@@ -1,0 +1,86 @@
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from lightning_dataflow.data import prefetch as prefetch_module
+from lightning_dataflow.data.prefetch import Prefetcher
+
+CPU = torch.device("cpu")
+
+
+def counted(made: list[int], stop: int) -> Iterator[dict]:
+    for index in range(stop):
+        made.append(index)
+        yield {"index": index}
+
+
+def test_batches_come_in_order_and_end():
+    batches = Prefetcher(counted([], 50), depth=3, device=CPU)
+    assert [batch["index"] for batch in batches] == list(range(50))
+    batches.close()
+
+
+def test_no_more_than_the_depth_is_made_ahead():
+    made: list[int] = []
+    batches = Prefetcher(counted(made, 50), depth=3, device=CPU)
+    stream = iter(batches)
+    for taken in range(5):
+        time.sleep(0.05)
+        assert len(made) == taken + 4  # three wait, and one more is being offered
+        assert next(stream)["index"] == taken
+    batches.close()
+    assert len(made) < 10
+
+
+def test_an_error_comes_after_the_batches_before_it():
+    def failing() -> Iterator[dict]:
+        yield from counted([], 3)
+        raise KeyError("a sample is lost")
+
+    batches = Prefetcher(failing(), depth=8, device=CPU)
+    stream = iter(batches)
+    time.sleep(0.05)
+    assert [next(stream)["index"] for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(KeyError, match="a sample is lost"):
+        next(stream)
+    batches.close()
+
+
+def test_closing_while_the_thread_waits_for_room():
+    batches = Prefetcher(counted([], 50), depth=1, device=CPU)
+    time.sleep(0.05)
+    start = time.monotonic()
+    batches.close()
+    batches.close()
+    assert time.monotonic() - start < 1
+    assert list(batches) == []
+
+
+def test_closing_while_the_reader_waits_for_a_batch():
+    release = threading.Event()
+
+    def slow() -> Iterator[dict]:
+        release.wait()
+        yield {}
+
+    batches = Prefetcher(slow(), depth=1, device=CPU)
+    seen: list[list] = []
+    reader = threading.Thread(target=lambda: seen.append(list(batches)))
+    reader.start()
+    threading.Timer(0.05, release.set).start()
+    batches.close()
+    reader.join(2)
+    assert not reader.is_alive()
+    assert len(seen) == 1
+
+
+def test_a_read_that_hangs_is_said(monkeypatch):
+    monkeypatch.setattr(prefetch_module, "JOIN_TIMEOUT_S", 0.05)
+    release = threading.Event()
+    batches = Prefetcher(iter(lambda: release.wait() and None, None), depth=1, device=CPU)
+    with pytest.raises(RuntimeError, match="the prefetch thread did not end within 0 s: it hangs in a read"):
+        batches.close()
+    release.set()

@@ -1,0 +1,153 @@
+"""Windows to micro-batches when samples are lost."""
+
+import threading
+
+import lightning as L
+import pytest
+import torch
+
+from lightning_dataflow.data import DataFlowDataModule, pad_samples
+from lightning_dataflow.data.reader import STAND_IN_TOKENS, WindowReader
+from lightning_dataflow.data.source import RefWindow, WindowEntry
+from lightning_dataflow.producers import OnlineSource
+from lightning_dataflow.stores import MemoryFeatureStore
+from lightning_dataflow.strategies import Eagle3Module
+from tests.streams import ORDER, PLAN, SeqFeed, make_source, make_worker, memory_plane
+
+
+@pytest.fixture
+def store():
+    return MemoryFeatureStore()
+
+
+@pytest.fixture
+def source(tmp_path, store):
+    """With three windows of four samples in the store, and a worker beside it."""
+    plane = memory_plane(tmp_path)
+    made = make_worker(plane, store)
+    source = make_source(plane, store)
+    source.begin(PLAN, 0, 1)
+    for _ in range(12):
+        made.run_once()
+    source.worker = made
+    yield source
+    source.finish("completed")
+    assert store.health()["num_samples"] == 0
+
+
+def read(source, **options) -> WindowReader:
+    sizes = {"global_batch_size": 4, "micro_batch_size": 2, "rank": 0, "world_size": 1} | options
+    return WindowReader(source, ORDER, pad_samples, iter(range(10)), **sizes)
+
+
+def lose(source, seq: int) -> None:
+    entry = source.window(range(seq, seq + 1), range(seq, seq + 1), ORDER).entries[0]
+    source.store.free(entry.ref)
+
+
+def test_a_lost_sample_is_replaced(source):
+    plain = next(iter(read(source)))
+    lose(source, 1)
+    threading.Timer(0.05, source.worker.run_once).start()
+    reader = read(source)
+    batch = next(iter(reader))
+    assert batch["sample_ids"] == ["run:s0", "run:s1"]
+    assert torch.equal(batch["last_hidden_state"], plain["last_hidden_state"])
+    assert source.num_recaptured() == 1
+    reader.discard()
+
+
+def test_a_sample_that_is_given_up_keeps_its_place(source):
+    def fail(seqs, attempt):
+        if seqs == (1,):
+            raise OSError("broken")
+
+    source.worker.feed.before = fail
+    lose(source, 1)
+    stop = threading.Event()
+    producing = threading.Thread(target=source.worker.run, args=(stop.is_set,))
+    producing.start()
+    reader = read(source)
+    batches = iter(reader)
+    first, second = next(batches), next(batches)
+    stop.set()
+    producing.join(5)
+    assert first["sample_ids"] == ["run:s0", "skipped:1"]
+    assert first["input_ids"].shape == (2, STAND_IN_TOKENS)
+    assert not first["loss_mask"][1].any()
+    assert first["window_num_tokens"] == second["window_num_tokens"] == sum(2 + seq % 3 for seq in range(4))
+    assert dict(source.skipped()) == {1: "capture failed: broken"}
+    assert reader.release(4) == [0, 1, 2, 3]
+
+
+def test_what_was_read_is_held_until_its_step_was_applied(source, store):
+    reader = read(source)
+    batches = iter(reader)
+    for _ in range(3):
+        next(batches)
+    assert store.health()["num_samples"] == 12
+    assert reader.release(4) == [0, 1, 2, 3]
+    assert store.health()["num_samples"] == 8
+    reader.discard()  # read and not used, and not read, of the second window
+    assert store.health()["num_samples"] == 4
+
+
+def test_ranks_read_their_shares(source):
+    names = [next(iter(read(source, rank=rank, world_size=2)))["sample_ids"] for rank in range(2)]
+    assert names == [["run:s0", "run:s1"], ["run:s2", "run:s3"]]
+
+
+class Skipping(OnlineSource):
+    """Gives up the samples at `positions` of every window."""
+
+    positions: tuple[int, ...] = ()
+
+    def window(self, seqs, share, order):
+        found = super().window(seqs, share, order)
+        entries = list(found.entries)
+        for position in self.positions:
+            self.store.free(entries[position].ref)
+            entries[position] = WindowEntry(seq=entries[position].seq, ref=None)
+        return RefWindow(entries=entries, num_tokens=found.num_tokens)
+
+
+class Recording(Eagle3Module):
+    """Keeps the last gradients."""
+
+    def on_before_optimizer_step(self, optimizer):
+        super().on_before_optimizer_step(optimizer)
+        self.gradients = {name: p.grad.clone() for name, p in self.named_parameters() if p.grad is not None}
+
+
+def fit(target_path, prompts, target, folder, positions, micro_batch_size=1) -> Recording:
+    source = Skipping(prompts[0], target)
+    source.positions = positions
+    data = DataFlowDataModule(source, global_batch_size=4, micro_batch_size=micro_batch_size)
+    module = Recording(str(target_path), draft_vocab_size=64, num_steps=2, lr=1e-2)
+    steps = 4 // micro_batch_size
+    limits = {"max_steps": 1, "max_epochs": 1, "limit_train_batches": steps, "accumulate_grad_batches": steps}
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    L.Trainer(accelerator="cpu", default_root_dir=folder, **limits, **quiet).fit(module, data)
+    assert source.store.health()["num_samples"] == 0
+    return module
+
+
+def test_a_skipped_sample_has_no_weight(target_path, prompts, target, tmp_path):
+    """Alone in its micro-batch or beside another, it changes neither loss nor gradient."""
+    alone = fit(target_path, prompts, target, tmp_path, (1, 3))
+    beside = fit(target_path, prompts, target, tmp_path, (1, 3), micro_batch_size=2)
+    assert float(alone.step_losses[0]) > 0
+    assert float(alone.step_losses[0]) == pytest.approx(float(beside.step_losses[0]), rel=1e-5)
+    for name, gradient in alone.gradients.items():
+        assert (gradient - beside.gradients[name]).abs().max() < 1e-5 * gradient.abs().max() + 1e-9, name
+
+
+def test_a_window_of_skipped_samples_alone_is_a_step_of_nothing(target_path, prompts, target, tmp_path):
+    module = fit(target_path, prompts, target, tmp_path, (0, 1, 2, 3))
+    assert [float(loss) for loss in module.step_losses] == [0.0]
+    assert all(gradient.abs().max() == 0 for gradient in module.gradients.values())
+
+
+def test_a_feed_is_what_the_card_says():
+    (_, tensors), *_ = SeqFeed().capture([3], 0)
+    assert tuple(tensors) == SeqFeed.card.features

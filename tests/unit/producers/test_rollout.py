@@ -1,0 +1,312 @@
+"""The drive loop of a producer, over a real ledger, log and store."""
+
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lightning_dataflow.contracts import CaptureMismatchError, CaptureSpec, PeerTimeoutError, UserError
+from lightning_dataflow.control import Watermarks
+from lightning_dataflow.control import heartbeat as heartbeat_module
+from lightning_dataflow.producers import PromptFeed
+from lightning_dataflow.producers import rollout as rollout_module
+from lightning_dataflow.stores import MemoryFeatureStore
+from tests.streams import CAPTURE, SeqFeed, begin, make_worker, memory_plane
+
+
+@pytest.fixture
+def plane(tmp_path):
+    return memory_plane(tmp_path)
+
+
+@pytest.fixture
+def store():
+    return MemoryFeatureStore()
+
+
+def until_idle(worker) -> list[str]:
+    states = []
+    while (state := worker.run_once()) != "idle":
+        states.append(state)
+    return states
+
+
+def records(plane):
+    plane.log.rewind()
+    return [(one.kind, one.seq) for one in plane.log.poll(10_000)]
+
+
+def feed_that_fails(on, error):
+    def before(seqs, attempt):
+        if on(seqs, attempt):
+            raise error
+
+    return SeqFeed(before)
+
+
+def test_all_samples_are_captured_in_groups(plane, store):
+    worker = make_worker(plane, store, group=4)
+    assert worker.run_once() == "idle"  # no trainer yet
+    begin(plane, stop=10)
+    assert until_idle(worker) == ["captured"] * 3
+    assert worker.feed.captured == [((0, 1, 2, 3), 0), ((4, 5, 6, 7), 0), ((8, 9), 0)]
+    assert records(plane) == [("ref", seq) for seq in range(10)]
+    assert worker.num_captured == store.health()["num_samples"] == 10
+    status = plane.ledger.status()
+    assert (status["refs_in_flight"], status["bytes_in_flight"]) == (10, store.health()["num_bytes"])
+
+
+def test_only_what_is_wanted_of_a_group_is_published(plane, store):
+    begin(plane, start=2, stop=4)
+    worker = make_worker(plane, store, group=4)
+    until_idle(worker)
+    assert worker.feed.captured == [((0, 1, 2, 3), 0)]
+    assert records(plane) == [("ref", 2), ("ref", 3)]
+    assert store.health()["num_samples"] == 2
+
+
+def test_a_capture_that_fails_once_is_tried_again(plane, store):
+    begin(plane, stop=8)
+    worker = make_worker(
+        plane, store, feed_that_fails(lambda seqs, attempt: seqs[0] == 0 and not attempt, OSError("flaky")), group=4
+    )
+    assert until_idle(worker) == ["failed", "captured", "captured"]
+    assert worker.feed.captured == [((0, 1, 2, 3), 1), ((4, 5, 6, 7), 0)]
+    assert records(plane)[0] == ("supersede", 0)
+
+
+def test_a_sample_that_always_fails_is_skipped_and_the_others_go_on(plane, store):
+    begin(plane, stop=6)
+    worker = make_worker(plane, store, feed_that_fails(lambda seqs, attempt: 2 in seqs, ValueError("too long")), group=2)
+    assert sorted(until_idle(worker)) == ["captured"] * 2 + ["failed"] * 3
+    assert [one for one in records(plane) if one[0] == "skip"] == [("skip", 2), ("skip", 3)]
+    plane.log.rewind()
+    assert {one.reason for one in plane.log.poll() if one.kind == "skip"} == {"capture failed: too long"}
+    assert store.health()["num_samples"] == plane.ledger.status()["refs_in_flight"] == 4
+
+
+def test_an_error_of_every_capture_ends_the_worker(plane, store):
+    begin(plane)
+    worker = make_worker(plane, store, feed_that_fails(lambda seqs, attempt: True, RuntimeError("CUDA out of memory")))
+    with pytest.raises(RuntimeError, match="CUDA out of memory"):
+        worker.run()
+    assert plane.ledger.failures() == ["producer-0: CUDA out of memory"]
+    assert plane.ledger.status()["leased"] == store.health()["num_samples"] == 0
+
+
+def test_an_interrupted_worker_gives_its_lease_back_and_is_no_failure(plane, store):
+    begin(plane)
+    worker = make_worker(plane, store, feed_that_fails(lambda seqs, attempt: True, KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        worker.run()
+    assert plane.ledger.failures() == []
+    assert plane.ledger.status()["leased"] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer_ids": (1,)}, r"another layers \(\(1, 3, 4\)\) than the run was announced with \(\(1,\)\)"),
+        ({"hidden_size": 32}, r"another hidden size \(64\) than the run was announced with \(32\)"),
+        ({"norm": "pre"}, r"another norm of the last hidden state \(post\) than .* \(pre\)"),
+    ],
+)
+def test_a_target_that_captures_something_else(plane, store, prompts, target, change, message):
+    feed = PromptFeed(prompts[0], target, seed=0, run_id="run")
+    feed.card = replace(feed.card, capture=replace(feed.card.capture, **change))
+    begin(plane)
+    with pytest.raises(CaptureMismatchError, match=message):
+        make_worker(plane, store, feed).run_once()
+    assert plane.ledger.status()["leased"] == store.health()["num_samples"] == 0
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda n: [], "returned 0 samples for 2 prompts"),
+        (lambda n: [{"aux_hidden_states": torch.zeros(3, 192)}] * n, r"captured .* expected"),
+        (
+            lambda n: [{"aux_hidden_states": torch.zeros(3, 192).half(), "last_hidden_state": torch.zeros(3, 64)}] * n,
+            r"float16.* expected .*float32",
+        ),
+    ],
+)
+def test_a_target_that_returns_something_else(plane, store, prompts, target, monkeypatch, returned, message):
+    monkeypatch.setattr(target, "capture", lambda batch: returned(len(batch)))
+    begin(plane)
+    worker = make_worker(plane, store, PromptFeed(prompts[0], target, seed=0, run_id="run"), group=2)
+    with pytest.raises(CaptureMismatchError, match=message):
+        worker.run()
+    assert store.health()["num_samples"] == 0
+    assert "expected" in plane.ledger.failures()[0] or "samples for" in plane.ledger.failures()[0]
+
+
+def test_producers_of_one_run_must_agree(tmp_path, store):
+    make_worker(memory_plane(tmp_path), store)
+    other = SeqFeed()
+    other.card = replace(SeqFeed.card, capture=CaptureSpec(layer_ids=(2,), norm="post", hidden_size=2))
+    assert other.card.capture != CAPTURE
+    with pytest.raises(UserError, match=r"another card\.capture\.layer_ids \(\[0\], here \[2\]\)"):
+        make_worker(memory_plane(tmp_path), store, other)
+    with pytest.raises(UserError, match=r"another capture_batch_size \(1, here 4\)"):
+        make_worker(memory_plane(tmp_path), store, group=4)
+
+
+def test_a_full_store_is_waited_for(plane):
+    size = SeqFeed().num_bytes(2)
+    store = MemoryFeatureStore(capacity_bytes=2 * size)
+    begin(plane, stop=8)
+    worker = make_worker(plane, store)
+    done = threading.Thread(target=until_idle, args=(worker,))
+    done.start()
+    plane.log.rewind()
+    read = []
+    while len(read) < 8:
+        for record in plane.log.poll():
+            time.sleep(0.02)
+            store.free(record.ref)
+            plane.ledger.free([record.seq])
+            read.append(record.seq)
+    done.join(5)
+    assert read == list(range(8))
+    assert plane.ledger.status()["given_up"] == 0
+
+
+def test_a_store_that_stays_full_counts_against_no_sample(plane):
+    store = MemoryFeatureStore(capacity_bytes=SeqFeed().num_bytes(2))
+    begin(plane, stop=8)
+    worker = make_worker(plane, store, group=4, lease_s=0.01)
+    for _ in range(5):
+        assert worker.run_once() == "idle"
+        assert worker.state == "waiting for room in the store"
+        assert store.health()["num_samples"] == 0
+    assert records(plane) == []
+    store.capacity_bytes = None
+    assert worker.run_once() == "captured"
+
+
+def test_capture_pauses_above_the_watermark(plane, store):
+    begin(plane, stop=40, window=2)
+    bound = Watermarks(high_refs=6, low_refs=2, high_bytes=1 << 40, low_bytes=1 << 39)
+    worker = make_worker(plane, store, watermarks=bound, group=2)
+    assert until_idle(worker) == ["captured"] * 3
+    plane.ledger.free([0, 1])
+    plane.ledger.ack(2, 1)
+    assert worker.run_once() == "idle"
+    plane.ledger.free([2, 3])
+    plane.ledger.ack(4, 2)
+    assert until_idle(worker) == ["captured"] * 2
+    assert worker.state == "all captured, or waiting for the trainer to free some"
+
+
+def test_windows_that_fit_below_no_watermark_are_refused(plane, store):
+    few = Watermarks(high_refs=6, low_refs=2, high_bytes=1 << 40, low_bytes=1 << 39)
+    begin(plane, stop=40, window=8)
+    with pytest.raises(
+        UserError, match=r"a window can have 8 refs, the high watermark is 6 refs: raise topology\.high_refs"
+    ):
+        make_worker(plane, store, watermarks=few).run_once()
+    begin(plane, stop=40, window=4)
+    with pytest.raises(UserError, match="a window can have 8 refs"):  # the group in which a window ends sticks out
+        make_worker(memory_plane(plane.log.name + "/b"), store, watermarks=few, group=8)._check_windows(plane.ledger.plan())
+    begin(plane, stop=2, window=4)
+    assert make_worker(plane, store, watermarks=few).run_once() == "captured"
+    largest = sum(sorted(SeqFeed().sizes())[-4:])
+    for size, fits in ((largest, True), (largest - 1, False)):
+        small = Watermarks(high_refs=100, low_refs=1, high_bytes=size, low_bytes=1)
+        begin(plane, stop=40, window=4)
+        worker = make_worker(plane, store, watermarks=small)
+        if fits:
+            worker.run_once()
+            continue
+        with pytest.raises(UserError, match=rf"a window can have {largest} bytes"):
+            worker.run_once()
+
+
+def test_a_commit_that_went_to_another_attempt_frees_its_features(plane, store):
+    begin(plane, stop=2)
+    other = make_worker(plane, store, name="other", group=2)
+
+    def overtake(seqs, attempt):
+        if attempt == 0:
+            assert other.run_once() == "captured"
+
+    worker = make_worker(plane, store, SeqFeed(overtake), group=2, lease_s=-1.0)
+    assert worker.run_once() == "captured"
+    assert (worker.num_captured, other.num_captured) == (0, 2)
+    assert records(plane) == [("supersede", 0), ("supersede", 1)]
+    assert store.health()["num_samples"] == 2
+    plane.log.rewind()
+    assert store.exists([one.ref for one in plane.log.poll()]) == [True, True]
+
+
+def test_a_trainer_that_never_begins(plane, store):
+    worker = make_worker(plane, store, peer_timeout_s=0.05)
+    with pytest.raises(PeerTimeoutError, match=r"waited 0 s for a trainer to begin in .*: start one with role=trainer"):
+        worker.run()
+
+
+def test_a_trainer_that_vanishes(plane, store):
+    begin(plane, stop=2)
+    plane.ledger.report("trainer-0", "training")
+    worker = make_worker(plane, store, peer_timeout_s=0.2)
+    with pytest.raises(PeerTimeoutError, match=r"trainer-0 on .* gave no sign of life for 0 s \(it was training\)"):
+        worker.run()
+    assert worker.num_captured == 2
+
+
+def test_the_end_of_the_run_ends_the_worker_and_leaves_nothing(plane, store):
+    begin(plane, stop=8)
+    worker = make_worker(plane, store, SeqFeed(lambda seqs, attempt: seqs[0] == 4 and plane.ledger.finish("completed")))
+    worker.run()
+    assert worker.feed.captured[-1] == ((4,), 0)
+    assert store.health()["num_samples"] == 4  # published before the end: the trainer's to free
+    assert plane.ledger.status()["parts"][0]["state"] == "finished"
+
+
+def test_a_run_that_finished_before_is_waited_for_again(plane, store, monkeypatch):
+    begin(plane, stop=2)
+    plane.ledger.finish("interrupted")
+    monkeypatch.setattr(rollout_module, "LOADED_AT", time.time() + 0.01)
+    worker = make_worker(plane, store)
+    assert worker.run_once() == "idle"
+    begin(plane, stop=2)
+    assert until_idle(worker) == ["captured"] * 2
+
+
+def test_should_stop_ends_the_loop(plane, store):
+    begin(plane)
+    worker = make_worker(plane, store)
+    worker.run(lambda: worker.num_captured >= 5)
+    assert worker.num_captured == 5
+
+
+def test_a_heartbeat_keeps_a_slow_capture_alive(plane, store, monkeypatch):
+    monkeypatch.setattr(heartbeat_module, "EVERY_S", 0.02)
+    begin(plane, stop=1)
+    worker = make_worker(plane, store, SeqFeed(lambda seqs, attempt: time.sleep(0.3)), lease_s=0.1)
+    slow = threading.Thread(target=worker.run)
+    slow.start()
+    time.sleep(0.2)
+    assert make_worker(plane, store, name="other").run_once() == "idle"
+    plane.ledger.report("other", "done")
+    while not worker.num_captured:
+        time.sleep(0.01)
+    plane.ledger.finish("completed")
+    slow.join(5)
+    assert records(plane) == [("ref", 0)]
+
+
+def test_prompts_are_captured_by_the_real_target(plane, store, prompts, target):
+    feed = PromptFeed(prompts[0], target, seed=3, run_id="run")
+    begin(plane, stop=6)
+    worker = make_worker(plane, store, feed, group=2)
+    assert until_idle(worker) == ["captured"] * 3
+    plane.log.rewind()
+    for record in plane.log.poll():
+        tensors, _ = store.get(record.ref)
+        index, _ = feed._locate(record.seq)
+        assert tensors["input_ids"].tolist() == list(prompts[0][index].input_ids)
+        assert record.ref.num_bytes == feed.num_bytes(record.seq) == feed.sizes()[index]

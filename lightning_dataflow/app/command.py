@@ -12,12 +12,11 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_dataflow.app.commands import INTERRUPTED
 from lightning_dataflow.app.schema import TrainConfig, register_schemas
 from lightning_dataflow.contracts import CapacityError, PeerFailedError, PeerTimeoutError, UserError
 
 CONFIG_DIR_FLAGS = ("-cd", "--config-dir")
-INTERRUPTED = 130
-"""Exit status of a command that Ctrl-C ended, as shells give it."""
 
 Command = Callable[[TrainConfig, dict[str, Any]], Any]
 

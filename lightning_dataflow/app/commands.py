@@ -3,6 +3,9 @@
 import importlib
 import sys
 
+INTERRUPTED = 130
+"""Exit status of a command that Ctrl-C ended, as shells give it."""
+
 COMMANDS = {
     "train": "train a draft",
     "capture": "write the target's features to disk, for topology=offline",
@@ -24,4 +27,7 @@ def main() -> None:
         print("\n".join(f"  {command:12}{text}" for command, text in COMMANDS.items()))
         print("\nCOMMAND --help shows the configuration.")
         sys.exit(0 if name in ("-h", "--help") else 1)
-    importlib.import_module(f"lightning_dataflow.app.{name.replace('-', '_')}").main()
+    try:
+        importlib.import_module(f"lightning_dataflow.app.{name.replace('-', '_')}").main()
+    except KeyboardInterrupt:  # while it was imported; commands handle their own
+        sys.exit(INTERRUPTED)

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning_dataflow.contracts import LogRecord, PeerTimeoutError, UserError
+from lightning_dataflow.contracts.log import record_to_line
 
+MAX_LINE_BYTES = 1 << 20
 POLL_S = (0.002, 0.05)
 """Waits between two looks at a log without news: they grow from the first to the second."""
 
@@ -30,11 +32,27 @@ class StreamingRefChannel(ABC):
         """What was announced; None before that."""
 
     @abstractmethod
-    def publish(self, records: Sequence[LogRecord]) -> None:
-        """Append `records` at once: a reader sees them in this order, and none from another writer between them.
+    def append(self, lines: Sequence[bytes]) -> None:
+        """Append encoded records at once: a reader sees them in this order, and none from another writer between them."""
 
-        Raises TypeError naming the path of a tensor inside them.
+    def encode(self, record: LogRecord) -> bytes:
+        """A record as `append` takes it.
+
+        Raises:
+            TypeError: it carries a tensor; names the path.
+            UserError: it is longer than readers accept.
         """
+        line = record_to_line(record).encode()
+        if len(line) > MAX_LINE_BYTES:
+            raise UserError(
+                f"the record of seq {record.seq} has {len(line)} bytes, the limit is {MAX_LINE_BYTES}: give its sample "
+                "less metadata"
+            )
+        return line
+
+    def publish(self, records: Sequence[LogRecord]) -> None:
+        """Encode and append."""
+        self.append([self.encode(record) for record in records])
 
     @abstractmethod
     def poll(self, max_records: int = 1024) -> list[LogRecord]:

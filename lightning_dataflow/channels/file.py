@@ -11,14 +11,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lightning_dataflow.channels.base import StreamingRefChannel, check_card
+from lightning_dataflow.channels.base import MAX_LINE_BYTES, StreamingRefChannel, check_card
 from lightning_dataflow.contracts import SCHEMA_VERSION, LogRecord, UserError, assert_no_tensors
-from lightning_dataflow.contracts.log import record_from_json, record_to_line
+from lightning_dataflow.contracts.log import record_from_json
 
 CARD = "run.json"
 SEGMENT_BYTES = 8 << 20
 CHUNK_BYTES = 1 << 20
-MAX_LINE_BYTES = 1 << 20
 
 
 class FileChannel(StreamingRefChannel):
@@ -84,15 +83,8 @@ class FileChannel(StreamingRefChannel):
             )
         return card
 
-    def publish(self, records: Sequence[LogRecord]) -> None:
+    def append(self, lines: Sequence[bytes]) -> None:
         """See StreamingRefChannel."""
-        lines = [record_to_line(record).encode() for record in records]
-        for record, line in zip(records, lines, strict=True):
-            if len(line) > MAX_LINE_BYTES:
-                raise UserError(
-                    f"the record of seq {record.seq} has {len(line)} bytes, the limit is {MAX_LINE_BYTES}: give its sample "
-                    "less metadata"
-                )
         data = b"".join(lines)
         with self._exclusive():
             segment = os.open(self._last_segment(), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)

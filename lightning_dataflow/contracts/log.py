@@ -47,11 +47,14 @@ def record_to_line(record: LogRecord) -> str:
     """One line of JSON, with its newline. Raises TypeError for a record that carries a tensor."""
     data: dict[str, Any] = {"kind": record.kind, "seq": record.seq}
     if record.ref is not None:
-        assert_no_tensors(record.ref.origin.metadata, "record.ref.origin.metadata")
         data["ref"] = ref_to_json(record.ref)
     if record.reason is not None:
         data["reason"] = record.reason[:MAX_REASON]
-    return json.dumps(data, separators=(",", ":"), default=_refuse) + "\n"
+    try:
+        return _encode(data) + "\n"
+    except TypeError:
+        assert_no_tensors(record, "record")  # names the path
+        raise
 
 
 def record_from_json(data: Any) -> LogRecord:
@@ -68,5 +71,7 @@ def record_from_json(data: Any) -> LogRecord:
 
 
 def _refuse(value: Any) -> Any:
-    assert_no_tensors(value, "record")
     raise TypeError(f"a {type(value).__name__} cannot be logged: records hold plain data")
+
+
+_encode = json.JSONEncoder(separators=(",", ":"), default=_refuse).encode

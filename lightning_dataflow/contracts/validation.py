@@ -3,10 +3,18 @@
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from functools import lru_cache
+from typing import Any, get_args
 
 from lightning_dataflow.contracts.errors import UserError
-from lightning_dataflow.contracts.records import SCHEMA_VERSION, CaptureSpec, FeatureSpec, SampleOrigin, SampleRef
+from lightning_dataflow.contracts.records import (
+    SCHEMA_VERSION,
+    CaptureSpec,
+    FeatureSpec,
+    SampleOrigin,
+    SampleRef,
+    TargetRepr,
+)
 
 DTYPE_BYTES = {
     "bool": 1,
@@ -27,6 +35,8 @@ MAX_TOKENS = 1 << 24
 MAX_RANK = 8
 MAX_TEXT = 1024
 MAX_FEATURES = 64
+CACHED_SPECS, CACHED_CAPTURES = 1 << 15, 16
+_CACHED_SPEC = {"name", "shape", "dtype", "target_repr"}
 _NO_DEFAULT = object()
 _ORIGIN_DEFAULTS = {"attempt": 0, "draft_weight_version": None}
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:#-]{0,254}")
@@ -70,7 +80,13 @@ def validate_ref(ref: SampleRef) -> SampleRef:
                 f"{origin.num_tokens} tokens"
             )
     _check_plain(ref)
-    total = sum(_feature_bytes(name, spec, origin.sample_id) for name, spec in ref.features.items())
+    try:
+        total = sum(
+            _feature_bytes(name, spec.name, spec.dtype, spec.target_repr, *spec.shape)
+            for name, spec in ref.features.items()
+        )
+    except UserError as error:
+        raise UserError(f"ref {origin.sample_id}: {error}") from error
     if total != ref.num_bytes or total > MAX_SAMPLE_BYTES:
         raise UserError(
             f"ref {origin.sample_id} says {_short(ref.num_bytes)} bytes but its features hold {total} "
@@ -98,13 +114,11 @@ def ref_from_json(data: Any) -> SampleRef:
     """Rebuild and validate a ref from `json.loads` output. Raises UserError for anything malformed."""
     try:
         origin = dict(data["origin"])
-        capture = dict(origin.pop("capture"))
-        capture["layer_ids"] = tuple(int(i) for i in capture["layer_ids"])
-        features = {}
-        for name, spec in data["features"].items():
-            features[name] = FeatureSpec(**{**spec, "shape": tuple(spec["shape"])})
-        rest = {key: value for key, value in data.items() if key not in ("origin", "features")}
-        ref = SampleRef(origin=SampleOrigin(capture=CaptureSpec(**capture), **origin), features=features, **rest)
+        capture = dict(origin["capture"])
+        layer_ids = tuple(map(int, capture.pop("layer_ids")))
+        origin["capture"] = _capture(layer_ids, **capture)
+        features = {name: _spec_from_json(spec) for name, spec in data["features"].items()}
+        ref = SampleRef(**{**data, "origin": SampleOrigin(**origin), "features": features})
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"not a sample reference ({error!r}): {_short(data)}") from error
     return validate_ref(ref)
@@ -119,17 +133,39 @@ def _spec_to_json(spec: FeatureSpec) -> dict[str, Any]:
     return data
 
 
-def _feature_bytes(name: str, spec: FeatureSpec, sample_id: str) -> int:
-    check_id(name, f"feature name of {sample_id}")
-    if spec.name != name:
-        raise UserError(f"feature {name} of {sample_id} calls itself {_short(spec.name)}: the ref is damaged")
-    if spec.dtype not in DTYPE_BYTES:
-        raise UserError(f"feature {name} of {sample_id} has dtype {_short(spec.dtype)}, known: {', '.join(DTYPE_BYTES)}")
-    if not isinstance(spec.shape, tuple) or len(spec.shape) > MAX_RANK:
-        raise UserError(f"feature {name} of {sample_id} has shape {_short(spec.shape)}, expected at most {MAX_RANK} sizes")
-    for size in spec.shape:
-        _check_count(size, MAX_SAMPLE_BYTES, f"a size of feature {name} of {sample_id}")
-    return math.prod(spec.shape) * DTYPE_BYTES[spec.dtype]
+@lru_cache(CACHED_CAPTURES, typed=True)
+def _capture(layer_ids: tuple[int, ...], norm: Any, hidden_size: int) -> CaptureSpec:
+    """All samples of a run have one."""
+    return CaptureSpec(layer_ids=layer_ids, norm=norm, hidden_size=hidden_size)
+
+
+def _spec_from_json(data: Mapping[str, Any]) -> FeatureSpec:
+    if data.keys() <= _CACHED_SPEC:
+        return _spec(data["name"], data["dtype"], data.get("target_repr"), *data["shape"])
+    return FeatureSpec(**{**data, "shape": tuple(data["shape"])})
+
+
+@lru_cache(CACHED_SPECS, typed=True)
+def _spec(name: str, dtype: str, target_repr: Any, *shape: int) -> FeatureSpec:
+    """Features of one length recur in every sample of that length."""
+    return FeatureSpec(name=name, shape=shape, dtype=dtype, target_repr=target_repr)
+
+
+@lru_cache(CACHED_SPECS, typed=True)
+def _feature_bytes(name: str, own_name: str, dtype: str, target_repr: Any, *shape: int) -> int:
+    """Payload of a feature, once all that is said of it is within bounds."""
+    check_id(name, "feature name")
+    if own_name != name:
+        raise UserError(f"feature {name} calls itself {_short(own_name)}: the ref is damaged")
+    if dtype not in DTYPE_BYTES:
+        raise UserError(f"feature {name} has dtype {_short(dtype)}, known: {', '.join(DTYPE_BYTES)}")
+    if target_repr is not None and target_repr not in get_args(TargetRepr):
+        raise UserError(f"feature {name} represents {_short(target_repr)}, known: {', '.join(get_args(TargetRepr))}")
+    if len(shape) > MAX_RANK:
+        raise UserError(f"feature {name} has shape {_short(shape)}, expected at most {MAX_RANK} sizes")
+    for size in shape:
+        _check_count(size, MAX_SAMPLE_BYTES, f"a size of feature {name}")
+    return math.prod(shape) * DTYPE_BYTES[dtype]
 
 
 def _check_plain(ref: SampleRef) -> None:

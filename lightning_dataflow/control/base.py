@@ -150,8 +150,11 @@ class MetadataStore(ABC):
         """The features of these seqs were freed, or will never come."""
 
     @abstractmethod
-    def ack(self, next_seq: int, global_step: int) -> None:
-        """The optimizer step that used everything before `next_seq` has been applied. One transaction."""
+    def ack(self, next_seq: int, global_step: int, freed: Iterable[int] = ()) -> None:
+        """The optimizer step that used everything before `next_seq` has been applied, and this rank has freed `freed`.
+
+        One transaction.
+        """
 
     @abstractmethod
     def ack_durable(self, next_seq: int, global_step: int) -> None:

@@ -49,7 +49,7 @@ class NoOpMetadataStore(MetadataStore):
     def free(self, seqs: Iterable[int]) -> None:
         """See MetadataStore."""
 
-    def ack(self, next_seq: int, global_step: int) -> None:
+    def ack(self, next_seq: int, global_step: int, freed: Iterable[int] = ()) -> None:
         """See MetadataStore."""
 
     def ack_durable(self, next_seq: int, global_step: int) -> None:

@@ -42,9 +42,10 @@ class ControlPlane:
     def publish(self, lease: Lease, refs: dict[int, SampleRef]) -> list[int]:
         """Commit and publish in one transaction. Returns the seqs whose refs are in the log now; free the others."""
         kind: Literal["supersede", "ref"] = "supersede" if lease.attempt else "ref"
+        lines = {seq: self.log.encode(LogRecord(kind=kind, seq=seq, ref=ref)) for seq, ref in refs.items()}
         with self.ledger.commit(lease, {seq: (ref.generation, ref.num_bytes) for seq, ref in refs.items()}) as accepted:
             if accepted:
-                self.log.publish([LogRecord(kind=kind, seq=seq, ref=refs[seq]) for seq in accepted])
+                self.log.append([lines[seq] for seq in accepted])
         return list(accepted)
 
     def give_back(self, lease: Lease, reason: str, *, counts: bool = True) -> None:

@@ -16,6 +16,8 @@ from lightning_dataflow.contracts import PeerTimeoutError, UserError
 from lightning_dataflow.control.base import MAX_ATTEMPTS, Lease, MetadataStore, RunPlan, Watermarks
 
 BUSY_TIMEOUT_S = 30.0
+BUSY_PAUSE_S = 0.0001
+"""Between two tries to begin a transaction: they take less than that, SQLite's own pauses grow to 0.1 s."""
 TOTALS = (
     "frontier",
     "bytes_in_flight",
@@ -45,9 +47,10 @@ CREATE TABLE IF NOT EXISTS samples (
     generation TEXT,
     bytes INTEGER NOT NULL
 );
-CREATE INDEX IF NOT EXISTS open_samples ON samples (state, seq) WHERE state != 'published';
+CREATE INDEX IF NOT EXISTS samples_by_state ON samples (state, seq);
 CREATE TABLE IF NOT EXISTS parts (name TEXT PRIMARY KEY, host TEXT, pid INTEGER, seen REAL, state TEXT, failed INTEGER);
 """
+IN_LIST = "seq IN (SELECT value FROM json_each(?))"
 
 
 class SqliteMetadataStore(MetadataStore):
@@ -68,7 +71,7 @@ class SqliteMetadataStore(MetadataStore):
         self._host = socket.gethostname()
         self._path = path or ":memory:"
         try:
-            self._db = sqlite3.connect(self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+            self._db = sqlite3.connect(self._path, timeout=0.0, isolation_level=None, check_same_thread=False)
             self._prepare()
         except sqlite3.Error as error:
             raise UserError(f"cannot use {path} as a ledger ({error}): choose another channel.path") from error
@@ -84,18 +87,10 @@ class SqliteMetadataStore(MetadataStore):
             )
 
     def _prepare(self) -> None:
-        """SQLite does not wait for another process that opens a new file at the same moment, so this does."""
-        deadline = time.monotonic() + BUSY_TIMEOUT_S
-        while True:
-            try:
-                self._db.execute("PRAGMA journal_mode=WAL")
-                self._db.execute("PRAGMA synchronous=NORMAL")
-                self._db.executescript(SCHEMA)
-                return
-            except sqlite3.OperationalError as error:
-                if "locked" not in str(error) or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.02)
+        self._patiently("PRAGMA journal_mode=WAL")
+        self._patiently("PRAGMA synchronous=NORMAL")
+        for statement in SCHEMA.split(";\n"):
+            self._patiently(statement)
 
     def fence(self) -> dict[int, int]:
         """See MetadataStore."""
@@ -183,12 +178,13 @@ class SqliteMetadataStore(MetadataStore):
             accepted = [seq for seq in held if seq in generations]
             yield accepted
             reserved = self._bytes(accepted)
+            committed = sum(generations[seq][1] for seq in accepted)
             self._db.executemany(
                 "UPDATE samples SET state = 'published', generation = ?, bytes = ? WHERE seq = ?",
                 [(*generations[seq], seq) for seq in accepted],
             )
             self._add(
-                bytes_in_flight=self._bytes(accepted) - reserved,
+                bytes_in_flight=committed - reserved,
                 published=len(accepted),
                 recaptured=len(accepted) if lease.attempt else 0,
             )
@@ -214,9 +210,10 @@ class SqliteMetadataStore(MetadataStore):
         with self._transaction():
             self._drop(seqs)
 
-    def ack(self, next_seq: int, global_step: int) -> None:
+    def ack(self, next_seq: int, global_step: int, freed: Iterable[int] = ()) -> None:
         """See MetadataStore."""
         with self._transaction():
+            self._drop(freed)
             self._set_totals(trained_seq=next_seq, trained_step=global_step)
 
     def ack_durable(self, next_seq: int, global_step: int) -> None:
@@ -253,7 +250,7 @@ class SqliteMetadataStore(MetadataStore):
     def failures(self) -> Sequence[str]:
         """See MetadataStore."""
         with self._lock:
-            rows = self._db.execute("SELECT name, state FROM parts WHERE failed ORDER BY name").fetchall()
+            rows = self._patiently("SELECT name, state FROM parts WHERE failed ORDER BY name").fetchall()
         return [f"{name}: {state}" for name, state in rows]
 
     def status(self) -> dict[str, Any]:
@@ -284,7 +281,9 @@ class SqliteMetadataStore(MetadataStore):
     def _first_open(self, now: float) -> int | None:
         """The lowest seq that is wanted again, or whose lease expired."""
         row = self._db.execute(
-            "SELECT MIN(seq) FROM samples WHERE state = 'wanted' OR (state = 'leased' AND expires < ?)", (now,)
+            "SELECT MIN(seq) FROM (SELECT MIN(seq) AS seq FROM samples WHERE state = 'wanted' UNION ALL "
+            "SELECT MIN(seq) FROM samples WHERE state = 'leased' AND expires < ?)",
+            (now,),
         ).fetchone()
         return row[0]
 
@@ -330,9 +329,9 @@ class SqliteMetadataStore(MetadataStore):
             "SELECT MAX(attempt + (state = 'leased')) FROM samples WHERE seq BETWEEN ? AND ? AND state != 'published'",
             (wanted[0], wanted[-1]),
         ).fetchone()
-        self._db.executemany(
-            "UPDATE samples SET state = 'leased', attempt = ?, worker = ?, expires = ? WHERE seq = ?",
-            [(attempt, worker, expires, seq) for seq in wanted],
+        self._db.execute(
+            f"UPDATE samples SET state = 'leased', attempt = ?, worker = ?, expires = ? WHERE {IN_LIST}",
+            (attempt, worker, expires, json.dumps(wanted)),
         )
         return Lease(worker=worker, seqs=seqs, wanted=tuple(wanted), attempt=attempt)
 
@@ -358,22 +357,19 @@ class SqliteMetadataStore(MetadataStore):
         self._add(given_up=len(seqs))
 
     def _drop(self, seqs: Iterable[int]) -> None:
-        there = [(seq,) for seq in seqs]
-        freed_bytes = self._bytes([seq for (seq,) in there])
-        freed_refs = self._db.executemany("DELETE FROM samples WHERE seq = ?", there).rowcount
-        if freed_refs > 0:
-            self._add(bytes_in_flight=-freed_bytes, refs_in_flight=-freed_refs)
+        freed = self._db.execute(
+            f"DELETE FROM samples WHERE {IN_LIST} RETURNING bytes", (json.dumps(list(seqs)),)
+        ).fetchall()
+        if freed:
+            self._add(bytes_in_flight=-sum(size for (size,) in freed), refs_in_flight=-len(freed))
 
     def _bytes(self, seqs: Sequence[int]) -> int:
-        return sum(
-            row[0]
-            for seq in seqs
-            if (row := self._db.execute("SELECT bytes FROM samples WHERE seq = ?", (seq,)).fetchone()) is not None
-        )
+        row = self._db.execute(f"SELECT TOTAL(bytes) FROM samples WHERE {IN_LIST}", (json.dumps(seqs),)).fetchone()
+        return int(row[0])
 
     def _get(self, key: str) -> str | None:
         with self._lock:
-            row = self._db.execute("SELECT value FROM run WHERE key = ?", (key,)).fetchone()
+            row = self._patiently("SELECT value FROM run WHERE key = ?", key).fetchone()
         return row[0] if row else None
 
     def _set(self, key: str, value: str | None) -> None:
@@ -393,19 +389,29 @@ class SqliteMetadataStore(MetadataStore):
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         with self._lock:
-            try:
-                self._db.execute("BEGIN IMMEDIATE")
-            except sqlite3.OperationalError as error:
-                raise PeerTimeoutError(
-                    f"could not write to the ledger {self._path} ({error}) within {BUSY_TIMEOUT_S:.0f} s: is a process of "
-                    "the run stopped inside a write? Continue or end it"
-                ) from error
+            self._patiently("BEGIN IMMEDIATE")
             try:
                 yield
                 self._db.execute("COMMIT")
             except BaseException:
                 self._db.execute("ROLLBACK")
                 raise
+
+    def _patiently(self, statement: str, *parameters: Any) -> sqlite3.Cursor:
+        """Execute, and wait for other processes while they hold the file."""
+        deadline = time.monotonic() + BUSY_TIMEOUT_S
+        while True:
+            try:
+                return self._db.execute(statement, parameters)
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error):
+                    raise
+                if time.monotonic() > deadline:
+                    raise PeerTimeoutError(
+                        f"could not use the ledger {self._path} within {BUSY_TIMEOUT_S:.0f} s ({error}): is a process of "
+                        "the run stopped inside a write? Continue or end it"
+                    ) from error
+                time.sleep(BUSY_PAUSE_S)
 
 
 def _attempt(generation: str) -> int:

@@ -111,11 +111,12 @@ class StreamingSource(RefSource):
 
     def applied(self, seqs: Sequence[int], next_seq: int, global_step: int) -> None:
         """See RefSource."""
-        self.plane.ledger.free(seqs)
         unwanted = self.queue.ack(next_seq)
         if self._rank == 0:
-            self.plane.ledger.ack(next_seq, global_step)
+            self.plane.ledger.ack(next_seq, global_step, seqs)
             self._free(unwanted)
+        else:
+            self.plane.ledger.free(seqs)
 
     def durable(self, next_seq: int, global_step: int) -> None:
         """See RefSource."""

@@ -492,7 +492,7 @@ def test_a_process_that_is_stopped_inside_a_write_is_named(tmp_path, monkeypatch
     begin(ledger)
     found = lease(ledger)
     with (
-        pytest.raises(PeerTimeoutError, match=r"could not write to the ledger .*locked.* is a process of the run stopped"),
+        pytest.raises(PeerTimeoutError, match=r"could not use the ledger .*locked.* is a process of the run stopped"),
         ledger.commit(found, {}),
     ):
         other.ack(1, 1)

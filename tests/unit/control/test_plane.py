@@ -228,14 +228,14 @@ def test_a_crash_between_append_and_commit(plane, store, monkeypatch):
     """The log has the refs, the ledger does not: the next attempt supersedes them."""
     begin(plane)
     found = lease(plane, lease_s=-1)
-    publish = plane.log.publish
+    append = plane.log.append
 
-    def die(records):
-        publish(records)
+    def die(lines):
+        append(lines)
         raise SystemExit
 
     with monkeypatch.context() as patch:
-        patch.setattr(plane.log, "publish", die)
+        patch.setattr(plane.log, "append", die)
         with pytest.raises(SystemExit):
             plane.publish(found, capture(store, found))
     assert kinds(plane) == [("ref", seq) for seq in range(4)]

@@ -90,14 +90,14 @@ def test_what_arrives_late_is_freed_with_its_window(plane, store, monkeypatch):
     worker = make_worker(plane, store, group=4, lease_s=-1.0)
     source = make_source(plane, store)
     source.begin(PLAN, 0, 1)
-    publish = plane.log.publish
+    append = plane.log.append
 
-    def die(records):
-        publish(records)
+    def die(lines):
+        append(lines)
         raise SystemExit
 
     with monkeypatch.context() as patch:
-        patch.setattr(plane.log, "publish", die)
+        patch.setattr(plane.log, "append", die)
         patch.setattr(store, "free", lambda ref: None)
         patch.setattr(type(plane), "give_back", lambda *arguments, **options: None)
         with pytest.raises(SystemExit):

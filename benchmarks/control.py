@@ -79,19 +79,22 @@ def resident_mb() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
 
 
-def produce(folder: Path, group: int, memory: Any) -> None:
+def produce(folder: Path, group: int, seen: Any) -> None:
+    """`seen` holds this process's memory in MB and its CPU seconds."""
     plane = resolve_control_plane("disaggregated", "bench", path=folder)
     plane.log.announce({"run_id": "bench"})
+    seen[1] = time.process_time()
     while plane.ledger.finished() is None:
         lease = plane.ledger.lease("producer", group=group, num_bytes=num_bytes, watermarks=MARKS, lease_s=60.0)
         if lease is None:
-            memory.value = resident_mb()
+            seen[0] = resident_mb()
             time.sleep(IDLE_S[0])
             continue
         plane.publish(lease, {seq: reference(seq, lease.attempt) for seq in lease.wanted})
+        seen[1] = time.process_time()
 
 
-def train(folder: Path, num_refs: int, window: int, producer_mb: Any) -> list[dict[str, float]]:
+def train(folder: Path, num_refs: int, window: int, producer: Any) -> list[dict[str, float]]:
     """One row for every tenth of the run."""
     plane = resolve_control_plane("disaggregated", "bench", path=folder)
     plane.log.wait_for_card(60.0, "the producer")
@@ -99,7 +102,7 @@ def train(folder: Path, num_refs: int, window: int, producer_mb: Any) -> list[di
     reconcile_on_restart(plane, MemoryFeatureStore(), RunPlan(start=0, stop=num_refs, window=window), queue.catch_up)
     rows, block = [], num_refs // 10 // window * window
     start = block_start = time.perf_counter()
-    cpu = time.process_time()
+    cpu = time.process_time(), producer[1]
     for seq in range(0, num_refs // window * window, window):
         seqs = range(seq, seq + window)
         found = queue.get(seqs, seqs)
@@ -109,14 +112,15 @@ def train(folder: Path, num_refs: int, window: int, producer_mb: Any) -> list[di
         if seqs.stop % block == 0:
             plane.ledger.ack_durable(seqs.stop, seqs.stop // window)
             plane.log.trim(seqs.stop)
-            now, now_cpu = time.perf_counter(), time.process_time()
+            now, now_cpu = time.perf_counter(), (time.process_time(), producer[1])
             rows.append(
                 {
                     "refs": seqs.stop,
                     "us": 1e6 * (now - block_start) / block,
-                    "trainer_cpu_us": 1e6 * (now_cpu - cpu) / block,
+                    "trainer_us": 1e6 * (now_cpu[0] - cpu[0]) / block,
+                    "producer_us": 1e6 * (now_cpu[1] - cpu[1]) / block,
                     "trainer_mb": resident_mb(),
-                    "producer_mb": producer_mb.value,
+                    "producer_mb": producer[0],
                     "log_mb": sum(path.stat().st_size for path in folder.glob("log-*")) / 1e6,
                     "ledger_mb": sum(path.stat().st_size for path in folder.glob("ledger*")) / 1e6,
                 }
@@ -129,19 +133,19 @@ def train(folder: Path, num_refs: int, window: int, producer_mb: Any) -> list[di
 
 def measure(num_refs: int, group: int, window: int) -> None:
     context = multiprocessing.get_context("spawn")
-    memory = context.Value("d", 0.0)
+    seen = context.Array("d", 2)
     with tempfile.TemporaryDirectory() as folder:
-        producer = context.Process(target=produce, args=(Path(folder), group, memory))
+        producer = context.Process(target=produce, args=(Path(folder), group, seen))
         producer.start()
-        *rows, total = train(Path(folder), num_refs, window, memory)
+        *rows, total = train(Path(folder), num_refs, window, seen)
         producer.join(60)
     print(f"\n{num_refs} refs, groups of {group}, windows of {window}: {total['refs_per_s']:,.0f} refs/s")
-    print("| refs so far | µs a ref | trainer's CPU, µs a ref | trainer, MB | producer, MB | log, MB | ledger, MB |")
-    print("|---|---|---|---|---|---|---|")
+    print("| refs so far | µs a ref | CPU of trainer, producer, µs | memory of both, MB | log, MB | ledger, MB |")
+    print("|---|---|---|---|---|---|")
     for row in rows:
         print(
-            f"| {row['refs']:,} | {row['us']:.1f} | {row['trainer_cpu_us']:.1f} | {row['trainer_mb']:.0f} | "
-            f"{row['producer_mb']:.0f} | {row['log_mb']:.1f} | {row['ledger_mb']:.2f} |"
+            f"| {row['refs']:,} | {row['us']:.1f} | {row['trainer_us']:.1f}, {row['producer_us']:.1f} | "
+            f"{row['trainer_mb']:.0f}, {row['producer_mb']:.0f} | {row['log_mb']:.1f} | {row['ledger_mb']:.2f} |"
         )
 
 

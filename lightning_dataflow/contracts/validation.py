@@ -85,7 +85,7 @@ def validate_ref(ref: SampleRef) -> SampleRef:
             _feature_bytes(name, spec.name, spec.dtype, spec.target_repr, *spec.shape)
             for name, spec in ref.features.items()
         )
-    except UserError as error:
+    except (UserError, TypeError) as error:  # TypeError: a list where a name or number belongs
         raise UserError(f"ref {origin.sample_id}: {error}") from error
     if total != ref.num_bytes or total > MAX_SAMPLE_BYTES:
         raise UserError(

@@ -67,6 +67,11 @@ def edited(path: str, value) -> dict:
         ("origin.capture.layer_ids", [], "norm post or pre"),
         ("origin.capture.hidden_size", 0, "hidden_size of run"),
         ("features.last_hidden_state.dtype", "object", "known: bool"),
+        ("features.last_hidden_state.dtype", ["bfloat16"], "not a sample reference"),
+        ("features.last_hidden_state.shape", [5, [64]], "not a sample reference"),
+        ("features.last_hidden_state.shape", [5, 64.0], "a size of feature"),
+        ("features.last_hidden_state.target_repr", "text", "known: logits, pruned_logits, hidden_state"),
+        ("features.last_hidden_state.surprise", 1, "not a sample reference"),
         ("features", {}, "expected 1 to 64"),
         ("schema_version", 99, "capture again"),
         ("surprise", 1, "not a sample reference"),
@@ -74,6 +79,7 @@ def edited(path: str, value) -> dict:
     ],
 )
 def test_a_foreign_ref_is_refused(path, value, message):
+    ref_from_json(json.loads(json.dumps(ref_to_json(make_ref()))))  # what was valid once is no excuse
     with pytest.raises(UserError, match=message):
         ref_from_json(edited(path, value))
 
@@ -81,4 +87,11 @@ def test_a_foreign_ref_is_refused(path, value, message):
 @pytest.mark.parametrize("data", [None, 3, [], "ref", {}])
 def test_what_is_no_ref_at_all(data):
     with pytest.raises(UserError, match="not a sample reference"):
+        ref_from_json(data)
+
+
+def test_lists_in_a_spec_with_meta():
+    data = edited("features.last_hidden_state.shape", [5, [64]])
+    data["features"]["last_hidden_state"]["target_meta"] = {"vocab_map_version": "1"}
+    with pytest.raises(UserError, match="ref run:00000001-p0: unhashable"):
         ref_from_json(data)

@@ -84,10 +84,10 @@ class Store:
         origin = replace(ORIGIN, sample_id=f"run:{next(self.numbers)}", num_tokens=len(sample["input_ids"]))
         announce(self.store.put(sample, origin))
 
-    def receive(self, ref: Any) -> Sample:
-        sample, handle = self.store.get(ref)
-        self.store.release(handle)
-        return sample
+    def receive(self, refs: list[Any]) -> list[Sample]:
+        found = self.store.get_many(refs)
+        self.store.release_many([handle for _, handle in found])
+        return [sample for sample, _ in found]
 
 
 class Pickle:
@@ -105,10 +105,10 @@ class Pickle:
         assert self.client.put_bytes(key, buffer.getvalue()) == 0
         announce(key)
 
-    def receive(self, key: str) -> Sample:
-        sample = torch.load(io.BytesIO(self.client.get_bytes(key)))
-        self.client.remove([key])
-        return sample
+    def receive(self, keys: list[str]) -> list[Sample]:
+        samples = [torch.load(io.BytesIO(self.client.get_bytes(key)), weights_only=True) for key in keys]
+        self.client.remove(keys)
+        return samples
 
 
 class Ring:
@@ -130,12 +130,12 @@ class Ring:
             part.copy_(flat(tensor))
         announce((slot, payload(sample)))
 
-    def receive(self, token: tuple[int, int]) -> Sample:
-        slot, size = token
-        target = self.targets[size]
-        for part, tensor in zip(self.parts(slot, target), target.values(), strict=True):
-            flat(tensor).copy_(part)
-        return target
+    def receive(self, tokens: list[tuple[int, int]]) -> list[Sample]:
+        for slot, size in tokens:
+            target = self.targets[size]
+            for part, tensor in zip(self.parts(slot, target), target.values(), strict=True):
+                flat(tensor).copy_(part)
+        return [target]
 
 
 class Socket:
@@ -155,12 +155,13 @@ class Socket:
         for tensor in sample.values():
             self.connection.sendall(flat(tensor).numpy())
 
-    def receive(self, size: int) -> Sample:
-        for tensor in self.targets[size].values():
-            view = memoryview(flat(tensor).numpy())
-            while view:
-                view = view[self.connection.recv_into(view) :]
-        return self.targets[size]
+    def receive(self, sizes: list[int]) -> list[Sample]:
+        for size in sizes:
+            for tensor in self.targets[size].values():
+                view = memoryview(flat(tensor).numpy())
+                while view:
+                    view = view[self.connection.recv_into(view) :]
+        return [self.targets[sizes[0]]]
 
 
 def serve(is_producer: bool, places: dict[str, Any], parent: Connection, peer: Connection) -> None:
@@ -192,12 +193,18 @@ def produce(end: Any, sample: Sample, count: int, peer: Connection) -> float:
 
 
 def consume(end: Any, expected: Sample | None, count: int, peer: Connection) -> None:
-    for _ in range(count):
-        sample = end.receive(peer.recv())
+    """Reads what is there at once, as the trainer does with the samples of a window."""
+    while count:
+        announced = [peer.recv()]
+        while peer.poll() and len(announced) < WINDOW:
+            announced.append(peer.recv())
+        samples = end.receive(announced)
         if expected is not None:
-            assert all(torch.equal(sample[key], tensor) for key, tensor in expected.items())
-        del sample
-        peer.send(True)
+            assert all(torch.equal(sample[key], tensor) for sample in samples for key, tensor in expected.items())
+        del samples
+        for _ in announced:
+            peer.send(True)
+        count -= len(announced)
 
 
 def cpu_seconds(pids: list[int]) -> tuple[float, float, float]:

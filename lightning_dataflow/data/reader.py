@@ -10,9 +10,12 @@ from lightning_dataflow.contracts import FeatureHandle
 from lightning_dataflow.data.collate import Batch, Sample
 from lightning_dataflow.data.source import FeatureCard, RefSource, WindowEntry
 from lightning_dataflow.data.windows import PassOrder, rank_slice
+from lightning_dataflow.stores.base import Tensors
 
 Collate = Callable[[Sequence[Sample]], Batch]
 STAND_IN_TOKENS = 8
+READ_BYTES = 64 << 20
+"""Samples that are read in one round trip."""
 
 
 class _Held(NamedTuple):
@@ -61,20 +64,19 @@ class WindowReader:
             common = {"window_num_tokens": max(found.num_tokens, 1), "next_seq": seqs.stop}
             self._pending = list(found.entries)
             while self._pending:
-                entries = self._pending[: self._micro_batch_size]
-                batch = self._collate([self._read(entry) for entry in entries])
-                self._pending = self._pending[self._micro_batch_size :]
-                yield batch | common
+                entries = self._next_chunk()
+                samples = self._read(entries)
+                self._pending = self._pending[len(entries) :]
+                for start in range(0, len(samples), self._micro_batch_size):
+                    yield self._collate(samples[start : start + self._micro_batch_size]) | common
 
     def release(self, next_seq: int) -> list[int]:
         """Give up what seqs below `next_seq` hold; returns those seqs."""
         released = []
         while self._held and self._held[0].seq < next_seq:
-            seq, handle = self._held.popleft()
-            if handle is not None:
-                self._source.store.release(handle)
-            released.append(seq)
-        return released
+            released.append(self._held.popleft())
+        self._source.store.release_many([one.handle for one in released if one.handle is not None])
+        return [one.seq for one in released]
 
     def discard(self) -> None:
         """The run ended: free what was read and not used, and what was not read."""
@@ -82,15 +84,29 @@ class WindowReader:
         self._source.discard([entry.ref for entry in self._pending if entry.ref is not None])
         self._pending = []
 
-    def _read(self, entry: WindowEntry) -> Sample:
+    def _next_chunk(self) -> list[WindowEntry]:
+        """Whole micro-batches, as many as one read should hold; at least one."""
+        size, num_bytes = self._micro_batch_size, 0
+        for count, entry in enumerate(self._pending):
+            num_bytes += entry.ref.num_bytes if entry.ref is not None else 0
+            if num_bytes > READ_BYTES:
+                return self._pending[: max(size, count // size * size)]
+        return self._pending
+
+    def _read(self, entries: Sequence[WindowEntry]) -> list[Sample]:
+        refs = [entry.ref for entry in entries if entry.ref is not None]
+        found = iter(self._source.store.get_many(refs))
+        return [self._sample(entry, None if entry.ref is None else next(found)) for entry in entries]
+
+    def _sample(self, entry: WindowEntry, found: tuple[Tensors, FeatureHandle] | KeyError | None) -> Sample:
         while (ref := entry.ref) is not None:
-            try:
-                tensors, handle = self._source.store.get(ref)
-            except KeyError as error:
-                entry = self._source.replace(entry, str(error.args[0]))
-            else:
+            if isinstance(found, tuple):
+                tensors, handle = found
                 self._held.append(_Held(entry.seq, handle))
                 return Sample(sample_id=ref.sample_id, num_tokens=ref.num_tokens, tensors=tensors)
+            entry = self._source.replace(entry, str(found.args[0]) if found else "it was never read")
+            if entry.ref is not None:
+                (found,) = self._source.store.get_many([entry.ref])
         self._held.append(_Held(entry.seq, None))
         return stand_in(entry.seq, self._source.card)
 

@@ -45,6 +45,21 @@ class FeatureStore(ABC):
             PermissionError: the shared secret no longer matches.
         """
 
+    def get_many(self, refs: Sequence[SampleRef]) -> list[tuple[Tensors, FeatureHandle] | KeyError]:
+        """`get` for each; a KeyError stands where it would have been raised. One round trip where the store can."""
+        found: list[tuple[Tensors, FeatureHandle] | KeyError] = []
+        for ref in refs:
+            try:
+                found.append(self.get(ref))
+            except KeyError as error:
+                found.append(error)
+        return found
+
+    def release_many(self, handles: Sequence[FeatureHandle]) -> None:
+        """`release` for each. One round trip where the store can."""
+        for handle in handles:
+            self.release(handle)
+
     @abstractmethod
     def release(self, handle: FeatureHandle) -> None:
         """Give up the read lease; the last release of the current generation frees it. Stale handles do nothing."""

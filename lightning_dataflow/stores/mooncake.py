@@ -129,27 +129,36 @@ class MooncakeFeatureStore(FeatureStore):
     def get(self, ref: SampleRef) -> tuple[Tensors, FeatureHandle]:
         """See FeatureStore.get. The tensors are private; their memory is used again when nobody references them."""
         self._check_ours(ref)
+        (found,) = self.get_many([ref])
+        if isinstance(found, KeyError):
+            raise found
+        return found
+
+    def get_many(self, refs: Sequence[SampleRef]) -> list[tuple[Tensors, FeatureHandle] | KeyError]:
+        """See FeatureStore.get_many. Two round trips: the bytes, and whether they still count."""
+        for ref in refs:
+            self._check_ours(ref)
         try:
-            tensors = self._client.retry(lambda: self._read(ref))
+            found = self._client.retry(lambda: self._read(refs))
         except OwnerGoneError as error:
-            raise KeyError(f"{_name(ref)} is lost: {error}") from None
-        token = secrets.token_hex(8)
-        with self._lock:
-            self._leases.setdefault((ref.sample_id, ref.generation), (ref, set()))[1].add(token)
-        return tensors, FeatureHandle(sample_id=ref.sample_id, generation=ref.generation, lease_token=token)
+            if len(refs) > 1:  # others may have another owner
+                return [one for ref in refs for one in self.get_many([ref])]
+            return [KeyError(f"{_name(refs[0])} is lost: {error}")]
+        return [one if isinstance(one, KeyError) else (one, self._lease(ref)) for ref, one in zip(refs, found, strict=True)]
 
     def release(self, handle: FeatureHandle) -> None:
         """See FeatureStore.release. Leases are counted in this process: the last one frees the sample for all."""
-        with self._lock:
-            ref, tokens = self._leases.get((handle.sample_id, handle.generation), (None, set()))
-            if ref is None or handle.lease_token not in tokens:
-                return
-            tokens.remove(handle.lease_token)
-            if tokens:
-                return
-            del self._leases[handle.sample_id, handle.generation]
-        if not self.retain:
-            self.free(ref)
+        self.release_many([handle])
+
+    def release_many(self, handles: Sequence[FeatureHandle]) -> None:
+        """See FeatureStore.release_many. One round trip."""
+        last = [ref for handle in handles if (ref := self._end_lease(handle)) is not None]
+        if self.retain:
+            return
+        self._remove([key for ref in last if ref.origin.attempt == 0 for key in self._keys(ref)])
+        for ref in last:
+            if ref.origin.attempt:
+                self.free(ref)
 
     def free(self, ref: SampleRef) -> None:
         """See FeatureStore.free; also what was to be retained."""
@@ -269,13 +278,34 @@ class MooncakeFeatureStore(FeatureStore):
         if any(codes):
             raise self._refusal(origin.sample_id, len(codes), codes)
 
-    def _read(self, ref: SampleRef) -> Tensors:
-        keys = self._keys(ref)
-        tensors = self._transfer.read(keys, ref)
-        *there, superseded = self._client.exist([*keys, self._mark(ref.sample_id, ref.origin.attempt)])
-        if superseded or not all(there):
-            raise KeyError(f"{_name(ref)} was freed or superseded")
-        return tensors
+    def _read(self, refs: Sequence[SampleRef]) -> list[Tensors | KeyError]:
+        wanted = [(self._keys(ref), ref) for ref in refs]
+        found = self._transfer.read(wanted)
+        checks = [(*keys, self._mark(ref.sample_id, ref.origin.attempt)) for keys, ref in wanted]
+        there = iter(self._client.exist([key for check in checks for key in check]))
+        for index, check in enumerate(checks):
+            *complete, superseded = (next(there) for _ in check)
+            if (superseded or not all(complete)) and not isinstance(found[index], KeyError):
+                found[index] = KeyError(f"{_name(refs[index])} was freed or superseded")
+        return found
+
+    def _lease(self, ref: SampleRef) -> FeatureHandle:
+        token = secrets.token_hex(8)
+        with self._lock:
+            self._leases.setdefault((ref.sample_id, ref.generation), (ref, set()))[1].add(token)
+        return FeatureHandle(sample_id=ref.sample_id, generation=ref.generation, lease_token=token)
+
+    def _end_lease(self, handle: FeatureHandle) -> SampleRef | None:
+        """The ref whose last lease this was."""
+        with self._lock:
+            ref, tokens = self._leases.get((handle.sample_id, handle.generation), (None, set()))
+            if ref is None or handle.lease_token not in tokens:
+                return None
+            tokens.remove(handle.lease_token)
+            if tokens:
+                return None
+            del self._leases[handle.sample_id, handle.generation]
+        return ref
 
     def _refusal(self, sample_id: str, size: int, codes: list[int]) -> Exception:
         if NO_SPACE not in codes:

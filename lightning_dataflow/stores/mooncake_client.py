@@ -149,8 +149,12 @@ class MooncakeClient:
 
     def close(self) -> None:
         """Disconnect."""
+        if self._closed:
+            return
         self._closed = True
-        self._store.close()
+        if self.client_address is None:
+            self._store.close()
+        del self._store  # of a shared-memory client `close` would complain on stderr that it is not connected
 
     def _register(self, address: int, num_bytes: int) -> None:
         if self._store.register_buffer(address, num_bytes):  # the base of a new block: only a lost peer can refuse it

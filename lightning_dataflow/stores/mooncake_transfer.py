@@ -1,6 +1,7 @@
 """How the tensors of a sample become Mooncake objects and back."""
 
 import ctypes
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -34,8 +35,8 @@ class Transfer(ABC):
         """Store what was staged; a code for each key, 0 for stored."""
 
     @abstractmethod
-    def read(self, keys: Sequence[str], ref: SampleRef) -> Tensors:
-        """Private tensors. KeyError unless every byte that `ref` promises arrived."""
+    def read(self, wanted: Sequence[tuple[Sequence[str], SampleRef]]) -> list[Tensors | KeyError]:
+        """Private tensors of each (keys, ref); a KeyError unless every byte that the ref promises arrived."""
 
     @abstractmethod
     def write_marks(self, keys: Sequence[str]) -> list[int]:
@@ -69,24 +70,36 @@ class TensorTransfer(Transfer):
         """See Transfer.write."""
         return self._client.put(keys, staged.addresses, staged.sizes)
 
-    def read(self, keys: Sequence[str], ref: SampleRef) -> Tensors:
-        """See Transfer.read."""
-        stored = {name: ref.features[name] for name in self.parts(ref.features)}
-        dtypes = {name: getattr(torch, spec.dtype) for name, spec in ref.features.items()}
-        staged = _Staged(
-            self._client, self._pool, [math.prod(spec.shape) * dtypes[name].itemsize for name, spec in stored.items()]
-        )
+    def read(self, wanted: Sequence[tuple[Sequence[str], SampleRef]]) -> list[Tensors | KeyError]:
+        """See Transfer.read. One call for all."""
+        buffers = [self._room(ref) for _, ref in wanted]
+        keys = [key for names, _ in wanted for key in names]
+        addresses = [address for staged in buffers for address in staged.addresses]
+        sizes = [size for staged in buffers for size in staged.sizes]
         for _ in range(READ_ATTEMPTS):  # a transfer that outlasts the master's read lease may have to be repeated
-            codes = self._client.get(keys, staged.addresses, staged.sizes)
+            codes = self._client.get(keys, addresses, sizes)
             if LEASE_EXPIRED not in codes:
                 break
+        remaining = iter(codes)
+        return [
+            self._tensors(ref, staged, list(itertools.islice(remaining, len(staged.sizes))))
+            for (_, ref), staged in zip(wanted, buffers, strict=True)
+        ]
+
+    def _room(self, ref: SampleRef) -> "_Staged":
+        stored = [ref.features[name] for name in self.parts(ref.features)]
+        return _Staged(
+            self._client, self._pool, [math.prod(spec.shape) * getattr(torch, spec.dtype).itemsize for spec in stored]
+        )
+
+    def _tensors(self, ref: SampleRef, staged: "_Staged", codes: list[int]) -> Tensors | KeyError:
         if codes != staged.sizes:
-            raise KeyError(f"{ref.sample_id} generation {ref.generation} is not there in full: codes {codes}")
-        starts = dict(zip(stored, staged.offsets, strict=True))
+            return KeyError(f"{ref.sample_id} generation {ref.generation} is not there in full: codes {codes}")
+        starts = dict(zip(self.parts(ref.features), staged.offsets, strict=True))
         return {
-            name: staged.view(starts[name], spec.shape, dtypes[name])
+            name: staged.view(starts[name], spec.shape, getattr(torch, spec.dtype))
             if name in starts
-            else torch.empty(spec.shape, dtype=dtypes[name])
+            else torch.empty(spec.shape, dtype=getattr(torch, spec.dtype))
             for name, spec in ref.features.items()
         }
 
@@ -133,13 +146,18 @@ class BlobTransfer(Transfer):
         """See Transfer.write."""
         return [self._client.put_bytes(key, staged) for key in keys]
 
-    def read(self, keys: Sequence[str], ref: SampleRef) -> Tensors:
+    def read(self, wanted: Sequence[tuple[Sequence[str], SampleRef]]) -> list[Tensors | KeyError]:
         """See Transfer.read."""
+        return [self._read(keys[0], ref) for keys, ref in wanted]
+
+    def _read(self, key: str, ref: SampleRef) -> Tensors | KeyError:
         try:
-            tensors = safetensors.torch.load(self._client.get_bytes(keys[0]))
+            tensors = safetensors.torch.load(self._client.get_bytes(key))
+            check_tensors(tensors, ref)
         except SafetensorError as error:  # no object reads as no bytes
-            raise KeyError(f"{ref.sample_id} generation {ref.generation} cannot be read: {error}") from error
-        check_tensors(tensors, ref)
+            return KeyError(f"{ref.sample_id} generation {ref.generation} cannot be read: {error}")
+        except KeyError as error:
+            return error
         return tensors
 
     def write_marks(self, keys: Sequence[str]) -> list[int]:

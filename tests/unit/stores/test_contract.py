@@ -157,6 +157,22 @@ def test_free_takes_one_generation_only(store):
     assert store.health()["num_samples"] == 0
 
 
+def test_many_at_once(store):
+    """A sample that is gone takes none of the others along."""
+    refs = [store.put(tensors(float(index)), origin(f"run:{index}")) for index in range(4)]
+    store.free(refs[1])
+    store.put(tensors(9.0), replace(origin("run:2"), attempt=1))
+    found = store.get_many(refs)
+    assert [isinstance(one, KeyError) for one in found] == [False, True, True, False]
+    for index in (0, 3):
+        assert found[index][0]["a"].eq(index).all()
+    store.release_many([one[1] for one in found if not isinstance(one, KeyError)])
+    assert store.exists(refs) == [False] * 4
+    assert store.health()["num_samples"] == 1
+    assert store.get_many([]) == []
+    store.release_many([])
+
+
 def test_tensors_outlive_their_release(store):
     ref = store.put(tensors(3.0), origin())
     found, handle = store.get(ref)

@@ -1,5 +1,7 @@
 """Refs that other processes or threads publish while training runs."""
 
+import os
+import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -15,6 +17,9 @@ from lightning_dataflow.data.queue import StreamingRefQueue
 from lightning_dataflow.data.source import FeatureCard, RefSource, RefWindow, WindowEntry
 from lightning_dataflow.data.windows import PassOrder
 from lightning_dataflow.stores import FeatureStore
+
+FRESH_S = 10.0
+"""Parts leave a sign of life every two seconds."""
 
 
 class StreamingSource(RefSource):
@@ -78,6 +83,7 @@ class StreamingSource(RefSource):
         self.plane.log.rewind()
         self.queue = self._make_queue(plan.start)
         if rank == 0:
+            self._check_alone()
             self.reconciliation = reconcile_on_restart(self.plane, self.store, plan, self.queue.catch_up)
             self.queue.forget(self.reconciliation.lost)
         else:
@@ -150,6 +156,17 @@ class StreamingSource(RefSource):
         for ref in refs:
             self.store.free(ref)
 
+    def _check_alone(self) -> None:
+        """Two trainers would take each other's samples. One that died is no other trainer, however lately it was seen."""
+        status = self.plane.ledger.status()
+        for part in status["parts"]:
+            alive = part["seen_s_ago"] < FRESH_S and part["host"] == socket.gethostname() and part["pid"] != os.getpid()
+            if part["name"] == "trainer-0" and not status["finished"] and alive and _is_running(part["pid"]):
+                raise UserError(
+                    f"process {part['pid']} trains run {self.plane.run_id} ({part['state']}): end it first, or choose "
+                    "another run_name"
+                )
+
     def _make_queue(self, start: int) -> StreamingRefQueue:
         return StreamingRefQueue(
             self.plane, start=start, skip_ids=self._skip_ids, idle_timeout_s=self._idle_timeout_s, pump=self._pump
@@ -190,3 +207,13 @@ def announcement_from_json(data: dict[str, Any], where: str) -> tuple[FeatureCar
     if num_samples < 1 or min((*counts, *counts.values()), default=0) < 0:
         raise UserError(f"what {where} announces is damaged ({num_samples} samples): start again under another run_name")
     return card, num_samples, seed, counts
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True

@@ -1,5 +1,6 @@
 """The trainer's end: begin, train, end, for any number of ranks; what is in the store is freed exactly once."""
 
+import subprocess
 import threading
 
 import pytest
@@ -237,3 +238,17 @@ def test_a_manifest_is_read_for_several_passes(tmp_path):
     producing.join(5)
     assert not producing.is_alive()
     assert store.health()["num_samples"] == 0
+
+
+def test_a_run_that_another_trainer_trains_is_refused_and_a_dead_ones_is_not(plane, store, monkeypatch):
+    make_worker(plane, store)
+    with subprocess.Popen(["sleep", "60"]) as other:
+        with monkeypatch.context() as patched:
+            patched.setattr("lightning_dataflow.control.sqlite.os.getpid", lambda: other.pid)
+            plane.ledger.report("trainer-0", "training")
+        with pytest.raises(UserError, match=rf"process {other.pid} trains run run \(training\): end it first"):
+            make_source(plane, store).begin(PLAN, 0, 1)
+        other.kill()
+    source = make_source(plane, store)
+    source.begin(PLAN, 0, 1)
+    source.finish("completed")

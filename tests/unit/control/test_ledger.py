@@ -17,8 +17,8 @@ from lightning_dataflow.control import (
     RunPlan,
     SqliteMetadataStore,
     Watermarks,
+    sqlite_tables,
 )
-from lightning_dataflow.control import sqlite as sqlite_module
 from lightning_dataflow.control.heartbeat import Heartbeat
 from tests.streams import WIDE, forked
 
@@ -486,7 +486,7 @@ def test_several_processes_open_a_new_file_at_once(tmp_path):
 
 
 def test_a_process_that_is_stopped_inside_a_write_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(sqlite_module, "BUSY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(sqlite_tables, "BUSY_TIMEOUT_S", 0.05)
     path = tmp_path / "ledger.sqlite"
     ledger, other = SqliteMetadataStore(path), SqliteMetadataStore(path)
     begin(ledger)

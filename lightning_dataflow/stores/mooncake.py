@@ -1,6 +1,5 @@
 """Features in a Mooncake store: tensors between machines, or between processes of one through shared memory."""
 
-import re
 import secrets
 import threading
 from collections import OrderedDict
@@ -23,10 +22,9 @@ from lightning_dataflow.stores.mooncake_client import (
     StoreUnavailableError,
     TransientError,
 )
+from lightning_dataflow.stores.mooncake_keys import KeyScheme
 from lightning_dataflow.stores.mooncake_transfer import BlobTransfer, TensorTransfer, Transfer
 
-SUPERSEDED = "superseded"
-MAX_MARKED_ATTEMPTS = 32
 MAX_REMEMBERED_PUTS = 1 << 14
 
 
@@ -86,6 +84,7 @@ class MooncakeFeatureStore(FeatureStore):
         unavailable_timeout_s: float = 20.0,
     ):
         self.store_id = check_id(store_id, "store_id")
+        self._names = KeyScheme(self.store_id)
         self.uri = f"mooncake://{store_id}"
         self.retain, self.capacity_bytes = retain, capacity_bytes
         self._admin = MooncakeAdmin(metrics_address) if metrics_address else None
@@ -169,11 +168,11 @@ class MooncakeFeatureStore(FeatureStore):
         if origin.attempt == 0:
             self._remove(keys)
             return
-        there, superseded = self._exist([keys[0], self._mark(origin.sample_id, origin.attempt)])
+        there, superseded = self._exist([keys[0], self._names.mark(origin.sample_id, origin.attempt)])
         self._remove(keys)
         if there and not superseded:
-            self._remove_matching(_up_to(origin, origin.attempt - 1))  # what came late
-            self._remove(self._marks(origin))
+            self._remove_matching(self._names.pattern_up_to(origin.sample_id, origin.attempt - 1))  # what came late
+            self._remove(self._names.marks(origin))
 
     def abort(self, sample_id: str) -> None:
         """See FeatureStore.abort. Asks the master to look through all its keys: about 1 ms for a thousand."""
@@ -182,16 +181,19 @@ class MooncakeFeatureStore(FeatureStore):
             self._puts.pop(sample_id, None)
             for lease in [lease for lease in self._leases if lease[0] == sample_id]:
                 del self._leases[lease]
-        self._remove_matching(f"{re.escape(sample_id)}/")
+        self._remove_matching(self._names.pattern_of_sample(sample_id))
 
     def exists(self, refs: Sequence[SampleRef]) -> list[bool]:
         """See FeatureStore.exists. One call for all."""
         ours = [ref for ref in refs if ref.uri == self.uri]
-        wanted = {key for ref in ours for key in (*self._keys(ref), self._mark(ref.sample_id, ref.origin.attempt))}
+        wanted = {key for ref in ours for key in (*self._keys(ref), self._names.mark(ref.sample_id, ref.origin.attempt))}
         found = dict(zip(wanted, self._exist(list(wanted)), strict=True))
 
         def there(ref: SampleRef) -> bool:
-            return all(found[key] for key in self._keys(ref)) and not found[self._mark(ref.sample_id, ref.origin.attempt)]
+            return (
+                all(found[key] for key in self._keys(ref))
+                and not found[self._names.mark(ref.sample_id, ref.origin.attempt)]
+            )
 
         return [ref.uri == self.uri and there(ref) for ref in refs]
 
@@ -208,10 +210,10 @@ class MooncakeFeatureStore(FeatureStore):
             there = [ref for ref, found in zip(refs, self.exists(refs), strict=True) if found]
             size = sum(ref.num_bytes for ref in there)
             return {"num_samples": len(there), "num_bytes": size, "capacity_bytes": self.capacity_bytes or 0}
-        generations, marks = self._listing(self._admin)
+        generations, marks = self._names.sort(self._admin.list_keys())
         attempts = [(sample_id, int(generation.split("-")[0])) for sample_id, generation in generations]
         return {
-            "num_samples": sum(self._mark(*attempt) not in marks for attempt in attempts),
+            "num_samples": sum(self._names.mark(*attempt) not in marks for attempt in attempts),
             "num_bytes": self._admin.gauge("master_allocated_bytes"),
             "capacity_bytes": self._admin.gauge("master_total_capacity_bytes"),
         }
@@ -226,7 +228,7 @@ class MooncakeFeatureStore(FeatureStore):
             return {}
         if self._admin is None:
             raise UserError("a sweep lists the keys of Mooncake: set store.metrics_address to the master's metrics port")
-        generations, marks = self._listing(self._admin)
+        generations, marks = self._names.sort(self._admin.list_keys())
         orphans = [generation for generation in generations if not is_live(*generation)]
         live = {sample_id for sample_id, _ in generations.keys() - set(orphans)}
         keys = [key for generation in orphans for key in generations[generation]]
@@ -238,7 +240,7 @@ class MooncakeFeatureStore(FeatureStore):
         with self._lock:
             self._puts.clear()
             self._leases.clear()
-        self._remove_matching("")
+        self._remove_matching(self._names.pattern_of_store())
 
     def close(self) -> None:
         """See FeatureStore.close. Tensors that were read stay valid."""
@@ -267,21 +269,23 @@ class MooncakeFeatureStore(FeatureStore):
         with self._lock:
             previous = self._puts.get(origin.sample_id)
         if origin.attempt:
-            self._remove_matching(_up_to(origin, origin.attempt))  # first, for the marks may need its room
+            self._remove_matching(
+                self._names.pattern_up_to(origin.sample_id, origin.attempt)
+            )  # first, for the marks may need its room
             self._client.retry(lambda: self._leave_marks(origin))
-            self._remove_matching(_up_to(origin, origin.attempt))
+            self._remove_matching(self._names.pattern_up_to(origin.sample_id, origin.attempt))
         elif previous is not None and previous.origin.attempt == 0:
             self.free(previous)
 
     def _leave_marks(self, origin: SampleOrigin) -> None:
-        codes = self._transfer.write_marks(self._marks(origin))
+        codes = self._transfer.write_marks(self._names.marks(origin))
         if any(codes):
             raise self._refusal(origin.sample_id, len(codes), codes)
 
     def _read(self, refs: Sequence[SampleRef]) -> list[Tensors | KeyError]:
         wanted = [(self._keys(ref), ref) for ref in refs]
         found = self._transfer.read(wanted)
-        checks = [(*keys, self._mark(ref.sample_id, ref.origin.attempt)) for keys, ref in wanted]
+        checks = [(*keys, self._names.mark(ref.sample_id, ref.origin.attempt)) for keys, ref in wanted]
         there = iter(self._client.exist([key for check in checks for key in check]))
         for index, check in enumerate(checks):
             *complete, superseded = (next(there) for _ in check)
@@ -339,32 +343,10 @@ class MooncakeFeatureStore(FeatureStore):
             self._client.retry(lambda: self._client.remove(keys))
 
     def _remove_matching(self, pattern: str) -> None:
-        """Remove keys of this store that go on with `pattern`; ids in it are escaped."""
-        self._client.retry(lambda: self._client.remove_matching(f"^{re.escape(self.store_id)}/{pattern}"))
-
-    def _listing(self, admin: MooncakeAdmin) -> tuple[dict[tuple[str, str], list[str]], set[str]]:
-        """The keys of each (sample_id, generation) of this store, and its marks."""
-        generations: dict[tuple[str, str], list[str]] = {}
-        marks: set[str] = set()
-        for key in admin.list_keys():
-            if key.startswith(f"{self.store_id}/"):
-                _, sample_id, part, _ = key.split("/")
-                if part == SUPERSEDED:
-                    marks.add(key)
-                else:
-                    generations.setdefault((sample_id, part.removeprefix("g")), []).append(key)
-        return generations, marks
+        self._client.retry(lambda: self._client.remove_matching(pattern))
 
     def _keys(self, ref: SampleRef) -> list[str]:
-        prefix = f"{self.store_id}/{ref.sample_id}/g{ref.generation}"
-        return [f"{prefix}/{part}" for part in self._transfer.parts(ref.features)]
-
-    def _mark(self, sample_id: str, attempt: int) -> str:
-        return f"{self.store_id}/{sample_id}/{SUPERSEDED}/{attempt}"
-
-    def _marks(self, origin: SampleOrigin) -> list[str]:
-        oldest = max(0, origin.attempt - MAX_MARKED_ATTEMPTS)
-        return [self._mark(origin.sample_id, attempt) for attempt in range(oldest, origin.attempt)]
+        return self._names.of(ref, self._transfer.parts(ref.features))
 
     def _check_ours(self, ref: SampleRef) -> None:
         if ref.uri != self.uri:
@@ -381,20 +363,3 @@ def _check_fits(sample_id: str, size: int, capacity: int) -> None:
 
 def _name(ref: SampleRef) -> str:
     return f"{ref.sample_id} generation {ref.generation}"
-
-
-def _up_to(origin: SampleOrigin, attempt: int) -> str:
-    """A pattern for the generations of attempts 0 to `attempt` of a sample."""
-    return f"{re.escape(origin.sample_id)}/g(?:{_at_most(attempt)})-"
-
-
-def _at_most(number: int) -> str:
-    """A pattern for the decimal numbers from 0 to `number`."""
-    digits = str(number)
-    shorter = [f"[0-9]{{1,{len(digits) - 1}}}"] if len(digits) > 1 else []
-    smaller = [
-        f"{digits[:index]}[0-{int(digit) - 1}][0-9]{{{len(digits) - index - 1}}}"
-        for index, digit in enumerate(digits)
-        if digit != "0"
-    ]
-    return "|".join([*shorter, *smaller, digits])

@@ -12,8 +12,8 @@ import torch
 
 from lightning_dataflow.contracts import CapacityError, UserError
 from lightning_dataflow.stores import LocalMooncake, MooncakeFeatureStore
-from lightning_dataflow.stores.mooncake import _at_most
 from lightning_dataflow.stores.mooncake_client import MooncakeAdmin
+from lightning_dataflow.stores.mooncake_keys import _at_most
 from tests.unit.stores.conftest import VARIANTS, attach
 from tests.unit.stores.test_contract import origin, tensors
 

@@ -269,11 +269,10 @@ class MooncakeFeatureStore(FeatureStore):
         with self._lock:
             previous = self._puts.get(origin.sample_id)
         if origin.attempt:
-            self._remove_matching(
-                self._names.pattern_up_to(origin.sample_id, origin.attempt)
-            )  # first, for the marks may need its room
+            older = self._names.pattern_up_to(origin.sample_id, origin.attempt)
+            self._remove_matching(older)  # first, for the marks may need its room
             self._client.retry(lambda: self._leave_marks(origin))
-            self._remove_matching(self._names.pattern_up_to(origin.sample_id, origin.attempt))
+            self._remove_matching(older)
         elif previous is not None and previous.origin.attempt == 0:
             self.free(previous)
 

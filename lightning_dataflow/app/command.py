@@ -10,6 +10,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_dataflow.app.commands import INTERRUPTED
@@ -85,6 +86,11 @@ def typed(config: DictConfig) -> TrainConfig:
 def plain_settings(config: DictConfig) -> dict[str, Any]:
     """The resolved configuration, for `result.json`. It holds no secrets, only the names of files that do."""
     return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+
+
+def is_multirun() -> bool:
+    """Whether this is a job of `-m`."""
+    return HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def job_arguments() -> list[str]:

@@ -170,6 +170,7 @@ class TrainConfig:
         strategy: `name`, and keyword arguments of that strategy's module.
         ckpt_path: a checkpoint to resume from; `last` for the newest of the run `run_name`.
         run_name: the run's folder below `runs/`.
+        sweep_metric: what a job of a sweep returns to its sweeper: `loss`, `acceptance_length`, or a logged metric.
         role: `auto` starts what is missing, `trainer` and `producer` are one part of a run.
         num_threads: CPU threads of torch in each process; null for torch's default, and for an equal share of the cores
             where the supervisor starts several.
@@ -194,6 +195,7 @@ class TrainConfig:
     run_name: str = MISSING
     run_dir: str = MISSING
     ckpt_path: str | None = None
+    sweep_metric: str = "loss"
 
 
 def register_schemas() -> None:

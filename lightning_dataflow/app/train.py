@@ -5,17 +5,23 @@ from pathlib import Path
 from typing import Any
 
 from lightning_dataflow.app.checkpoints import resolve_checkpoint, save_final_checkpoint
-from lightning_dataflow.app.command import command, job_arguments
+from lightning_dataflow.app.command import command, is_multirun, job_arguments
 from lightning_dataflow.app.ranks import leave_process_group
 from lightning_dataflow.app.schema import TrainConfig
+from lightning_dataflow.app.sweep import run_job
 from lightning_dataflow.contracts import UserError
 
 
-def run(config: TrainConfig, settings: dict[str, Any]) -> None:
-    """The part of a run that this process is: all of it, a supervisor, a producer, or a trainer."""
+def run(config: TrainConfig, settings: dict[str, Any]) -> float | None:
+    """The part of a run that this process is: all of it, a supervisor, a producer, or a trainer.
+
+    In a multirun, a job of its own; returns what a sweeper optimises.
+    """
     from lightning_dataflow.app.topologies import check_topology, is_disaggregated
 
     check_topology(config)
+    if is_multirun():
+        return run_job(job_arguments(), Path(config.run_dir), config.sweep_metric)
     if config.role == "producer":
         from lightning_dataflow.app.producer import produce
 
@@ -27,6 +33,7 @@ def run(config: TrainConfig, settings: dict[str, Any]) -> None:
         supervise(config, job_arguments())
     else:
         train(config, settings)
+    return None
 
 
 def train(config: TrainConfig, settings: dict[str, Any]) -> None:

@@ -1,0 +1,84 @@
+"""Hydra multirun: every job in a fresh process, and a table of their results at the end."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from lightning_dataflow.contracts import UserError
+
+COLUMNS = ("loss", "acceptance", "tokens/s", "status")
+
+
+def run_job(arguments: Sequence[str], folder: Path, metric: str) -> float:
+    """Train in a process of its own and return `metric` of its `result.json`.
+
+    Lightning starts further ranks with this process's command line, in which a multirun would begin again on each of them
+    with values of its own; a job's process has one job's values on its command line.
+
+    Raises:
+        UserError: the job failed, or has no such metric.
+    """
+    command = [sys.executable, "-m", "lightning_dataflow", "train", *arguments, f"hydra.run.dir='{folder}'"]
+    status = subprocess.run(command, stdin=subprocess.DEVNULL).returncode
+    if status:
+        raise UserError(f"the job in {folder} ended with status {status}, see its messages above")
+    return read_metric(json.loads((folder / "result.json").read_text()), metric)
+
+
+def read_metric(result: dict[str, Any], metric: str) -> float:
+    """A value of `result.json`: `loss`, `acceptance_length`, or a name below `metrics`. Raises UserError for others."""
+    known = dict(result["metrics"])
+    if result["losses"]:
+        known["loss"] = result["losses"][-1]
+    if result.get("acceptance"):
+        known["acceptance_length"] = result["acceptance"][-1]["acceptance_length"]
+    if metric not in known:
+        raise UserError(f"sweep_metric={metric} is not in the results: available are {', '.join(sorted(known))}")
+    return float(known[metric])
+
+
+class ResultsTable(Callback):
+    """Prints one line for each job of a multirun."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Hydra's hook."""
+        folder = Path(config.hydra.sweep.dir)
+        print("\n".join(table(folder)), flush=True)
+
+
+def table(folder: Path) -> list[str]:
+    """A header and a row for each job in `folder`, in their order."""
+    jobs = sorted((one for one in folder.iterdir() if one.name.isdigit()), key=lambda one: int(one.name))
+    overrides = [_overrides(job) for job in jobs]
+    common = set.intersection(*map(set, overrides)) if len(jobs) > 1 else set()
+    rows: list[tuple[str, ...]] = [("job", *COLUMNS, "settings")]
+    for job, chosen in zip(jobs, overrides, strict=True):
+        own = " ".join(one for one in chosen if one not in common)
+        rows.append((job.name, *_cells(job / "result.json"), own))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [*lines, f"results in {folder}"]
+
+
+def _overrides(job: Path) -> list[str]:
+    path = job / ".hydra" / "overrides.yaml"
+    return [line.removeprefix("- ") for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _cells(path: Path) -> tuple[str, ...]:
+    if not path.exists():
+        return ("", "", "", "failed")
+    result = json.loads(path.read_text())
+    acceptance = result.get("acceptance") or []
+    return (
+        f"{result['losses'][-1]:.4f}" if result["losses"] else "",
+        f"{acceptance[-1]['acceptance_length']:.3f}" if acceptance else "",
+        f"{result['throughput'].get('tokens_per_second', 0):.0f}",
+        result["status"],
+    )

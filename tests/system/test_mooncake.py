@@ -256,6 +256,7 @@ def test_a_producer_killed_after_its_put(store, mooncake):
         assert store.get(ref)[0]["x"].eq(7).all()
 
 
+@pytest.mark.slow
 def test_a_producer_killed_in_the_middle_of_puts(store, mooncake):
     """What it announced is whole, the rest is swept, and all space comes back."""
     code = "for index in range(1000):\n    print(json.dumps(put(f'run:{index % 4}', index, 4 << 20)), flush=True)"
@@ -313,6 +314,7 @@ def until_it_works(action, limit_s: float) -> float:
             assert time.monotonic() - began < limit_s
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("client", ["shared_memory", "tcp"])
 def test_the_master_dies_and_comes_back(tmp_path, client):
     with LocalMooncake(capacity_bytes=32 << 20, log_dir=tmp_path) as mooncake:
@@ -343,6 +345,7 @@ def test_a_wait_bridges_a_restart_of_the_master(tmp_path):
         store.close()
 
 
+@pytest.mark.slow
 def test_the_storage_process_dies_and_comes_back(tmp_path):
     with LocalMooncake(capacity_bytes=32 << 20, log_dir=tmp_path) as mooncake:
         near = attach(mooncake, unavailable_timeout_s=2)

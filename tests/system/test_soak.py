@@ -4,7 +4,7 @@ import pytest
 
 from tests.system.soak import GROUP, MARKS, SEGMENT_BYTES, WINDOW, soak
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.slow]
 
 NUM_SAMPLES = 2000
 MAX_GROWTH_KB = 24 << 10

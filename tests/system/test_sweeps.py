@@ -16,6 +16,7 @@ def results(folder):
     return sweep, [json.loads(path.read_text()) for path in found]
 
 
+@pytest.mark.slow
 def test_a_grid_on_two_ranks(tmp_path):
     """The second job's losses are those of a run of its own: both ranks had its values."""
     ranks = ("trainer=ddp", "trainer.devices=2")

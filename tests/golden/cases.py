@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dataflow.models import Eagle3Config, Eagle3Draft
-from lightning_dataflow.objectives import Eagle3Objective
+from lightning_dataflow.models import DFlashConfig, DFlashDraft, Eagle3Config, Eagle3Draft
+from lightning_dataflow.models.blocks import Blocks, cut_blocks
+from lightning_dataflow.objectives import DFlashObjective, Eagle3Objective, ObjectiveSums
 from lightning_dataflow.objectives.eagle3 import TargetRows
 
 
@@ -82,4 +83,57 @@ def run_eagle3(golden: Golden) -> Result:
     return outputs, gradients
 
 
-RUNNERS: dict[str, Callable[[Golden], Result]] = {"eagle3": run_eagle3}
+def golden_blocks(golden: Golden) -> Blocks:
+    """All drawn blocks; the invalid ones are unsupervised."""
+    config, tensors = golden.config, golden.tensors
+    anchors, valid = tensors["in.anchors"], tensors["in.anchor_valid"]
+    blocks = cut_blocks(tensors["in.input_ids"], tensors["in.loss_mask"], list(anchors), config["block_size"])
+    return blocks._replace(supervised=blocks.supervised & valid.flatten()[:, None])
+
+
+def dflash_config(config: dict[str, Any], **more: Any) -> dict[str, Any]:
+    same = (
+        "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
+        "mask_token_id", "block_size", "rms_norm_eps", "rope_theta",
+    )  # fmt: skip
+    return {
+        **{name: config[name] for name in same},
+        "num_layers": config["num_hidden_layers"],
+        "num_aux_layers": len(config["target_layer_ids"]),
+        "layer_types": tuple(config.get("layer_types", ())),
+        "sliding_window": config.get("sliding_window"),
+        **more,
+    }
+
+
+def run_dflash(golden: Golden) -> Result:
+    config, tensors = golden.config, golden.tensors
+    draft = DFlashDraft(DFlashConfig(**dflash_config(config)))
+    draft.load_state_dict(golden.weights())
+    blocks = golden_blocks(golden)
+    objective = DFlashObjective(
+        gamma=config["loss_decay_gamma"], dpace=config["loss_type"] == "dpace", dpace_alpha=config["dpace_alpha"]
+    )
+    seen = []
+
+    def score(hidden: Tensor) -> ObjectiveSums:
+        seen.append(hidden)
+        return objective(hidden, tensors["in.target_lm_head"], blocks)
+
+    sums = draft(tensors["in.aux_hidden_states"], tensors["in.target_embed_tokens"], blocks, score)
+    outputs = block_outputs(sums, seen[0], golden)
+    outputs["loss"].backward()
+    return outputs, {name: parameter.grad for name, parameter in draft.named_parameters()}
+
+
+def block_outputs(sums: ObjectiveSums, hidden: Tensor, golden: Golden) -> dict[str, Tensor]:
+    accuracy = sums.metrics["accuracy"]
+    return {
+        "loss": sums.loss.numerator / sums.loss.denominator,
+        "accuracy": accuracy.numerator / accuracy.denominator,
+        "accuracy_denom": accuracy.denominator,
+        "draft_hidden": hidden.reshape(golden.tensors["out.draft_hidden"].shape),
+    }
+
+
+RUNNERS: dict[str, Callable[[Golden], Result]] = {"dflash": run_dflash, "eagle3": run_eagle3}

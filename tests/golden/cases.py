@@ -84,11 +84,10 @@ def run_eagle3(golden: Golden) -> Result:
 
 
 def golden_blocks(golden: Golden) -> Blocks:
-    """All drawn blocks; the invalid ones are unsupervised."""
-    config, tensors = golden.config, golden.tensors
-    anchors, valid = tensors["in.anchors"], tensors["in.anchor_valid"]
-    blocks = cut_blocks(tensors["in.input_ids"], tensors["in.loss_mask"], list(anchors), config["block_size"])
-    return blocks._replace(supervised=blocks.supervised & valid.flatten()[:, None])
+    """The valid blocks; here no others are ever drawn."""
+    tensors = golden.tensors
+    anchors = [row[valid] for row, valid in zip(tensors["in.anchors"], tensors["in.anchor_valid"], strict=True)]
+    return cut_blocks(tensors["in.input_ids"], tensors["in.loss_mask"], anchors, golden.config["block_size"])
 
 
 def dflash_config(config: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -127,12 +126,14 @@ def run_dflash(golden: Golden) -> Result:
 
 
 def block_outputs(sums: ObjectiveSums, hidden: Tensor, golden: Golden) -> dict[str, Tensor]:
-    accuracy = sums.metrics["accuracy"]
+    accuracy, tensors = sums.metrics["accuracy"], golden.tensors
+    every_block = tensors["out.draft_hidden"].clone()  # the invalid ones as they are
+    every_block.view(-1, *hidden.shape[1:])[tensors["in.anchor_valid"].flatten()] = hidden.detach()
     return {
         "loss": sums.loss.numerator / sums.loss.denominator,
         "accuracy": accuracy.numerator / accuracy.denominator,
         "accuracy_denom": accuracy.denominator,
-        "draft_hidden": hidden.reshape(golden.tensors["out.draft_hidden"].shape),
+        "draft_hidden": every_block,
     }
 
 

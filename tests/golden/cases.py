@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dataflow.models import DFlashConfig, DFlashDraft, Eagle3Config, Eagle3Draft
+from lightning_dataflow.contracts import StepContext
+from lightning_dataflow.models import DFlashConfig, DFlashDraft, DominoConfig, DominoDraft, Eagle3Config, Eagle3Draft
 from lightning_dataflow.models.blocks import Blocks, cut_blocks
-from lightning_dataflow.objectives import DFlashObjective, Eagle3Objective, ObjectiveSums
+from lightning_dataflow.objectives import DFlashObjective, DominoObjective, Eagle3Objective, ObjectiveSums
 from lightning_dataflow.objectives.eagle3 import TargetRows
 
 
@@ -137,4 +138,30 @@ def block_outputs(sums: ObjectiveSums, hidden: Tensor, golden: Golden) -> dict[s
     }
 
 
-RUNNERS: dict[str, Callable[[Golden], Result]] = {"dflash": run_dflash, "eagle3": run_eagle3}
+def run_domino(golden: Golden) -> Result:
+    config, tensors = golden.config, golden.tensors
+    more = {name: config[name] for name in ("gru_hidden_dim", "emb_dim", "shift_label", "pure_draft_prefix_len")}
+    draft = DominoDraft(DominoConfig(**dflash_config(config, **more)))
+    draft.load_state_dict(golden.weights())
+    blocks = golden_blocks(golden)
+    # The golden λ is a constant: the schedule's value at step 0.
+    objective = DominoObjective(
+        gamma=config["loss_decay_gamma"], shift_label=config["shift_label"], lambda_start=config["lambda_base"]
+    )
+    start, seen = StepContext(global_step=0, total_steps=1), []
+
+    def score(hidden: Tensor, features: Tensor, weight: Tensor) -> ObjectiveSums:
+        seen.append(hidden)
+        return objective(hidden, features, weight, tensors["in.target_lm_head"], blocks, start)
+
+    sums = draft(tensors["in.aux_hidden_states"], tensors["in.target_embed_tokens"], blocks, score)
+    outputs = block_outputs(sums, seen[0], golden)
+    names = {"accept_len": "acceptance_length", "base_accept_len": "base_acceptance_length", "lambda_base": "base_share"}
+    for name in ("final_loss", "base_loss", "base_accuracy", *names):
+        one = sums.metrics[names.get(name, name)]
+        outputs[name] = one.numerator / one.denominator
+    outputs["loss"].backward()
+    return outputs, {name: parameter.grad for name, parameter in draft.named_parameters()}
+
+
+RUNNERS: dict[str, Callable[[Golden], Result]] = {"dflash": run_dflash, "domino": run_domino, "eagle3": run_eagle3}

@@ -90,7 +90,13 @@ class WindowReader:
                 entry = self._source.replace(entry, str(error.args[0]))
             else:
                 self._held.append(_Held(entry.seq, handle))
-                return Sample(sample_id=ref.sample_id, num_tokens=ref.num_tokens, tensors=tensors)
+                return Sample(
+                    sample_id=ref.sample_id,
+                    source_id=ref.origin.source_id,
+                    pass_index=self._order.locate(entry.seq)[1],
+                    num_tokens=ref.num_tokens,
+                    tensors=tensors,
+                )
         self._held.append(_Held(entry.seq, None))
         return stand_in(entry.seq, self._source.card)
 
@@ -105,4 +111,5 @@ def stand_in(seq: int, card: FeatureCard) -> Sample:
         "last_hidden_state": torch.zeros(n, size, dtype=dtype),
     }
     kept = {name: tensors[name] for name in card.features}
-    return Sample(sample_id=f"skipped:{seq}", num_tokens=n, tensors=kept)
+    name = f"skipped:{seq}"
+    return Sample(sample_id=name, source_id=name, pass_index=0, num_tokens=n, tensors=kept)

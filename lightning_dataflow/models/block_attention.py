@@ -172,7 +172,7 @@ def _chunk_mask(chunk: _Chunk, anchor: Tensor, like: Tensor, window: int | None)
 
 
 def _flex_block_attention(query: Tensor, keys: ContextKeys, blocks: Blocks, window: int | None) -> Tensor:
-    """The same through flex attention over all samples and blocks laid end to end, whose block mask skips what is unseen."""
+    """The same through flex attention over all samples and blocks laid end to end, whose mask skips what is unseen."""
     from torch.nn.attention.flex_attention import flex_attention
 
     attend = _compiled(flex_attention) if query.is_cuda else flex_attention

@@ -49,7 +49,7 @@ class DFlashConfig:
         if self.num_layers < 1:
             raise UserError(f"num_layers={self.num_layers}: a draft needs at least one layer")
         if self.block_size < 2:
-            raise UserError(f"block_size={self.block_size}: a block is the anchor and at least one drafted token, choose 2 up")
+            raise UserError(f"block_size={self.block_size}: the anchor and a drafted token make 2, choose 2 or more")
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise UserError(
                 f"mask_token_id={self.mask_token_id}: the target's embedding has {self.vocab_size} rows, choose 0 to "

@@ -37,7 +37,7 @@ class DominoConfig(DFlashConfig):
             raise UserError(f"gru_hidden_dim={self.gru_hidden_dim}, emb_dim={self.emb_dim}: sizes are at least 1")
         if not 0 <= self.pure_draft_prefix_len < self.block_size - 1 + self.shift_label:
             raise UserError(
-                f"pure_draft_prefix_len={self.pure_draft_prefix_len}: a block of {self.block_size} must have drafted tokens "
+                f"pure_draft_prefix_len={self.pure_draft_prefix_len}: a block of {self.block_size} needs drafted tokens "
                 f"left to correct, choose 0 to {self.block_size - 2 + self.shift_label}"
             )
 
@@ -60,6 +60,7 @@ class DominoDraft(DFlashDraft):
             nn.SiLU(),
             nn.Linear(config.emb_dim, config.vocab_size, bias=False),
         )
+        nn.init.zeros_(self.correction_weight)  # a new draft starts as DFlash
 
     def forward(  # type: ignore[override]  # the correction is scored too
         self, aux_hidden_states: Tensor, embedding: Tensor, blocks: Blocks, score: Callable[[Tensor, Tensor, Tensor], Score]

@@ -60,7 +60,7 @@ class BlockLabels:
         return values.new_zeros(self.labels.numel()).index_copy(0, self.rows, values).view_as(self.labels)
 
     def metrics(self, correct: Tensor, prefix: str = "") -> dict[str, Quotient]:
-        """Accuracy, accuracy by offset, and acceptance length, from whether each supervised offset is right, bool [R].
+        """Accuracy, accuracy by position of the drafted token, and acceptance length, from whether each supervised offset is right, bool [R].
 
         The acceptance length of a block is 1 + its supervised offsets that are right before the first wrong one;
         unsupervised ones are skipped. The mean is over valid blocks.
@@ -72,10 +72,8 @@ class BlockLabels:
         first = 1 - self.shift
         return {
             f"{prefix}accuracy": Quotient(numerator=right.sum(), denominator=supervised.sum()),
-            f"{prefix}accuracy_at_offset": Quotient(
+            f"{prefix}accuracy_per_position": Quotient(
                 numerator=right[:, first:].sum(0), denominator=supervised[:, first:].sum(0)
             ),
-            f"{prefix}acceptance_length": Quotient(
-                numerator=((1 + run.sum(1)) * valid).sum(), denominator=valid.sum()
-            ),
+            f"{prefix}acceptance_length": Quotient(numerator=((1 + run.sum(1)) * valid).sum(), denominator=valid.sum()),
         }

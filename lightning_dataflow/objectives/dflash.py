@@ -28,9 +28,7 @@ class DFlashObjective:
     dpace: bool = False
     dpace_alpha: float = 0.5
 
-    def __call__(
-        self, hidden: Tensor, head: Tensor, blocks: Blocks, rows: Tensor | None = None
-    ) -> ObjectiveSums:
+    def __call__(self, hidden: Tensor, head: Tensor, blocks: Blocks, rows: Tensor | None = None) -> ObjectiveSums:
         """Score blocks.
 
         Args:
@@ -38,7 +36,7 @@ class DFlashObjective:
             head: the target's frozen head [V, H].
             rows: see BlockLabels.
 
-        Metrics: `accuracy`, `accuracy_at_offset` (a vector over offsets 1..B−1), `acceptance_length`.
+        Metrics: `accuracy`, `accuracy_per_position` (a vector over the B − 1 drafted tokens), `acceptance_length`.
         """
         labels = BlockLabels.of(blocks, rows=rows)
         row_hidden = hidden.flatten(0, 1).index_select(0, labels.rows)

@@ -1,5 +1,5 @@
-"""Domino's training objective (arXiv 2605.29707): cross-entropy of the corrected logits, and of the base logits with a share
-λ that falls to zero."""
+"""Domino's training objective (arXiv 2605.29707): cross-entropy of the corrected logits, and of the base logits with a
+share λ that falls to zero."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -125,7 +125,11 @@ class _CorrectedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grads = [None] * 3 if ctx.grads is None else [(x * grad).to(dtype) for x, dtype in zip(ctx.grads, ctx.dtypes)]
+        grads = (
+            [None] * 3
+            if ctx.grads is None
+            else [(x * grad).to(dtype) for x, dtype in zip(ctx.grads, ctx.dtypes, strict=True)]
+        )
         return *grads, None, None, None, None
 
 

@@ -176,7 +176,8 @@ def _flex_block_attention(query: Tensor, keys: ContextKeys, blocks: Blocks, wind
     from torch.nn.attention.flex_attention import flex_attention
 
     attend = _compiled(flex_attention) if query.is_cuda else flex_attention
-    mask = flex_block_mask(blocks, keys.context_key.shape[:3:2], query.shape[2], window)
+    batch, _, length, _ = keys.context_key.shape
+    mask = flex_block_mask(blocks, (batch, length), query.shape[2], window)
     key = torch.cat((_end_to_end(keys.context_key), _end_to_end(keys.block_key)), dim=2)
     value = torch.cat((_end_to_end(keys.context_value), _end_to_end(keys.block_value)), dim=2)
     out = attend(_end_to_end(query), key, value, block_mask=mask, enable_gqa=True)

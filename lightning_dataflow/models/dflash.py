@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -130,6 +130,11 @@ class DFlashDraft(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = Rotary(config.head_dim, config.rope_theta)
 
+    @property
+    def decoder_layers(self) -> list[DFlashLayer]:
+        """In order."""
+        return cast("list[DFlashLayer]", list(self.layers))
+
     def forward(
         self, aux_hidden_states: Tensor, embedding: Tensor, blocks: Blocks, score: Callable[[Tensor], Score]
     ) -> Score:
@@ -151,7 +156,7 @@ class DFlashDraft(nn.Module):
         offsets = torch.arange(self.config.block_size, device=context.device)
         block_tables = [table[:, None] for table in self.rotary.tables(blocks.anchor[:, None] + offsets)]
         hidden = self.noise(blocks.tokens[:, 0], embedding)
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(self.decoder_layers):
             attention, x = layer.self_attn, layer.input_layernorm(hidden)
             keys = ContextKeys(*attention.key_value(context, *context_tables), *attention.key_value(x, *block_tables))
             attended = block_attention(attention.query(x, *block_tables), keys, blocks, self.config.window(index))
@@ -178,7 +183,7 @@ class DFlashDraft(nn.Module):
         context = self.context(aux_hidden_states.to(self.fc.weight.device)).unsqueeze(0)
         start = caches[0].length
         tables = self.rotary.tables(torch.arange(start, start + context.shape[1], device=context.device))
-        for layer, cache in zip(self.layers, caches, strict=True):
+        for layer, cache in zip(self.decoder_layers, caches, strict=True):
             cache.append(*layer.self_attn.key_value(context, *tables))
 
     @torch.no_grad()
@@ -187,7 +192,7 @@ class DFlashDraft(nn.Module):
         start, device = caches[0].length, embedding.device
         tables = self.rotary.tables(torch.arange(start, start + self.config.block_size, device=device))
         hidden = self.noise(torch.tensor([anchor_token], device=device), embedding)
-        for index, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
+        for index, (layer, cache) in enumerate(zip(self.decoder_layers, caches, strict=True)):
             attention, x = layer.self_attn, layer.input_layernorm(hidden)
             keys, values = cache.append(*attention.key_value(x, *tables))
             cache.crop(start)  # the block is drafted anew once part of it is verified

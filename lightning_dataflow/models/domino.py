@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +79,7 @@ class DominoDraft(DFlashDraft):
     @property
     def correction_weight(self) -> Tensor:
         """W [V, E]."""
-        return self.embed_proj[2].weight
+        return cast(nn.Linear, self.embed_proj[2]).weight
 
     def prefix_states(self, tokens: Tensor, embedding: Tensor) -> Tensor:
         """g [M, B, G] from the blocks' real tokens [M, B + 1]: the state after the tokens before each label."""

@@ -60,7 +60,9 @@ class BlockLabels:
         return values.new_zeros(self.labels.numel()).index_copy(0, self.rows, values).view_as(self.labels)
 
     def metrics(self, correct: Tensor, prefix: str = "") -> dict[str, Quotient]:
-        """Accuracy, accuracy by position of the drafted token, and acceptance length, from whether each supervised offset is right, bool [R].
+        """Accuracy, accuracy by position of the drafted token, and acceptance length.
+
+        `correct` bool [R] says which supervised offsets are right.
 
         The acceptance length of a block is 1 + its supervised offsets that are right before the first wrong one;
         unsupervised ones are skipped. The mean is over valid blocks.

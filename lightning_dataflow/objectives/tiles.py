@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-TILE_ROWS = 256
+TILE_ROWS = 512
 """Rows of logits held at once; the full [positions, V] never are."""
 
 

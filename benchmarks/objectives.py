@@ -1,12 +1,13 @@
 """Step time and peak memory of each objective against a naive implementation of the same maths.
 
-`python -m benchmarks.objectives` prints one table for SmolLM2-135M shapes, float32, 2 × 512 tokens, all positions
-supervised. Both sides run in turn in one process (time) and each in a process of its own (peak memory, of which the
-memory before the step is taken off). It never asserts a time.
+`python -m benchmarks.objectives` prints a table for SmolLM2-135M shapes, float32, 2 × 512 tokens, all positions
+supervised: EAGLE3 with 7 steps and a draft vocabulary of 8,192; DFlash and Domino with 3 layers, 5 aux layers, 64 anchors
+a sample, blocks of 16. Both sides run in turn in one process (time) and each in a process of its own (peak memory, of which
+the memory before the step is taken off). `--scaling` prints how DFlash and Domino grow with anchors and with length. It
+never asserts a time.
 """
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
@@ -14,38 +15,48 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from benchmarks.naive_blocks import naive_dflash, naive_domino
 from benchmarks.naive_eagle3 import naive_eagle3
-from lightning_dataflow.models import DraftVocab, Eagle3Config, Eagle3Draft
-from lightning_dataflow.objectives import Eagle3Objective, supervised_positions
+from lightning_dataflow.contracts import StepContext
+from lightning_dataflow.models import (
+    DFlashConfig,
+    DFlashDraft,
+    DominoConfig,
+    DominoDraft,
+    DraftVocab,
+    Eagle3Config,
+    Eagle3Draft,
+)
+from lightning_dataflow.models.blocks import cut_blocks
+from lightning_dataflow.objectives import DFlashObjective, DominoObjective, Eagle3Objective, supervised_positions
 
-HIDDEN, VOCAB, DRAFT_VOCAB, STEPS, BATCH, LENGTH = 576, 49152, 8192, 7, 2, 512
+HIDDEN, VOCAB, DRAFT_VOCAB, STEPS, BATCH, LENGTH, ANCHORS = 576, 49152, 8192, 7, 2, 512, 64
+SIZES = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "vocab_size": VOCAB,
+}
+HALF_WAY = StepContext(global_step=25, total_steps=100)  # λ = 0.5
 Step = Callable[[], Tensor]
 
 
-def eagle3_steps() -> dict[str, Step]:
+def eagle3_steps(length: int, _: int) -> dict[str, Step]:
     """One forward and backward pass by name; both use the same weights and inputs."""
-    torch.manual_seed(0)
-    config = Eagle3Config(
-        hidden_size=HIDDEN,
-        intermediate_size=1536,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        head_dim=64,
-        vocab_size=VOCAB,
-        draft_vocab_size=DRAFT_VOCAB,
-        target_hidden_size=HIDDEN,
-    )
+    config = Eagle3Config(**SIZES, draft_vocab_size=DRAFT_VOCAB, target_hidden_size=HIDDEN)
     target_ids = torch.randperm(VOCAB)[:DRAFT_VOCAB].sort().values
     t2d = torch.zeros(VOCAB, dtype=torch.bool).index_fill_(0, target_ids, True)
     draft = Eagle3Draft(config, DraftVocab(d2t=target_ids - torch.arange(DRAFT_VOCAB), t2d=t2d))
     embedding = torch.randn(VOCAB, HIDDEN) * 0.05
     # Rows outside the draft vocabulary are scaled down, so that the target's argmax is always inside it.
     head = torch.randn(VOCAB, HIDDEN) * torch.where(t2d, 0.05, 0.005)[:, None]
-    input_ids = torch.randint(VOCAB, (BATCH, LENGTH))
-    aux, last = torch.randn(BATCH, LENGTH, 3 * HIDDEN), torch.randn(BATCH, LENGTH, HIDDEN)
-    loss_mask = torch.ones(BATCH, LENGTH)
+    input_ids = torch.randint(VOCAB, (BATCH, length))
+    aux, last = torch.randn(BATCH, length, 3 * HIDDEN), torch.randn(BATCH, length, HIDDEN)
+    loss_mask = torch.ones(BATCH, length)
     objective = Eagle3Objective()
 
     def naive() -> Tensor:
@@ -70,7 +81,55 @@ def eagle3_steps() -> dict[str, Step]:
         )
         return sums.loss.numerator / sums.loss.denominator
 
-    def step(loss: Callable[[], Tensor]) -> Step:
+    return both(draft, naive, ours)
+
+
+def block_inputs(length: int, num_anchors: int) -> tuple[Tensor, ...]:
+    """input_ids, aux, loss mask, anchors, embedding, head."""
+    anchors = torch.stack([torch.randperm(length - 1)[:num_anchors].sort().values for _ in range(BATCH)])
+    return (
+        torch.randint(VOCAB, (BATCH, length)),
+        torch.randn(BATCH, length, 5 * HIDDEN),
+        torch.ones(BATCH, length),
+        anchors,
+        torch.randn(VOCAB, HIDDEN) * 0.05,
+        torch.randn(VOCAB, HIDDEN) * 0.05,
+    )
+
+
+def dflash_steps(length: int, num_anchors: int) -> dict[str, Step]:
+    """As `eagle3_steps`."""
+    draft = DFlashDraft(DFlashConfig(**SIZES, num_layers=3, mask_token_id=VOCAB - 1))
+    ids, aux, loss_mask, anchors, embedding, head = inputs = block_inputs(length, num_anchors)
+    objective = DFlashObjective()
+
+    def ours() -> Tensor:
+        blocks = cut_blocks(ids, loss_mask, list(anchors), draft.config.block_size)
+        sums = draft(aux, embedding, blocks, lambda hidden: objective(hidden, head, blocks))
+        return sums.loss.numerator / sums.loss.denominator
+
+    return both(draft, lambda: naive_dflash(draft, *inputs), ours)
+
+
+def domino_steps(length: int, num_anchors: int) -> dict[str, Step]:
+    """As `eagle3_steps`."""
+    draft = DominoDraft(DominoConfig(**SIZES, num_layers=3, mask_token_id=VOCAB - 1))
+    nn.init.normal_(draft.correction_weight, std=0.02)
+    ids, aux, loss_mask, anchors, embedding, head = inputs = block_inputs(length, num_anchors)
+    objective = DominoObjective()
+
+    def ours() -> Tensor:
+        blocks = cut_blocks(ids, loss_mask, list(anchors), draft.config.block_size)
+        sums = draft(aux, embedding, blocks, lambda *scored: objective(*scored, head, blocks, HALF_WAY))
+        return sums.loss.numerator / sums.loss.denominator
+
+    return both(draft, lambda: naive_domino(draft, *inputs, objective.base_share(HALF_WAY)), ours)
+
+
+def both(draft: nn.Module, naive: Step, ours: Step) -> dict[str, Step]:
+    """Forward and backward pass of either loss."""
+
+    def step(loss: Step) -> Step:
         def run() -> Tensor:
             draft.zero_grad(set_to_none=True)
             value = loss()
@@ -82,14 +141,22 @@ def eagle3_steps() -> dict[str, Step]:
     return {"naive": step(naive), "ours": step(ours)}
 
 
-def peak_memory(name: str) -> float:
-    """GB that one step of `name` needs beyond what was there before it, in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.objectives", "--memory-of", name]
+OBJECTIVES = {"EAGLE3": eagle3_steps, "DFlash": dflash_steps, "Domino": domino_steps}
+
+
+def make_steps(objective: str, length: int = LENGTH, num_anchors: int = ANCHORS) -> dict[str, Step]:
+    torch.manual_seed(0)
+    return OBJECTIVES[objective](length, num_anchors)
+
+
+def peak_memory(*what: object) -> float:
+    """GB that one step needs beyond what was there before it, in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.objectives", "--memory-of", *map(str, what)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def measure_memory(name: str) -> None:
-    step = eagle3_steps()[name]
+def measure_memory(objective: str, side: str, length: str, num_anchors: str) -> None:
+    step = make_steps(objective, int(length), int(num_anchors))[side]
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # reset the peak
     before = resident_kib("VmRSS")
@@ -102,31 +169,60 @@ def resident_kib(field: str) -> int:
         return next(int(line.split()[1]) for line in file if line.startswith(field))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--memory-of", choices=("naive", "ours"))
-    args = parser.parse_args()
-    if args.memory_of:
-        return measure_memory(args.memory_of)
-    steps = eagle3_steps()
-    losses = {name: step().item() for name, step in steps.items()}
+def measure_seconds(steps: dict[str, Step], repeats: int) -> dict[str, list[float]]:
+    """In turn, after one step of each that does not count."""
+    for step in steps.values():
+        step()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(args.repeats):
+    for _ in range(repeats):
         for name, step in steps.items():
             start = time.perf_counter()
             step()
             seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def compare(objective: str, repeats: int) -> None:
+    """One objective, naive and ours."""
+    steps = make_steps(objective)
+    losses = {name: step().item() for name, step in steps.items()}
+    seconds = measure_seconds(steps, repeats)
     median = {name: statistics.median(times) for name, times in seconds.items()}
-    memory = {name: peak_memory(name) for name in steps}
-    print(f"EAGLE3, {BATCH} x {LENGTH} tokens, {STEPS} steps, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"{'':8}{'loss':>12}{'seconds':>10}{'(min-max)':>14}{'peak GB':>9}")
+    memory = {name: peak_memory(objective, name, LENGTH, ANCHORS) for name in steps}
     for name in steps:
         spread = f"({min(seconds[name]):.2f}-{max(seconds[name]):.2f})"
-        print(f"{name:8}{losses[name]:12.6f}{median[name]:10.2f}{spread:>14}{memory[name]:9.2f}")
-    print(f"{'ratio':8}{'':12}{median['ours'] / median['naive']:10.2f}{'':14}{memory['ours'] / memory['naive']:9.2f}")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"(peak of this process, both sides: {peak:.1f} GB)")
+        print(f"{objective:8}{name:8}{losses[name]:12.6f}{median[name]:10.2f}{spread:>14}{memory[name]:9.2f}")
+    ratio = median["ours"] / median["naive"]
+    print(f"{objective:8}{'ratio':8}{'':12}{ratio:10.2f}{'':14}{memory['ours'] / memory['naive']:9.2f}", flush=True)
+
+
+def scaling(objective: str, repeats: int) -> None:
+    """Time and memory of ours with twice and four times the anchors, or the tokens."""
+    for length, num_anchors in ((2048, 32), (2048, 64), (2048, 128), (1024, 64), (4096, 64)):
+        ours = {"ours": make_steps(objective, length, num_anchors)["ours"]}
+        seconds = statistics.median(measure_seconds(ours, repeats)["ours"])
+        memory = peak_memory(objective, "ours", length, num_anchors)
+        print(f"{objective:8}{length:8}{num_anchors:9}{seconds:10.2f}{memory:9.2f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", choices=OBJECTIVES, action="append")
+    parser.add_argument("--scaling", action="store_true")
+    parser.add_argument("--memory-of", nargs=4, metavar=("OBJECTIVE", "SIDE", "LENGTH", "ANCHORS"))
+    args = parser.parse_args()
+    if args.memory_of:
+        return measure_memory(*args.memory_of)
+    print(f"{BATCH} samples, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    if args.scaling:
+        print(f"{'':8}{'length':>8}{'anchors':>9}{'seconds':>10}{'peak GB':>9}")
+        for objective in args.only or ("DFlash", "Domino"):
+            scaling(objective, args.repeats)
+    else:
+        print(f"{'':16}{'loss':>12}{'seconds':>10}{'(min-max)':>14}{'peak GB':>9}")
+        for objective in args.only or OBJECTIVES:
+            compare(objective, args.repeats)
 
 
 if __name__ == "__main__":

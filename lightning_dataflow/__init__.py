@@ -9,7 +9,9 @@ from typing import Any
 _NAMES = {
     "AcceptanceEvaluation": "callbacks",
     "ColocatedSource": "producers",
+    "DFlashModule": "strategies",
     "DataFlowDataModule": "data",
+    "DominoModule": "strategies",
     "DraftModule": "strategies",
     "Eagle3Module": "strategies",
     "FileChannel": "channels",

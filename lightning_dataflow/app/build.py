@@ -116,7 +116,6 @@ class Builder:
             global_batch_size=data.global_batch_size,
             micro_batch_size=data.micro_batch_size,
             seed=self.config.seed,
-            collate=self.spec.collate,
             prefetch_windows=data.prefetch_windows,
         )
 

@@ -29,7 +29,7 @@ class DataFlowDataModule(L.LightningDataModule):
         global_batch_size: samples per optimizer step, over all ranks.
         micro_batch_size: samples per forward pass and rank.
         seed: of the order of samples.
-        collate: how samples become a batch; by default what the trainer's module asks for.
+        collate: how samples become a batch; by default the `collate` of the trainer's module.
         prefetch_windows: windows that a thread reads ahead; 0 reads when asked, None is what the source suggests.
     """
 
@@ -177,10 +177,10 @@ class DataFlowDataModule(L.LightningDataModule):
         return iter(self._prefetcher)
 
     def _collate(self, samples: Sequence[Sample]) -> Batch:
-        if self.collate is None:
-            assert self.trainer is not None, "without a trainer, `collate` is an argument"
-            self.collate = cast(Any, self.trainer.lightning_module).spec.collate
-        return cast(Collate, self.collate)(samples)
+        if self.collate is not None:
+            return self.collate(samples)
+        assert self.trainer is not None, "without a trainer, `collate` is an argument"
+        return cast(Any, self.trainer.lightning_module).collate(samples)
 
 
 class _Stream:

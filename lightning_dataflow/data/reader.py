@@ -103,7 +103,13 @@ class WindowReader:
             if isinstance(found, tuple):
                 tensors, handle = found
                 self._held.append(_Held(entry.seq, handle))
-                return Sample(sample_id=ref.sample_id, num_tokens=ref.num_tokens, tensors=tensors)
+                return Sample(
+                    sample_id=ref.sample_id,
+                    source_id=ref.origin.source_id,
+                    pass_index=self._order.locate(entry.seq)[1],
+                    num_tokens=ref.num_tokens,
+                    tensors=tensors,
+                )
             entry = self._source.replace(entry, str(found.args[0]) if found else "it was never read")
             if entry.ref is not None:
                 (found,) = self._source.store.get_many([entry.ref])
@@ -121,4 +127,5 @@ def stand_in(seq: int, card: FeatureCard) -> Sample:
         "last_hidden_state": torch.zeros(n, size, dtype=dtype),
     }
     kept = {name: tensors[name] for name in card.features}
-    return Sample(sample_id=f"skipped:{seq}", num_tokens=n, tensors=kept)
+    name = f"skipped:{seq}"
+    return Sample(sample_id=name, source_id=name, pass_index=0, num_tokens=n, tensors=kept)

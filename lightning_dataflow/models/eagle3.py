@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.models.attention import causal_attention, unrolled_attention
+from lightning_dataflow.models.cache import DraftCache
 from lightning_dataflow.models.draft_vocab import DraftVocab, check_draft_vocab_size
 from lightning_dataflow.models.layers import RMSNorm, Rotary, SwiGLU, rotate
 
@@ -47,30 +48,6 @@ class Eagle3Config:
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}: choose sizes that divide"
             )
-
-
-@dataclass
-class DraftCache:
-    """Keys and values [1, kv_heads, length, head_dim] of one sequence while decoding."""
-
-    key: Tensor | None = None
-    value: Tensor | None = None
-
-    @property
-    def length(self) -> int:
-        """Number of cached positions."""
-        return 0 if self.key is None else self.key.shape[2]
-
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add positions at the end and return everything cached."""
-        self.key = key if self.key is None else torch.cat((self.key, key), dim=2)
-        self.value = value if self.value is None else torch.cat((self.value, value), dim=2)
-        return self.key, self.value
-
-    def crop(self, length: int) -> None:
-        """Forget positions from `length` on."""
-        if self.key is not None and self.value is not None:
-            self.key, self.value = self.key[:, :, :length], self.value[:, :, :length]
 
 
 class Eagle3Attention(nn.Module):

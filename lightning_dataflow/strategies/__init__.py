@@ -1,6 +1,8 @@
 """Draft-training strategies: one LightningModule each, found by name."""
 
 from lightning_dataflow.strategies.base import DraftModule
+from lightning_dataflow.strategies.dflash import DFlashModule
+from lightning_dataflow.strategies.domino import DominoModule
 from lightning_dataflow.strategies.eagle3 import Eagle3Module
 from lightning_dataflow.strategies.registry import (
     StrategySpec,
@@ -10,6 +12,8 @@ from lightning_dataflow.strategies.registry import (
 )
 
 __all__ = [
+    "DFlashModule",
+    "DominoModule",
     "DraftModule",
     "Eagle3Module",
     "StrategySpec",

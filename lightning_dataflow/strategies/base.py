@@ -1,7 +1,7 @@
 """What every strategy's LightningModule shares: the gradient of the global quotient, the optimizer, sharding, results."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import lightning as L
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lightning_dataflow.callbacks.defaults import default_callbacks
 from lightning_dataflow.contracts import CaptureSpec, StepContext, UserError
 from lightning_dataflow.data import DataFlowDataModule, FeatureCard
-from lightning_dataflow.data.collate import Batch
+from lightning_dataflow.data.collate import Batch, Sample
 from lightning_dataflow.evaluation import Drafter
 from lightning_dataflow.models import FrozenTarget
 from lightning_dataflow.objectives import ObjectiveSums
@@ -35,7 +35,8 @@ class DraftModule(L.LightningModule):
     numerator · W · A / P (W ranks and A micro-batches, which Lightning divides by, P the window's tokens), and
     `on_before_optimizer_step`, which runs before clipping, multiplies the gradients by P / D.
 
-    Subclasses set `strategy_name`, build `self.draft` in their constructor, and implement `objective`.
+    Subclasses set `strategy_name`, build `self.draft` in their constructor, and implement `collate`, `objective` and
+    `drafter`.
 
     Args:
         target: the target's Hugging Face folder. Only its sizes, embedding and head are read.
@@ -84,6 +85,10 @@ class DraftModule(L.LightningModule):
         return self._frozen
 
     @abstractmethod
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        """The batch that `objective` reads; called by the thread that reads ahead, so on the CPU."""
+
+    @abstractmethod
     def objective(self, batch: Batch, context: StepContext) -> ObjectiveSums:
         """Sums of one micro-batch."""
 
@@ -95,6 +100,9 @@ class DraftModule(L.LightningModule):
         """The unsharded state dict of the draft on every rank. A collective under sharding."""
         root = fsdp1_root(self.trainer.strategy.model) if self._trainer is not None else None
         return full_state_dict(root or self, "draft.")
+
+    def check_data(self, data: DataFlowDataModule) -> None:
+        """Raise UserError when this draft cannot be trained on the data; called before every fit."""
 
     def initialise_draft(self, data: DataFlowDataModule) -> None:
         """Set what depends on the target's tensors or on the data, once before a new draft trains."""
@@ -122,6 +130,7 @@ class DraftModule(L.LightningModule):
         self.load_frozen_target(self.trainer.strategy.root_device)
         if stage == "fit" and isinstance(data := self._data(), DataFlowDataModule):
             self.check_features(data.source.card)
+            self.check_data(data)
             if not self._initialised:
                 self.initialise_draft(data)
                 self._initialised = True

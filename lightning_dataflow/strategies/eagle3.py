@@ -1,7 +1,6 @@
 """EAGLE3 (arXiv 2503.01840) as a LightningModule."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,6 +103,12 @@ class Eagle3Module(DraftModule):
         if config.train_embeddings:
             self.draft.embed_tokens.weight.copy_(target.embedding)
 
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        """Padded features, and which rows supervise which (found here, on the CPU, so that a step needs no sync)."""
+        batch = pad_samples(samples)
+        batch["target_rows"] = tuple(supervised_positions(batch["loss_mask"]))
+        return batch
+
     def objective(self, batch: Batch, context: StepContext) -> ObjectiveSums:
         """See DraftModule."""
         draft, target = self.draft, self.frozen_target
@@ -140,13 +145,6 @@ class Eagle3Module(DraftModule):
         }
 
 
-def collate_eagle3(samples: Sequence[Sample]) -> Batch:
-    """Padded features, and which rows supervise which (found here, on the CPU, so that a step needs no sync)."""
-    batch: dict[str, Any] = pad_samples(samples)
-    batch["target_rows"] = tuple(supervised_positions(batch["loss_mask"]))
-    return batch
-
-
 def default_layer_ids(num_layers: int) -> tuple[int, ...]:
     """Low, middle and high: [1, L // 2 − 1, L − 4]."""
     return check_layer_ids((1, num_layers // 2 - 1, num_layers - 4), num_layers)
@@ -158,6 +156,5 @@ register_strategy(
         module=Eagle3Module,
         default_layer_ids=default_layer_ids,
         features=("input_ids", "loss_mask", "aux_hidden_states", "last_hidden_state"),
-        collate=collate_eagle3,
     )
 )

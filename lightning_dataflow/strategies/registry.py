@@ -1,11 +1,10 @@
 """Strategies by name. A new algorithm registers its StrategySpec; no topology, store or launcher knows it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lightning_dataflow.contracts import UnknownNameError
-from lightning_dataflow.data.collate import Batch, Sample
 
 if TYPE_CHECKING:
     from lightning_dataflow.strategies.base import DraftModule
@@ -17,15 +16,13 @@ class StrategySpec:
 
     Attributes:
         default_layer_ids: number of target layers → the layers to capture.
-        features: names of the features that `collate` reads.
-        collate: samples → batch.
+        features: names of the features that the module's `collate` reads.
     """
 
     name: str
     module: "type[DraftModule]"
     default_layer_ids: Callable[[int], tuple[int, ...]]
     features: tuple[str, ...]
-    collate: Callable[[Sequence[Sample]], Batch]
 
 
 _SPECS: dict[str, StrategySpec] = {}

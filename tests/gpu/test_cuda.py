@@ -8,6 +8,8 @@ import torch
 from lightning_dataflow.data.prefetch import Prefetcher
 from lightning_dataflow.models import Eagle3Config, Eagle3Draft
 from lightning_dataflow.models.attention import unrolled_attention
+from lightning_dataflow.models.block_attention import ContextKeys, block_attention
+from lightning_dataflow.models.blocks import Blocks, cut_blocks
 from lightning_dataflow.objectives import Eagle3Objective, supervised_positions
 from tests.processes import TINY, TRAIN, python, result
 
@@ -26,6 +28,34 @@ def test_flex_attention_is_the_merged_attention(num_steps):
     found = torch.autograd.grad((outputs[1] * weights.cuda()).sum(), on_gpu)
     for one, other in zip(expected, found, strict=True):
         assert (one - other.cpu()).abs().max() < 1e-2 * one.abs().max()
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_flex_block_attention_is_the_chunked_attention(window):
+    torch.manual_seed(0)
+    anchors = [torch.randperm(255)[:count].sort().values for count in (20, 7)]
+    blocks = cut_blocks(torch.zeros(2, 256, dtype=torch.int64), torch.ones(2, 256), anchors, 16)
+    shapes = [(27, 6, 16, 64)] + [(2, 2, 256, 64)] * 2 + [(27, 2, 16, 64)] * 2
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    on_gpu = [x.detach().cuda().requires_grad_() for x in inputs]
+    there = Blocks(*(x.cuda() for x in blocks))
+    outputs = [
+        block_attention(x[0], ContextKeys(*x[1:]), place, window) for x, place in ((inputs, blocks), (on_gpu, there))
+    ]
+    assert torch.allclose(outputs[0], outputs[1].cpu(), atol=5e-3)
+    weights = torch.randn_like(outputs[0])
+    expected = torch.autograd.grad((outputs[0] * weights).sum(), inputs)
+    found = torch.autograd.grad((outputs[1] * weights.cuda()).sum(), on_gpu)
+    for one, other in zip(expected, found, strict=True):
+        assert (one - other.cpu()).abs().max() < 1e-2 * one.abs().max()
+
+
+@pytest.mark.parametrize("strategy", ["dflash", "domino"])
+def test_block_drafts_give_the_cpus_losses(tmp_path, strategy):
+    settings = (f"strategy={strategy}", "trainer.precision=32-true")
+    for trainer in ("cpu", "gpu"):
+        python(TRAIN, *TINY, *settings, f"trainer={trainer}", f"run_name={trainer}", cwd=tmp_path, timeout_s=280)
+    assert result(tmp_path, "gpu")["losses"] == pytest.approx(result(tmp_path, "cpu")["losses"], rel=1e-2)
 
 
 def test_a_training_step_is_the_cpus():

@@ -57,7 +57,7 @@ def broken_file(folder: Path) -> str:
         (["strategy.draft_vocab_size=1000"], "the target's vocabulary has 320 tokens"),
         (["strategy.layer_ids=[0,8]"], "ids go from 0 to 7"),
         (["+strategy.colour=red"], "unexpected keyword argument 'colour'"),
-        (["strategy.name=eagle9"], "unknown strategy 'eagle9': available are eagle3"),
+        (["strategy.name=eagle9"], "unknown strategy 'eagle9': available are dflash, domino, eagle3"),
         (["topology.name=sideways"], "unknown topology 'sideways': available are disagg_offline, disagg_online, inter"),
         (["topology=offline", "store.root=nowhere"], "no finished capture in nowhere"),
         (["store=shared_dir"], "use store=memory"),

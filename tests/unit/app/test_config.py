@@ -45,6 +45,18 @@ def test_experiments_compose_with_every_topology(topology, experiment):
     assert config.control.kind in CONTROLS[topology]
 
 
+@pytest.mark.parametrize(("strategy", "experiment"), product(GROUPS["strategy"], GROUPS["experiment"]))
+def test_an_experiment_has_settings_of_its_own_for_each_strategy(strategy, experiment):
+    plain, config = typed(make(f"strategy={strategy}")), typed(make(f"strategy={strategy}", f"experiment={experiment}"))
+    assert config.strategy["name"] == strategy
+    assert config.strategy.keys() == plain.strategy.keys()  # no setting of another strategy
+    assert dict(config.strategy) != dict(plain.strategy)
+    assert (
+        typed(make(f"strategy={strategy}", f"experiment={experiment}", "strategy.target_dtype=x")).strategy["target_dtype"]
+        == "x"
+    )
+
+
 def test_settings_are_plain_containers():
     settings = plain_settings(make("store=shared_dir", "store.secret_file=secret.txt"))
     assert json.loads(json.dumps(settings))["store"]["secret_file"] == "secret.txt"

@@ -79,7 +79,7 @@ def test_the_gradient_is_that_of_the_global_quotient(target_path, prompts, targe
     module = make_module(target_path)
     module.load_frozen_target(torch.device("cpu"))
     module.initialise_draft(whole)
-    whole.collate = module.spec.collate
+    whole.collate = module.collate
     sums = module.objective(next(iter(whole.train_dataloader())), None)
     (sums.loss.numerator / sums.loss.denominator).backward()
     assert float(trained.step_losses[0]) == pytest.approx((sums.loss.numerator / sums.loss.denominator).item(), rel=1e-6)
@@ -90,7 +90,7 @@ def test_the_gradient_is_that_of_the_global_quotient(target_path, prompts, targe
 def test_a_window_without_supervision_is_a_step_with_zero_gradient(target_path, prompts, target, tmp_path):
     data = make_data(prompts, target)
     module = make_module(target_path, SGDModule)
-    collate = module.spec.collate
+    collate = module.collate
 
     def unsupervised(samples):
         batch = collate(samples)

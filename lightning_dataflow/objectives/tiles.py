@@ -1,0 +1,58 @@
+"""Tiles of logits: a few rows at a time, in memory that the next tile uses again."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+TILE_ROWS = 512
+"""Rows of logits held at once; the full [positions, V] never are."""
+
+
+def tiles(num_rows: int) -> Iterator[slice]:
+    """Slices that cover `num_rows` rows."""
+    for start in range(0, num_rows, TILE_ROWS):
+        yield slice(start, min(start + TILE_ROWS, num_rows))
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Of matrix products: autocast's where it is on, else that of `x`."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+class LogitTile:
+    """Logits of one tile [T, V] and what cross-entropy needs of them. Turned into a gradient in place.
+
+    Args:
+        logits: float32 or float64; overwritten.
+        labels: [T].
+    """
+
+    def __init__(self, logits: Tensor, labels: Tensor):
+        top, index = logits.max(-1)
+        of_label = logits.gather(-1, labels[:, None]).squeeze(-1)
+        self.probabilities = torch.softmax(logits, -1, out=logits)
+        of_top = self.probabilities.gather(-1, index[:, None]).squeeze(-1)
+        self.cross_entropy = top - of_top.log() - of_label
+        self.correct = index == labels
+        self._labels = labels[:, None]
+
+    def subtract_label(self) -> None:
+        """Make `probabilities` d cross-entropy / d logits."""
+        self.probabilities.scatter_add_(-1, self._labels, self.probabilities.new_full(self._labels.shape, -1))
+
+
+class TileBuffer:
+    """Memory for the products of one tile after the other."""
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def product(self, left: Tensor, right: Tensor) -> Tensor:
+        """left [T, K] · right [K, V] in float32 at least, valid until the next call."""
+        if left.dtype not in (torch.float32, torch.float64):
+            return (left @ right).float()
+        if self._memory is None:
+            self._memory = left.new_empty(len(left), right.shape[1])
+        return torch.mm(left, right, out=self._memory[: len(left)])

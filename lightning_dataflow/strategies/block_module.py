@@ -1,0 +1,142 @@
+"""What the modules that draft whole blocks share: anchors, the mask token, the batch, the drafter."""
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from lightning_dataflow.contracts import UserError
+from lightning_dataflow.data.collate import Batch, Sample, pad_samples
+from lightning_dataflow.data.datamodule import DataFlowDataModule
+from lightning_dataflow.models import DFlashDraft
+from lightning_dataflow.models.blocks import Blocks, cut_blocks
+from lightning_dataflow.objectives import BlockLabels
+from lightning_dataflow.strategies.anchors import draw_anchors
+from lightning_dataflow.strategies.base import DraftModule
+from lightning_dataflow.strategies.mask_token import choose_mask_token
+from lightning_dataflow.targets.base import check_layer_ids
+from lightning_dataflow.targets.info import load_tokenizer
+
+MAX_ANCHORS = 512
+BLOCK_FEATURES = ("input_ids", "loss_mask", "aux_hidden_states")
+_FIELDS = tuple(f"block_{name}" for name in Blocks._fields)
+Draft = TypeVar("Draft", bound=DFlashDraft)
+
+
+class BlockDraftModule(DraftModule):
+    """Trains a draft on blocks of tokens at random anchors.
+
+    Subclasses build `self.draft` from `self.draft_sizes`.
+
+    Args:
+        num_anchors: blocks drawn from a sample and pass, at most.
+        mask_token_id: None for one that the tokenizer leaves free.
+
+    The other arguments are DraftModule's.
+    """
+
+    draft: DFlashDraft
+    shift_label = False
+
+    def __init__(
+        self,
+        target: str,
+        layer_ids: list[int] | None,
+        num_anchors: int,
+        mask_token_id: int | None,
+        target_dtype: str,
+        lr: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        warmup_ratio: float,
+        min_lr_ratio: float,
+        seed: int,
+    ):
+        super().__init__(target, layer_ids, target_dtype, lr, betas, weight_decay, warmup_ratio, min_lr_ratio, seed)
+        if not 1 <= num_anchors <= MAX_ANCHORS:
+            raise UserError(f"num_anchors={num_anchors}: choose 1 to {MAX_ANCHORS} blocks a sample")
+        info = self.target_info
+        self.layer_ids = check_layer_ids(self.layer_ids, info.num_layers)
+        if mask_token_id is None:
+            mask_token_id = choose_mask_token(load_tokenizer(info.path), info.vocab_size)
+        self.mask_token_id = mask_token_id
+        self._has_blocks = False  # known once a whole pass was read
+
+    def draft_sizes(
+        self,
+        *,
+        num_layers: int,
+        block_size: int,
+        intermediate_size: int | None,
+        layer_types: list[str] | None,
+        sliding_window: int | None,
+    ) -> dict[str, Any]:
+        """Arguments of DFlashConfig; what is not given here is the target's."""
+        info = self.target_info
+        return {
+            "hidden_size": info.hidden_size,
+            "intermediate_size": intermediate_size or info.intermediate_size,
+            "num_layers": num_layers,
+            "num_attention_heads": info.num_attention_heads,
+            "num_key_value_heads": info.num_key_value_heads,
+            "head_dim": info.head_dim,
+            "vocab_size": info.vocab_size,
+            "mask_token_id": self.mask_token_id,
+            "num_aux_layers": len(self.layer_ids),
+            "block_size": block_size,
+            "layer_types": tuple(layer_types or ()),
+            "sliding_window": sliding_window,
+            "rms_norm_eps": info.rms_norm_eps,
+            "rope_theta": info.rope_theta,
+        }
+
+    def check_data(self, data: DataFlowDataModule) -> None:
+        """See DraftModule. The mask token must be none of the data's, and its embedding must say something."""
+        counts = data.source.token_counts(self.target_info.vocab_size)
+        remedy = "set strategy.mask_token_id to a token that the data does not have"
+        if counts[self.mask_token_id] > 0:
+            raise UserError(
+                f"mask_token_id={self.mask_token_id} occurs {int(counts[self.mask_token_id])} times among the supervised "
+                f"tokens of the training data: {remedy}"
+            )
+        if not self.frozen_target.embedding[self.mask_token_id].any():
+            raise UserError(f"mask_token_id={self.mask_token_id} has an embedding of zeros in this target: {remedy}")
+
+    def collate(self, samples: Sequence[Sample]) -> Batch:
+        """Padded features, the blocks, and which of their offsets are supervised (found here, on the CPU, so that a step
+        needs no sync)."""
+        batch = pad_samples(samples, BLOCK_FEATURES)
+        anchors = [draw_anchors(sample, self.hparams["num_anchors"], self.hparams["seed"]) for sample in samples]
+        blocks = cut_blocks(batch["input_ids"], batch["loss_mask"], anchors, self.draft.config.block_size)
+        batch |= dict(zip(_FIELDS, blocks, strict=True))
+        batch["label_rows"] = BlockLabels.of(blocks, shift=self.shift_label).rows
+        return batch
+
+    def blocks(self, batch: Batch) -> Blocks:
+        """The batch's blocks."""
+        return Blocks(*(batch[name] for name in _FIELDS))
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Lightning's hook: refuse data without any block, once one pass over it, or the whole run, has shown that."""
+        data = self._data()
+        num_steps = min(-(-len(data.source) // data.global_batch_size), self.trainer.max_steps)
+        if self._has_blocks or len(self.step_losses) < num_steps:
+            return
+        self._has_blocks = any(float(loss) > 0 for loss in self.step_losses)
+        if not self._has_blocks:
+            raise UserError(
+                f"no sample of {num_steps} steps has two supervised tokens in a row, so there is no block to train "
+                f"{self.strategy_name} on: look at the masks with `lightning-dataflow show-mask`, or train eagle3"
+            )
+
+    def unsharded(self, empty: Draft) -> Draft:
+        """Fill a new draft with the weights as they stand. A collective under sharding."""
+        copy = empty.to(self.device)
+        copy.load_state_dict(self.full_draft_state())
+        return copy.eval()
+
+
+def default_layer_ids(num_layers: int, num_ids: int = 5) -> tuple[int, ...]:
+    """`num_ids` layers spread evenly from 1 to L − 3; fewer where the target is too small for as many."""
+    num_ids = max(1, min(num_ids, num_layers - 3))
+    if num_ids == 1:
+        return (num_layers // 2,)
+    return tuple(round(1 + k * (num_layers - 4) / (num_ids - 1)) for k in range(num_ids))

@@ -84,6 +84,8 @@ class Builder:
         """Held-out prompts are told from trained ones by the settings that the capture had."""
         captured_here = self.config.topology.name == "offline" and self._captured_folder() is None
         evaluates = "acceptance" in (self.config.callbacks or {}) and self.config.role != "producer"
+        if evaluates:
+            self.module.check_features(card)  # another target would tokenise otherwise, and is the better explanation
         if (captured_here or evaluates) and card.prompts_version != self.prompts[0].version:
             raise UserError(
                 f"{where} was captured from other prompts than these data.* settings choose: use the settings of "

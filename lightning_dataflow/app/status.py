@@ -34,8 +34,8 @@ def find_ledger(run: Path) -> Path:
         if path.is_file():
             return path
     raise UserError(
-        f"no ledger in {run} or {run}/control: give the folder of a disaggregated run (other topologies keep theirs in "
-        "memory, and print their progress)"
+        f"no ledger in {run} or {run}/control: give the folder of a disaggregated run that has started (other topologies "
+        "keep theirs in memory, and print their progress)"
     )
 
 

@@ -15,6 +15,9 @@ from lightning_dataflow.app.ranks import num_processes
 from lightning_dataflow.app.schema import TrainConfig
 from lightning_dataflow.app.topologies import watermarks
 from lightning_dataflow.contracts import PeerFailedError, UserError
+from lightning_dataflow.control import SqliteMetadataStore
+from lightning_dataflow.control.heartbeat import check_no_other_trainer
+from lightning_dataflow.control.plane import LEDGER
 from lightning_dataflow.leash import leashed_command
 from lightning_dataflow.stores import LocalMooncake
 
@@ -99,6 +102,7 @@ def supervise(config: TrainConfig, arguments: Sequence[str]) -> None:
         KeyboardInterrupt: Ctrl-C; all have been ended.
     """
     _check(config)
+    signal.signal(signal.SIGTERM, _terminate)
     with ExitStack() as stack:
         settings = [*_without(arguments, "role", "run_name", "num_threads"), f"run_name={_quoted(config.run_name)}"]
         settings += [f"channel.path={_quoted(str(Path(config.channel.path).absolute()))}"]
@@ -122,6 +126,11 @@ def supervise(config: TrainConfig, arguments: Sequence[str]) -> None:
         _watch(parts, mooncake)
 
 
+def _terminate(number: int, frame: object) -> None:
+    """SIGTERM ends the run as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
 def _watch(parts: Sequence[Part], mooncake: LocalMooncake | None) -> None:
     """Until the trainer and then the producers have ended. Raises PeerFailedError for one that failed."""
     *producers, trainer = parts
@@ -141,9 +150,15 @@ def _watch(parts: Sequence[Part], mooncake: LocalMooncake | None) -> None:
     for part in parts:
         if part.process.poll():
             part.drain()
-            raise PeerFailedError(f"{part.name}: {part.error or f'ended with status {part.process.returncode}, see above'}")
+            raise PeerFailedError(f"{part.name}: {part.error or _how_it_ended(part.process.returncode)}")
     for part in parts:
         part.drain()
+
+
+def _how_it_ended(status: int) -> str:
+    if status < 0:
+        return f"was killed by {signal.Signals(-status).name} (SIGKILL is also what the system sends when memory runs out)"
+    return f"ended with status {status}, see above"
 
 
 def _end_all(parts: Sequence[Part]) -> None:
@@ -173,6 +188,8 @@ def _start_mooncake(config: TrainConfig, stack: ExitStack) -> LocalMooncake | No
 def _check(config: TrainConfig) -> None:
     if config.topology.num_producers < 1:
         raise UserError(f"topology.num_producers={config.topology.num_producers}: a run needs at least one")
+    if (ledger := Path(config.channel.path) / LEDGER).is_file():
+        check_no_other_trainer(SqliteMetadataStore(ledger), config.run_name)
     marks = watermarks(config.topology, config.store)
     marks.check_window(config.data.global_batch_size, 0)
     if config.store.kind == "mooncake" and config.store.address is None and config.store.capacity_bytes is None:

@@ -79,8 +79,8 @@ class StreamingRefChannel(ABC):
         while (card := self.card()) is None:
             if time.monotonic() > deadline:
                 raise PeerTimeoutError(
-                    f"waited {timeout_s:.0f} s for {who} to announce the run in {self.name}: is it running, and does it "
-                    "use the same run and channel?"
+                    f"waited {timeout_s:.0f} s for {who} to announce the run in {self.name}: is it running, with "
+                    "this run_name and channel.path?"
                 )
             time.sleep(POLL_S[1])
         return card

@@ -1,11 +1,15 @@
 """Signs of life: a thread that tells the ledger what a part of the run does."""
 
+import os
+import socket
 import threading
 from collections.abc import Callable
 
+from lightning_dataflow.contracts import UserError
 from lightning_dataflow.control.base import MetadataStore
 
 EVERY_S = 2.0
+FRESH_S = 10.0
 
 
 class Heartbeat:
@@ -38,3 +42,27 @@ class Heartbeat:
                 self._ledger.renew(self._name, self._renew_s)
             if self._stop.wait(EVERY_S):
                 return
+
+
+def check_no_other_trainer(ledger: MetadataStore, run_id: str) -> None:
+    """Raise UserError while another process trains this run: two would take each other's samples.
+
+    One that died is no other trainer, however lately it was seen.
+    """
+    status = ledger.status()
+    for part in status.get("parts", []):
+        alive = part["seen_s_ago"] < FRESH_S and part["host"] == socket.gethostname() and part["pid"] != os.getpid()
+        if part["name"] == "trainer-0" and not status["finished"] and alive and _is_running(part["pid"]):
+            raise UserError(
+                f"process {part['pid']} trains run {run_id} ({part['state']}): end it first, or choose another run_name"
+            )
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True

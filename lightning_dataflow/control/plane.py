@@ -127,6 +127,11 @@ def reconcile_on_restart(
     wanted = {seq: max(attempt, attempts.get(seq, 0)) for seq, attempt in wanted.items()}
     held = {(ref.sample_id, ref.generation) for ref in live.values()}
     swept = store.sweep(lambda sample_id, generation: (sample_id, generation) in held) if latest else {}
+    # A store that cannot list what it holds has swept nothing.
+    dead = [ref for seq, record in latest.items() if (ref := record.ref) is not None and seq not in live]
+    for ref, there in zip(dead, store.exists(dead), strict=True):
+        if there:
+            store.free(ref)
     plane.ledger.begin(
         plan,
         published={seq: (ref.generation, ref.num_bytes) for seq, ref in live.items()},

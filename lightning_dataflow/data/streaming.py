@@ -1,7 +1,5 @@
 """Refs that other processes or threads publish while training runs."""
 
-import os
-import socket
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -11,15 +9,12 @@ from torch import Tensor
 
 from lightning_dataflow.contracts import SampleRef, UserError
 from lightning_dataflow.control import ControlPlane, Reconciliation, RunPlan, reconcile_on_restart
-from lightning_dataflow.control.heartbeat import Heartbeat
+from lightning_dataflow.control.heartbeat import Heartbeat, check_no_other_trainer
 from lightning_dataflow.data.offline import card_from_json
 from lightning_dataflow.data.queue import StreamingRefQueue
 from lightning_dataflow.data.source import FeatureCard, RefSource, RefWindow, WindowEntry
 from lightning_dataflow.data.windows import PassOrder
 from lightning_dataflow.stores import FeatureStore
-
-FRESH_S = 10.0
-"""Parts leave a sign of life every two seconds."""
 
 
 class StreamingSource(RefSource):
@@ -79,11 +74,12 @@ class StreamingSource(RefSource):
 
     def begin(self, plan: RunPlan, rank: int, world_size: int) -> None:
         """See RefSource. Rank 0 rebuilds the ledger from what the log and the store hold."""
+        if rank == 0:
+            check_no_other_trainer(self.plane.ledger, self.plane.run_id)
         self._rank = rank
         self.plane.log.rewind()
         self.queue = self._make_queue(plan.start)
         if rank == 0:
-            self._check_alone()
             self.reconciliation = reconcile_on_restart(self.plane, self.store, plan, self.queue.catch_up)
             self.queue.forget(self.reconciliation.lost)
         else:
@@ -140,6 +136,7 @@ class StreamingSource(RefSource):
             self.plane.ledger.finish(status)
             self.queue.catch_up()
             self._free(self.queue.unread())
+            self.store.clear()
         if self._heartbeat is not None:
             self._heartbeat.stop(status)
             self._heartbeat = None
@@ -155,17 +152,6 @@ class StreamingSource(RefSource):
     def _free(self, refs: Sequence[SampleRef]) -> None:
         for ref in refs:
             self.store.free(ref)
-
-    def _check_alone(self) -> None:
-        """Two trainers would take each other's samples. One that died is no other trainer, however lately it was seen."""
-        status = self.plane.ledger.status()
-        for part in status["parts"]:
-            alive = part["seen_s_ago"] < FRESH_S and part["host"] == socket.gethostname() and part["pid"] != os.getpid()
-            if part["name"] == "trainer-0" and not status["finished"] and alive and _is_running(part["pid"]):
-                raise UserError(
-                    f"process {part['pid']} trains run {self.plane.run_id} ({part['state']}): end it first, or choose "
-                    "another run_name"
-                )
 
     def _make_queue(self, start: int) -> StreamingRefQueue:
         return StreamingRefQueue(
@@ -207,13 +193,3 @@ def announcement_from_json(data: dict[str, Any], where: str) -> tuple[FeatureCar
     if num_samples < 1 or min((*counts, *counts.values()), default=0) < 0:
         raise UserError(f"what {where} announces is damaged ({num_samples} samples): start again under another run_name")
     return card, num_samples, seed, counts
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True

@@ -78,7 +78,7 @@ class RolloutWorker:
         try:
             self._drive(should_stop)
         except BaseException as error:
-            heartbeat.stop(f"{error or type(error).__name__}", failed=not isinstance(error, KeyboardInterrupt))
+            heartbeat.stop(str(error) or type(error).__name__, failed=not isinstance(error, KeyboardInterrupt))
             raise
         heartbeat.stop("finished")
 
@@ -130,7 +130,7 @@ class RolloutWorker:
             if isinstance(error, CapacityError):
                 self.plane.give_back(lease, str(error), counts=False)
                 return "idle"
-            self.plane.give_back(lease, f"capture failed: {error or type(error).__name__}")
+            self.plane.give_back(lease, f"capture failed: {str(error) or type(error).__name__}")
             if isinstance(error, CaptureMismatchError) or not isinstance(error, Exception):
                 raise
             self._failures_in_a_row += 1

@@ -87,6 +87,9 @@ class FeatureStore(ABC):
         Without `is_live` only the half-written is removed.
         """
 
+    def clear(self) -> None:  # noqa: B027
+        """The run has ended: remove all that is left of it, where the store holds nothing else."""
+
     def close(self) -> None:  # noqa: B027
         """Give up connections and buffers. The store is not used afterwards; what is stored stays."""
 

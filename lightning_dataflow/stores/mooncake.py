@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lightning_dataflow.contracts import CapacityError, FeatureHandle, SampleOrigin, SampleRef, UserError
+from lightning_dataflow.contracts import CapacityError, FeatureHandle, SampleOrigin, SampleRef
 from lightning_dataflow.contracts.validation import check_id
 from lightning_dataflow.stores.base import FeatureStore, IsLive, Tensors, feature_specs, new_generation, num_bytes
 from lightning_dataflow.stores.buffers import MAX_IDLE_BYTES
@@ -221,13 +221,10 @@ class MooncakeFeatureStore(FeatureStore):
     def sweep(self, is_live: IsLive | None = None) -> dict[str, int]:
         """See FeatureStore.sweep. Half-written objects are the master's to discard, so without `is_live` nothing is done.
 
-        Raises:
-            UserError: `is_live` without `metrics_address`: only the master's HTTP port lists keys.
+        Only the master's HTTP port lists keys: without `metrics_address` orphans stay until `clear`.
         """
-        if is_live is None:
+        if is_live is None or self._admin is None:
             return {}
-        if self._admin is None:
-            raise UserError("a sweep lists the keys of Mooncake: set store.metrics_address to the master's metrics port")
         generations, marks = self._names.sort(self._admin.list_keys())
         orphans = [generation for generation in generations if not is_live(*generation)]
         live = {sample_id for sample_id, _ in generations.keys() - set(orphans)}

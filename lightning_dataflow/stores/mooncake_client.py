@@ -76,7 +76,7 @@ class MooncakeClient:
         self.owner_timeout_s, self.unavailable_timeout_s = owner_timeout_s, unavailable_timeout_s
         mooncake = import_mooncake()
         # Setup itself would block for 90 s when nobody is there.
-        check_listening(master_address, "Mooncake master", "start mooncake_master there, or correct store.master_address")
+        check_listening(master_address, "Mooncake master", "start mooncake_master there, or correct store.address")
         self._store = mooncake.MooncakeDistributedStore()
         self._pinned = mooncake.ReplicateConfig()
         self._pinned.with_hard_pin = True  # never evicted: a full store refuses instead of losing samples

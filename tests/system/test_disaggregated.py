@@ -88,6 +88,23 @@ def test_the_status_command_after_a_run(folder):
     assert wrong.stderr.startswith("error: no ledger in runs/online")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["dflash", "domino"])
+def test_other_strategies_stream_to_the_bit(folder, strategy):
+    """24 steps go over the prompts twice: anchors are drawn anew in each pass, the same in every topology."""
+    options = (f"strategy={strategy}", "trainer.max_steps=24")
+    tiny = [one for one in TINY if not one.startswith("strategy=")]
+    losses = []
+    for topology in ("online", "offline", "interleaved", "disagg_online", "disagg_offline"):
+        name = f"{strategy}-{topology}"
+        python(TRAIN, *tiny, *options, f"topology={topology}", f"run_name={name}", cwd=folder)
+        losses.append(result(folder, name)["losses"])
+    assert all(one == losses[0] for one in losses)
+    ranks = ("topology=disagg_online", "trainer=ddp", "trainer.devices=2", f"run_name={strategy}-ddp")
+    python(TRAIN, *tiny, *options, *ranks, cwd=folder)
+    assert result(folder, f"{strategy}-ddp")["losses"] == pytest.approx(losses[0], rel=1e-4)
+
+
 @pytest.mark.parametrize("trainer", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_two_ranks(folder, trainer):
     python(TRAIN, *DISAGG, f"trainer={trainer}", "trainer.devices=2", f"run_name={trainer}", cwd=folder)
@@ -131,6 +148,23 @@ def test_ctrl_c_while_training_and_an_exact_resume(folder):
     assert resumed["samples_trained"] == straight["samples_trained"]
 
 
+def test_a_run_that_runs_is_not_started_again(folder):
+    """The second start touches neither Mooncake nor the ledger of the first."""
+    command = (*DISAGG, "trainer.max_steps=1000", "run_name=twice")
+    with started(folder, *command) as process:
+        checkpoints = folder / "runs" / "twice" / "checkpoints"
+        wait_until(lambda: list(checkpoints.glob("*.ckpt")), 60, process.shown)
+        before = len(processes_in(folder))
+        again = python(TRAIN, *command, "ckpt_path=last", cwd=folder, status=1)
+        assert "trains run twice (" in again.stderr
+        assert "end it first, or choose another run_name" in again.stderr
+        assert "Mooncake" not in again.stdout
+        assert len(processes_in(folder)) == before
+        process.terminate()  # SIGTERM ends a run as Ctrl-C does
+        assert process.wait(timeout=10) == 130
+    assert status(folder, "twice")["finished"] == "interrupted"
+
+
 def find(folder: Path, text: str) -> int:
     """The process in `folder` whose command line contains `text`."""
     return next(pid for pid, line in processes_in(folder).items() if text in line)
@@ -139,8 +173,8 @@ def find(folder: Path, text: str) -> int:
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ("role=producer", "error: producer-0: ended with status -9"),
-        pytest.param("role=trainer", "error: trainer: ended with status -9", marks=pytest.mark.slow),
+        ("role=producer", "error: producer-0: was killed by SIGKILL"),
+        pytest.param("role=trainer", "error: trainer: was killed by SIGKILL", marks=pytest.mark.slow),
         pytest.param("mooncake_client", "error: mooncake_client ended with status -9, see", marks=pytest.mark.slow),
         pytest.param("mooncake_master", "error: mooncake_master ended with status -9, see", marks=pytest.mark.slow),
     ],

@@ -17,10 +17,12 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
 
-def python(*arguments: str, cwd: Path, timeout_s: float = 240, status: int = 0) -> subprocess.CompletedProcess[str]:
+def python(
+    *arguments: str, cwd: Path, timeout_s: float = 240, status: int = 0, variables: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run Python with `arguments` in `cwd` and check the exit status."""
-    command = [sys.executable, *arguments]
-    result = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout_s)
+    command, env = [sys.executable, *arguments], environment() | (variables or {})
+    result = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout_s)
     assert result.returncode == status, f"{command} exited {result.returncode}\n{result.stdout}\n{result.stderr}"
     return result
 

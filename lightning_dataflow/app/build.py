@@ -1,6 +1,7 @@
 """From configuration to objects: one function per part."""
 
-from collections.abc import Mapping
+import importlib
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ class Builder:
         self.config = config
         self.settings = settings
         log_once()
+        _import(config.imports)
         _prepare(config)
 
     @cached_property
@@ -176,6 +178,14 @@ def capture_once(builder: Builder, folder: Path) -> None:
         )
 
     first_rank_does(capture, lambda: is_captured(folder), f"features in {folder}")
+
+
+def _import(modules: Sequence[str]) -> None:
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UserError(f"imports=[{name}] cannot be imported ({error}): is it on PYTHONPATH?") from error
 
 
 def _prepare(config: TrainConfig) -> None:

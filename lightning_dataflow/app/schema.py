@@ -170,6 +170,7 @@ class TrainConfig:
         strategy: `name`, and keyword arguments of that strategy's module.
         ckpt_path: a checkpoint to resume from; `last` for the newest of the run `run_name`.
         run_name: the run's folder below `runs/`.
+        imports: modules that register strategies of your own.
         sweep_metric: what a job of a sweep returns to its sweeper: `loss`, `acceptance_length`, or a logged metric.
         role: `auto` starts what is missing, `trainer` and `producer` are one part of a run.
         num_threads: CPU threads of torch in each process; null for torch's default, and for an equal share of the cores
@@ -196,6 +197,7 @@ class TrainConfig:
     run_dir: str = MISSING
     ckpt_path: str | None = None
     sweep_metric: str = "loss"
+    imports: list[str] = field(default_factory=list)
 
 
 def register_schemas() -> None:

@@ -3,7 +3,7 @@
 from lightning_dataflow.evaluation.acceptance import AcceptanceReport, evaluate_acceptance
 from lightning_dataflow.evaluation.block import BlockDrafter, DominoDrafter
 from lightning_dataflow.evaluation.chain import ChainDrafter
-from lightning_dataflow.evaluation.speculative import Drafter, Generation, SpeculativeDecoder
+from lightning_dataflow.evaluation.speculative import Drafter, Generation, Proposal, SpeculativeDecoder
 
 __all__ = [
     "AcceptanceReport",
@@ -12,6 +12,7 @@ __all__ = [
     "DominoDrafter",
     "Drafter",
     "Generation",
+    "Proposal",
     "SpeculativeDecoder",
     "evaluate_acceptance",
 ]

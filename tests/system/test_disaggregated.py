@@ -89,6 +89,24 @@ def test_the_status_command_after_a_run(folder):
 
 
 @pytest.mark.slow
+def test_a_strategy_from_outside_the_package(folder):
+    """Its losses fall, are the same streamed as online, and its draft decodes without changing the target's output."""
+    recipe = ROOT / "recipes" / "own_strategy"
+    own = (f"--config-dir={recipe / 'conf'}", "strategy=one_step", "imports=[one_step]", "experiment=tiny", "logger=none")
+    path = {"PYTHONPATH": f"{ROOT}:{recipe}"}
+    for topology in ("online", "disagg_online"):
+        python(TRAIN, *own, f"topology={topology}", f"run_name=own-{topology}", cwd=folder, variables=path)
+    online, streamed = result(folder, "own-online"), result(folder, "own-disagg_online")
+    assert online["losses"] == streamed["losses"]
+    assert online["losses"][-1] < online["losses"][0]
+    checkpoint = folder / "runs" / "own-online" / "checkpoints" / "step-000008.ckpt"
+    command = ("-m", "lightning_dataflow", "evaluate", *own, f"evaluate.checkpoint='{checkpoint}'")
+    assert "num_identical               8" in python(*command, cwd=folder, variables=path).stdout
+    wrong = python(TRAIN, "imports=[nothing_here]", "experiment=tiny", cwd=folder, status=1)
+    assert wrong.stderr.startswith("error: imports=[nothing_here] cannot be imported")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["dflash", "domino"])
 def test_other_strategies_stream_to_the_bit(folder, strategy):
     """24 steps go over the prompts twice: anchors are drawn anew in each pass, the same in every topology."""

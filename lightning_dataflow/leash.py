@@ -20,13 +20,14 @@ def leashed_command(command: list[str], death_signal: signal.Signals = signal.SI
 
 
 def main() -> None:
-    """Ask the kernel for the signal, then become the command."""
+    """Ask the kernel for the signal, then become the command, which Ctrl-C's signal ends whoever started us."""
     parent, death_signal, *command = sys.argv[1:]
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, int(death_signal), 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != int(parent):  # it died before the kernel was asked: the signal will not come
         sys.exit(f"{command[0]} not started: the process that wanted it is gone")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job, and all below it, would ignore it
     os.execvp(command[0], command)
 
 

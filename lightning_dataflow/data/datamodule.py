@@ -113,7 +113,11 @@ class DataFlowDataModule(L.LightningDataModule):
 
     def on_exception(self, exception: BaseException) -> None:
         """Lightning's hook; `teardown` does not follow it."""
-        self.close("interrupted" if isinstance(exception, KeyboardInterrupt) else f"failed: {exception}")
+        self.close(
+            "interrupted"
+            if isinstance(exception, KeyboardInterrupt)
+            else f"failed: {str(exception) or type(exception).__name__}"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor and what gives it its meaning, as plain data."""

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.processes import ROOT, TINY, TRAIN, environment, python, result
+from tests.processes import ROOT, TINY, TRAIN, environment, heed_ctrl_c, python, result
 
 pytestmark = pytest.mark.system
 
@@ -72,7 +72,8 @@ def test_ctrl_c_ends_everything_and_a_resume_goes_on(folder):
     settings = ("trainer=ddp", "trainer.devices=2", "trainer.max_steps=40", "callbacks.checkpoint.every_n_train_steps=2")
     python(TRAIN, *TINY, *settings, "run_name=straight", cwd=folder)
     command = [sys.executable, TRAIN, *TINY, *settings, "run_name=stopped"]
-    process = subprocess.Popen(command, cwd=folder, env=environment(), start_new_session=True, stderr=subprocess.DEVNULL)
+    options = {"start_new_session": True, "preexec_fn": heed_ctrl_c, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, cwd=folder, env=environment(), **options)
     checkpoints = folder / "runs" / "stopped" / "checkpoints"
     deadline = time.monotonic() + 120
     while not list(checkpoints.glob("step-00000[4-9].ckpt")):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lightning_dataflow.stores import LocalMooncake
-from tests.processes import ROOT, TINY, TRAIN, environment, processes_in, python, result, wait_until
+from tests.processes import ROOT, TINY, TRAIN, environment, heed_ctrl_c, processes_in, python, result, wait_until
 
 pytestmark = pytest.mark.system
 
@@ -46,6 +46,7 @@ def started(folder: Path, *arguments: str):
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=heed_ctrl_c,
         )
         process.shown = lambda: (folder / "output.txt").read_text()
         try:

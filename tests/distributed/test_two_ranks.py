@@ -42,6 +42,7 @@ def test_gradients_and_a_clipped_sgd_step_are_those_of_one_process(tmp_path, tar
                 assert difference < 1e-5 * tensor.abs().max(), f"{trainer} {kind} {name}"
 
 
+@pytest.mark.slow
 def test_one_process_resumes_what_two_ranks_began(folder):
     """The same samples in the same steps, with the same global batch on another number of ranks."""
     stop = f"{ROOT}/tests/distributed/stop_after.py"

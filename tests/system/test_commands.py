@@ -45,6 +45,7 @@ def test_micro_batches_do_not_change_the_losses(folder, micro_batch_size):
     assert result(folder, name)["losses"] == pytest.approx(result(folder, "online")["losses"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_plain_script_trains_the_same_draft(folder):
     """At most 25 lines, no Hydra; the losses are those of train.py with the same settings."""
     script = ROOT / "recipes" / "plain_lightning" / "train.py"
@@ -57,6 +58,7 @@ def test_the_plain_script_trains_the_same_draft(folder):
     assert plain["losses"] == result(folder, "same")["losses"]
 
 
+@pytest.mark.slow
 def test_lightning_cli(folder):
     python("-m", "lightning_dataflow", "capture", *TINY, "store=shared_dir", "store.root=features/tiny", cwd=folder)
     recipe = ROOT / "recipes" / "lightning_cli"
@@ -67,6 +69,7 @@ def test_lightning_cli(folder):
     assert "num_stepz" in python(str(recipe / "train.py"), *wrong, cwd=folder, status=2).stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_everything_and_a_resume_goes_on(folder):
     """Two ranks are interrupted in the middle; no process stays, and the resumed run equals one never interrupted."""
     settings = ("trainer=ddp", "trainer.devices=2", "trainer.max_steps=40", "callbacks.checkpoint.every_n_train_steps=2")

@@ -140,7 +140,8 @@ def test_ctrl_c_while_starting(folder, moment):
         wait_until(lambda: signs[moment] in process.shown(), 60, process.shown)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=10) in (130, -signal.SIGINT)
-        assert "Traceback" not in process.shown() or moment != "announced"  # Python may be importing
+        past_imports = [line for line in process.shown().splitlines() if not line.startswith("[trainer]")]
+        assert "Traceback" not in "".join(past_imports) or moment != "announced"
     assert not processes_in(folder)
 
 
@@ -167,6 +168,7 @@ def test_ctrl_c_while_training_and_an_exact_resume(folder):
     assert resumed["samples_trained"] == straight["samples_trained"]
 
 
+@pytest.mark.slow
 def test_a_run_that_runs_is_not_started_again(folder):
     """The second start touches neither Mooncake nor the ledger of the first."""
     command = (*DISAGG, "trainer.max_steps=1000", "run_name=twice")

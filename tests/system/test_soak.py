@@ -15,7 +15,7 @@ MAX_LEDGER_BYTES = 6 << 20
 def test_a_producer_that_outruns_the_trainer(tmp_path):
     report = soak(tmp_path, NUM_SAMPLES, step_s=0.02)
     assert report.trained == [list(range(at, at + WINDOW)) for at in range(0, NUM_SAMPLES, WINDOW)]
-    assert MARKS.high_refs - GROUP < report.most_refs <= MARKS.high_refs
+    assert MARKS.high_refs - GROUP <= report.most_refs <= MARKS.high_refs
     assert report.most_bytes <= MARKS.high_bytes
     assert report.capture_waits > 3
     assert report.left_in_store == 0

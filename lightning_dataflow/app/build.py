@@ -115,10 +115,17 @@ class Builder:
     def data(self) -> DataFlowDataModule:
         """The LightningDataModule."""
         data = self.config.data
+        if data.row_tokens is not None and data.row_tokens < data.max_length:
+            raise UserError(
+                f"data.max_length={data.max_length} is more than data.row_tokens={data.row_tokens}: a sample might not fit "
+                "into a row, so lower the one or raise the other"
+            )
         return DataFlowDataModule(
             self.source,
             global_batch_size=data.global_batch_size,
             micro_batch_size=data.micro_batch_size,
+            row_tokens=data.row_tokens,
+            rows_per_step=data.rows_per_step,
             seed=self.config.seed,
             prefetch_windows=data.prefetch_windows,
         )

@@ -71,6 +71,11 @@ def count_steps(data: DataConfig, source: RefSource, max_steps: int | None) -> i
         return max_steps
     if data.num_passes is None:
         raise UserError("neither trainer.max_steps nor data.num_passes says when training ends: set one of them")
+    if data.row_tokens is not None:
+        raise UserError(
+            f"data.num_passes={data.num_passes} with data.row_tokens={data.row_tokens}: how many samples fill a step of "
+            "packed rows shows while training only, so set trainer.max_steps instead"
+        )
     steps, left_over = divmod(data.num_passes * len(source), data.global_batch_size)
     if left_over:
         print(

@@ -32,6 +32,7 @@ class DataConfig:
     Attributes:
         prepare: a file that synthetic conversations are written to first, unless it is there.
         chat_template: a Jinja file that replaces the tokenizer's template.
+        row_tokens, rows_per_step: pack several samples into one row; see DataFlowDataModule.
         num_passes: with trainer.max_steps=null, train this often on every sample.
         prefetch_windows: windows that a thread reads ahead; null for what suits the topology, 0 for none.
     """
@@ -46,6 +47,8 @@ class DataConfig:
     chat_template: str | None = None
     global_batch_size: int = 8
     micro_batch_size: int = 1
+    row_tokens: int | None = None
+    rows_per_step: int | None = None
     num_passes: int | None = None
     prefetch_windows: int | None = None
 

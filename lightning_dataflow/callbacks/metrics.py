@@ -16,6 +16,8 @@ class RunMetrics(L.Callback):
 
     def __init__(self) -> None:
         self.num_tokens = 0
+        self.num_positions = 0
+        self.num_filled = 0
         self.train_seconds = 0.0
         self.wait_seconds = 0.0
         self._logged = (0.0, 0, 0.0)
@@ -39,6 +41,8 @@ class RunMetrics(L.Callback):
         """Lightning's hook."""
         self.train_seconds += time.perf_counter() - self._batch_start
         self.wait_seconds = trainer.datamodule.wait_seconds  # type: ignore[attr-defined]
+        self.num_positions += batch["input_ids"].numel()
+        self.num_filled += batch["num_tokens"]
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
@@ -48,13 +52,15 @@ class RunMetrics(L.Callback):
             self._log(trainer, pl_module)
 
     def totals(self, num_samples: int) -> dict[str, float]:
-        """Rates over the whole fit, for `result.json`."""
+        """Rates over the whole fit, and the share of positions of this process's batches that no token filled, for
+        `result.json`."""
         seconds = max(self.seconds, 1e-9)
         return {
             "seconds": self.seconds,
             "tokens_per_second": self.num_tokens / seconds,
             "samples_per_second": num_samples / seconds,
             "data_wait_fraction": self.wait_seconds / seconds,
+            "padding_fraction": 1 - self.num_filled / max(self.num_positions, 1),
         }
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

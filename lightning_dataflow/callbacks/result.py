@@ -4,6 +4,7 @@ import json
 import platform
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,7 @@ class ResultWriter(L.Callback):
             "optimizer_steps": trainer.global_step,
             "losses": [float(loss) for loss in pl_module.step_losses],
             "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
-            "global_batch_size": data.global_batch_size,
-            "micro_batch_size": data.micro_batch_size,
+            **asdict(data.batching),
             "world_size": trainer.world_size,
             "precision": trainer.precision,
             "samples_per_pass": len(data.source),

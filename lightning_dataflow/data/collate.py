@@ -1,8 +1,8 @@
-"""From samples of different lengths to one padded batch."""
+"""From samples of different lengths to the rows of one batch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,21 +27,61 @@ class Sample:
     tensors: Mapping[str, Tensor]
 
 
-def pad_samples(samples: Sequence[Sample], features: Sequence[str] | None = None) -> Batch:
-    """Stack features to [B, S_max, ...] with zeros on the right.
+class Placed(NamedTuple):
+    """A sample and the positions [start, stop) of a row where it stands."""
 
-    Always copies into fresh memory, so that numbers do not depend on how a store aligned its bytes. `num_tokens` is the
-    batch's Σ S before padding, `sample_ids` names its rows. `features` leaves the others out.
+    sample: Sample
+    row: int
+    start: int
+    stop: int
+
+
+class SampleRows:
+    """The samples of one micro-batch, laid out in rows.
+
+    Args:
+        rows: the samples of each row, one after the other; at least one a row.
+        row_tokens: S, the length of packed rows; None where each row holds one sample, and S is the longest.
     """
-    length = max(sample.num_tokens for sample in samples)
-    batch: Batch = {
-        "num_tokens": sum(sample.num_tokens for sample in samples),
-        "sample_ids": [sample.sample_id for sample in samples],
-    }
-    for name in features or samples[0].tensors:
-        first = samples[0].tensors[name]
-        padded = torch.zeros(len(samples), length, *first.shape[1:], dtype=first.dtype)
-        for row, sample in enumerate(samples):
-            padded[row, : sample.num_tokens] = sample.tensors[name]
-        batch[name] = padded
-    return batch
+
+    def __init__(self, rows: Sequence[Sequence[Sample]], row_tokens: int | None = None):
+        self.rows = rows
+        self.packed = row_tokens is not None
+        self.length = row_tokens or max(sample.num_tokens for row in rows for sample in row)
+
+    def __iter__(self) -> Iterator[Placed]:
+        for index, row in enumerate(self.rows):
+            start = 0
+            for sample in row:
+                yield Placed(sample, index, start, start + sample.num_tokens)
+                start += sample.num_tokens
+
+    def stack(self, features: Sequence[str] | None = None) -> Batch:
+        """Features as [B, S, ...], zeros where no sample stands; `features` leaves the others out.
+
+        Always copies into fresh memory, so that numbers do not depend on how a store aligned its bytes.
+
+        Beside them: `num_tokens`, the batch's tokens without padding; `sample_ids`, in order; and `position`, int64 [B, S],
+        of each token in its sample, counted on in the padding as if that were one more: a sample begins where it is 0.
+        None without packing.
+        """
+        placed = list(self)
+        first = placed[0].sample.tensors
+        batch: Batch = {
+            "num_tokens": sum(one.sample.num_tokens for one in placed),
+            "sample_ids": [one.sample.sample_id for one in placed],
+            "position": self._position(placed) if self.packed else None,
+        }
+        for name in features or first:
+            stacked = torch.zeros(len(self.rows), self.length, *first[name].shape[1:], dtype=first[name].dtype)
+            for one in placed:
+                stacked[one.row, one.start : one.stop] = one.sample.tensors[name]
+            batch[name] = stacked
+        return batch
+
+    def _position(self, placed: Sequence[Placed]) -> Tensor:
+        start = torch.zeros(len(self.rows), self.length, dtype=torch.int64)
+        for one in placed:
+            start[one.row, one.start : one.stop] = one.start
+            start[one.row, one.stop :] = one.stop
+        return torch.arange(self.length) - start

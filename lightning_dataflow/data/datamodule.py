@@ -1,8 +1,8 @@
 """The LightningDataModule: windows of references in, micro-batches out."""
 
-import itertools
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, cast
 
 import lightning as L
@@ -10,11 +10,11 @@ import torch
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.control import RunPlan
-from lightning_dataflow.data.collate import Batch, Sample
+from lightning_dataflow.data.collate import Batch, SampleRows
 from lightning_dataflow.data.prefetch import Prefetcher
 from lightning_dataflow.data.reader import Collate, WindowReader
 from lightning_dataflow.data.source import RefSource
-from lightning_dataflow.data.windows import PassOrder, accumulation
+from lightning_dataflow.data.windows import Batching, PassOrder
 
 
 class DataFlowDataModule(L.LightningDataModule):
@@ -26,11 +26,15 @@ class DataFlowDataModule(L.LightningDataModule):
 
     Args:
         source: where references come from, for example `OnlineSource` or `OfflineSource`.
-        global_batch_size: samples per optimizer step, over all ranks.
-        micro_batch_size: samples per forward pass and rank.
+        global_batch_size: samples per optimizer step, over all ranks; with packing, at most.
+        micro_batch_size: rows per forward pass and rank. A row is one sample, or with packing `row_tokens` tokens.
+        row_tokens, rows_per_step: pack samples into rows of so many tokens, so many rows per optimizer step over all ranks.
         seed: of the order of samples.
         collate: how samples become a batch; by default the `collate` of the trainer's module.
         prefetch_windows: windows that a thread reads ahead; 0 reads when asked, None is what the source suggests.
+
+    Raises:
+        UserError: sizes that do not fit each other.
     """
 
     def __init__(
@@ -39,14 +43,20 @@ class DataFlowDataModule(L.LightningDataModule):
         *,
         global_batch_size: int = 8,
         micro_batch_size: int = 1,
+        row_tokens: int | None = None,
+        rows_per_step: int | None = None,
         seed: int = 0,
         collate: Collate | None = None,
         prefetch_windows: int | None = None,
     ):
         super().__init__()
         self.source = source
-        self.global_batch_size = global_batch_size
-        self.micro_batch_size = micro_batch_size
+        self.batching = Batching(
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+            row_tokens=row_tokens,
+            rows_per_step=rows_per_step,
+        )
         self.order = PassOrder(len(source), seed)
         self.collate = collate
         self.prefetch_windows = prefetch_windows
@@ -60,7 +70,7 @@ class DataFlowDataModule(L.LightningDataModule):
 
     def accumulate_grad_batches(self, world_size: int) -> int:
         """What the Trainer must be given. Raises UserError when the batch sizes do not divide."""
-        return accumulation(self.global_batch_size, self.micro_batch_size, world_size)
+        return self.batching.accumulation(world_size)
 
     def train_dataloader(self) -> "_Stream":
         """A stream of micro-batches; nothing happens before its first `next`."""
@@ -75,12 +85,19 @@ class DataFlowDataModule(L.LightningDataModule):
         trainer = self.trainer
         assert trainer is not None, "a fit has a trainer"
         self.source.check_order(self.order)
-        plan = RunPlan(start=self.next_seq, stop=trainer.max_steps * self.global_batch_size, window=self.global_batch_size)
+        window = self.batching.global_batch_size
+        stop = self.next_seq + (trainer.max_steps - trainer.global_step) * window
+        plan = RunPlan(start=self.next_seq, stop=stop, window=window)
         if trainer.global_rank == 0:
             self.source.begin(plan, 0, trainer.world_size)
         trainer.strategy.barrier("the run has begun")  # what an earlier run left in the log no longer holds
         if trainer.global_rank > 0:
             self.source.begin(plan, trainer.global_rank, trainer.world_size)
+        if self.batching.packed and not self.source.shares_any_seqs:
+            raise UserError(
+                f"each of the {trainer.world_size} ranks captures its own slice of a window here, so samples cannot be "
+                "packed: train on one rank, or use topology=online with control=noop, or topology=disagg_online"
+            )
 
     def mark_applied(self, next_seq: int, global_step: int) -> None:
         """The optimizer step that used everything before `next_seq` has run: its features are freed."""
@@ -130,30 +147,30 @@ class DataFlowDataModule(L.LightningDataModule):
             if state_dict[name] != value:
                 raise UserError(
                     f"the checkpoint was written with {name}={state_dict[name]}, this run has {value}: "
-                    "resume with the same data, seed and global_batch_size, or start a new run"
+                    "resume with the same data, seed, global_batch_size and packing, or start a new run"
                 )
         self.next_seq = state_dict["next_seq"]
 
-    def _identity(self) -> dict[str, int | str]:
+    def _identity(self) -> dict[str, int | str | None]:
         return {
             "prompts": self.source.card.prompts_version,
             "seed": self.order.seed,
-            "global_batch_size": self.global_batch_size,
+            "global_batch_size": self.batching.global_batch_size,
+            "row_tokens": self.batching.row_tokens,
+            "rows_per_step": self.batching.rows_per_step,
         }
 
     def batches(self) -> Iterator[Batch]:
         """Micro-batches of this rank from the cursor to the end of the fit."""
         trainer = self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        first = self.next_seq // self.global_batch_size
-        windows = range(first, trainer.max_steps) if trainer else itertools.count(first)
         reader = self._reader = WindowReader(
             self.source,
             self.order,
             self._collate,
-            iter(windows),
-            global_batch_size=self.global_batch_size,
-            micro_batch_size=self.micro_batch_size,
+            self.batching,
+            start=self.next_seq,
+            num_windows=trainer.max_steps - trainer.global_step if trainer else sys.maxsize,
             rank=rank,
             world_size=world_size,
         )
@@ -180,11 +197,11 @@ class DataFlowDataModule(L.LightningDataModule):
         self._prefetcher = Prefetcher(iter(reader), depth=depth, device=device)
         return iter(self._prefetcher)
 
-    def _collate(self, samples: Sequence[Sample]) -> Batch:
+    def _collate(self, rows: SampleRows) -> Batch:
         if self.collate is not None:
-            return self.collate(samples)
+            return self.collate(rows)
         assert self.trainer is not None, "without a trainer, `collate` is an argument"
-        return cast(Any, self.trainer.lightning_module).collate(samples)
+        return cast(Any, self.trainer.lightning_module).collate(rows)
 
 
 class _Stream:

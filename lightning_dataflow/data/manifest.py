@@ -28,12 +28,15 @@ class ManifestSource(StreamingSource):
         self._complete = False
         super().begin(RunPlan(start=0, stop=n, window=n), rank, world_size)
 
-    def window(self, seqs: range, share: range, order: PassOrder) -> RefWindow:
+    def num_tokens(self, seq: int, order: PassOrder) -> int:
+        """See RefSource; the first call waits until all samples are there."""
+        self._wait_for_all()
+        return self.queue.num_tokens(order.locate(seq)[0])
+
+    def window(self, seqs: range, share: Sequence[int], order: PassOrder) -> RefWindow:
         """See RefSource; the first call waits until all samples are there."""
         self._order = order
-        if not self._complete:
-            self.queue.get(range(len(self)), range(0))
-            self._complete = True
+        self._wait_for_all()
         refs = [self.queue.entry(order.locate(seq)[0]).ref for seq in seqs]
         return RefWindow(
             entries=[WindowEntry(seq=seq, ref=refs[seq - seqs.start]) for seq in share],
@@ -58,3 +61,8 @@ class ManifestSource(StreamingSource):
         """See RefSource; the manifest stays as it is."""
         if self._rank == 0:
             self.plane.ledger.ack_durable(min(next_seq, len(self)), global_step)
+
+    def _wait_for_all(self) -> None:
+        if not self._complete:
+            self.queue.get(range(len(self)), range(0))
+            self._complete = True

@@ -66,7 +66,11 @@ class OfflineSource(RefSource):
         """Refs of all samples, in the order of the prompts."""
         return self._refs
 
-    def window(self, seqs: range, share: range, order: PassOrder) -> RefWindow:
+    def num_tokens(self, seq: int, order: PassOrder) -> int:
+        """See RefSource."""
+        return self._refs[order.locate(seq)[0]].num_tokens
+
+    def window(self, seqs: range, share: Sequence[int], order: PassOrder) -> RefWindow:
         """See RefSource; the same ref in every pass."""
         refs = [self._refs[order.locate(seq)[0]] for seq in seqs]
         mine = [refs[seq - seqs.start] for seq in share]

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from lightning_dataflow.channels.base import POLL_S
 from lightning_dataflow.contracts import LogRecord, PeerFailedError, PeerTimeoutError, SampleRef, UserError
@@ -71,7 +71,12 @@ class StreamingRefQueue:
         """What was published of these seqs is lost: wait for it to be captured again."""
         self._lost.update(seqs)
 
-    def get(self, seqs: range, share: range) -> RefWindow:
+    def num_tokens(self, seq: int) -> int:
+        """Length of the sample at `seq`, 0 where it was skipped, once it is there. Raises as `get` does."""
+        self._wait(range(seq, seq + 1))
+        return self._num_tokens[seq]
+
+    def get(self, seqs: range, share: Sequence[int]) -> RefWindow:
         """The window `seqs`, and of it the refs of `share`, once it is complete.
 
         Raises:

@@ -7,15 +7,17 @@ from typing import NamedTuple
 import torch
 
 from lightning_dataflow.contracts import FeatureHandle
-from lightning_dataflow.data.collate import Batch, Sample
+from lightning_dataflow.data.collate import Batch, Sample, SampleRows
 from lightning_dataflow.data.source import FeatureCard, RefSource, WindowEntry
-from lightning_dataflow.data.windows import PassOrder, rank_slice
+from lightning_dataflow.data.windows import MIN_ROW_TOKENS, Batching, PassOrder, share_of
 from lightning_dataflow.stores.base import Tensors
 
-Collate = Callable[[Sequence[Sample]], Batch]
-STAND_IN_TOKENS = 8
+Collate = Callable[[SampleRows], Batch]
+STAND_IN_TOKENS = MIN_ROW_TOKENS
 READ_BYTES = 64 << 20
 """Samples that are read in one round trip."""
+
+Rows = list[list[WindowEntry]]
 
 
 class _Held(NamedTuple):
@@ -26,10 +28,11 @@ class _Held(NamedTuple):
 class WindowReader:
     """Reads and collates windows, and holds what it read until the optimizer step that used it has run.
 
-    A skipped sample keeps its place as a few tokens without loss weight.
+    A row whose samples were all skipped, or that is empty, is a few tokens without loss weight.
 
     Args:
-        windows: indices of the windows to read.
+        start: the first seq.
+        num_windows: how many windows to read.
     """
 
     def __init__(
@@ -37,38 +40,43 @@ class WindowReader:
         source: RefSource,
         order: PassOrder,
         collate: Collate,
-        windows: Iterator[int],
+        batching: Batching,
         *,
-        global_batch_size: int,
-        micro_batch_size: int,
+        start: int,
+        num_windows: int,
         rank: int,
         world_size: int,
     ):
         self._source = source
         self._order = order
         self._collate = collate
-        self._windows = windows
-        self._global_batch_size = global_batch_size
-        self._micro_batch_size = micro_batch_size
+        self._batching = batching
+        self._next_seq = start
+        self._num_windows = num_windows
         self._rank = rank
         self._world_size = world_size
         self._held: deque[_Held] = deque()
-        self._pending: list[WindowEntry] = []
+        self._pending: deque[Rows] = deque()  # micro-batches
 
     def __iter__(self) -> Iterator[Batch]:
         """Micro-batches, window by window."""
-        for window in self._windows:
-            seqs = rank_slice(window, self._global_batch_size, 0, 1)
-            share = rank_slice(window, self._global_batch_size, self._rank, self._world_size)
-            found = self._source.window(seqs, share, self._order)
-            common = {"window_num_tokens": max(found.num_tokens, 1), "next_seq": seqs.stop}
-            self._pending = list(found.entries)
+        for _ in range(self._num_windows):
+            window = self._batching.window(self._next_seq, lambda seq: self._source.num_tokens(seq, self._order))
+            self._next_seq = window.seqs.stop
+            rows = share_of(window.rows, self._rank, self._world_size)
+            found = self._source.window(window.seqs, [seq for row in rows for seq in row], self._order)
+            common = {"window_num_tokens": max(found.num_tokens, 1), "next_seq": window.seqs.stop}
+            entries = iter(found.entries)
+            laid_out = [[next(entries) for _ in row] for row in rows]
+            size = self._batching.micro_batch_size
+            self._pending.extend(laid_out[first : first + size] for first in range(0, len(laid_out), size))
             while self._pending:
-                entries = self._next_chunk()
-                samples = self._read(entries)
-                self._pending = self._pending[len(entries) :]
-                for start in range(0, len(samples), self._micro_batch_size):
-                    yield self._collate(samples[start : start + self._micro_batch_size]) | common
+                micro_batches = self._next_micro_batches()
+                read = self._read(micro_batches)
+                for _ in micro_batches:
+                    self._pending.popleft()
+                for samples in read:
+                    yield self._collate(samples) | common
 
     def release(self, next_seq: int) -> list[int]:
         """Give up what seqs below `next_seq` hold; returns those seqs."""
@@ -81,24 +89,35 @@ class WindowReader:
     def discard(self) -> None:
         """The run ended: free what was read and not used, and what was not read."""
         self.release(1 << 62)
-        self._source.discard([entry.ref for entry in self._pending if entry.ref is not None])
-        self._pending = []
+        entries = [entry for rows in self._pending for row in rows for entry in row]
+        self._source.discard([entry.ref for entry in entries if entry.ref is not None])
+        self._pending.clear()
 
-    def _next_chunk(self) -> list[WindowEntry]:
-        """Whole micro-batches, as many as one read should hold; at least one."""
-        size, num_bytes = self._micro_batch_size, 0
-        for count, entry in enumerate(self._pending):
-            num_bytes += entry.ref.num_bytes if entry.ref is not None else 0
-            if num_bytes > READ_BYTES:
-                return self._pending[: max(size, count // size * size)]
-        return self._pending
+    def _next_micro_batches(self) -> list[Rows]:
+        """As many as one read should hold; at least one."""
+        chosen: list[Rows] = []
+        num_bytes = 0
+        for rows in self._pending:
+            num_bytes += sum(entry.ref.num_bytes for row in rows for entry in row if entry.ref is not None)
+            if chosen and num_bytes > READ_BYTES:
+                break
+            chosen.append(rows)
+        return chosen
 
-    def _read(self, entries: Sequence[WindowEntry]) -> list[Sample]:
+    def _read(self, micro_batches: Sequence[Rows]) -> list[SampleRows]:
+        entries = [entry for rows in micro_batches for row in rows for entry in row]
         refs = [entry.ref for entry in entries if entry.ref is not None]
         found = iter(self._source.store.get_many(refs))
-        return [self._sample(entry, None if entry.ref is None else next(found)) for entry in entries]
+        samples = iter([self._sample(entry, None if entry.ref is None else next(found)) for entry in entries])
+        return [self._lay_out([[next(samples) for _ in row] for row in rows]) for rows in micro_batches]
 
-    def _sample(self, entry: WindowEntry, found: tuple[Tensors, FeatureHandle] | KeyError | None) -> Sample:
+    def _lay_out(self, rows: Sequence[Sequence[Sample | None]]) -> SampleRows:
+        card = self._source.card
+        filled = [[sample for sample in row if sample is not None] or [stand_in(card)] for row in rows]
+        return SampleRows(filled, self._batching.row_tokens)
+
+    def _sample(self, entry: WindowEntry, found: tuple[Tensors, FeatureHandle] | KeyError | None) -> Sample | None:
+        """What to train at this place; None where the sample was skipped."""
         while (ref := entry.ref) is not None:
             if isinstance(found, tuple):
                 tensors, handle = found
@@ -114,10 +133,10 @@ class WindowReader:
             if entry.ref is not None:
                 (found,) = self._source.store.get_many([entry.ref])
         self._held.append(_Held(entry.seq, None))
-        return stand_in(entry.seq, self._source.card)
+        return None
 
 
-def stand_in(seq: int, card: FeatureCard) -> Sample:
+def stand_in(card: FeatureCard) -> Sample:
     """A sample of zeros that no loss covers."""
     n, size, dtype = STAND_IN_TOKENS, card.capture.hidden_size, getattr(torch, card.dtype)
     tensors = {
@@ -127,5 +146,4 @@ def stand_in(seq: int, card: FeatureCard) -> Sample:
         "last_hidden_state": torch.zeros(n, size, dtype=dtype),
     }
     kept = {name: tensors[name] for name in card.features}
-    name = f"skipped:{seq}"
-    return Sample(sample_id=name, source_id=name, pass_index=0, num_tokens=n, tensors=kept)
+    return Sample(sample_id="skipped", source_id="skipped", pass_index=0, num_tokens=n, tensors=kept)

@@ -45,7 +45,7 @@ class RefWindow:
     """A rank's share of one window.
 
     Attributes:
-        entries: in seq order.
+        entries: in the order of the share.
         num_tokens: of the whole window, the same on every rank.
     """
 
@@ -60,18 +60,24 @@ class RefSource(ABC):
         card: what the features are.
         store: where they are.
         prefetch_windows: how many windows are worth reading ahead.
+        shares_any_seqs: whether a rank's share may be any seqs of a window, or else must be the rank's slice of it.
     """
 
     card: FeatureCard
     store: FeatureStore
     prefetch_windows: int = 1
+    shares_any_seqs: bool = True
 
     @abstractmethod
     def __len__(self) -> int:
         """Samples in one pass."""
 
     @abstractmethod
-    def window(self, seqs: range, share: range, order: PassOrder) -> RefWindow:
+    def num_tokens(self, seq: int, order: PassOrder) -> int:
+        """Length of the sample at `seq`, the same on every rank; 0 where it was skipped. Blocks until it is known."""
+
+    @abstractmethod
+    def window(self, seqs: range, share: Sequence[int], order: PassOrder) -> RefWindow:
         """The refs of `share`, this rank's part of the window `seqs`; blocks until the whole window is there."""
 
     @abstractmethod

@@ -87,7 +87,11 @@ class StreamingSource(RefSource):
         self.queue.take_unwanted()  # from before: swept
         self._heartbeat = Heartbeat(self.plane.ledger, f"trainer-{rank}", self._describe)
 
-    def window(self, seqs: range, share: range, order: PassOrder) -> RefWindow:
+    def num_tokens(self, seq: int, order: PassOrder) -> int:
+        """See RefSource. Raises PeerTimeoutError, PeerFailedError; see StreamingRefQueue."""
+        return self.queue.num_tokens(seq)
+
+    def window(self, seqs: range, share: Sequence[int], order: PassOrder) -> RefWindow:
         """See RefSource. Raises PeerTimeoutError, PeerFailedError; see StreamingRefQueue."""
         return self.queue.get(seqs, share)
 

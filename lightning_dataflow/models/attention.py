@@ -4,8 +4,8 @@ At unroll step k, the query at position t sees the keys of step 0 at positions �
 at its own position t. So a step is causal attention over S keys plus k more keys per query, never an [S, (k+1)·S] matrix.
 """
 
-from collections.abc import Sequence
-from functools import cache, lru_cache
+from collections.abc import Iterator, Sequence
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -14,18 +14,48 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
-def unrolled_attention(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+class PackedRows:
+    """Where samples stand in rows that hold several.
+
+    Args:
+        position: int64 [B, S] of each token in its sample; a sample begins where it is 0.
+    """
+
+    def __init__(self, position: Tensor):
+        self.position = position
+
+    @cached_property
+    def sample(self) -> Tensor:
+        """int64 [B, S], which of its row's samples each token belongs to."""
+        return (self.position == 0).cumsum(-1)
+
+    @cached_property
+    def parts(self) -> list[tuple[slice, slice]]:
+        """(row, positions) of every sample, each as a slice; for the CPU, since a device would have to synchronise."""
+        starts = [row.nonzero().squeeze(-1).tolist() for row in self.position == 0]
+        length = self.position.shape[1]
+        return [
+            (slice(row, row + 1), slice(start, stop))
+            for row, found in enumerate(starts)
+            for start, stop in zip(found, [*found[1:], length], strict=True)
+        ]
+
+
+def unrolled_attention(
+    query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], rows: PackedRows | None = None
+) -> Tensor:
     """Attention of unroll step k = len(keys) − 1.
 
     Args:
         query: [B, heads, S, D].
         keys, values: one [B, kv_heads, S, D] per step 0..k, rotated; heads is a multiple of kv_heads.
+        rows: samples, which do not see each other; by default each row is one.
 
     Returns [B, heads, S, D].
     """
     if query.device.type == "cpu":
-        return _FlashUnrolledAttention.apply(query, *keys, *values)
-    return _flex_unrolled_attention(query, keys, values)
+        return _FlashUnrolledAttention.apply(query, rows, *keys, *values)
+    return _flex_unrolled_attention(query, keys, values, rows)
 
 
 class _FlashUnrolledAttention(torch.autograd.Function):
@@ -36,13 +66,11 @@ class _FlashUnrolledAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, *keys_values: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, rows: PackedRows | None, *keys_values: Tensor) -> Tensor:
         num_steps = len(keys_values) // 2
         keys, values = keys_values[:num_steps], keys_values[num_steps:]
         scale = query.shape[-1] ** -0.5
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, keys[0], values[0], 0.0, True, scale=scale
-        )
+        out, lse = _causal_flash(query, keys[0], values[0], scale, rows)
         if num_steps > 1:
             scores = [_own_scores(query, key, scale) for key in keys[1:]]
             merged = torch.logsumexp(torch.stack([lse, *scores]), dim=0)
@@ -52,17 +80,17 @@ class _FlashUnrolledAttention(torch.autograd.Function):
                 _grouped(total, value).addcmul_(share, value.unsqueeze(2).to(share.dtype))
             out, lse = total.to(query.dtype), merged
         ctx.save_for_backward(query, out, lse, *keys_values)
-        ctx.scale = scale
+        ctx.scale, ctx.rows = scale, rows
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, out, lse, *keys_values = ctx.saved_tensors
         num_steps = len(keys_values) // 2
         keys, values = keys_values[:num_steps], keys_values[num_steps:]
-        grad_query, grad_key, grad_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, query, keys[0], values[0], out, lse, 0.0, True, scale=ctx.scale
+        grad_query, grad_key, grad_value = _causal_flash_backward(
+            grad, query, keys[0], values[0], out, lse, ctx.scale, ctx.rows
         )
         grad_keys, grad_values = [grad_key], [grad_value]
         correction = _precise(grad * out).sum(-1)
@@ -74,7 +102,49 @@ class _FlashUnrolledAttention(torch.autograd.Function):
             grad_values.append((probability * _grouped(grad, value)).sum(2))
             grad_keys.append((grad_score * _grouped(query, key)).sum(2))
             _grouped(grad_query, key).addcmul_(grad_score, key.unsqueeze(2))
-        return grad_query, *grad_keys, *grad_values
+        return grad_query, None, *grad_keys, *grad_values
+
+
+def _causal_flash(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, rows: PackedRows | None
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp [B, heads, S] of causal attention, sample by sample."""
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    if rows is None:
+        return attend(query, key, value, 0.0, True, scale=scale)
+    out, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=_precise(query[:0]).dtype)
+    for part in _of_samples(rows):
+        out[part], lse[part] = attend(query[part], key[part], value[part], 0.0, True, scale=scale)
+    return out, lse
+
+
+def _causal_flash_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    rows: PackedRows | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    if rows is None:
+        return attend(grad, query, key, value, out, lse, 0.0, True, scale=scale)
+    grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    for part in _of_samples(rows):
+        of_part = attend(
+            *(x[part] for x in (grad, query, key, value)), out[part], lse[part].contiguous(), 0.0, True, scale=scale
+        )
+        for whole, one in zip(grads, of_part, strict=True):
+            whole[part] = one
+    return grads
+
+
+def _of_samples(rows: PackedRows) -> Iterator[tuple[slice, slice, slice]]:
+    """Index of each sample in [B, heads, S, ...]."""
+    for row, positions in rows.parts:
+        yield row, slice(None), positions
 
 
 def _grouped(x: Tensor, like: Tensor) -> Tensor:
@@ -91,20 +161,24 @@ def _precise(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _flex_unrolled_attention(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+def _flex_unrolled_attention(
+    query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], rows: PackedRows | None = None
+) -> Tensor:
     """The same through flex attention, whose block mask skips the empty part of [S, (k+1)·S]."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    mask = _unrolled_block_mask(query.shape[2], len(keys), query.device)
-    attend = _compiled_flex_attention() if query.is_cuda else flex_attention
+    if rows is None:
+        mask = _unrolled_block_mask(query.shape[2], len(keys), query.device)
+    else:
+        mask = _packed_block_mask(rows.sample, len(keys))
+    attend = compiled(flex_attention) if query.is_cuda else flex_attention
     return attend(query, torch.cat(tuple(keys), 2), torch.cat(tuple(values), 2), block_mask=mask, enable_gqa=True)
 
 
 @cache
-def _compiled_flex_attention() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention)
+def compiled(function: Any) -> Any:
+    """The function, compiled once."""
+    return torch.compile(function)
 
 
 @lru_cache(maxsize=64)
@@ -115,6 +189,19 @@ def _unrolled_block_mask(length: int, num_steps: int, device: torch.device) -> A
         return torch.where(key < length, key <= position, key % length == position)
 
     return create_block_mask(visible, None, None, length, num_steps * length, device=device)
+
+
+def _packed_block_mask(sample: Tensor, num_steps: int) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    batch, length = sample.shape
+
+    def visible(row: Tensor, head: Tensor, position: Tensor, key: Tensor) -> Tensor:
+        own_sample = sample[row, position] == sample[row, key % length]
+        return torch.where(key < length, (key <= position) & own_sample, key % length == position)
+
+    make = compiled(create_block_mask) if sample.is_cuda else create_block_mask
+    return make(visible, batch, None, length, num_steps * length, device=sample.device)
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ A block sees the context of its sample strictly before its anchor, all of itself
 of w positions, offset k at anchor a sees context from a + k − (w − 1) on, and itself causally.
 """
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lightning_dataflow.models.attention import compiled
 from lightning_dataflow.models.blocks import Blocks
 
 CHUNK_BLOCKS = 8
@@ -56,11 +56,11 @@ def _within(position: Tensor, key_position: Tensor, window: int) -> Tensor:
 
 
 class _Chunk(NamedTuple):
-    """Blocks [start, stop) of one sample, and the part [first, last) of the context that one of them sees."""
+    """Blocks [start, stop) of one sample, and the part [first, last) of its row that one of them sees."""
 
     start: int
     stop: int
-    sample: int
+    row: int
     first: int
     last: int
 
@@ -110,13 +110,15 @@ def _sum_dtype(x: Tensor) -> torch.dtype:
 
 
 def _chunks(blocks: Blocks, window: int | None) -> list[_Chunk]:
-    samples, anchors = blocks.sample.tolist(), blocks.anchor.tolist()
+    samples, anchors = list(zip(blocks.row.tolist(), blocks.start.tolist(), strict=True)), blocks.anchor.tolist()
     chunks, start = [], 0
     for stop in range(1, len(samples) + 1):
         if stop == len(samples) or samples[stop] != samples[start] or stop - start == CHUNK_BLOCKS:
             nearest, last = min(anchors[start:stop]), max(anchors[start:stop])
-            first = 0 if window is None else max(0, nearest - (window - 1))
-            chunks.append(_Chunk(start, stop, samples[start], first, last))
+            row, first = samples[start]
+            if window is not None:
+                first = max(first, nearest - (window - 1))
+            chunks.append(_Chunk(start, stop, row, first, last))
             start = stop
     return chunks
 
@@ -133,7 +135,7 @@ class _ChunkInputs(NamedTuple):
     def take(cls, query: Tensor, keys: ContextKeys, chunk: _Chunk, blocks: Blocks, window: int | None) -> "_ChunkInputs":
         context = slice(chunk.first, chunk.last)
         key, value = (
-            torch.cat((of_context[chunk.sample, None, :, context], cls.join(of_block, chunk)), dim=2)
+            torch.cat((of_context[chunk.row, None, :, context], cls.join(of_block, chunk)), dim=2)
             for of_context, of_block in ((keys.context_key, keys.block_key), (keys.context_value, keys.block_value))
         )
         mask = _chunk_mask(chunk, blocks.anchor, query, window)
@@ -152,7 +154,7 @@ class _ChunkInputs(NamedTuple):
     @classmethod
     def add(cls, context: Tensor, block: Tensor, chunk: _Chunk, grad: Tensor) -> None:
         """Spread the gradient of `key` or `value` over context and blocks."""
-        context[chunk.sample, :, chunk.first : chunk.last] += grad[0, :, : chunk.last - chunk.first]
+        context[chunk.row, :, chunk.first : chunk.last] += grad[0, :, : chunk.last - chunk.first]
         cls.put(block, chunk, grad[:, :, chunk.last - chunk.first :])
 
 
@@ -175,7 +177,7 @@ def _flex_block_attention(query: Tensor, keys: ContextKeys, blocks: Blocks, wind
     """The same through flex attention over all samples and blocks laid end to end, whose mask skips what is unseen."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    attend = _compiled(flex_attention) if query.is_cuda else flex_attention
+    attend = compiled(flex_attention) if query.is_cuda else flex_attention
     batch, _, length, _ = keys.context_key.shape
     mask = flex_block_mask(blocks, (batch, length), query.shape[2], window)
     key = torch.cat((_end_to_end(keys.context_key), _end_to_end(keys.block_key)), dim=2)
@@ -190,12 +192,12 @@ def flex_block_mask(blocks: Blocks, context_shape: tuple[int, int], block_size: 
 
     length = context_shape[1]
     num_context, num_queries = context_shape[0] * length, len(blocks.anchor) * block_size
-    sample, anchor = blocks.sample, blocks.anchor
+    row, start, anchor = blocks.row, blocks.start, blocks.anchor
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         block = query // block_size
         key_block = (key - num_context).clamp(min=0) // block_size
-        of_context = (key // length == sample[block]) & (key % length < anchor[block])
+        of_context = (key // length == row[block]) & (key % length >= start[block]) & (key % length < anchor[block])
         seen = torch.where(key < num_context, of_context, key_block == block)
         if window is None:
             return seen
@@ -204,15 +206,10 @@ def flex_block_mask(blocks: Blocks, context_shape: tuple[int, int], block_size: 
         key_position = torch.where(key < num_context, key % length, anchor[block] + key_offset)
         return seen & _within(position, key_position, window)
 
-    make = _compiled(create_block_mask) if anchor.is_cuda else create_block_mask
+    make = compiled(create_block_mask) if anchor.is_cuda else create_block_mask
     return make(visible, None, None, num_queries, num_context + num_queries, device=anchor.device)
 
 
 def _end_to_end(x: Tensor) -> Tensor:
     """[N, heads, length, D] → [1, heads, N·length, D]."""
     return x.transpose(0, 1).flatten(1, 2).unsqueeze(0)
-
-
-@cache
-def _compiled(function: Any) -> Any:
-    return torch.compile(function)

@@ -7,18 +7,28 @@ import torch
 from torch import Tensor
 
 
+class Span(NamedTuple):
+    """A sample: positions [start, stop) of a row."""
+
+    row: int
+    start: int
+    stop: int
+
+
 class Blocks(NamedTuple):
-    """M blocks of B positions, ordered by sample and anchor. Offset k of a block stands at position anchor + k.
+    """M blocks of B positions, ordered by sample and anchor. Offset k of a block stands at position anchor + k of its row.
 
     Attributes:
-        sample: int64 [M], row of the batch.
+        row: int64 [M], row of the batch.
+        start: int64 [M], position where the block's sample starts in the row.
         anchor: int64 [M], position of offset 0.
         tokens: int64 [M, B + 1], the real tokens from the anchor on; 0 beyond the end of the sample.
         supervised: bool [M, B + 1], the loss mask of these tokens; false beyond the end. A block whose own anchor is not
             supervised stands for none.
     """
 
-    sample: Tensor
+    row: Tensor
+    start: Tensor
     anchor: Tensor
     tokens: Tensor
     supervised: Tensor
@@ -29,23 +39,33 @@ class Blocks(NamedTuple):
         return self.supervised[:, 0]
 
 
-def cut_blocks(input_ids: Tensor, loss_mask: Tensor, anchors: Sequence[Tensor], block_size: int) -> Blocks:
+def cut_blocks(
+    input_ids: Tensor,
+    loss_mask: Tensor,
+    anchors: Sequence[Tensor],
+    block_size: int,
+    samples: Sequence[Span] | None = None,
+) -> Blocks:
     """Blocks at the given anchors.
 
     Args:
         input_ids, loss_mask: [batch, S].
-        anchors: ascending positions of each row.
+        anchors: ascending positions in each sample, int64.
+        samples: where they stand; by default each row is one.
 
     Without any anchor there is one unsupervised block at position 0 of the first row, so that every rank runs the draft.
     """
-    sample = torch.cat([torch.full_like(positions, row) for row, positions in enumerate(anchors)])
+    samples = samples or [Span(row, 0, input_ids.shape[1]) for row in range(len(input_ids))]
+    counts = torch.tensor([len(positions) for positions in anchors])
+    spans, valid = torch.tensor(samples).repeat_interleave(counts, dim=0), True
     anchor = torch.cat(list(anchors))
-    valid = torch.ones(len(anchor), dtype=torch.bool)
     if not len(anchor):
-        sample, anchor, valid = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), torch.zeros(1).bool()
+        spans, anchor, valid = torch.tensor([[0, 0, input_ids.shape[1]]]), torch.zeros(1, dtype=torch.int64), False
+    row, start, stop = spans.unbind(1)
+    anchor = start + anchor
     positions = anchor[:, None] + torch.arange(block_size + 1)
-    inside = positions < input_ids.shape[1]
+    inside = positions < stop[:, None]
     positions = positions.clamp(max=input_ids.shape[1] - 1)
-    tokens = input_ids[sample[:, None], positions] * inside
-    supervised = (loss_mask[sample[:, None], positions] > 0) & inside & valid[:, None]
-    return Blocks(sample=sample, anchor=anchor, tokens=tokens, supervised=supervised)
+    tokens = input_ids[row[:, None], positions] * inside
+    supervised = (loss_mask[row[:, None], positions] > 0) & inside & valid
+    return Blocks(row=row, start=start, anchor=anchor, tokens=tokens, supervised=supervised)

@@ -136,7 +136,12 @@ class DFlashDraft(nn.Module):
         return cast("list[DFlashLayer]", list(self.layers))
 
     def forward(
-        self, aux_hidden_states: Tensor, embedding: Tensor, blocks: Blocks, score: Callable[[Tensor], Score]
+        self,
+        aux_hidden_states: Tensor,
+        embedding: Tensor,
+        blocks: Blocks,
+        score: Callable[[Tensor], Score],
+        position: Tensor | None = None,
     ) -> Score:
         """Draft every block and score it.
 
@@ -146,15 +151,21 @@ class DFlashDraft(nn.Module):
             aux_hidden_states: [batch, S, n·H].
             embedding: the target's frozen table [V, H].
             score: called once with the hidden states [M, B, H] after the final norm.
+            position: int64 [batch, S] of each token in its sample, where a row holds several; by default each row is one.
         """
-        return score(self.hidden_states(aux_hidden_states, embedding, blocks))
+        return score(self.hidden_states(aux_hidden_states, embedding, blocks, position))
 
-    def hidden_states(self, aux_hidden_states: Tensor, embedding: Tensor, blocks: Blocks) -> Tensor:
+    def hidden_states(
+        self, aux_hidden_states: Tensor, embedding: Tensor, blocks: Blocks, position: Tensor | None = None
+    ) -> Tensor:
         """d [M, B, H] of every block; arguments as in `forward`."""
         context = self.context(aux_hidden_states)
-        context_tables = self.rotary.tables(torch.arange(context.shape[1], device=context.device))
+        if position is None:
+            position = torch.arange(context.shape[1], device=context.device).unsqueeze(0)
+        context_tables = [table[:, None] for table in self.rotary.tables(position)]
         offsets = torch.arange(self.config.block_size, device=context.device)
-        block_tables = [table[:, None] for table in self.rotary.tables(blocks.anchor[:, None] + offsets)]
+        block_position = (blocks.anchor - blocks.start)[:, None] + offsets
+        block_tables = [table[:, None] for table in self.rotary.tables(block_position)]
         hidden = self.noise(blocks.tokens[:, 0], embedding)
         for index, layer in enumerate(self.decoder_layers):
             attention, x = layer.self_attn, layer.input_layernorm(hidden)

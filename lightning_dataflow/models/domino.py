@@ -63,7 +63,12 @@ class DominoDraft(DFlashDraft):
         nn.init.zeros_(self.correction_weight)  # a new draft starts as DFlash
 
     def forward(  # type: ignore[override]  # the correction is scored too
-        self, aux_hidden_states: Tensor, embedding: Tensor, blocks: Blocks, score: Callable[[Tensor, Tensor, Tensor], Score]
+        self,
+        aux_hidden_states: Tensor,
+        embedding: Tensor,
+        blocks: Blocks,
+        score: Callable[[Tensor, Tensor, Tensor], Score],
+        position: Tensor | None = None,
     ) -> Score:
         """Draft every block and score it; see DFlashDraft.
 
@@ -71,7 +76,7 @@ class DominoDraft(DFlashDraft):
             score: called once with the hidden states [M, B, H], u [M, B, E] and W [V, E]: the correction of the logits is
                 u · Wᵀ, with u = 0 where an offset is not corrected.
         """
-        hidden = self.hidden_states(aux_hidden_states, embedding, blocks)
+        hidden = self.hidden_states(aux_hidden_states, embedding, blocks, position)
         features = self.correction_features(hidden, self.prefix_states(blocks.tokens, embedding))
         corrected = torch.arange(self.config.block_size, device=hidden.device) >= self.config.suffix_start
         return score(hidden, features * corrected[:, None], self.correction_weight)

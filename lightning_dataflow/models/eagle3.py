@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.models.attention import causal_attention, unrolled_attention
+from lightning_dataflow.models.attention import PackedRows, causal_attention, unrolled_attention
 from lightning_dataflow.models.cache import DraftCache
 from lightning_dataflow.models.draft_vocab import DraftVocab, check_draft_vocab_size
 from lightning_dataflow.models.layers import RMSNorm, Rotary, SwiGLU, rotate
@@ -144,6 +144,7 @@ class Eagle3Draft(nn.Module):
         embedding: Tensor | None,
         num_steps: int,
         score: Callable[[Tensor, Tensor], Score],
+        position: Tensor | None = None,
     ) -> Score:
         """Unroll the draft on its own outputs (training-time test) and score every step.
 
@@ -155,6 +156,7 @@ class Eagle3Draft(nn.Module):
             embedding: the target's frozen table [V, H]; None to use the trained one.
             num_steps: K.
             score: called once with the normed hidden states [K, B, S, H] and the head's weight [V_d, H].
+            position: int64 [B, S] of each token in its sample, where a row holds several; by default each row is one.
         """
         layer, attention = self.midlayer, self.midlayer.self_attn
         embedded = layer.input_layernorm(self.embed(input_ids, embedding).to(aux_hidden_states.dtype))
@@ -162,7 +164,8 @@ class Eagle3Draft(nn.Module):
         # The embedding's share of q, k, v is the same in every step, shifted left by one more each time.
         shares = [F.pad(share, (0, 0, 0, num_steps - 1)) for share in attention.project(embedded, of_embedding)]
         length = input_ids.shape[1]
-        cos, sin = self.rotary.tables(torch.arange(length + num_steps - 1, device=input_ids.device))
+        rows = None if position is None else PackedRows(position)
+        first = torch.arange(length, device=input_ids.device) if position is None else position[:, None]
         hidden = self.fc(aux_hidden_states)
         keys: list[Tensor] = []
         values: list[Tensor] = []
@@ -173,9 +176,10 @@ class Eagle3Draft(nn.Module):
                 attention.split_heads(part + share[:, window])
                 for part, share in zip(attention.project(layer.hidden_norm(hidden), of_hidden), shares, strict=True)
             )
-            keys.append(rotate(key, cos[window], sin[window]))
+            cos, sin = self.rotary.tables(first + step)
+            keys.append(rotate(key, cos, sin))
             values.append(value)
-            attended = unrolled_attention(rotate(query, cos[window], sin[window]), keys, values)
+            attended = unrolled_attention(rotate(query, cos, sin), keys, values, rows)
             hidden = layer.finish(hidden, attended)
             outputs.append(self.norm(hidden))
         return score(torch.stack(outputs), self.lm_head.weight)

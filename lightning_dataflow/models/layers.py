@@ -72,6 +72,6 @@ class Rotary(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [..., S, head_dim] by tables [S, head_dim]."""
+    """Rotate x [..., S, head_dim] by tables [..., S, head_dim] that broadcast."""
     first, second = x.chunk(2, dim=-1)
     return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)

@@ -64,9 +64,10 @@ def dpace_weights(labels: BlockLabels, cross_entropy: Tensor, alpha: float) -> T
 
 def num_samples(blocks: Blocks) -> Tensor:
     """How many samples have a block, a float32 scalar."""
-    counts = torch.zeros(len(blocks.sample) + 1, device=blocks.sample.device)
-    changes = torch.cat((blocks.sample.new_ones(1), blocks.sample.diff().clamp(max=1))).cumsum(0)
-    return (counts.index_add(0, changes, blocks.valid.float()) > 0).sum().float()
+    counts = torch.zeros(len(blocks.row) + 1, device=blocks.row.device)
+    changes = (blocks.row.diff() != 0) | (blocks.start.diff() != 0)
+    index = torch.cat((changes.new_zeros(1), changes)).cumsum(0)
+    return (counts.index_add(0, index, blocks.valid.float()) > 0).sum().float()
 
 
 class _FrozenHeadCrossEntropy(torch.autograd.Function):

@@ -29,17 +29,21 @@ class TargetRows(NamedTuple):
     room: Tensor
 
 
-def supervised_positions(loss_mask: Tensor) -> TargetRows:
+def supervised_positions(loss_mask: Tensor, position: Tensor | None = None) -> TargetRows:
     """Align supervision, from the loss mask [B, S] of the tokens.
 
     The state at position j predicts token j + 1. It supervises step k at position t = j − 1 − k, which has seen tokens up
     to t + 1 + k = j. A position counts when the *predicted* token is loss-masked.
+
+    Args:
+        position: int64 [B, S] of each token in its sample, where a row holds several; by default each row is one.
     """
-    batch, length = loss_mask.shape
-    wanted = torch.zeros(batch, length, dtype=torch.bool, device=loss_mask.device)
-    wanted[:, 1:-1] = loss_mask[:, 2:] > 0
+    if position is None:
+        position = torch.arange(loss_mask.shape[1], device=loss_mask.device).expand_as(loss_mask)
+    wanted = torch.zeros_like(loss_mask, dtype=torch.bool)
+    wanted[:, :-1] = (loss_mask[:, 1:] > 0) & (position[:, 1:] >= 2)
     teacher = wanted.flatten().nonzero().squeeze(-1)
-    return TargetRows(teacher=teacher, student=teacher - 1, room=teacher % length - 1)
+    return TargetRows(teacher=teacher, student=teacher - 1, room=position.flatten()[teacher] - 1)
 
 
 @dataclass(frozen=True, kw_only=True)

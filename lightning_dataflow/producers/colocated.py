@@ -1,6 +1,7 @@
 """Target and trainer in one process, with the full control plane between them."""
 
 import threading
+from collections.abc import Sequence
 
 from lightning_dataflow.contracts import PeerFailedError
 from lightning_dataflow.control import ControlPlane, RunPlan, Watermarks
@@ -21,7 +22,7 @@ JOIN_TIMEOUT_S = 30.0
 class ColocatedSource(StreamingSource):
     """Captures what this rank trains, through leases, commits, the log and the queue.
 
-    Every rank has a control plane of its own, in which its share of each window is numbered without gaps.
+    Every rank has a control plane of its own, in which its slice of each window is numbered without gaps.
 
     Args:
         plane: of this rank alone.
@@ -57,19 +58,23 @@ class ColocatedSource(StreamingSource):
         """See RefSource; in seqs of this rank's own."""
         self._window, self._share = plan.window, rank_slice(0, plan.window, rank, world_size)
         share = len(self._share)
-        windows = plan.start // plan.window, plan.stop // plan.window
+        self.shares_any_seqs = world_size == 1
         self._error = None
-        super().begin(RunPlan(start=windows[0] * share, stop=windows[1] * share, window=share), 0, world_size)
+        super().begin(RunPlan(start=self._own(plan.start), stop=self._own(plan.stop), window=share), 0, world_size)
         if self._threaded:
             self._stopping.clear()
             self._thread = threading.Thread(target=self._produce, name="producer", daemon=True)
             self._thread.start()
 
-    def window(self, seqs: range, share: range, order: PassOrder) -> RefWindow:
+    def num_tokens(self, seq: int, order: PassOrder) -> int:
+        """See RefSource."""
+        return window_tokens(self._prompts, range(seq, seq + 1), order)
+
+    def window(self, seqs: range, share: Sequence[int], order: PassOrder) -> RefWindow:
         """See RefSource. Raises what the producer thread raised."""
-        mine = range(self._own(share.start), self._own(share.start) + len(share))
+        mine = [self._own(seq) for seq in share]
         try:
-            found = self.queue.get(mine, mine)
+            found = self.queue.get(range(min(mine), max(mine) + 1), mine)
         except PeerFailedError as error:
             assert self._thread is not None, "without a thread, the producer's error is raised where it happens"
             self._thread.join(JOIN_TIMEOUT_S)  # it has reported its error and is about to keep it

@@ -1,6 +1,7 @@
 """Topology `online`: the target runs in the training process and captures what the next window needs."""
 
 import secrets
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -48,7 +49,11 @@ class OnlineSource(RefSource):
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def window(self, seqs: range, share: range, order: PassOrder) -> RefWindow:
+    def num_tokens(self, seq: int, order: PassOrder) -> int:
+        """See RefSource."""
+        return window_tokens(self.prompts, range(seq, seq + 1), order)
+
+    def window(self, seqs: range, share: Sequence[int], order: PassOrder) -> RefWindow:
         """See RefSource; captures the share now."""
         version = self.target.info.model_version
         tasks = [

@@ -1,7 +1,7 @@
 """What every strategy's LightningModule shares: the gradient of the global quotient, the optimizer, sharding, results."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import lightning as L
@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lightning_dataflow.callbacks.defaults import default_callbacks
 from lightning_dataflow.contracts import CaptureSpec, StepContext, UserError
 from lightning_dataflow.data import DataFlowDataModule, FeatureCard
-from lightning_dataflow.data.collate import Batch, Sample
+from lightning_dataflow.data.collate import Batch, SampleRows
 from lightning_dataflow.evaluation import Drafter
 from lightning_dataflow.models import FrozenTarget
 from lightning_dataflow.objectives import ObjectiveSums
@@ -36,7 +36,7 @@ class DraftModule(L.LightningModule):
     `on_before_optimizer_step`, which runs before clipping, multiplies the gradients by P / D.
 
     Subclasses set `strategy_name`, build `self.draft` in their constructor, and implement `collate`, `objective` and
-    `drafter`.
+    `drafter`; `packs` says that these heed where samples begin in a row.
 
     Args:
         target: the target's Hugging Face folder. Only its sizes, embedding and head are read.
@@ -48,6 +48,7 @@ class DraftModule(L.LightningModule):
     """
 
     strategy_name: ClassVar[str]
+    packs: ClassVar[bool] = False
     draft: nn.Module
 
     def __init__(
@@ -85,7 +86,7 @@ class DraftModule(L.LightningModule):
         return self._frozen
 
     @abstractmethod
-    def collate(self, samples: Sequence[Sample]) -> Batch:
+    def collate(self, rows: SampleRows) -> Batch:
         """The batch that `objective` reads; called by the thread that reads ahead, so on the CPU."""
 
     @abstractmethod
@@ -129,6 +130,8 @@ class DraftModule(L.LightningModule):
         """Lightning's hook: refuse features of another target, then initialise the draft."""
         self.load_frozen_target(self.trainer.strategy.root_device)
         if stage == "fit" and isinstance(data := self._data(), DataFlowDataModule):
+            if data.batching.packed and not self.packs:
+                raise UserError(f"{self.strategy_name} does not pack samples: leave row_tokens and rows_per_step out")
             self.check_features(data.source.card)
             self.check_data(data)
             if not self._initialised:

@@ -1,13 +1,12 @@
 """What the modules that draft whole blocks share: anchors, the mask token, the batch, the drafter."""
 
-from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.data.collate import Batch, Sample, pad_samples
+from lightning_dataflow.data.collate import Batch, SampleRows
 from lightning_dataflow.data.datamodule import DataFlowDataModule
 from lightning_dataflow.models import DFlashDraft
-from lightning_dataflow.models.blocks import Blocks, cut_blocks
+from lightning_dataflow.models.blocks import Blocks, Span, cut_blocks
 from lightning_dataflow.objectives import BlockLabels
 from lightning_dataflow.strategies.anchors import draw_anchors
 from lightning_dataflow.strategies.base import DraftModule
@@ -33,6 +32,7 @@ class BlockDraftModule(DraftModule):
     The other arguments are DraftModule's.
     """
 
+    packs = True
     draft: DFlashDraft
     shift_label = False
 
@@ -100,12 +100,14 @@ class BlockDraftModule(DraftModule):
         if not self.frozen_target.embedding[self.mask_token_id].any():
             raise UserError(f"mask_token_id={self.mask_token_id} has an embedding of zeros in this target: {remedy}")
 
-    def collate(self, samples: Sequence[Sample]) -> Batch:
-        """Padded features, the blocks, and which of their offsets are supervised (found here, on the CPU, so that a step
-        needs no sync)."""
-        batch = pad_samples(samples, BLOCK_FEATURES)
-        anchors = [draw_anchors(sample, self.hparams["num_anchors"], self.hparams["seed"]) for sample in samples]
-        blocks = cut_blocks(batch["input_ids"], batch["loss_mask"], anchors, self.draft.config.block_size)
+    def collate(self, rows: SampleRows) -> Batch:
+        """Features, the blocks, and which of their offsets are supervised (found here, on the CPU, so that a step needs
+        no sync)."""
+        batch = rows.stack(BLOCK_FEATURES)
+        num_anchors, seed, placed = self.hparams["num_anchors"], self.hparams["seed"], list(rows)
+        anchors = [draw_anchors(one.sample, num_anchors, seed) for one in placed]
+        spans = [Span(row=one.row, start=one.start, stop=one.stop) for one in placed]
+        blocks = cut_blocks(batch["input_ids"], batch["loss_mask"], anchors, self.draft.config.block_size, spans)
         batch |= dict(zip(_FIELDS, blocks, strict=True))
         batch["label_rows"] = BlockLabels.of(blocks, shift=self.shift_label).rows
         return batch
@@ -117,8 +119,8 @@ class BlockDraftModule(DraftModule):
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Lightning's hook: refuse data without any block, once one pass over it, or the whole run, has shown that."""
         data = self._data()
-        num_steps = min(-(-len(data.source) // data.global_batch_size), self.trainer.max_steps)
-        if self._has_blocks or len(self.step_losses) < num_steps:
+        num_steps = len(self.step_losses)
+        if self._has_blocks or (data.next_seq < len(data.source) and num_steps < self.trainer.max_steps):
             return
         self._has_blocks = any(float(loss) > 0 for loss in self.step_losses)
         if not self._has_blocks:

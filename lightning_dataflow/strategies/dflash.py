@@ -85,7 +85,7 @@ class DFlashModule(BlockDraftModule):
         def score(hidden: Tensor) -> ObjectiveSums:
             return self._objective(hidden, target.head, blocks, batch["label_rows"])
 
-        return self.draft(batch["aux_hidden_states"], target.embedding, blocks, score)
+        return self.draft(batch["aux_hidden_states"], target.embedding, blocks, score, position=batch["position"])
 
     def drafter(self, *, num_draft_tokens: int = 15) -> BlockDrafter:
         """See DraftModule."""

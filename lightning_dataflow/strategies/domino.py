@@ -95,7 +95,7 @@ class DominoModule(BlockDraftModule):
         def score(hidden: Tensor, features: Tensor, weight: Tensor) -> ObjectiveSums:
             return self._objective(hidden, features, weight, target.head, blocks, context, batch["label_rows"])
 
-        return self.draft(batch["aux_hidden_states"], target.embedding, blocks, score)
+        return self.draft(batch["aux_hidden_states"], target.embedding, blocks, score, position=batch["position"])
 
     def drafter(self, *, num_draft_tokens: int = 15) -> DominoDrafter:
         """See DraftModule."""

@@ -1,13 +1,13 @@
 """EAGLE3 (arXiv 2503.01840) as a LightningModule."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_dataflow.contracts import StepContext, UserError
-from lightning_dataflow.data.collate import Batch, Sample, pad_samples
+from lightning_dataflow.data.collate import Batch, SampleRows
 from lightning_dataflow.data.datamodule import DataFlowDataModule
 from lightning_dataflow.evaluation import ChainDrafter
 from lightning_dataflow.models import Eagle3Config, Eagle3Draft, build_draft_vocab
@@ -36,6 +36,7 @@ class Eagle3Module(DraftModule):
     """
 
     strategy_name = "eagle3"
+    packs = True
     draft: Eagle3Draft
 
     def __init__(
@@ -103,10 +104,10 @@ class Eagle3Module(DraftModule):
         if config.train_embeddings:
             self.draft.embed_tokens.weight.copy_(target.embedding)
 
-    def collate(self, samples: Sequence[Sample]) -> Batch:
-        """Padded features, and which rows supervise which (found here, on the CPU, so that a step needs no sync)."""
-        batch = pad_samples(samples)
-        batch["target_rows"] = tuple(supervised_positions(batch["loss_mask"]))
+    def collate(self, rows: SampleRows) -> Batch:
+        """Features, and which rows supervise which (found here, on the CPU, so that a step needs no sync)."""
+        batch = rows.stack(self.spec.features)
+        batch["target_rows"] = tuple(supervised_positions(batch["loss_mask"], batch["position"]))
         return batch
 
     def objective(self, batch: Batch, context: StepContext) -> ObjectiveSums:
@@ -128,7 +129,8 @@ class Eagle3Module(DraftModule):
 
         next_ids = F.pad(batch["input_ids"][:, 1:], (0, 1))
         embedding = None if draft.config.train_embeddings else target.embedding
-        return draft(next_ids, batch["aux_hidden_states"].to(dtype), embedding, self.hparams["num_steps"], score)
+        aux, num_steps = batch["aux_hidden_states"].to(dtype), self.hparams["num_steps"]
+        return draft(next_ids, aux, embedding, num_steps, score, position=batch["position"])
 
     def drafter(self, *, num_draft_tokens: int = 4) -> ChainDrafter:
         """See DraftModule."""

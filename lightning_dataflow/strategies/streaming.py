@@ -28,9 +28,8 @@ def check_trainer(trainer: L.Trainer) -> None:
         )
     if trainer.accumulate_grad_batches != accumulation:
         raise UserError(
-            f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}): global_batch_size="
-            f"{data.global_batch_size} with micro_batch_size={data.micro_batch_size} on {trainer.world_size} ranks needs "
-            f"accumulate_grad_batches={accumulation}"
+            f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}): {data.batching} on {trainer.world_size} "
+            f"ranks needs accumulate_grad_batches={accumulation}"
         )
     batches = trainer.max_steps * accumulation
     if trainer.limit_train_batches != batches or isinstance(trainer.limit_train_batches, float):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lightning_dataflow import DraftModule, StrategySpec, register_strategy
 from lightning_dataflow.contracts import StepContext
-from lightning_dataflow.data import Sample, pad_samples
+from lightning_dataflow.data import SampleRows
 from lightning_dataflow.evaluation import Drafter, Proposal
 from lightning_dataflow.objectives import ObjectiveSums, Quotient
 
@@ -77,9 +77,9 @@ class OneStepModule(DraftModule):
             torch.manual_seed(seed)
             self.draft = OneStepDraft(len(self.layer_ids), self.target_info.hidden_size)
 
-    def collate(self, samples: Sequence[Sample]) -> dict[str, Any]:
+    def collate(self, rows: SampleRows) -> dict[str, Any]:
         """See DraftModule."""
-        return pad_samples(samples)
+        return rows.stack()
 
     def objective(self, batch: dict[str, Any], context: StepContext) -> ObjectiveSums:
         """See DraftModule: sums, never means, so that no result depends on how a step is cut into batches."""

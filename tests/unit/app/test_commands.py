@@ -84,6 +84,12 @@ def broken_file(folder: Path) -> str:
         ([*BY_HAND, "store.root=/proc/nowhere"], "cannot use /proc/nowhere as a store"),
         ([*BY_HAND, "role=trainer", "store=mooncake", "store.address=127.0.0.1:9"], "127.0.0.1:9"),
         (["data.micro_batch_size=3"], "global_batch_size=8 is not a multiple"),
+        (["data.row_tokens=512"], "row_tokens=512 and rows_per_step=None: packing needs both"),
+        (["data.row_tokens=128", "data.rows_per_step=2"], "data.max_length=256 is more than data.row_tokens=128"),
+        (
+            ["data.row_tokens=512", "data.rows_per_step=2", "trainer.max_steps=null", "data.num_passes=1"],
+            "data.num_passes=1 with data.row_tokens=512",
+        ),
         (["trainer.max_steps=null"], "neither trainer.max_steps nor data.num_passes"),
         (["data.num_passes=2"], "both say when training ends"),
         (["trainer.max_steps=-1"], "trainer.max_steps=-1: a stream has no end"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.data import DataFlowDataModule, OfflineSource, PassOrder, pad_samples
+from lightning_dataflow.data import DataFlowDataModule, OfflineSource, PassOrder, SampleRows
 from lightning_dataflow.producers import OnlineSource, capture_to_folder
 
 
@@ -21,7 +21,9 @@ def online(prompts, target) -> OnlineSource:
 
 
 def make(source, **options) -> DataFlowDataModule:
-    return DataFlowDataModule(source, **{"global_batch_size": 4, "micro_batch_size": 2, "collate": pad_samples} | options)
+    return DataFlowDataModule(
+        source, **{"global_batch_size": 4, "micro_batch_size": 2, "collate": SampleRows.stack} | options
+    )
 
 
 def test_batches_of_a_window(online):
@@ -84,7 +86,7 @@ def test_a_folder_that_cannot_be_written_is_read(prompts, target, tmp_path, monk
 @pytest.mark.parametrize("options", [{"seed": 1}, {"global_batch_size": 2, "micro_batch_size": 1}])
 def test_a_checkpoint_of_another_order_is_refused(online, options):
     state = make(online).state_dict()
-    with pytest.raises(UserError, match="resume with the same data, seed and global_batch_size"):
+    with pytest.raises(UserError, match="resume with the same data, seed, global_batch_size and packing"):
         make(online, **options).load_state_dict(state)
 
 

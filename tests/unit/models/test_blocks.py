@@ -6,7 +6,7 @@ import torch
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.models import DFlashConfig, DFlashDraft, DominoConfig, DominoDraft, block_attention
 from lightning_dataflow.models.block_attention import ContextKeys, _flex_block_attention
-from lightning_dataflow.models.blocks import cut_blocks
+from lightning_dataflow.models.blocks import Span, cut_blocks
 
 LENGTH, BLOCK, VOCAB, HIDDEN = 40, 4, 50, 32
 SIZES = {
@@ -25,20 +25,26 @@ SIZES = {
 ANCHORS = [torch.tensor([0, 1, 3, 4, 5, 9, 11, 12, 17, 25, 30, 37]), torch.zeros(0, dtype=torch.int64), torch.tensor([8])]
 
 
-def make_blocks(anchors=ANCHORS):
+# The same anchors, in samples of which the first two stand in one row.
+PACKED = [Span(0, 0, 13), Span(0, 13, LENGTH), Span(1, 0, LENGTH), Span(2, 4, 20)]
+PACKED_ANCHORS = [ANCHORS[0][:7], ANCHORS[0][9:-1] - 13, *ANCHORS[1:]]
+
+
+def make_blocks(anchors=ANCHORS, samples=None):
     torch.manual_seed(0)
-    return cut_blocks(torch.randint(VOCAB - 1, (3, LENGTH)), torch.ones(3, LENGTH), anchors, BLOCK)
+    return cut_blocks(torch.randint(VOCAB - 1, (3, LENGTH)), torch.ones(3, LENGTH), anchors, BLOCK, samples)
 
 
 def dense(query, keys, blocks, window):
     """Every block against all keys of its sample and all blocks."""
     groups = query.shape[1] // keys.block_key.shape[1]
     rows = []
-    for index, (sample, anchor) in enumerate(zip(blocks.sample.tolist(), blocks.anchor.tolist(), strict=True)):
-        key = torch.cat((keys.context_key[sample], keys.block_key[index]), 1).repeat_interleave(groups, 0)
-        value = torch.cat((keys.context_value[sample], keys.block_value[index]), 1).repeat_interleave(groups, 0)
+    for index, (row, start, anchor) in enumerate(zip(*(x.tolist() for x in blocks[:3]), strict=True)):
+        key = torch.cat((keys.context_key[row], keys.block_key[index]), 1).repeat_interleave(groups, 0)
+        value = torch.cat((keys.context_value[row], keys.block_value[index]), 1).repeat_interleave(groups, 0)
         position, context = anchor + torch.arange(BLOCK)[:, None], torch.arange(LENGTH)
-        visible = torch.cat(((context < anchor).expand(BLOCK, -1), torch.ones(BLOCK, BLOCK, dtype=torch.bool)), 1)
+        of_context = (context >= start) & (context < anchor)
+        visible = torch.cat((of_context.expand(BLOCK, -1), torch.ones(BLOCK, BLOCK, dtype=torch.bool)), 1)
         if window is not None:
             at = torch.cat((context, position[:, 0]))
             visible = visible & (at <= position) & (at >= position - (window - 1))
@@ -56,9 +62,10 @@ def attention_inputs(blocks, dtype=torch.float64):
 
 @pytest.mark.parametrize("window", [None, 1, 6])
 @pytest.mark.parametrize("chunk", [1, 8])
-def test_block_attention_and_its_gradients(monkeypatch, window, chunk):
+@pytest.mark.parametrize("packed", [False, True])
+def test_block_attention_and_its_gradients(monkeypatch, window, chunk, packed):
     monkeypatch.setattr(block_attention, "CHUNK_BLOCKS", chunk)
-    blocks = make_blocks()
+    blocks = make_blocks(PACKED_ANCHORS, PACKED) if packed else make_blocks()
     query, keys = attention_inputs(blocks)
     out, expected = block_attention.block_attention(query, keys, blocks, window), dense(query, keys, blocks, window)
     assert torch.allclose(out, expected, atol=1e-12)
@@ -69,8 +76,9 @@ def test_block_attention_and_its_gradients(monkeypatch, window, chunk):
 
 
 @pytest.mark.parametrize("window", [None, 6])
-def test_the_flex_mask_is_the_same_attention(window):
-    blocks = make_blocks()
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_flex_mask_is_the_same_attention(window, packed):
+    blocks = make_blocks(PACKED_ANCHORS, PACKED) if packed else make_blocks()
     query, keys = attention_inputs(blocks, torch.float32)
     with torch.no_grad():
         found = _flex_block_attention(query, keys, blocks, window)

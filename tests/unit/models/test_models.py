@@ -3,7 +3,7 @@ import torch
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.models import Eagle3Config, Eagle3Draft, FrozenTarget, build_draft_vocab
-from lightning_dataflow.models.attention import _flex_unrolled_attention, causal_attention, unrolled_attention
+from lightning_dataflow.models.attention import PackedRows, _flex_unrolled_attention, causal_attention, unrolled_attention
 from lightning_dataflow.models.eagle3 import DraftCache
 from lightning_dataflow.models.layers import SwiGLU
 
@@ -38,6 +38,38 @@ def test_unrolled_attention_and_its_gradients(num_steps, heads):
     found = torch.autograd.grad((out * weights).sum(), inputs)
     for one, other in zip(found, torch.autograd.grad((expected * weights).sum(), inputs), strict=True):
         assert torch.allclose(one, other, atol=1e-11)
+
+
+POSITION = torch.tensor([[0, 1, 2, 3, 0, 1, 0, 1, 2], [0, 1, 2, 3, 4, 5, 6, 7, 8]])
+"""Three samples in one row, one in the other."""
+
+
+def test_samples_of_a_packed_row_do_not_see_each_other():
+    query, keys, values = attention_inputs(3)
+    inputs, rows = [query, *keys, *values], PackedRows(POSITION)
+    out = unrolled_attention(query, keys, values, rows)
+    weights = torch.randn_like(out)
+    found = torch.autograd.grad((out * weights).sum(), inputs)
+    assert [(row.start, span.start, span.stop) for row, span in rows.parts] == [(0, 0, 4), (0, 4, 6), (0, 6, 9), (1, 0, 9)]
+    for row, span in rows.parts:
+        part = (row, slice(None), span)
+        alone = [x[part].detach().requires_grad_() for x in inputs]
+        expected = dense_unrolled(alone[0], alone[1:4], alone[4:])
+        assert torch.allclose(out[part], expected, atol=1e-12)
+        grads = torch.autograd.grad((expected * weights[part]).sum(), alone)
+        for one, other in zip(found, grads, strict=True):
+            assert torch.allclose(one[part], other, atol=1e-11)
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_the_packed_flex_mask_is_the_same_attention(num_steps):
+    query, keys, values = attention_inputs(num_steps, heads=4, kv_heads=2, length=128, dtype=torch.float32)
+    query, keys, values = query.detach(), [x.detach() for x in keys], [x.detach() for x in values]
+    three = torch.cat((torch.arange(50), torch.arange(7), torch.arange(71)))
+    position = torch.stack((three, torch.arange(128)))
+    with torch.no_grad():
+        found = _flex_unrolled_attention(query, keys, values, PackedRows(position))
+        assert torch.allclose(found, unrolled_attention(query, keys, values, PackedRows(position)), atol=1e-5)
 
 
 def test_unrolled_attention_in_bfloat16():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_dataflow.control import RunPlan
-from lightning_dataflow.data import DataFlowDataModule, PassOrder, pad_samples
+from lightning_dataflow.data import DataFlowDataModule, PassOrder, SampleRows
 from lightning_dataflow.data import queue as queue_module
 from lightning_dataflow.data.windows import rank_slice
 from lightning_dataflow.producers import ColocatedSource, OnlineSource
@@ -75,7 +75,7 @@ def test_through_the_data_module(prompts, target, tmp_path, threaded):
 
     batches = []
     for source in (OnlineSource(prompts[0], target), make(prompts, target, tmp_path, threaded)):
-        data = DataFlowDataModule(source, global_batch_size=8, micro_batch_size=4, collate=pad_samples)
+        data = DataFlowDataModule(source, global_batch_size=8, micro_batch_size=4, collate=SampleRows.stack)
         data.trainer = Fit
         data.start(resumed=False)
         mine = []

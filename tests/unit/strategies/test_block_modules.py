@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.data import DataFlowDataModule, OfflineSource, Sample
+from lightning_dataflow.data import DataFlowDataModule, OfflineSource, Sample, SampleRows
 from lightning_dataflow.producers import OnlineSource, capture_to_folder
 from lightning_dataflow.strategies import DFlashModule, DominoModule, resolve_strategy
 from lightning_dataflow.strategies.anchors import draw_anchors
@@ -115,7 +115,7 @@ def blocks_by_sample(module, data, num_batches, rank_of=lambda sample: 0):
     for _ in range(num_batches):
         batch = next(stream)
         for row, length in enumerate(batch["sample_ids"]):
-            found.append(batch["block_anchor"][batch["block_sample"] == row].tolist())
+            found.append(batch["block_anchor"][batch["block_row"] == row].tolist())
             assert length
     stream.close()
     return found
@@ -141,7 +141,7 @@ def test_a_batch_by_hand(target_path):
         sample_id="x", source_id="x", pass_index=0, num_tokens=5,
         tensors={"input_ids": ids, "loss_mask": mask, **features},
     )  # fmt: skip
-    batch = module.collate([one])
+    batch = module.collate(SampleRows([[one]]))
     assert "last_hidden_state" not in batch
     assert batch["block_anchor"].tolist() == [2]
     assert batch["block_tokens"].tolist() == [[9, 10, 11, 0]]

@@ -178,8 +178,8 @@ def test_a_second_fit_goes_on_from_the_draft_as_it_is(target_path, prompts, targ
     make_trainer(tmp_path, data, max_steps=2).fit(module, data)
     trained = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     module.hparams["lr"] = 0.0
-    data.next_seq = 0
-    module._window.add(module.objective(next(iter(data.train_dataloader())), None))  # as an interrupted fit leaves it
+    fresh = make_data(prompts, target, collate=module.collate)
+    module._window.add(module.objective(next(iter(fresh.train_dataloader())), None))  # as an interrupted fit leaves it
     make_trainer(tmp_path, data, max_steps=1).fit(module, data)
     assert (data.first_seq, data.next_seq) == (0, GLOBAL_BATCH)
     for name, tensor in module.state_dict().items():

@@ -1,0 +1,183 @@
+"""One trial: a run with faults, started again until it ends well, and what must be true then."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_dataflow.stores import LocalMooncake
+from tests.processes import TRAIN, environment, processes_in, wait_until
+
+Fault = Mapping[str, Any]
+RUN = "chaos"
+STEPS, WINDOW = 8, 8
+SETTINGS = (
+    "experiment=tiny", "topology=disagg_online", "logger=none", "callbacks=no_evaluation", f"run_name={RUN}",
+    "imports=[tests.system.chaos.faults]", "callbacks.checkpoint.every_n_train_steps=2",
+    "topology.lease_s=3", "topology.idle_timeout_s=60", "topology.start_timeout_s=60", "hydra.job_logging.root.level=ERROR",
+)  # fmt: skip
+MAX_STARTS = 5
+RUN_TIMEOUT_S = 240
+
+
+@dataclass
+class Outcome:
+    """What a trial left.
+
+    Attributes:
+        losses: of every optimizer step.
+        weights: of the draft after the last.
+        samples: by optimizer step, of the surviving weights.
+        starts: how often the command was started.
+        errors: how the earlier ones ended, one line each.
+        wrong: what is not as it must be.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    samples: dict[int, list[str]] = field(default_factory=dict)
+    starts: int = 0
+    errors: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def run_trial(
+    folder: Path, faults: Sequence[Fault], settings: Sequence[str] = (), *, own_mooncake: bool = False
+) -> Outcome:
+    """Run until it ends well, checking that every end on the way is a clean one.
+
+    Args:
+        folder: empty.
+        settings: beside those of every trial.
+        own_mooncake: a Mooncake of the trial's, which outlives the runs and must be empty in the end; else the run
+            starts its own.
+    """
+    outcome, begun = Outcome(), time.monotonic()
+    (folder / "chaos").mkdir(parents=True)
+    (folder / "chaos" / "faults.json").write_text(json.dumps(list(faults)))
+    work = folder / "work"
+    work.mkdir()
+    more, mooncake = [], None
+    if own_mooncake:
+        mooncake = LocalMooncake(capacity_bytes=64_000_000, log_dir=folder / "mooncake")
+        more = [
+            f"store.address={mooncake.master_address}",
+            f"store.client_address={mooncake.client_address}",
+            f"store.metrics_address={mooncake.metrics_address}",
+        ]
+    try:
+        while outcome.starts < MAX_STARTS and not outcome.losses:
+            _start(work, folder / "chaos", [*SETTINGS, *settings, *more], outcome)
+        if not outcome.losses:
+            outcome.wrong.append(f"did not end well in {MAX_STARTS} starts: {outcome.errors}")
+            return outcome
+        _read_outcome(work, folder / "chaos", outcome)
+        if mooncake is not None and (left := _keys(mooncake)):
+            outcome.wrong.append(f"left in the store: {left[:3]}, {len(left)} in all")
+    finally:
+        if mooncake is not None:
+            mooncake.close()
+        outcome.seconds = time.monotonic() - begun
+    return outcome
+
+
+def compare(outcome: Outcome, undisturbed: Outcome, *, tolerance: float = 0.0) -> list[str]:
+    """Ways in which a trial differs from an undisturbed run; none is as it must be.
+
+    Args:
+        tolerance: relative, of the losses.
+    """
+    wrong = list(outcome.wrong)
+    pairs = zip(outcome.losses, undisturbed.losses, strict=False)
+    if len(outcome.losses) != STEPS or any(abs(one - other) > tolerance * abs(other) for one, other in pairs):
+        wrong.append(f"losses {outcome.losses}, undisturbed {undisturbed.losses}")
+    if outcome.samples != undisturbed.samples:
+        wrong.append(f"samples {outcome.samples}, undisturbed {undisturbed.samples}")
+    names = {name for one in (outcome, undisturbed) for name in one.weights}
+    differ = [
+        name
+        for name in names
+        if name not in outcome.weights or not torch.equal(outcome.weights[name], undisturbed.weights[name])
+    ]
+    if differ:
+        wrong.append(f"weights differ: {sorted(differ)}")
+    return wrong
+
+
+def _start(work: Path, chaos: Path, settings: Sequence[str], outcome: Outcome) -> None:
+    outcome.starts += 1
+    resume = ["ckpt_path=auto"] if outcome.starts > 1 else []
+    with (chaos / f"output-{outcome.starts}.txt").open("w+") as output:
+        process = subprocess.Popen(
+            [sys.executable, TRAIN, *settings, *resume],
+            cwd=work,
+            env={**environment(), "CHAOS": str(chaos)},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            status = process.wait(timeout=RUN_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            outcome.wrong.append(f"start {outcome.starts} hung for {RUN_TIMEOUT_S} s")
+            process.kill()
+            status = process.wait()
+    text = (chaos / f"output-{outcome.starts}.txt").read_text()
+    errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    try:
+        wait_until(lambda: not processes_in(work), 15, lambda: "")
+    except AssertionError:
+        outcome.wrong.append(f"start {outcome.starts} left processes: {list(processes_in(work).values())}")
+        for pid in processes_in(work):
+            os.kill(pid, 9)
+    if status == 0:
+        result = json.loads((work / "runs" / RUN / "result.json").read_text())
+        outcome.losses = result["losses"]
+        if (result["status"], result["samples_trained"]) != ("completed", STEPS * WINDOW):
+            outcome.wrong.append(f"{result['status']} with {result['samples_trained']} samples")
+        return
+    outcome.errors.append(errors[-1] if errors else f"status {status}")
+    if status > 0 and len(errors) != 1:
+        outcome.wrong.append(f"start {outcome.starts} ended with status {status} and {len(errors)} error lines")
+
+
+def _read_outcome(work: Path, chaos: Path, outcome: Outcome) -> None:
+    run = work / "runs" / RUN
+    checkpoint = run / "checkpoints" / f"step-{STEPS:06d}.ckpt"
+    if checkpoint.is_file():  # a sharded one is a folder
+        outcome.weights = torch.load(checkpoint, weights_only=True)["state_dict"]
+    for path in sorted(chaos.glob("journal-*.jsonl")):  # later starts train again what is not in the weights
+        seen: dict[int, list[str]] = {}
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            seen.setdefault(record["step"], []).extend(name.partition(":")[2] for name in record["samples"])
+        outcome.samples |= seen
+    for step, samples in outcome.samples.items():
+        if len(samples) != WINDOW:
+            outcome.wrong.append(f"step {step} trained {len(samples)} samples")
+    trained = [name for samples in outcome.samples.values() for name in samples]
+    if len(set(trained)) != STEPS * WINDOW:
+        outcome.wrong.append(f"{len(set(trained))} of {STEPS * WINDOW} samples were trained")
+    shown = subprocess.run(
+        [sys.executable, "-m", "lightning_dataflow", "status", str(run), "--json", "--interval=0.1"],
+        cwd=work, env=environment(), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    ledger = json.loads(shown.stdout)
+    for name in ("refs_in_flight", "bytes_in_flight", "leased"):
+        if ledger[name] != 0:
+            outcome.wrong.append(f"the ledger says {name}={ledger[name]}")
+    if (ledger["finished"], ledger["trained_seq"]) != ("completed", STEPS * WINDOW):
+        outcome.wrong.append(f"the ledger says finished={ledger['finished']}, trained_seq={ledger['trained_seq']}")
+
+
+def _keys(mooncake: LocalMooncake) -> list[str]:
+    with urllib.request.urlopen(f"http://{mooncake.metrics_address}/get_all_keys") as answer:
+        return answer.read().decode().split()

@@ -1,0 +1,67 @@
+"""Faults at chosen moments: what survives equals an undisturbed run. `python -m tests.system.chaos` runs random trials."""
+
+import random
+
+import pytest
+
+from tests.system.chaos.schedules import random_schedule
+from tests.system.chaos.trial import compare, run_trial
+
+pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(900)]
+
+FSDP2 = ("trainer=fsdp2", "trainer.devices=2")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    outcome = run_trial(tmp_path_factory.mktemp("undisturbed"), [])
+    assert (outcome.wrong, outcome.starts, outcome.errors) == ([], 1, [])
+    return outcome
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_faults(tmp_path, undisturbed, seed):
+    schedule = random_schedule(random.Random(seed))
+    outcome = run_trial(tmp_path, schedule.faults, schedule.settings, own_mooncake=schedule.own_mooncake)
+    assert compare(outcome, undisturbed) == [], (schedule, outcome.errors)
+
+
+def test_the_comparison_notices_a_difference(undisturbed):
+    """A harness that finds nothing must be able to."""
+    assert compare(undisturbed, undisturbed) == []
+    for change in (
+        {"losses": [*undisturbed.losses[:-1], 0.0]},
+        {"losses": undisturbed.losses[:-1]},
+        {"samples": {**undisturbed.samples, 3: undisturbed.samples[4]}},
+        {"weights": {name: weight + 1e-7 for name, weight in undisturbed.weights.items()}},
+        {"wrong": ["left in the store: x"]},
+    ):
+        other = type(undisturbed)(**{**vars(undisturbed), **change})
+        assert len(compare(other, undisturbed)) == 1
+
+
+@pytest.mark.parametrize("moment", ["before append", "before checkpoint"])
+def test_a_full_disk(tmp_path, undisturbed, moment):
+    part = "trainer" if "checkpoint" in moment else "producer-0"
+    outcome = run_trial(tmp_path, [{"part": part, "moment": moment, "count": 2, "action": "disk full"}])
+    assert compare(outcome, undisturbed) == []
+    assert all("No space left on device" in error for error in outcome.errors)
+
+
+def test_a_full_store(tmp_path, undisturbed):
+    fault = {"part": "producer-0", "moment": "before put", "count": 30, "action": "store full"}
+    settings = ("store.capacity_bytes=32000000", "topology.idle_timeout_s=8", "topology.high_refs=16")
+    outcome = run_trial(tmp_path, [fault], settings)
+    assert compare(outcome, undisturbed) == []
+    assert outcome.starts == 2
+    assert "no sample came for" in outcome.errors[0]
+
+
+def test_a_killed_rank_of_two(tmp_path, undisturbed):
+    whole = run_trial(tmp_path / "whole", [], FSDP2)
+    assert compare(whole, whole) == []
+    assert whole.losses == pytest.approx(undisturbed.losses, rel=1e-4)
+    faults = [{"part": "trainer", "moment": "after optimizer step", "count": 5, "action": "kill"}]
+    outcome = run_trial(tmp_path / "killed", faults, FSDP2)
+    assert outcome.starts == 2
+    assert compare(outcome, whole, tolerance=1e-5) == []

@@ -35,7 +35,8 @@ class Heartbeat:
         """End the thread and leave a last state; see MetadataStore.report."""
         self._stop.set()
         self._thread.join()
-        self._ledger.report(self._name, last_words, failed=failed, fatal=fatal)
+        with suppress(PeerTimeoutError):
+            self._ledger.report(self._name, last_words, failed=failed, fatal=fatal)
 
     def _run(self) -> None:
         while True:

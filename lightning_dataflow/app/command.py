@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_dataflow.app.commands import INTERRUPTED
+from lightning_dataflow.app.commands import BAD_SETTINGS, INTERRUPTED, MAYBE_LATER
 from lightning_dataflow.app.schema import TrainConfig, register_schemas
 from lightning_dataflow.contracts import CapacityError, PeerFailedError, PeerTimeoutError, UserError
 
@@ -39,7 +39,8 @@ def command(function: Command) -> Callable[[], None]:
             if not _is_for_the_user(error):
                 raise
             print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(1)
+            lasting = isinstance(error, UserError | PermissionError) or config.role == "auto"
+            sys.exit(BAD_SETTINGS if lasting else MAYBE_LATER)
 
     @wraps(function)
     def checked() -> None:

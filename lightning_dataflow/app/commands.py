@@ -6,6 +6,10 @@ import sys
 INTERRUPTED = 130
 """Exit status of a command that Ctrl-C ended, as shells give it."""
 
+BAD_SETTINGS, MAYBE_LATER = 1, 75
+"""Exit statuses of a command that failed with one line. A part of a run (`role=`) tells apart whether it would fail of the
+same again: the supervisor starts it again otherwise."""
+
 COMMANDS = {
     "train": "train a draft",
     "capture": "write the target's features to disk, for topology=offline",

@@ -1,10 +1,9 @@
 """`role=producer`: capture until the trainer has finished."""
 
-import os
-import socket
 from typing import Any
 
 from lightning_dataflow.app.schema import TrainConfig
+from lightning_dataflow.app.watch import own_worker_name
 
 
 def produce(config: TrainConfig, settings: dict[str, Any]) -> None:
@@ -16,7 +15,7 @@ def produce(config: TrainConfig, settings: dict[str, Any]) -> None:
 
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    worker = make_worker(Builder(config, settings), f"producer-{socket.gethostname()}-{os.getpid()}")
+    worker = make_worker(Builder(config, settings), own_worker_name())
     print(f"announced {len(worker.feed)} samples in {worker.plane.log.name}, waiting for the trainer to begin", flush=True)
     try:
         worker.run()

@@ -104,6 +104,9 @@ class TopologyConfig:
         name: `offline`, `online`, `interleaved`, `disagg_offline` or `disagg_online`.
         features: of `disagg_offline`: folder of captured features; null captures them into the run folder first.
         num_producers: of `disagg_online`: processes that the supervisor starts.
+        restarts: how often the supervisor starts each part again that died: a producer, the trainer (from its newest
+            checkpoint), or a process of its own Mooncake. 0: the run ends with the error, which shows it soonest, unless
+            other producers live.
         high_bytes, high_refs: capture pauses rather than have more in flight; null for 0.8 of store.capacity_bytes.
         low_bytes, low_refs: it goes on below these; null for three quarters of the high ones.
         lease_s: a dead producer's prompts are captured by another after this long.
@@ -114,6 +117,7 @@ class TopologyConfig:
     name: str = MISSING
     features: str | None = None
     num_producers: int = 1
+    restarts: int = 0
     high_bytes: int | None = None
     high_refs: int = 4096
     low_bytes: int | None = None

@@ -5,6 +5,7 @@ import json
 import os
 import secrets
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -12,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from lightning_dataflow.channels.base import MAX_LINE_BYTES, StreamingRefChannel, check_card
-from lightning_dataflow.contracts import SCHEMA_VERSION, LogRecord, UserError, assert_no_tensors
+from lightning_dataflow.contracts import SCHEMA_VERSION, LogRecord, PeerTimeoutError, UserError, assert_no_tensors
 from lightning_dataflow.contracts.log import record_from_json
 
 CARD = "run.json"
 SEGMENT_BYTES = 8 << 20
 CHUNK_BYTES = 1 << 20
+LOCK_TIMEOUT_S = 30.0
+LOCK_PAUSE_S = 0.0001
+"""An append takes about as long."""
 
 
 class FileChannel(StreamingRefChannel):
@@ -182,11 +186,25 @@ class FileChannel(StreamingRefChannel):
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         with self._lock:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX)
+            self._lock_patiently()
             try:
                 yield
             finally:
                 fcntl.flock(self._lock_file, fcntl.LOCK_UN)
+
+    def _lock_patiently(self) -> None:
+        """The kernel gives the lock of a process that was killed to the next; that of a stopped one is waited for."""
+        deadline = time.monotonic() + LOCK_TIMEOUT_S
+        while True:
+            try:
+                return fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise PeerTimeoutError(
+                        f"could not append to the log in {self.folder} within {LOCK_TIMEOUT_S:.0f} s: is a process of the "
+                        "run stopped inside a write? Continue or end it"
+                    ) from error
+            time.sleep(LOCK_PAUSE_S)
 
     def _last_segment(self) -> Path:
         last = max(self._segments(), default=0)

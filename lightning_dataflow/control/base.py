@@ -61,12 +61,15 @@ class Lease:
         seqs: the whole group: it is captured as one batch, the same in every attempt.
         wanted: those of them whose features are to be published.
         attempt: of this capture; higher than that of every earlier one of these samples.
+        tries: how often one of them failed already, or had its lease expire. From MAX_ATTEMPTS on it must be given up:
+            `ControlPlane.lease` does.
     """
 
     worker: str
     seqs: tuple[int, ...]
     wanted: tuple[int, ...]
     attempt: int
+    tries: int = 0
 
 
 class MetadataStore(ABC):
@@ -106,7 +109,8 @@ class MetadataStore(ABC):
         """The next group to capture: what is wanted again or was leased by a dead worker first, then in seq order.
 
         None when all is leased or published, when the watermarks say wait (`status` tells which), or when the run is
-        finished. Groups are seqs [k·group, (k + 1)·group).
+        finished. Groups are seqs [k·group, (k + 1)·group). A lease that expired counts as a failed try of its samples:
+        whoever held it died, maybe of them.
 
         Args:
             num_bytes: seq → payload of its features, which are reserved.
@@ -114,7 +118,7 @@ class MetadataStore(ABC):
 
     @abstractmethod
     def renew(self, worker: str, lease_s: float) -> None:
-        """Extend all leases of `worker`."""
+        """All leases of `worker` end `lease_s` from now; with 0, at once: it is known to be dead."""
 
     @abstractmethod
     def give_back(self, lease: Lease, *, retryable: bool = True, counts: bool = True) -> AbstractContextManager[list[int]]:
@@ -173,12 +177,17 @@ class MetadataStore(ABC):
         """The status of `finish`; None while the run goes on, and when it finished before the time `since`."""
 
     @abstractmethod
-    def report(self, name: str, state: str, *, failed: bool = False) -> None:
-        """A sign of life of a process of the run, and what it does or waits for."""
+    def report(self, name: str, state: str, *, failed: bool = False, fatal: bool = False) -> None:
+        """A sign of life of a process of the run, and what it does or waits for.
+
+        Args:
+            failed: these are its last words.
+            fatal: and no other process could do better.
+        """
 
     @abstractmethod
     def failures(self) -> Sequence[str]:
-        """What failed processes reported, since the latest `begin`."""
+        """What failed processes reported, since the latest `begin`. Others may still go on: see `heartbeat.why_over`."""
 
     @abstractmethod
     def status(self) -> dict[str, Any]:

@@ -4,12 +4,14 @@ import os
 import socket
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
-from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts import PeerTimeoutError, UserError
 from lightning_dataflow.control.base import MetadataStore
 
 EVERY_S = 2.0
 FRESH_S = 10.0
+SUPERVISOR = "supervisor"
 
 
 class Heartbeat:
@@ -29,19 +31,40 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._run, name=f"heartbeat of {name}", daemon=True)
         self._thread.start()
 
-    def stop(self, last_words: str, *, failed: bool = False) -> None:
-        """End the thread and leave a last state."""
+    def stop(self, last_words: str, *, failed: bool = False, fatal: bool = False) -> None:
+        """End the thread and leave a last state; see MetadataStore.report."""
         self._stop.set()
         self._thread.join()
-        self._ledger.report(self._name, last_words, failed=failed)
+        with suppress(PeerTimeoutError):
+            self._ledger.report(self._name, last_words, failed=failed, fatal=fatal)
 
     def _run(self) -> None:
         while True:
-            self._ledger.report(self._name, self._describe())
-            if self._renew_s is not None:
-                self._ledger.renew(self._name, self._renew_s)
+            with suppress(PeerTimeoutError):  # the ledger is blocked: the part itself will say so, if it needs it
+                self._ledger.report(self._name, self._describe())
+                if self._renew_s is not None:
+                    self._ledger.renew(self._name, self._renew_s)
             if self._stop.wait(EVERY_S):
                 return
+
+
+def why_over(ledger: MetadataStore) -> list[str]:
+    """Why no producer captures for this run any more; [] while one does, or none has said that it failed.
+
+    An error in the settings is one that every producer meets, so the first ends the run. After any other, the run goes on
+    while a producer lives, or a supervisor, which starts producers again or ends the run itself. One that died without a
+    word may be started again by whoever started it: only the reader's patience ends that wait.
+    """
+    if not ledger.failures():
+        return []
+    parts = ledger.status()["parts"]
+    failed = [f"{part['name']}: {part['state']}" for part in parts if part["failed"]]
+    if any(part["fatal"] for part in parts):
+        return failed
+    others = [part for part in parts if not part["failed"] and part["name"].startswith(("producer", SUPERVISOR))]
+    if any(_is_running(part["pid"]) for part in others):
+        return []
+    return failed + [f"{part['name']}: its process {part['pid']} is gone" for part in others]
 
 
 def check_no_other_trainer(ledger: MetadataStore, run_id: str) -> None:

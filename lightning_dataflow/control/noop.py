@@ -65,7 +65,7 @@ class NoOpMetadataStore(MetadataStore):
         """See MetadataStore."""
         return None
 
-    def report(self, name: str, state: str, *, failed: bool = False) -> None:
+    def report(self, name: str, state: str, *, failed: bool = False, fatal: bool = False) -> None:
         """See MetadataStore."""
 
     def failures(self) -> Sequence[str]:

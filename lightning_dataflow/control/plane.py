@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from lightning_dataflow.channels import FileChannel, StreamingRefChannel
 from lightning_dataflow.contracts import LogRecord, SampleRef, UnknownNameError, UserError
 from lightning_dataflow.contracts.log import replaces
-from lightning_dataflow.control.base import Lease, MetadataStore, RunPlan
+from lightning_dataflow.control.base import MAX_ATTEMPTS, Lease, MetadataStore, RunPlan, Watermarks
 from lightning_dataflow.control.noop import NoOpMetadataStore
 from lightning_dataflow.control.sqlite import SqliteMetadataStore
 
@@ -38,6 +38,17 @@ class ControlPlane:
         """The channel, where there is one."""
         assert self.channel is not None, "local_colocated has no log"
         return self.channel
+
+    def lease(
+        self, worker: str, *, group: int, num_bytes: Callable[[int], int], watermarks: Watermarks, lease_s: float
+    ) -> Lease | None:
+        """The next group to capture, see MetadataStore.lease. What may not be tried again is given up on the way."""
+        while True:
+            found = self.ledger.lease(worker, group=group, num_bytes=num_bytes, watermarks=watermarks, lease_s=lease_s)
+            if found is None or found.tries < MAX_ATTEMPTS:
+                return found
+            reason = f"given up after {found.tries} tries, the last of which ended or stopped its producer"
+            self.give_back(found, reason, counts=False)
 
     def publish(self, lease: Lease, refs: dict[int, SampleRef]) -> list[int]:
         """Commit and publish in one transaction. Returns the seqs whose refs are in the log now; free the others."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.control.base import Lease, MetadataStore, RunPlan, Watermarks
-from lightning_dataflow.control.sqlite_tables import LedgerTables
+from lightning_dataflow.control.sqlite_tables import FATAL, LedgerTables
 
 
 class SqliteMetadataStore(MetadataStore):
@@ -188,12 +188,12 @@ class SqliteMetadataStore(MetadataStore):
         status = self._tables.get("finished")
         return status if status is not None and float(self._tables.get("finished_at") or 0) >= since else None
 
-    def report(self, name: str, state: str, *, failed: bool = False) -> None:
+    def report(self, name: str, state: str, *, failed: bool = False, fatal: bool = False) -> None:
         """See MetadataStore."""
         with self._tables.transaction():
             self._tables.db.execute(
                 "INSERT OR REPLACE INTO parts VALUES (?, ?, ?, ?, ?, ?)",
-                (name, self._host, os.getpid(), time.time(), state, failed),
+                (name, self._host, os.getpid(), time.time(), state, FATAL if fatal else failed),
             )
 
     def failures(self) -> Sequence[str]:
@@ -217,7 +217,15 @@ class SqliteMetadataStore(MetadataStore):
                 "wanted_again": states.get("wanted", 0),
                 "waiting_to_be_trained": states.get("published", 0),
                 "parts": [
-                    dict(name=name, host=host, pid=pid, seen_s_ago=now - seen, state=state, failed=bool(failed))
+                    dict(
+                        name=name,
+                        host=host,
+                        pid=pid,
+                        seen_s_ago=now - seen,
+                        state=state,
+                        failed=bool(failed),
+                        fatal=failed == FATAL,
+                    )
                     for name, host, pid, seen, state, failed in parts
                 ],
             }

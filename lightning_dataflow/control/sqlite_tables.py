@@ -15,6 +15,8 @@ from lightning_dataflow.control.base import MAX_ATTEMPTS, Lease
 BUSY_TIMEOUT_S = 30.0
 BUSY_PAUSE_S = 0.0001
 """Between two tries to begin a transaction: they take less than that, SQLite's own pauses grow to 0.1 s."""
+FATAL = 2
+"""In `parts.failed`: 0 is alive, 1 failed."""
 TOTALS = (
     "frontier",
     "bytes_in_flight",
@@ -119,16 +121,17 @@ class LedgerTables:
             self.set_totals(frontier=new[-1] + 1)
 
     def take(self, worker: str, seqs: tuple[int, ...], wanted: Sequence[int], expires: float) -> Lease:
-        """Take over `wanted` with one attempt for all: higher than that of any lease that expired."""
+        """Take over `wanted` with one attempt for all, higher than that of any lease that expired; that counts as a try."""
         (attempt,) = self.db.execute(
             "SELECT MAX(attempt + (state = 'leased')) FROM samples WHERE seq BETWEEN ? AND ? AND state != 'published'",
             (wanted[0], wanted[-1]),
         ).fetchone()
-        self.db.execute(
-            f"UPDATE samples SET state = 'leased', attempt = ?, worker = ?, expires = ? WHERE {IN_LIST}",
+        tries = self.db.execute(
+            "UPDATE samples SET tries = tries + (state = 'leased'), state = 'leased', attempt = ?, worker = ?, expires = ? "
+            f"WHERE {IN_LIST} RETURNING tries",
             (attempt, worker, expires, json.dumps(wanted)),
-        )
-        return Lease(worker=worker, seqs=seqs, wanted=tuple(wanted), attempt=attempt)
+        ).fetchall()
+        return Lease(worker=worker, seqs=seqs, wanted=tuple(wanted), attempt=attempt, tries=max(tries)[0])
 
     def held(self, lease: Lease) -> list[int]:
         """Seqs of a lease that nobody took over. An expired lease holds until somebody does."""

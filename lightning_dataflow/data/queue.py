@@ -8,6 +8,7 @@ from lightning_dataflow.channels.base import POLL_S
 from lightning_dataflow.contracts import LogRecord, PeerFailedError, PeerTimeoutError, SampleRef, UserError
 from lightning_dataflow.contracts.log import replaces
 from lightning_dataflow.control import ControlPlane
+from lightning_dataflow.control.heartbeat import why_over
 from lightning_dataflow.data.source import RefWindow, WindowEntry
 
 CHECK_PEERS_S = 0.5
@@ -81,7 +82,7 @@ class StreamingRefQueue:
 
         Raises:
             PeerTimeoutError: no record came for `idle_timeout_s`; names who was waited for.
-            PeerFailedError: another part of the run reported that it failed, or ended the run.
+            PeerFailedError: the last producer failed, or another part ended the run.
             UserError: the log has ended before this window.
         """
         self._wait(seqs)
@@ -199,7 +200,7 @@ class StreamingRefQueue:
                 pause = min(2 * pause, POLL_S[1])
 
     def _check_peers(self, seqs: range, idle_s: float) -> None:
-        if failures := self._plane.ledger.failures():
+        if failures := why_over(self._plane.ledger):
             raise PeerFailedError("; ".join(failures))
         if (status := self._plane.ledger.finished()) is not None:
             raise PeerFailedError(f"the run was ended ({status}) while this process waited for {self.waiting_for}")

@@ -5,12 +5,19 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-from lightning_dataflow.contracts import CapacityError, CaptureMismatchError, PeerTimeoutError, SampleOrigin, SampleRef
+from lightning_dataflow.contracts import (
+    CapacityError,
+    CaptureMismatchError,
+    PeerTimeoutError,
+    SampleOrigin,
+    SampleRef,
+    UserError,
+)
 from lightning_dataflow.control import MAX_ATTEMPTS, ControlPlane, Lease, RunPlan, Watermarks
 from lightning_dataflow.control.heartbeat import Heartbeat
 from lightning_dataflow.data.streaming import announcement_to_json
 from lightning_dataflow.producers.feeds import Feed
-from lightning_dataflow.stores import FeatureStore
+from lightning_dataflow.stores import FeatureStore, StoreUnavailableError
 from lightning_dataflow.stores.base import Tensors
 
 State = Literal["captured", "failed", "idle", "finished"]
@@ -71,6 +78,7 @@ class RolloutWorker:
 
         Raises:
             PeerTimeoutError: no trainer began, or the trainer gave no sign of life.
+            StoreUnavailableError: the store stayed away. That counts against no sample.
             CaptureMismatchError: the target captures something else than was announced.
             UserError: a watermark is below a window.
         """
@@ -78,7 +86,8 @@ class RolloutWorker:
         try:
             self._drive(should_stop)
         except BaseException as error:
-            heartbeat.stop(str(error) or type(error).__name__, failed=not isinstance(error, KeyboardInterrupt))
+            interrupted, settings = isinstance(error, KeyboardInterrupt), isinstance(error, UserError)
+            heartbeat.stop(str(error) or type(error).__name__, failed=not interrupted, fatal=settings)
             raise
         heartbeat.stop("finished")
 
@@ -91,7 +100,7 @@ class RolloutWorker:
         if plan is None:
             return "idle"
         self._check_windows(plan)
-        lease = ledger.lease(
+        lease = self.plane.lease(
             self.name,
             group=self.group,
             num_bytes=self.feed.num_bytes,
@@ -124,6 +133,9 @@ class RolloutWorker:
                 if seq in lease.wanted:
                     refs[seq] = self._put(tensors, origin)
             accepted = self.plane.publish(lease, refs)
+        except StoreUnavailableError as error:
+            self.plane.give_back(lease, str(error), counts=False)
+            raise
         except BaseException as error:
             for ref in refs.values():
                 self.store.free(ref)

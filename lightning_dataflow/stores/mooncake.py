@@ -16,6 +16,7 @@ from lightning_dataflow.stores.base import FeatureStore, IsLive, Tensors, featur
 from lightning_dataflow.stores.buffers import MAX_IDLE_BYTES
 from lightning_dataflow.stores.mooncake_client import (
     NO_SPACE,
+    OWNER_GONE,
     MooncakeAdmin,
     MooncakeClient,
     OwnerGoneError,
@@ -313,10 +314,8 @@ class MooncakeFeatureStore(FeatureStore):
         room = ""
         if self._admin is not None:
             taken, capacity = (self._admin.gauge(f"master_{what}_bytes") for what in ("allocated", "total_capacity"))
-            if not capacity:
-                return OwnerGoneError(
-                    f"Mooncake has no storage process: start mooncake_client, then {sample_id} can be stored"
-                )
+            if not capacity:  # none yet, where a master has just been started again
+                return TransientError(OWNER_GONE)
             _check_fits(sample_id, size, capacity)
             room = f", {taken} of {capacity} are taken"
         return CapacityError(

@@ -88,6 +88,18 @@ class LocalMooncake:
                 return name, status
         return None
 
+    def restart(self, name: str, *, start_timeout_s: float = 30.0) -> None:
+        """Start a part that died again, at its address. What it held is gone; clients find it again within 3 s.
+
+        Raises:
+            UserError: it did not start in time, or its port was taken.
+        """
+        start = {"mooncake_master": self._start_master, "mooncake_client": self._start_client}[name]
+        try:
+            start(time.monotonic() + start_timeout_s)
+        except _PartDiedError as error:
+            raise UserError(str(error)) from None
+
     def log_path(self, name: str) -> Path:
         """Where `mooncake_master` or `mooncake_client` writes."""
         return self.log_dir / f"{name}.log"
@@ -154,7 +166,7 @@ class LocalMooncake:
         )
 
     def _spawn(self, name: str, *options: str) -> None:
-        with self.log_path(name).open("wb") as log:
+        with self.log_path(name).open("ab" if name in self.processes else "wb") as log:
             self.processes[name] = subprocess.Popen(
                 leashed_command([self._programs[name], *options], signal.SIGKILL),
                 stdin=subprocess.DEVNULL,
@@ -165,15 +177,15 @@ class LocalMooncake:
             )
 
     def _wait(self, name: str, is_ready: Callable[[], bool], deadline: float) -> None:
-        while not self._is_ready(is_ready):
+        while not self._is_ready(name, is_ready):
             if time.monotonic() > deadline:
                 raise UserError(f"{name} is not ready in time{self._last_words(name)}")
             time.sleep(POLL_INTERVAL_S)
 
-    def _is_ready(self, is_ready: Callable[[], bool]) -> bool:
-        dead = self.poll()
-        if dead:
-            raise _PartDiedError(f"{dead[0]} exited with status {dead[1]}{self._last_words(dead[0])}")
+    def _is_ready(self, name: str, is_ready: Callable[[], bool]) -> bool:
+        for part in (name, "mooncake_master"):  # without a master no client gets ready
+            if (status := self.processes[part].poll()) is not None:
+                raise _PartDiedError(f"{part} exited with status {status}{self._last_words(part)}")
         try:
             return is_ready()
         except StoreUnavailableError:

@@ -288,12 +288,6 @@ def test_a_producer_killed_in_the_middle_of_puts(store, mooncake):
         store.abort("run:other")
 
 
-def restart(mooncake: LocalMooncake, name: str) -> None:
-    mooncake.processes[name] = subprocess.Popen(
-        mooncake.processes[name].args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-
-
 def timed(action) -> tuple[Exception, float]:
     """The error of `action`, one line, and the seconds until it came."""
     began = time.monotonic()
@@ -329,7 +323,7 @@ def test_the_master_dies_and_comes_back(tmp_path, client):
             assert seconds < 2 + 10  # the timeout, and calls of 4.3 s in the library
         error, _ = timed(store.health)
         assert f"metrics port {mooncake.metrics_address}" in str(error)
-        restart(mooncake, "mooncake_master")
+        mooncake.restart("mooncake_master")
         seconds = until_it_works(lambda: store.put(sample(3), origin("run:3")), 15)
         print(f"put works {seconds:.1f} s after the restart")
         assert isinstance(timed(lambda: store.get(ref))[0], KeyError)
@@ -340,7 +334,7 @@ def test_a_wait_bridges_a_restart_of_the_master(tmp_path):
     with LocalMooncake(capacity_bytes=32 << 20, log_dir=tmp_path) as mooncake:
         store = attach(mooncake)
         mooncake.processes["mooncake_master"].kill()
-        threading.Timer(1.0, restart, (mooncake, "mooncake_master")).start()
+        threading.Timer(1.0, mooncake.restart, ("mooncake_master",)).start()
         assert until_it_works(lambda: store.put(sample(3), origin()), 20) < 20
         store.close()
 
@@ -359,8 +353,8 @@ def test_the_storage_process_dies_and_comes_back(tmp_path):
         assert f"mooncake_client {mooncake.client_address}" in str(error)
         assert seconds < 2 + 10
         error, _ = timed(lambda: far.put(sample(2), origin("run:2")))
-        assert "start mooncake_client" in str(error)
-        restart(mooncake, "mooncake_client")
+        assert "the storage process behind Mooncake master" in str(error)
+        mooncake.restart("mooncake_client")
         for store in (near, far):
             seconds = until_it_works(lambda store=store: store.put(sample(3), origin("run:3")), 20)
             print(f"put works {seconds:.1f} s after the restart")

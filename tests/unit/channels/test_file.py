@@ -132,6 +132,17 @@ def test_concurrent_writers_of_several_processes(tmp_path):
     assert len(segments(channel)) > 3
 
 
+def test_a_writer_that_is_stopped_inside_a_write_blocks_for_a_bounded_time(channel, monkeypatch):
+    monkeypatch.setattr("lightning_dataflow.channels.file.LOCK_TIMEOUT_S", 0.1)
+    other = reader(channel)
+    with other._exclusive():
+        with pytest.raises(PeerTimeoutError, match=r"could not append .* is a process of the run stopped inside a write"):
+            channel.publish(refs(0))
+        assert channel.poll() == []
+    channel.publish(refs(0))
+    assert [one.seq for one in channel.poll()] == [0]
+
+
 def test_trim_drops_whole_segments_that_are_read_and_past(channel):
     for seq in range(60):
         channel.publish(refs(seq))

@@ -1,7 +1,10 @@
 """One contract, every ledger: who captures what, what became of it, and how much may be in flight."""
 
+import os
 import random
+import signal
 import sqlite3
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from lightning_dataflow.control import (
     Watermarks,
     sqlite_tables,
 )
-from lightning_dataflow.control.heartbeat import Heartbeat
+from lightning_dataflow.control.heartbeat import Heartbeat, why_over
 from tests.streams import WIDE, forked
 
 SIZE = 10
@@ -170,6 +173,40 @@ def test_an_exception_while_publishing_undoes_the_commit(ledger):
     assert ledger.status()["published"] == 0
     assert commit(ledger, found) == [0, 1, 2, 3]
     assert ledger.status()["published"] == 4
+
+
+def test_an_expired_lease_is_a_failed_try(ledger):
+    begin(ledger)
+    for tries in range(MAX_ATTEMPTS):
+        assert lease(ledger, lease_s=-1).tries == tries
+    found = lease(ledger)
+    assert (found.seqs, found.tries, found.attempt) == ((0, 1, 2, 3), MAX_ATTEMPTS, MAX_ATTEMPTS)
+    assert give_back(ledger, found, counts=False) == [0, 1, 2, 3]
+    assert lease(ledger).tries == 0
+
+
+def test_only_samples_that_failed_too_often_themselves_are_given_up(ledger):
+    begin(ledger)
+    commit(ledger, found := lease(ledger))
+    generation = generations(found)
+    assert ledger.want(2, generation[2][0])
+    for tries in range(1, MAX_ATTEMPTS):
+        assert lease(ledger, lease_s=-1).tries == tries
+    assert ledger.want(3, generation[3][0])
+    found = lease(ledger)
+    assert (found.wanted, found.tries) == ((2, 3), MAX_ATTEMPTS)
+    assert give_back(ledger, found, counts=False) == [2]
+    assert lease(ledger).wanted == (3,)
+
+
+def test_the_leases_of_a_worker_that_is_known_to_be_dead_end_at_once(ledger):
+    begin(ledger)
+    lease(ledger, "dead")
+    lease(ledger, "alive")
+    ledger.renew("dead", 0)
+    time.sleep(0.001)
+    assert lease(ledger, "other").seqs == (0, 1, 2, 3)
+    assert lease(ledger, "other").seqs == (8, 9, 10, 11)
 
 
 def test_a_part_of_a_group_may_be_committed(ledger):
@@ -396,12 +433,54 @@ def test_failures_and_signs_of_life(ledger):
     ledger.report("producer-1", "capturing seq 4")
     ledger.report("producer-0", "CUDA out of memory", failed=True)
     assert ledger.failures() == ["producer-0: CUDA out of memory"]
+    assert why_over(ledger) == []  # the other one goes on
     ledger.report("producer-0", "finished")
     assert ledger.failures() == []
     first, second = ledger.status()["parts"]
     assert (first["name"], first["state"], first["failed"]) == ("producer-0", "finished", False)
     assert 0 <= second["seen_s_ago"] < 5
     assert second["pid"] > 0
+
+
+def test_a_run_is_over_when_no_producer_is_left(ledger, monkeypatch):
+    gone = 2**22 + 1  # no process has this id
+    ledger.report("trainer-0", "training")
+    ledger.report("producer-0", "CUDA out of memory", failed=True)
+    assert why_over(ledger) == ["producer-0: CUDA out of memory"]
+    with monkeypatch.context() as patch:
+        patch.setattr("os.getpid", lambda: gone)
+        ledger.report("producer-1", "capturing seq 4")
+    assert why_over(ledger) == ["producer-0: CUDA out of memory", f"producer-1: its process {gone} is gone"]
+    ledger.report("supervisor", "watching")
+    assert why_over(ledger) == []  # it starts one again, or ends the run
+    ledger.report("producer-2", "another seed", failed=True, fatal=True)
+    assert why_over(ledger) == ["producer-0: CUDA out of memory", "producer-2: another seed"]
+    begin(ledger)
+    assert why_over(ledger) == []
+
+
+def test_one_that_died_without_a_word_may_be_started_again(ledger, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("os.getpid", lambda: 2**22 + 1)
+        ledger.report("producer-0", "capturing seq 4")
+    assert why_over(ledger) == []
+
+
+def test_a_heartbeat_outlives_a_ledger_that_is_blocked(ledger, monkeypatch):
+    monkeypatch.setattr("lightning_dataflow.control.heartbeat.EVERY_S", 0.01)
+    report, blocked = ledger.report, threading.Event()
+
+    def block(*arguments, **options):
+        if not blocked.is_set():
+            blocked.set()
+            raise PeerTimeoutError("stopped")
+        report(*arguments, **options)
+
+    monkeypatch.setattr(ledger, "report", block)
+    heartbeat = Heartbeat(ledger, "a", lambda: "capturing")
+    time.sleep(0.1)
+    assert ledger.status()["parts"][0]["state"] == "capturing"
+    heartbeat.stop("done")
 
 
 def test_a_heartbeat_reports_and_renews(ledger, monkeypatch):
@@ -497,6 +576,36 @@ def test_a_process_that_is_stopped_inside_a_write_is_named(tmp_path, monkeypatch
     ):
         other.ack(1, 1)
     assert other.finished() is None
+
+
+def hold_and_stop(path: Path, number: int) -> None:
+    ledger = SqliteMetadataStore(path)
+    with ledger._tables.transaction():
+        (path.parent / "held").touch()
+        os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_process_that_stops_or_dies_inside_a_write_blocks_for_a_bounded_time(tmp_path, monkeypatch, number):
+    """A stopped one for BUSY_TIMEOUT_S, and until it goes on; a killed one not at all."""
+    monkeypatch.setattr(sqlite_tables, "BUSY_TIMEOUT_S", 0.3)
+    path = tmp_path / "ledger.sqlite"
+    ledger = SqliteMetadataStore(path)
+    begin(ledger)
+    holder = forked(hold_and_stop, path, number)
+    while not (tmp_path / "held").exists():
+        time.sleep(0.01)
+    start = time.monotonic()
+    if number == signal.SIGKILL:
+        assert lease(ledger).seqs == (0, 1, 2, 3)
+    else:
+        with pytest.raises(PeerTimeoutError, match="is a process of the run stopped inside a write"):
+            lease(ledger)
+        assert ledger.finished() is None  # readers are not blocked
+        holder.kill()
+        holder.join()
+        assert lease(ledger).seqs == (0, 1, 2, 3)
+    assert time.monotonic() - start < 2
 
 
 def test_a_ledger_of_another_machine(tmp_path, monkeypatch):

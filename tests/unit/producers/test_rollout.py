@@ -10,10 +10,11 @@ import torch
 from lightning_dataflow.contracts import CaptureMismatchError, CaptureSpec, PeerTimeoutError, UserError
 from lightning_dataflow.control import Watermarks
 from lightning_dataflow.control import heartbeat as heartbeat_module
+from lightning_dataflow.control.heartbeat import why_over
 from lightning_dataflow.producers import PromptFeed
 from lightning_dataflow.producers import rollout as rollout_module
-from lightning_dataflow.stores import MemoryFeatureStore
-from tests.streams import CAPTURE, SeqFeed, begin, make_worker, memory_plane
+from lightning_dataflow.stores import MemoryFeatureStore, StoreUnavailableError
+from tests.streams import CAPTURE, WIDE, SeqFeed, begin, make_worker, memory_plane
 
 
 @pytest.fixture
@@ -87,6 +88,36 @@ def test_a_sample_that_always_fails_is_skipped_and_the_others_go_on(plane, store
     assert store.health()["num_samples"] == plane.ledger.status()["refs_in_flight"] == 4
 
 
+def test_a_prompt_that_kills_its_producer_every_time_is_given_up(plane, store):
+    """Three die of the first group; the fourth skips it and goes on."""
+    begin(plane, stop=8)
+    for name in ("a", "b", "c"):
+        plane.ledger.lease(name, group=2, num_bytes=lambda seq: 8, watermarks=WIDE, lease_s=-1)
+    worker = make_worker(plane, store, group=2)
+    assert until_idle(worker) == ["captured"] * 3
+    assert records(plane) == [("skip", 0), ("skip", 1)] + [("ref", seq) for seq in range(2, 8)]
+    plane.log.rewind()
+    assert plane.log.poll()[0].reason == "given up after 3 tries, the last of which ended or stopped its producer"
+    assert plane.ledger.status()["given_up"] == 2
+
+
+def test_a_store_that_stays_away_ends_the_worker_and_counts_against_no_sample(plane, store, monkeypatch):
+    begin(plane, stop=4)
+
+    def away(*arguments):
+        raise StoreUnavailableError("Mooncake master 10.0.0.1:1 did not answer")
+
+    for _ in range(4):
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "put", away)
+            patch.setattr(store, "free", away)
+            with pytest.raises(StoreUnavailableError):
+                make_worker(plane, store).run()
+    assert plane.ledger.status()["leased"] == 0
+    assert until_idle(make_worker(plane, store)) == ["captured"] * 4
+    assert {kind for kind, _ in records(plane)} == {"ref", "supersede"}
+
+
 def test_an_error_of_every_capture_ends_the_worker(plane, store):
     begin(plane)
     worker = make_worker(plane, store, feed_that_fails(lambda seqs, attempt: True, RuntimeError("CUDA out of memory")))
@@ -140,6 +171,7 @@ def test_a_target_that_returns_something_else(plane, store, prompts, target, mon
     with pytest.raises(CaptureMismatchError, match=message):
         worker.run()
     assert store.health()["num_samples"] == 0
+    assert why_over(plane.ledger) == plane.ledger.failures()
     assert "expected" in plane.ledger.failures()[0] or "samples for" in plane.ledger.failures()[0]
 
 

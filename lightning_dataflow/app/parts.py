@@ -1,0 +1,132 @@
+"""A process of a run that is supervised."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import IO
+
+from lightning_dataflow.app.commands import BAD_SETTINGS
+from lightning_dataflow.leash import leashed_command
+
+POLL_S = 0.05
+INTERRUPT_S, TERMINATE_S = 5.0, 2.0
+
+
+class Part:
+    """A process of the run, in a process group of its own, that dies with this process.
+
+    Its lines are printed with its name in front, except one that begins with `error: `, which is kept.
+    """
+
+    def __init__(self, name: str, arguments: Sequence[str], num_threads: int):
+        self.name = name
+        self._arguments = arguments
+        self._num_threads = num_threads
+        self.start()
+
+    def start(self, *more: str) -> None:
+        """Start it; once it ended, again.
+
+        Args:
+            more: arguments that replace those of the same names.
+        """
+        self.error: str | None = None
+        names = [one.partition("=")[0] for one in more]
+        arguments = [*without(self._arguments, *names), *more]
+        # Idle threads that spin keep the other parts from their cores.
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self._num_threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        self.process = subprocess.Popen(
+            leashed_command([sys.executable, "-m", "lightning_dataflow", "train", *arguments]),
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        assert self.process.stdout is not None, "it was asked for"
+        self._forward = threading.Thread(target=self._forward_lines, args=(self.process.stdout,), daemon=True)
+        self._forward.start()
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send `number` to the part and all processes it started."""
+        try:
+            os.killpg(self.process.pid, number)
+        except ProcessLookupError:
+            return
+
+    def is_running(self) -> bool:
+        """Whether any process of the part is there."""
+        if self.process.poll() is None:
+            return True
+        try:
+            os.killpg(self.process.pid, 0)
+        except (ProcessLookupError, PermissionError):
+            return False
+        return True
+
+    def kill(self) -> None:
+        """End what is left of it, the ranks that it started among them."""
+        self.signal(signal.SIGKILL)
+        deadline = time.monotonic() + TERMINATE_S
+        while self.is_running() and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+
+    def how_it_ended(self) -> str:
+        """Its error, or its status in words."""
+        self.drain()
+        status = self.process.returncode
+        if self.error is not None:
+            return self.error
+        if status < 0:
+            hint = " (which the system also sends when memory runs out)" if status == -signal.SIGKILL else ""
+            return f"was killed by {signal.Signals(-status).name}{hint}"
+        return f"ended with status {status}, see above"
+
+    def may_do_better(self) -> bool:
+        """Whether it failed of something else than its settings; those end with status 1 and one line."""
+        self.drain()
+        return self.process.returncode != BAD_SETTINGS or self.error is None
+
+    def drain(self) -> None:
+        """Wait for its last lines."""
+        self._forward.join(TERMINATE_S)
+
+    def _forward_lines(self, pipe: IO[bytes]) -> None:
+        line = b""
+        while chunk := os.read(pipe.fileno(), 1 << 16):
+            for piece in chunk.splitlines(keepends=True):
+                line += piece
+                if line.endswith((b"\n", b"\r")):
+                    self._show(line.decode(errors="replace"))
+                    line = b""
+        if line:
+            self._show(line.decode(errors="replace") + "\n")
+
+    def _show(self, line: str) -> None:
+        if line.startswith("error: "):
+            self.error = line.removeprefix("error: ").strip()
+        elif line.strip():
+            sys.stdout.write(f"[{self.name}] {line}")
+            sys.stdout.flush()
+
+
+def end_all(parts: Sequence[Part]) -> None:
+    """Interrupt what still runs, so that it can free what it holds; then be less polite."""
+    for number, patience_s in ((signal.SIGINT, INTERRUPT_S), (signal.SIGTERM, TERMINATE_S), (signal.SIGKILL, TERMINATE_S)):
+        running = [part for part in parts if part.is_running()]
+        for part in running:
+            part.signal(number)
+        deadline = time.monotonic() + patience_s
+        while any(part.is_running() for part in running) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+    for part in parts:
+        part.drain()
+
+
+def without(arguments: Sequence[str], *names: str) -> list[str]:
+    """`arguments` but those that set one of `names`."""
+    return [one for one in arguments if one.lstrip("+").partition("=")[0] not in names]

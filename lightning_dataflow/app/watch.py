@@ -1,0 +1,187 @@
+"""What becomes of a supervised run when one of its parts ends."""
+
+import os
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_dataflow.app.checkpoints import complete_checkpoints
+from lightning_dataflow.app.parts import POLL_S, Part
+from lightning_dataflow.contracts import PeerFailedError
+from lightning_dataflow.control import MetadataStore
+from lightning_dataflow.stores import LocalMooncake
+
+FIRST_FAILURE_S = 1.0
+"""A part that fails can make others fail; the first in the order of starting is the cause."""
+PRODUCERS_END_S = 30.0
+LONGEST_PAUSE_S = 8.0
+"""Before a part is started again: a store's clients wait for 15 to 20 s."""
+
+
+class Restarts:
+    """How often parts were started again, and when the next ones will be.
+
+    Args:
+        limit: for each part.
+    """
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.counts: dict[str, int] = {}
+        self._due: dict[str, float] = {}
+
+    def plan(self, name: str, how_it_ended: str) -> bool:
+        """False when the part has used up its restarts."""
+        count = self.counts.get(name, 0)
+        if count == self.limit:
+            return False
+        pause = min(2.0**count, LONGEST_PAUSE_S)
+        self.counts[name], self._due[name] = count + 1, time.monotonic() + pause
+        say(f"{name}: {how_it_ended}; starts again in {pause:.0f} s, attempt {count + 1} of {self.limit}")
+        return True
+
+    def is_planned(self, name: str) -> bool:
+        """Whether the part has ended and will be started again."""
+        return name in self._due
+
+    def is_due(self, name: str) -> bool:
+        """Whether that is now. True once."""
+        if self._due.get(name, float("inf")) > time.monotonic():
+            return False
+        del self._due[name]
+        return True
+
+
+class Watch:
+    """Watches all parts until the trainer and then the producers have ended, and starts again what died.
+
+    - A producer or trainer that found an error in its settings ends the run: it would find it again.
+    - The store and the trainer end the run when they die and have used up their restarts; producers when the last did.
+    - Samples that a dead producer had leased are free at once. Its own restart, or the others, capture them.
+    - A trainer goes on at its newest checkpoint, or at the start where it wrote none.
+
+    Raises:
+        PeerFailedError: from `run`: the run cannot go on; names who failed, and how.
+    """
+
+    def __init__(
+        self,
+        producers: Sequence[Part],
+        trainer: Part,
+        mooncake: LocalMooncake | None,
+        ledger: MetadataStore,
+        run_dir: Path,
+        restarts: Restarts,
+    ):
+        self._producers = producers
+        self._trainer = trainer
+        self._mooncake = mooncake
+        self._ledger = ledger
+        self._run_dir = run_dir
+        self._restarts = restarts
+        self._trainer_started = time.time()
+        self._lost: dict[str, str] = {}  # producers that will not be started again
+
+    def run(self) -> None:
+        """Until all have ended."""
+        while (status := self._trainer.process.poll()) != 0:
+            if self._store_is_up():
+                self._look_after_producers()
+                if status is not None:
+                    self._look_after_trainer()
+            time.sleep(POLL_S)
+        self._wait_for_producers()
+
+    def describe(self) -> str:
+        """For signs of life."""
+        counts = ", ".join(f"{name} {count} times" for name, count in self._restarts.counts.items())
+        return f"watching; started again: {counts or 'none'}"
+
+    def _store_is_up(self) -> bool:
+        if self._mooncake is None:
+            return True
+        for name, process in self._mooncake.processes.items():
+            if (status := process.poll()) is None:
+                continue
+            if self._restarts.is_planned(name):
+                if not self._restarts.is_due(name):
+                    return False
+                self._mooncake.restart(name)
+                say(f"{name} is there again; what it held is captured again")
+            elif not self._restarts.plan(name, f"ended with status {status}"):
+                raise PeerFailedError(f"{name} ended with status {status}, see {self._mooncake.log_path(name)}")
+            else:
+                return False
+        return True
+
+    def _look_after_producers(self) -> None:
+        for part in self._producers:
+            status = part.process.poll()
+            if status is None or part.name in self._lost:
+                continue
+            if self._restarts.is_planned(part.name):
+                if self._restarts.is_due(part.name):
+                    part.start()
+            elif status == 0:
+                if self._ledger.finished(since=self._trainer_started) is None:  # it ended with an earlier trainer
+                    part.start()
+            else:
+                self._bury(part)
+
+    def _bury(self, part: Part) -> None:
+        """A producer failed."""
+        self._ledger.renew(worker_name(part.process.pid), 0)
+        part.kill()
+        how = part.how_it_ended()
+        if part.may_do_better() and self._restarts.plan(part.name, how):
+            return
+        self._lost[part.name] = how
+        left = [one.name for one in self._producers if one.name not in self._lost]
+        if not part.may_do_better() or not left:
+            failures = self._lost if part.may_do_better() else {part.name: how}
+            raise PeerFailedError("; ".join(f"{name}: {how}" for name, how in failures.items()))
+        say(f"{part.name}: {how}; the run goes on with {', '.join(left)}")
+
+    def _look_after_trainer(self) -> None:
+        """It failed."""
+        trainer = self._trainer
+        if self._restarts.is_planned(trainer.name):
+            if self._restarts.is_due(trainer.name):
+                self._trainer_started = time.time()
+                trainer.start(*(["ckpt_path=last"] if complete_checkpoints(self._run_dir) else []))
+            return
+        trainer.kill()
+        how = trainer.how_it_ended()
+        time.sleep(FIRST_FAILURE_S)
+        if self._store_is_up():
+            self._look_after_producers()  # the cause, maybe
+        if not trainer.may_do_better() or not self._restarts.plan(trainer.name, how):
+            raise PeerFailedError(f"{trainer.name}: {how}")
+
+    def _wait_for_producers(self) -> None:
+        """The run is complete, whatever becomes of them."""
+        deadline = time.monotonic() + PRODUCERS_END_S
+        running = list(self._producers)
+        while running := [part for part in running if part.process.poll() is None]:
+            if time.monotonic() > deadline:
+                names = ", ".join(part.name for part in running)
+                raise PeerFailedError(f"{names} did not end within {PRODUCERS_END_S:.0f} s of the trainer's end")
+            time.sleep(POLL_S)
+        for part in (*self._producers, self._trainer):
+            part.drain()
+
+
+def worker_name(pid: int) -> str:
+    """Of a producer in the ledger."""
+    return f"producer-{socket.gethostname()}-{pid}"
+
+
+def own_worker_name() -> str:
+    """Of this process."""
+    return worker_name(os.getpid())
+
+
+def say(text: str) -> None:
+    """Print a line among those of the parts."""
+    print(f"[supervisor] {text}", flush=True)

@@ -83,6 +83,10 @@ def broken_file(folder: Path) -> str:
         ([*BY_HAND, "topology.start_timeout_s=0"], "waited 0 s for a trainer to begin in"),
         ([*BY_HAND, "store.root=/proc/nowhere"], "cannot use /proc/nowhere as a store"),
         ([*BY_HAND, "role=trainer", "store=mooncake", "store.address=127.0.0.1:9"], "127.0.0.1:9"),
+        (
+            ["strategy=dflash", "strategy.block_size=257"],
+            "block_size=257 is more than the 256 tokens of the longest sample: set strategy.block_size to at most 256",
+        ),
         (["data.micro_batch_size=3"], "global_batch_size=8 is not a multiple"),
         (["trainer.max_steps=null"], "neither trainer.max_steps nor data.num_passes"),
         (["data.num_passes=2"], "both say when training ends"),

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +74,8 @@ TINY = (
     "callbacks=no_evaluation",
     "hydra.job_logging.root.level=ERROR",
 )
+
+
+def with_strategy(settings: Sequence[str], strategy: str) -> tuple[str, ...]:
+    """The same settings for another strategy."""
+    return (*(one for one in settings if not one.startswith("strategy=")), f"strategy={strategy}")

@@ -24,6 +24,7 @@ CARD = FeatureCard(
     capture=CAPTURE,
     target_model_version="m",
     tokenizer_version="t",
+    max_num_tokens=4,
 )
 PLAN = RunPlan(start=0, stop=40, window=4)
 ORDER = PassOrder(300, 0)

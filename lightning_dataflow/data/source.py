@@ -20,6 +20,7 @@ class FeatureCard:
         features: their names.
         dtype: of the hidden states, torch's name without the prefix.
         prompts_version: fingerprint of the prompts, their masks and their order.
+        max_num_tokens: of the longest sample.
         skipped: records left out before anything was captured, by reason.
     """
 
@@ -29,6 +30,7 @@ class FeatureCard:
     capture: CaptureSpec
     target_model_version: str
     tokenizer_version: str
+    max_num_tokens: int
     skipped: Mapping[str, int] = field(default_factory=dict)
 
 

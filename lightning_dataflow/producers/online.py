@@ -93,5 +93,6 @@ def feature_card(prompts: PromptDataset, target: TargetEngine) -> FeatureCard:
         capture=target.capture_spec,
         target_model_version=target.info.model_version,
         tokenizer_version=target.info.tokenizer_version,
+        max_num_tokens=max(len(prompt.input_ids) for prompt in prompts),
         skipped=prompts.skipped,
     )

@@ -149,7 +149,6 @@ class DraftModule(L.LightningModule):
             )
         for what, found, wanted in (
             ("hidden size", card.capture.hidden_size, expected.hidden_size),
-            ("capture layers", card.capture.layer_ids, expected.layer_ids),
             ("norm of the last hidden state", card.capture.norm, expected.norm),
             ("tokenizer", card.tokenizer_version, info.tokenizer_version),
             ("target weights", card.target_model_version, info.model_version),
@@ -159,6 +158,13 @@ class DraftModule(L.LightningModule):
                     f"the features were captured with another {what} ({found}, this draft's target {info.path} has "
                     f"{wanted}): capture again with this target, or train with the one they came from"
                 )
+        if card.capture.layer_ids != expected.layer_ids:
+            layers = list(card.capture.layer_ids)
+            raise UserError(
+                f"the features hold the target's layers {layers}, this {self.strategy_name} draft reads "
+                f"{list(expected.layer_ids)}: capture again with strategy={self.strategy_name}, or set "
+                f"'strategy.layer_ids={layers}'"
+            )
 
     def configure_model(self) -> None:
         """Lightning's hook: shard under ModelParallelStrategy; other strategies wrap the module themselves."""

@@ -89,7 +89,14 @@ class BlockDraftModule(DraftModule):
         }
 
     def check_data(self, data: DataFlowDataModule) -> None:
-        """See DraftModule. The mask token must be none of the data's, and its embedding must say something."""
+        """See DraftModule. A block must fit into a sample; the mask token must be none of the data's, and its embedding
+        must say something."""
+        block_size, longest = self.draft.config.block_size, data.source.card.max_num_tokens
+        if block_size > longest:
+            raise UserError(
+                f"block_size={block_size} is more than the {longest} tokens of the longest sample: set strategy.block_size "
+                f"to at most {longest}, or give longer samples (data.max_length)"
+            )
         counts = data.source.token_counts(self.target_info.vocab_size)
         remedy = "set strategy.mask_token_id to a token that the data does not have"
         if counts[self.mask_token_id] > 0:

@@ -1,5 +1,5 @@
-"""Two clipped SGD steps on the tiny target: sgd_worker.py TARGET PROMPTS TRAINER CLIP OUTPUT. Rank 0 writes gradients and
-weights."""
+"""Two clipped SGD steps on the tiny target: sgd_worker.py STRATEGY TARGET PROMPTS TRAINER CLIP OUTPUT. Rank 0 writes
+gradients and weights."""
 
 import sys
 
@@ -18,7 +18,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-class SGDModule(ldf.Eagle3Module):
+class SGD:
     """AdamW hides a gradient of the wrong scale; SGD does not."""
 
     def configure_optimizers(self):
@@ -29,10 +29,31 @@ class SGDModule(ldf.Eagle3Module):
         self.gradients = {name: whole(p.grad) for name, p in self.named_parameters() if p.grad is not None}
 
 
-target_path, prompt_file, trainer_name, clip, output = sys.argv[1:]
+class Eagle3(SGD, ldf.Eagle3Module):
+    pass
+
+
+class DFlash(SGD, ldf.DFlashModule):
+    pass
+
+
+class Domino(SGD, ldf.DominoModule):
+    pass
+
+
+SMALL = {"num_layers": 2, "block_size": 6, "num_anchors": 12}
+MODULES = {
+    "eagle3": (Eagle3, {"draft_vocab_size": 96, "num_steps": 3}),
+    "dflash": (DFlash, SMALL),
+    "domino": (Domino, SMALL | {"gru_hidden_dim": 8, "emb_dim": 8, "lambda_start": 0.5}),
+}
+strategy, target_path, prompt_file, trainer_name, clip, output = sys.argv[1:]
 devices = 1 if trainer_name == "one" else 2
 strategies = {"one": "auto", "ddp": "ddp", "fsdp2": ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)}
-module = SGDModule(target_path, draft_vocab_size=96, num_steps=3)
+module_class, options = MODULES[strategy]
+module = module_class(target_path, **options)
+if strategy == "domino":  # a new draft corrects nothing, so that its GRU has no gradient
+    torch.nn.init.normal_(module.draft.correction_weight, generator=torch.Generator().manual_seed(0))
 target = ldf.HFTargetEngine(target_path, layer_ids=module.layer_ids, dtype="float32", device="cpu")
 prompts, _ = ldf.load_prompts(prompt_file, ldf.load_tokenizer(target_path), max_length=128)
 data = ldf.DataFlowDataModule(ldf.OnlineSource(prompts, target), global_batch_size=GLOBAL_BATCH, micro_batch_size=2)

@@ -5,7 +5,7 @@ import sys
 import lightning as L
 
 from lightning_dataflow.app.train import main
-from lightning_dataflow.strategies import Eagle3Module
+from lightning_dataflow.strategies import DraftModule
 
 LAST_STEP = int(sys.argv.pop(1))
 
@@ -16,6 +16,6 @@ class Fail(L.Callback):
             raise RuntimeError("stopped on purpose")
 
 
-original = Eagle3Module.configure_callbacks
-Eagle3Module.configure_callbacks = lambda self: [*original(self), Fail()]  # type: ignore[method-assign]
+original = DraftModule.configure_callbacks
+DraftModule.configure_callbacks = lambda self: [*original(self), Fail()]  # type: ignore[method-assign]
 main()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.processes import ROOT, TINY, TRAIN, python, result, torchrun
+from tests.processes import ROOT, TINY, TRAIN, python, result, torchrun, with_strategy
 
 
 @pytest.fixture(scope="module")
@@ -26,12 +26,33 @@ def test_losses_are_those_of_one_process(folder, trainer, topology):
     assert two["samples_trained"] == one["samples_trained"] == 64
 
 
-def test_gradients_and_a_clipped_sgd_step_are_those_of_one_process(tmp_path, target_path, conversations):
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["dflash", "domino"])
+def test_losses_of_other_strategies_are_those_of_one_process(folder, strategy):
+    """24 steps go over the prompts twice: anchors do not depend on the rank that draws them."""
+    tiny = (*with_strategy(TINY, strategy), "trainer.max_steps=24")
+    python(TRAIN, *tiny, f"run_name={strategy}", cwd=folder)
+    one = result(folder, strategy)
+    assert len(one["losses"]) == 24
+    for trainer in ("ddp", "fsdp2"):
+        name = f"{strategy}-{trainer}"
+        torchrun(TRAIN, *tiny, f"trainer={trainer}", "trainer.devices=2", f"run_name={name}", cwd=folder)
+        two = result(folder, name)
+        assert two["world_size"] == 2
+        assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
+        assert two["samples_trained"] == one["samples_trained"] == 192
+
+
+STRATEGIES = ["eagle3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dflash", "domino"))]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_gradients_and_a_clipped_sgd_step_are_those_of_one_process(tmp_path, target_path, conversations, strategy):
     """AdamW and losses alone would hide a gradient of the wrong scale. Gradients are those before clipping."""
     worker, saved = str(ROOT / "tests" / "distributed" / "sgd_worker.py"), {}
     for trainer in ("one", "ddp", "fsdp2"):
         output = tmp_path / f"{trainer}.pt"
-        arguments = (worker, str(target_path), str(conversations), trainer, "0.05", str(output))
+        arguments = (worker, strategy, str(target_path), str(conversations), trainer, "0.05", str(output))
         (python if trainer == "one" else torchrun)(*arguments, cwd=tmp_path)
         saved[trainer] = torch.load(output, weights_only=True)
     for trainer in ("ddp", "fsdp2"):

@@ -83,6 +83,18 @@ def broken_file(folder: Path) -> str:
         ([*BY_HAND, "topology.start_timeout_s=0"], "waited 0 s for a trainer to begin in"),
         ([*BY_HAND, "store.root=/proc/nowhere"], "cannot use /proc/nowhere as a store"),
         ([*BY_HAND, "role=trainer", "store=mooncake", "store.address=127.0.0.1:9"], "127.0.0.1:9"),
+        (["strategy=dflash", "data.path=ALTERNATING"], "has two supervised tokens in a row, so there is no block to train"),
+        (["strategy=domino", "data.path=ALTERNATING"], "train domino on: look at the masks with"),
+        (
+            ["strategy=dflash", "strategy.block_size=257"],
+            "block_size=257 is more than the 256 tokens of the longest sample: set strategy.block_size to at most 256",
+        ),
+        (["strategy=domino", "strategy.block_size=1"], "the anchor and a drafted token make 2, choose 2 or more"),
+        (["strategy=dflash", "strategy.mask_token_id=68"], "mask_token_id=68 occurs 887 times among the supervised tokens"),
+        (["strategy=domino", "strategy.mask_token_id=320"], "the target's embedding has 320 rows, choose 0 to 319"),
+        (["strategy=dflash", "strategy.num_anchors=513"], "choose 1 to 512 blocks a sample"),
+        (["strategy=dflash", "strategy.loss=mean"], "use decay or dpace"),
+        (["strategy=dflash", "strategy.layer_ids=[1,8]"], "ids go from 0 to 7"),
         (["data.micro_batch_size=3"], "global_batch_size=8 is not a multiple"),
         (["data.row_tokens=512"], "row_tokens=512 and rows_per_step=None: packing needs both"),
         (["data.row_tokens=128", "data.rows_per_step=2"], "data.max_length=256 is more than data.row_tokens=128"),
@@ -112,7 +124,9 @@ def broken_file(folder: Path) -> str:
 def test_bad_input_is_one_line_and_status_1(run, tmp_path, capsys, overrides, message):
     long_file = tmp_path / "long.jsonl"
     long_file.write_text(json.dumps({"text": "x" * 1500}) + "\n")
-    names = {"BROKEN": broken_file(tmp_path), "LONG": str(long_file)}
+    alternating = tmp_path / "alternating.jsonl"
+    alternating.write_text((json.dumps({"input_ids": [5] * 20, "loss_mask": [0, 1] * 10}) + "\n") * 16)
+    names = {"BROKEN": broken_file(tmp_path), "LONG": str(long_file), "ALTERNATING": str(alternating)}
     for placeholder, path in names.items():
         overrides = [override.replace(placeholder, path) for override in overrides]
     if "data.path=" in " ".join(overrides):
@@ -186,6 +200,18 @@ def test_features_of_another_target_are_refused(run, tmp_path, capsys):
     checkpoint = tmp_path / "runs" / "mine" / "checkpoints" / "step-000002.ckpt"
     assert run(evaluate.main, f"evaluate.checkpoint='{checkpoint}'", f"target.path={other}") == 1
     assert "was trained for another target" in one_line(capsys)
+
+
+def test_features_captured_for_another_strategy_are_refused(run, capsys):
+    """Three layers for eagle3, five for dflash."""
+    assert run(capture.main, "store=shared_dir", "store.root=features") == 0
+    offline = ("topology=offline", "store.root=features")
+    assert run(train.main, *offline, "strategy=dflash") == 1
+    message = (
+        "layers [1, 3, 4], this dflash draft reads [1, 2, 3, 4, 5]: capture again with strategy=dflash, or set 'strate"
+    )
+    assert message in one_line(capsys)
+    assert run(train.main, *offline, "strategy=dflash", "strategy.layer_ids=[1, 3, 4]") == 0
 
 
 def test_the_secret_of_a_store_is_in_no_file_of_the_run(run, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Every shipped configuration composes into the typed schema."""
 
 import json
+import re
 from itertools import product
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from omegaconf import OmegaConf
 
 from lightning_dataflow.app.command import plain_settings, typed
 from lightning_dataflow.app.schema import TrainConfig, register_schemas
-from lightning_dataflow.app.topologies import CONTROLS, STORES
+from lightning_dataflow.app.topologies import CONTROLS, STORES, watermarks
 from lightning_dataflow.contracts import UserError
 
 CONF = Path(__file__).parents[3] / "conf"
@@ -55,6 +56,31 @@ def test_an_experiment_has_settings_of_its_own_for_each_strategy(strategy, exper
         typed(make(f"strategy={strategy}", f"experiment={experiment}", "strategy.target_dtype=x")).strategy["target_dtype"]
         == "x"
     )
+
+
+def recipe_settings() -> list[list[str]]:
+    """The settings of every train.py and lightning-dataflow command of the recipe that CI cannot run."""
+    text = (CONF.parent / "recipes" / "qwen3_8b" / "README.md").read_text()
+    blocks = "".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
+    (shared,) = re.findall(r'RUN="(.*?)"', blocks, re.DOTALL)
+    lines = blocks.replace("$RUN", " ".join(shared.split())).splitlines()
+    commands = [line for line in lines if "train.py " in line or line.startswith("lightning-dataflow ")]
+    return [[word for word in line.split() if "=" in word and not word.startswith("-")] for line in commands]
+
+
+@pytest.mark.parametrize("strategy", GROUPS["strategy"])
+def test_the_commands_of_the_recipe_for_8_gpus(strategy):
+    commands = recipe_settings()
+    assert len(commands) == 7
+    for settings in commands:
+        settings = [f"strategy={strategy}" if one.startswith("strategy=") else one for one in settings]
+        config = typed(make(*settings))
+        data, devices = config.data, config.trainer["devices"]
+        assert data.global_batch_size % (devices * data.micro_batch_size) == 0
+        assert devices <= 7
+        if config.topology.name == "disagg_online":
+            most = data.global_batch_size * data.max_length * (6 * 4096 * 2 + 9)
+            watermarks(config.topology, config.store).check_window(data.global_batch_size, 2 * most)
 
 
 def test_settings_are_plain_containers():

@@ -126,6 +126,25 @@ def test_a_sampled_proposal_carries_what_it_was_drawn_from(target, target_path, 
     assert len(proposal.tokens) == 4
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_proposal_is_drawn_from_what_training_scores(target, target_path, questions, kind):
+    """A training pass over prompt and proposal has its distributions: each token is corrected by all before it."""
+    drafter, ids = make_drafter(target, target_path, kind), questions[0]
+    aux = TargetSession(target).extend(ids)[1]
+    drafter.observe([*ids[1:], 5], aux)
+    proposal = drafter.propose(1.0, torch.Generator().manual_seed(0))
+    sequence = torch.tensor([[*ids, 5, *proposal.tokens]])
+    blocks = cut_blocks(sequence, torch.ones_like(sequence), [torch.tensor([len(ids)])], 6)
+    hidden, *correction = drafter.draft(aux.unsqueeze(0), drafter.target.embedding, blocks, lambda *scored: scored)
+    logits = hidden[0] @ drafter.target.head.T
+    if correction:
+        features, weight = correction
+        logits = logits + features[0] @ weight.T
+    first = 0 if kind == "shifted" else 1
+    assert torch.allclose(proposal.probabilities, torch.softmax(logits[first : first + 4], -1), atol=1e-6)
+    assert proposal.probabilities.max() > 2 / 320
+
+
 @pytest.mark.parametrize(("kind", "longest"), [("dflash", 5), ("domino", 5), ("shifted", 6)])
 def test_how_long_a_proposal_can_be(target, target_path, kind, longest):
     assert make_drafter(target, target_path, kind, longest).num_draft_tokens == longest

@@ -6,8 +6,9 @@ import lightning as L
 import pytest
 import torch
 
-from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts import StepContext, UserError
 from lightning_dataflow.data import DataFlowDataModule, OfflineSource, Sample, SampleRows
+from lightning_dataflow.objectives import DFlashObjective, DominoObjective
 from lightning_dataflow.producers import OnlineSource, capture_to_folder
 from lightning_dataflow.strategies import DFlashModule, DominoModule, resolve_strategy
 from lightning_dataflow.strategies.anchors import draw_anchors
@@ -147,6 +148,35 @@ def test_a_batch_by_hand(target_path):
     assert batch["block_tokens"].tolist() == [[9, 10, 11, 0]]
     assert batch["block_supervised"].tolist() == [[True, True, False, False]]
     assert batch["label_rows"].tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "objective"),
+    [
+        ("decay", DFlashObjective(gamma=3.0)),
+        ("dpace", DFlashObjective(dpace=True, dpace_alpha=0.2)),
+        ("domino", DominoObjective(gamma=3.0, lambda_start=0.8, lambda_decay_ratio=0.25)),
+        ("shifted", DominoObjective(gamma=3.0, lambda_start=0.8, lambda_decay_ratio=0.25, shift_label=True)),
+    ],
+)
+def test_a_module_has_the_objective_that_its_arguments_name(target_path, prompts, block_target, kind, objective):
+    lambdas = {"lambda_start": 0.8, "lambda_decay_ratio": 0.25} if isinstance(objective, DominoObjective) else {}
+    alpha = {"dpace_alpha": 0.2} if kind == "dpace" else {}
+    module, data = make_module(target_path, kind, gamma=3.0, **lambdas, **alpha), make_data(prompts[0], block_target)
+    if kind in ("domino", "shifted"):  # a new draft corrects nothing
+        torch.nn.init.normal_(module.draft.correction_weight)
+    module.load_frozen_target(torch.device("cpu"))
+    data.collate = module.collate
+    batch, now = next(iter(data.train_dataloader())), StepContext(global_step=1, total_steps=8)
+    blocks, target = module.blocks(batch), module.frozen_target
+    scored = module.draft(batch["aux_hidden_states"], target.embedding, blocks, lambda *scored: scored)
+    context = (now,) if lambdas else ()
+    expected, found = objective(*scored, target.head, blocks, *context), module.objective(batch, now)
+    assert torch.allclose(found.loss.numerator, expected.loss.numerator)
+    assert torch.equal(found.loss.denominator, expected.loss.denominator)
+    if lambdas:  # λ = 0.8 · (1 − 1/2)
+        share = found.metrics["base_share"]
+        assert (share.numerator / share.denominator).item() == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize("kind", KINDS)

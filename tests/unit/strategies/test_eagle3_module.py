@@ -254,7 +254,6 @@ def test_a_data_module_of_ours_is_needed(target_path, prompts, target, tmp_path)
     ("change", "what"),
     [
         ({"hidden_size": 128}, "hidden size"),
-        ({"layer_ids": (0, 1, 2)}, "capture layers"),
         ({"norm": "pre"}, "norm of the last hidden state"),
         ({"tokenizer_version": "other"}, "tokenizer"),
         ({"target_model_version": "other"}, "target weights"),
@@ -271,6 +270,13 @@ def test_features_of_another_target(target_path, prompts, target, tmp_path, chan
         data.source.card = replace(card, capture=replace(card.capture, **change))
     with pytest.raises(UserError, match=f"another {what} .*capture again"):
         make_trainer(tmp_path, data).fit(make_module(target_path), data)
+
+
+def test_features_of_other_layers(target_path, prompts, target, tmp_path):
+    with pytest.raises(
+        UserError, match=r"layers \[1, 3, 4\], this eagle3 draft reads \[0, 1\]: capture again with strategy=eagle3"
+    ):
+        make_trainer(tmp_path, data := make_data(prompts, target)).fit(make_module(target_path, layer_ids=[0, 1]), data)
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,14 @@ class RunMetrics(L.Callback):
 
     Rates are over all ranks and since the last log. Time is that of waiting for batches and of training on them; put this
     callback before others whose work (an evaluation, say) should not count. In `topology=online` the target runs while
-    the trainer waits, so its time is data-wait.
+    the trainer waits, so its time is data-wait. Totals go on where a checkpoint left them.
     """
 
     def __init__(self) -> None:
         self.num_tokens = 0
         self.train_seconds = 0.0
         self.wait_seconds = 0.0
+        self._waited_before = 0.0  # in the fits that this one goes on from
         self._logged = (0.0, 0, 0.0)
 
     @property
@@ -28,6 +29,10 @@ class RunMetrics(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lightning's hook."""
         self._step = trainer.global_step
+        if trainer.global_step == 0:
+            self.num_tokens, self.train_seconds, self.wait_seconds = 0, 0.0, 0.0
+        self._waited_before = self.wait_seconds
+        self._logged = self.seconds, self.num_tokens, self.wait_seconds
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         """Lightning's hook."""
@@ -38,7 +43,7 @@ class RunMetrics(L.Callback):
     ) -> None:
         """Lightning's hook."""
         self.train_seconds += time.perf_counter() - self._batch_start
-        self.wait_seconds = trainer.datamodule.wait_seconds  # type: ignore[attr-defined]
+        self.wait_seconds = self._waited_before + trainer.datamodule.wait_seconds  # type: ignore[attr-defined]
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
@@ -48,7 +53,7 @@ class RunMetrics(L.Callback):
             self._log(trainer, pl_module)
 
     def totals(self, num_samples: int) -> dict[str, float]:
-        """Rates over the whole fit, for `result.json`."""
+        """Rates over the whole run, for `result.json`."""
         seconds = max(self.seconds, 1e-9)
         return {
             "seconds": self.seconds,
@@ -56,6 +61,15 @@ class RunMetrics(L.Callback):
             "samples_per_second": num_samples / seconds,
             "data_wait_fraction": self.wait_seconds / seconds,
         }
+
+    def state_dict(self) -> dict[str, float]:
+        """Lightning's hook."""
+        return {"num_tokens": self.num_tokens, "train_seconds": self.train_seconds, "wait_seconds": self.wait_seconds}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Lightning's hook."""
+        self.num_tokens = int(state_dict["num_tokens"])
+        self.train_seconds, self.wait_seconds = state_dict["train_seconds"], state_dict["wait_seconds"]
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         now = self.seconds, self.num_tokens, self.wait_seconds

@@ -19,10 +19,12 @@ class RandomState(L.Callback):
 
     def __init__(self) -> None:
         self._restored: list[dict[str, Any]] | None = None
+        self._seen_step = 0
+        self._window_start: dict[str, Any] | None = None  # None between windows
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Lightning's hook, called on every rank; rank 0's checkpoint is the one that is written."""
-        mine = _capture(trainer.strategy.root_device)
+        mine = self._window_start or _capture(trainer.strategy.root_device)  # a resume begins with a whole window
         states: list[Any] = [mine] * trainer.world_size
         if trainer.world_size > 1:
             distributed.all_gather_object(states, mine)
@@ -37,6 +39,19 @@ class RandomState(L.Callback):
         states, self._restored = self._restored, None
         if states is not None and trainer.global_rank < len(states):
             _restore(states[trainer.global_rank], trainer.strategy.root_device)
+        self._seen_step, self._window_start = trainer.global_step, None
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Lightning's hook."""
+        if self._window_start is None:
+            self._window_start = _capture(trainer.strategy.root_device)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Lightning's hook."""
+        if trainer.global_step != self._seen_step:
+            self._seen_step, self._window_start = trainer.global_step, None
 
 
 def _capture(device: torch.device) -> dict[str, Any]:

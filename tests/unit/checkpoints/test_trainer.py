@@ -75,7 +75,8 @@ def fit(tmp_path, target_path, prompts, target):
             enable_model_summary=False,
             max_steps=max_steps,
             max_epochs=1,
-            limit_train_batches=max_steps,
+            accumulate_grad_batches=(accumulation := data.accumulate_grad_batches(1)),
+            limit_train_batches=max_steps * accumulation,
             callbacks=[saves, *callbacks],
         )
         trainer.fit(module, data, ckpt_path=ckpt_path)
@@ -144,6 +145,25 @@ def test_random_and_optimizer_state_are_restored_exactly(fit, tmp_path):
         for name, tensor in state.items():
             assert tensor.dtype == torch.float32
             assert torch.equal(tensor, states[1][index][name])
+
+
+def test_a_checkpoint_from_inside_a_window_is_of_its_start(fit, tmp_path):
+    class SaveInside(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 2:
+                trainer.save_checkpoint(tmp_path / "inside.ckpt")
+
+    small = {"micro_batch_size": 1}
+    straight, *_ = fit(3, cls=NoisyModule, data=small, callbacks=[SaveInside()])
+    marker = tmp_path / "checkpoints" / "step-000002.ckpt.complete"
+    written = marker.stat().st_mtime_ns
+    resumed, *_ = fit(3, cls=NoisyModule, data=small, ckpt_path=tmp_path / "inside.ckpt")
+    assert numbers(resumed.step_losses) == numbers(straight.step_losses)
+    assert marker.stat().st_mtime_ns > written
+    written = marker.stat().st_mtime_ns
+    resumed, *_ = fit(3, cls=NoisyModule, data=small, ckpt_path=tmp_path / "checkpoints" / "step-000002.ckpt")
+    assert numbers(resumed.step_losses) == numbers(straight.step_losses)
+    assert marker.stat().st_mtime_ns == written  # not saved once more, in the middle of the third window
 
 
 def test_a_resumed_result_tells_of_the_whole_run(fit, tmp_path, prompts, target):

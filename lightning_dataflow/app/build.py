@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_dataflow.app.command import log_once
 from lightning_dataflow.app.lightning_trainer import make_trainer
 from lightning_dataflow.app.schema import DataConfig, TrainConfig
-from lightning_dataflow.app.topologies import is_disaggregated, make_source, read_secret
+from lightning_dataflow.app.topologies import is_disaggregated, make_source, read_secret, run_id
 from lightning_dataflow.callbacks import ResultWriter
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.data import DataFlowDataModule, FeatureCard, PassOrder, RefSource
@@ -128,6 +128,7 @@ class Builder:
             rows_per_step=data.rows_per_step,
             seed=self.config.seed,
             prefetch_windows=data.prefetch_windows,
+            run_id=run_id(self.config),
         )
 
     @cached_property

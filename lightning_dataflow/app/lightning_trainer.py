@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning_dataflow.app.ranks import num_processes
 from lightning_dataflow.app.schema import DataConfig
 from lightning_dataflow.callbacks import AcceptanceEvaluation, RunMetrics, StreamCursor
+from lightning_dataflow.checkpoints import DataFlowTrainer
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.data import RefSource
 from lightning_dataflow.targets.hardware import multiplies_bfloat16
@@ -45,7 +46,7 @@ def make_trainer(parts: "Builder") -> L.Trainer:
         arguments |= {"accumulate_grad_batches": accumulation, "limit_train_batches": max_steps * accumulation}
     logger, callbacks = _loggers(config.logger or {}) or False, _callbacks(parts)
     try:
-        return L.Trainer(
+        return DataFlowTrainer(
             max_steps=max_steps,
             max_epochs=1,
             num_sanity_val_steps=0,

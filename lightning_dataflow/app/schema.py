@@ -175,7 +175,8 @@ class TrainConfig:
 
     Attributes:
         strategy: `name`, and keyword arguments of that strategy's module.
-        ckpt_path: a checkpoint to resume from; `last` for the newest of the run `run_name`.
+        ckpt_path: a checkpoint to resume from; `last` for the newest complete one of the run `run_name`, `auto` for that
+            or, where there is none, a new run.
         run_name: the run's folder below `runs/`.
         imports: modules that register strategies of your own.
         sweep_metric: what a job of a sweep returns to its sweeper: `loss`, `acceptance_length`, or a logged metric.

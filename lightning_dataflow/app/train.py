@@ -29,7 +29,7 @@ def run(config: TrainConfig, settings: dict[str, Any]) -> float | None:
     elif config.role == "auto" and is_disaggregated(config):
         from lightning_dataflow.app.supervisor import supervise
 
-        resolve_checkpoint(config.ckpt_path, Path(config.run_dir))
+        resolve_checkpoint(config.ckpt_path, Path(config.run_dir), on_skip=lambda line: None)  # the trainer says it
         supervise(config, job_arguments())
     else:
         train(config, settings)
@@ -60,8 +60,7 @@ def train(config: TrainConfig, settings: dict[str, Any]) -> None:
             "to train: raise it"
         )
     save_final_checkpoint(trainer, run_dir)
-    parts.data.mark_saved(trainer.global_step)
-    if skipped := parts.source.skipped():
+    if skipped := parts.data.skipped():
         first = ", ".join(f"{seq} ({reason})" for seq, reason in sorted(skipped.items())[:3])
         print(f"{len(skipped)} samples were not trained, their features could not be had: seq {first}", flush=True)
     if trainer.is_global_zero:

@@ -6,8 +6,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_dataflow.app.checkpoints import complete_checkpoints
 from lightning_dataflow.app.parts import POLL_S, Part
+from lightning_dataflow.checkpoints import latest_checkpoint
 from lightning_dataflow.contracts import PeerFailedError
 from lightning_dataflow.control import MetadataStore
 from lightning_dataflow.stores import LocalMooncake
@@ -149,7 +149,8 @@ class Watch:
         if self._restarts.is_planned(trainer.name):
             if self._restarts.is_due(trainer.name):
                 self._trainer_started = time.time()
-                trainer.start(*(["ckpt_path=last"] if complete_checkpoints(self._run_dir) else []))
+                written = latest_checkpoint(self._run_dir / "checkpoints")
+                trainer.start(*([] if written is None else ["ckpt_path=last"]))
             return
         trainer.kill()
         how = trainer.how_it_ended()

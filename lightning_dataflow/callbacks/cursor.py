@@ -3,6 +3,7 @@
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 
 class StreamCursor(L.Callback):
@@ -18,6 +19,10 @@ class StreamCursor(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lightning's hook. A new fit starts at the first sample, a resumed one at its checkpoint's cursor."""
         self._seen_step = trainer.global_step
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                # It would save the step that it resumes from once more, after the next window's first micro-batch.
+                callback._last_global_step_saved = trainer.global_step
         trainer.datamodule.start(resumed=trainer.global_step > 0)  # type: ignore[attr-defined]
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:

@@ -11,7 +11,7 @@ class RunMetrics(L.Callback):
 
     Rates are over all ranks and since the last log. Time is that of waiting for batches and of training on them; put this
     callback before others whose work (an evaluation, say) should not count. In `topology=online` the target runs while
-    the trainer waits, so its time is data-wait.
+    the trainer waits, so its time is data-wait. Totals go on where a checkpoint left them.
     """
 
     def __init__(self) -> None:
@@ -20,6 +20,7 @@ class RunMetrics(L.Callback):
         self.num_filled = 0
         self.train_seconds = 0.0
         self.wait_seconds = 0.0
+        self._waited_before = 0.0  # in the fits that this one goes on from
         self._logged = (0.0, 0, 0.0)
 
     @property
@@ -30,6 +31,10 @@ class RunMetrics(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lightning's hook."""
         self._step = trainer.global_step
+        if trainer.global_step == 0:
+            self.num_tokens, self.train_seconds, self.wait_seconds = 0, 0.0, 0.0
+        self._waited_before = self.wait_seconds
+        self._logged = self.seconds, self.num_tokens, self.wait_seconds
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         """Lightning's hook."""
@@ -40,7 +45,7 @@ class RunMetrics(L.Callback):
     ) -> None:
         """Lightning's hook."""
         self.train_seconds += time.perf_counter() - self._batch_start
-        self.wait_seconds = trainer.datamodule.wait_seconds  # type: ignore[attr-defined]
+        self.wait_seconds = self._waited_before + trainer.datamodule.wait_seconds  # type: ignore[attr-defined]
         self.num_positions += batch["input_ids"].numel()
         self.num_filled += batch["num_tokens"]
         if trainer.global_step == self._step:
@@ -52,7 +57,7 @@ class RunMetrics(L.Callback):
             self._log(trainer, pl_module)
 
     def totals(self, num_samples: int) -> dict[str, float]:
-        """Rates over the whole fit, and the share of positions of this process's batches that no token filled, for
+        """Rates over the whole run, and the share of positions of this process's batches that no token filled, for
         `result.json`."""
         seconds = max(self.seconds, 1e-9)
         return {
@@ -62,6 +67,22 @@ class RunMetrics(L.Callback):
             "data_wait_fraction": self.wait_seconds / seconds,
             "padding_fraction": 1 - self.num_filled / max(self.num_positions, 1),
         }
+
+    def state_dict(self) -> dict[str, float]:
+        """Lightning's hook."""
+        return {
+            "num_tokens": self.num_tokens,
+            "num_positions": self.num_positions,
+            "num_filled": self.num_filled,
+            "train_seconds": self.train_seconds,
+            "wait_seconds": self.wait_seconds,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Lightning's hook."""
+        self.num_tokens = int(state_dict["num_tokens"])
+        self.num_positions, self.num_filled = int(state_dict["num_positions"]), int(state_dict["num_filled"])
+        self.train_seconds, self.wait_seconds = state_dict["train_seconds"], state_dict["wait_seconds"]
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         now = self.seconds, self.num_tokens, self.wait_seconds

@@ -29,6 +29,8 @@ PACKAGES = (
 class ResultWriter(L.Callback):
     """Writes `result.json` when training ends, also when it ends by an exception or Ctrl-C.
 
+    Losses, counts and rates of a resumed run are those of the whole run: what came before is in the checkpoint.
+
     Args:
         folder: where; the logger's folder by default.
         settings: written along, for example the resolved configuration.
@@ -63,7 +65,7 @@ class ResultWriter(L.Callback):
 
     def _result(self, trainer: L.Trainer, pl_module: Any, status: str) -> dict[str, Any]:
         data = trainer.datamodule  # type: ignore[attr-defined]
-        skipped = Counter(data.source.card.skipped) + Counter(data.source.skipped().values())
+        skipped = Counter(data.source.card.skipped) + Counter(data.skipped().values())
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         metrics = next((callback for callback in callbacks if isinstance(callback, RunMetrics)), None)
         reports = [callback.report() for callback in callbacks if isinstance(callback, AcceptanceEvaluation)]
@@ -77,12 +79,12 @@ class ResultWriter(L.Callback):
             "world_size": trainer.world_size,
             "precision": trainer.precision,
             "samples_per_pass": len(data.source),
-            "samples_trained": data.next_seq - len(data.source.skipped()),
+            "samples_trained": data.next_seq - sum(seq < data.next_seq for seq in data.skipped()),
             "samples_skipped": sum(skipped.values()),
             "samples_skipped_by_reason": dict(skipped),
-            "seqs_skipped_while_training": sorted(data.source.skipped()),
-            "samples_recaptured": data.source.num_recaptured(),
-            "throughput": metrics.totals(data.next_seq - data.first_seq) if metrics else {},
+            "seqs_skipped_while_training": sorted(data.skipped()),
+            "samples_recaptured": data.num_recaptured(),
+            "throughput": metrics.totals(data.next_seq) if metrics else {},
             "versions": _versions(),
             "settings": self.settings or dict(pl_module.hparams),
         }

@@ -20,7 +20,8 @@ from lightning_dataflow.data.windows import Batching, PassOrder
 class DataFlowDataModule(L.LightningDataModule):
     """Feeds a Trainer from any topology, and resumes at the exact sample.
 
-    Its state in a checkpoint is the cursor: the first seq that no applied optimizer step has used. Batches are dicts of
+    Its state in a checkpoint is the cursor, the first seq that no applied optimizer step has used, and which samples before
+    it were skipped or captured again. Batches are dicts of
     tensors; beside what `collate` makes they hold `window_num_tokens`, Σ tokens of the window over all ranks, and
     `next_seq`, the cursor once the window's optimizer step has run.
 
@@ -32,6 +33,7 @@ class DataFlowDataModule(L.LightningDataModule):
         seed: of the order of samples.
         collate: how samples become a batch; by default the `collate` of the trainer's module.
         prefetch_windows: windows that a thread reads ahead; 0 reads when asked, None is what the source suggests.
+        run_id: a checkpoint of a run with another one is refused.
 
     Raises:
         UserError: sizes that do not fit each other.
@@ -48,6 +50,7 @@ class DataFlowDataModule(L.LightningDataModule):
         seed: int = 0,
         collate: Collate | None = None,
         prefetch_windows: int | None = None,
+        run_id: str | None = None,
     ):
         super().__init__()
         self.source = source
@@ -60,12 +63,15 @@ class DataFlowDataModule(L.LightningDataModule):
         self.order = PassOrder(len(source), seed)
         self.collate = collate
         self.prefetch_windows = prefetch_windows
+        self.run_id = run_id
         self.next_seq = 0
         self.first_seq = 0  # where this fit started: 0, or a checkpoint's cursor
         self.wait_seconds = 0.0
         self._reader: WindowReader | None = None
         self._prefetcher: Prefetcher | None = None
         self._saved_seq: int | None = None
+        self._skipped_before: dict[int, str] = {}  # in the fits that this one goes on from
+        self._recaptured_before = 0
         self._closed = False
 
     def accumulate_grad_batches(self, world_size: int) -> int:
@@ -79,7 +85,7 @@ class DataFlowDataModule(L.LightningDataModule):
     def start(self, *, resumed: bool) -> None:
         """A fit begins: count from here, and from the first sample unless it goes on from a checkpoint. On every rank."""
         if not resumed:
-            self.next_seq = 0
+            self.next_seq, self._skipped_before, self._recaptured_before = 0, {}, 0
         self.first_seq = self.next_seq
         self.wait_seconds = 0.0
         trainer = self.trainer
@@ -106,10 +112,25 @@ class DataFlowDataModule(L.LightningDataModule):
         self.source.applied(self._reader.release(next_seq), next_seq, global_step)
 
     def mark_saved(self, global_step: int) -> None:
-        """A checkpoint of `global_step` is complete; saving is synchronous, so the next batch means that it is."""
+        """The checkpoint that `state_dict` was last asked for is complete. Does nothing the second time.
+
+        A DataFlowTrainer says so itself. In other Trainers the next batch does: saving is synchronous.
+        """
         if self._saved_seq is not None:
             self.source.durable(self._saved_seq, global_step)
             self._saved_seq = None
+
+    def forget_saved(self) -> None:
+        """What `state_dict` was last asked for became no checkpoint to resume from."""
+        self._saved_seq = None
+
+    def skipped(self) -> dict[int, str]:
+        """Seqs that were trained without features, with the reasons, since the run began."""
+        return self._skipped_before | dict(self.source.skipped())
+
+    def num_recaptured(self) -> int:
+        """Samples that were captured again because their features were lost, since the run began."""
+        return self._recaptured_before + self.source.num_recaptured()
 
     def close(self, status: str) -> None:
         """End reading and free what was captured and not trained. Does nothing the second time."""
@@ -137,19 +158,35 @@ class DataFlowDataModule(L.LightningDataModule):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The cursor and what gives it its meaning, as plain data."""
+        """The cursor, what gives it its meaning, and counts of what is before it, as plain data."""
         self._saved_seq = self.next_seq
-        return {"next_seq": self.next_seq, **self._identity()}
+        return {
+            "next_seq": self.next_seq,
+            "skipped": {seq: reason for seq, reason in self.skipped().items() if seq < self.next_seq},
+            "recaptured": self._recaptured_before + self.source.num_recaptured(self.next_seq),
+            "run_id": self.run_id,
+            **self._identity(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on at the checkpoint's cursor. Raises UserError when it counts in another order of samples."""
+        """Go on at the checkpoint's cursor. Raises UserError; see `check_state`."""
+        self.check_state(state_dict)
+        self.next_seq = state_dict["next_seq"]
+        self._skipped_before, self._recaptured_before = dict(state_dict["skipped"]), state_dict["recaptured"]
+
+    def check_state(self, state_dict: dict[str, Any]) -> None:
+        """Raise UserError when a checkpoint counts in another order of samples, or is another run's."""
         for name, value in self._identity().items():
-            if state_dict[name] != value:
+            if (found := state_dict.get(name)) != value:
                 raise UserError(
-                    f"the checkpoint was written with {name}={state_dict[name]}, this run has {value}: "
+                    f"the checkpoint was written with {name}={found}, this run has {value}: "
                     "resume with the same data, seed, global_batch_size and packing, or start a new run"
                 )
-        self.next_seq = state_dict["next_seq"]
+        if self.run_id is not None and state_dict.get("run_id") not in (None, self.run_id):
+            raise UserError(
+                f"the checkpoint belongs to the run {state_dict['run_id']}, this is {self.run_id}: resume it under its own "
+                "run_name, or start a new run"
+            )
 
     def _identity(self) -> dict[str, int | str | None]:
         return {

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from lightning_dataflow.channels.base import POLL_S
@@ -58,6 +59,7 @@ class StreamingRefQueue:
         self._cancelled = threading.Event()
         self.skipped: dict[int, str] = {}
         self.num_recaptured = 0
+        self._recaptured: Counter[int] = Counter()  # of what is in flight
         self.waiting_for = ""
 
     def catch_up(self) -> list[LogRecord]:
@@ -100,6 +102,7 @@ class StreamingRefQueue:
             for seq in range(self._start, next_seq):
                 record, handed_out = self._records.pop(seq, None), self._handed_out.pop(seq, None)
                 self._num_tokens.pop(seq, None)
+                self._recaptured.pop(seq, None)
                 if record is not None and record.ref != handed_out:  # came after its window was handed out
                     self._discard(record)
             self._start = max(self._start, next_seq)
@@ -121,6 +124,10 @@ class StreamingRefQueue:
                 self._take_in([LogRecord(kind="skip", seq=seq, reason=reason)])
         self._handed_out[seq] = self._records[seq].ref
         return self.entry(seq)
+
+    def num_recaptured_before(self, next_seq: int) -> int:
+        """`num_recaptured` without what a resume at `next_seq` would count again."""
+        return self.num_recaptured - sum(count for seq, count in self._recaptured.items() if seq >= next_seq)
 
     def unread(self) -> list[SampleRef]:
         """Refs that were not acknowledged."""
@@ -158,7 +165,9 @@ class StreamingRefQueue:
             return
         if known is not None:
             self._discard(known)
-            self.num_recaptured += ref is not None
+            if ref is not None:
+                self.num_recaptured += 1
+                self._recaptured[seq] += 1
         self._records[seq] = record
         self._num_tokens.setdefault(seq, 0 if ref is None else ref.num_tokens)
         self._lost.discard(seq)

@@ -124,6 +124,6 @@ class RefSource(ABC):
         """Seqs that kept their places without features, with the reasons."""
         return {}
 
-    def num_recaptured(self) -> int:
-        """Samples that were captured again because their features were lost."""
+    def num_recaptured(self, below: int | None = None) -> int:
+        """Samples (with seqs below that) that were captured again because their features were lost."""
         return 0

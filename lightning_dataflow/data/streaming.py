@@ -149,9 +149,9 @@ class StreamingSource(RefSource):
         """See RefSource."""
         return self.queue.skipped
 
-    def num_recaptured(self) -> int:
+    def num_recaptured(self, below: int | None = None) -> int:
         """See RefSource."""
-        return self.queue.num_recaptured
+        return self.queue.num_recaptured if below is None else self.queue.num_recaptured_before(below)
 
     def _free(self, refs: Sequence[SampleRef]) -> None:
         for ref in refs:

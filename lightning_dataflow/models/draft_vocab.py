@@ -1,5 +1,6 @@
 """A reduced draft vocabulary: the target tokens that matter most, and the maps between the two numberings."""
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,11 @@ class DraftVocab:
     def target_ids(self) -> Tensor:
         """Target id of every draft id, ascending, int64 [V_d]."""
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
+    @property
+    def version(self) -> str:
+        """16 hex digits that tell one map from another."""
+        return hashlib.sha256(self.d2t.cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def build_draft_vocab(token_counts: Tensor, size: int) -> DraftVocab:

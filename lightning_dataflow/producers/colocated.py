@@ -95,6 +95,14 @@ class ColocatedSource(StreamingSource):
         """See RefSource."""
         super().durable(self._own(next_seq), global_step)
 
+    def skipped(self) -> dict[int, str]:
+        """See RefSource; this rank's."""
+        return {self._seq(own): reason for own, reason in super().skipped().items()}
+
+    def num_recaptured(self, below: int | None = None) -> int:
+        """See RefSource; this rank's."""
+        return super().num_recaptured(None if below is None else self._own(below))
+
     def finish(self, status: str) -> None:
         """See RefSource. Raises RuntimeError when the producer thread does not end."""
         self._stopping.set()
@@ -111,9 +119,12 @@ class ColocatedSource(StreamingSource):
         window, position = divmod(seq, self._window)
         return window * len(self._share) + max(0, position - self._share.start)
 
-    def _locate(self, own: int) -> tuple[int, int]:
+    def _seq(self, own: int) -> int:
         window, position = divmod(own, len(self._share))
-        return self._passes.locate(window * self._window + self._share.start + position)
+        return window * self._window + self._share.start + position
+
+    def _locate(self, own: int) -> tuple[int, int]:
+        return self._passes.locate(self._seq(own))
 
     def _pump_once(self) -> bool:
         return self._worker.run_once() in ("captured", "failed")

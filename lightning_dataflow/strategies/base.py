@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
 from typing import Any, ClassVar
 
 import lightning as L
@@ -234,9 +235,38 @@ class DraftModule(L.LightningModule):
         checkpoint["step_losses"] = self.step_losses
         checkpoint["strategy"] = self.strategy_name
         checkpoint["target_model_version"] = self.target_info.model_version
+        checkpoint["identity"] = self.identity()
+        if "optimizer_states" not in checkpoint and isinstance(data := self._data(), DataFlowDataModule):
+            data.forget_saved()  # weights alone: nothing resumes from them
+
+    def identity(self) -> dict[str, Any]:
+        """What a draft must share with a checkpoint to go on from it, by the names that an error shows."""
+        config = getattr(self.draft, "config", None)
+        sizes = asdict(config) if is_dataclass(config) and not isinstance(config, type) else {}
+        return {
+            "strategy": self.strategy_name,
+            "target weights": self.target_info.model_version,
+            "tokenizer": self.target_info.tokenizer_version,
+            "capture layers": list(self.layer_ids),
+            **{name: list(value) if isinstance(value, tuple) else value for name, value in sizes.items()},
+        }
+
+    def check_checkpoint(self, checkpoint: Mapping[str, Any], data: Any) -> None:
+        """Raise UserError naming the first way in which a checkpoint is of another training than this module and data."""
+        saved = checkpoint.get("identity", {})
+        for name, value in self.identity().items():
+            if saved.get(name) != value:
+                raise UserError(
+                    f"the checkpoint is of a draft with {name}={saved.get(name)}, this one has {value}: resume with the "
+                    "settings that it was written with, or start a new run"
+                )
+        if isinstance(data, DataFlowDataModule):
+            data.check_state(checkpoint.get(type(data).__qualname__, {}))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Lightning's hook."""
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            self.check_checkpoint(checkpoint, self._data())
         self.step_losses = list(checkpoint.get("step_losses", []))
         self._initialised = True
         if self._trainer is not None and isinstance(data := self._data(), DataFlowDataModule):

@@ -1,11 +1,8 @@
 """A draft back from a Lightning checkpoint, full or sharded."""
 
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
 
-import torch
-
+from lightning_dataflow.checkpoints import read_header
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.strategies.base import DraftModule
 from lightning_dataflow.strategies.registry import resolve_strategy
@@ -22,15 +19,8 @@ def load_module(path: str | Path, *, target: str | None = None) -> DraftModule:
         UserError: no such checkpoint, not one of a draft, or one for another target.
     """
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"no checkpoint {path}: give a .ckpt file, or the folder of a sharded one")
-    header = path / "meta.pt" if path.is_dir() else path
-    try:
-        checkpoint: dict[str, Any] = torch.load(header, map_location="cpu", weights_only=True)
-        name, hparams = checkpoint["strategy"], checkpoint["hyper_parameters"]
-    except (KeyError, TypeError, OSError, EOFError, RuntimeError, UnpicklingError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} is not a draft's checkpoint ({reason})") from error
+    checkpoint = read_header(path)
+    name, hparams = checkpoint["strategy"], checkpoint["hyper_parameters"]
     hparams = {**hparams, "target": target or hparams["target"]}
     module = resolve_strategy(name).module(**hparams)
     if module.target_info.model_version != checkpoint["target_model_version"]:

@@ -1,6 +1,7 @@
 """EAGLE3 (arXiv 2503.01840) as a LightningModule."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from lightning_dataflow.data.collate import Batch, SampleRows
 from lightning_dataflow.data.datamodule import DataFlowDataModule
 from lightning_dataflow.evaluation import ChainDrafter
 from lightning_dataflow.models import Eagle3Config, Eagle3Draft, build_draft_vocab
-from lightning_dataflow.models.draft_vocab import check_draft_vocab_size
+from lightning_dataflow.models.draft_vocab import DraftVocab, check_draft_vocab_size
 from lightning_dataflow.objectives import Eagle3Objective, ObjectiveSums, supervised_positions
 from lightning_dataflow.objectives.eagle3 import TargetRows
 from lightning_dataflow.strategies.base import DraftModule
@@ -86,6 +87,7 @@ class Eagle3Module(DraftModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.draft = Eagle3Draft(config)
+        self._vocab_prompts = ""  # version of the prompts that the draft vocabulary was cut from
         self._objective = Eagle3Objective(
             step_weight_base=step_weight_base,
             lk_loss=lk_loss,  # type: ignore[arg-type]  # checked above
@@ -98,11 +100,38 @@ class Eagle3Module(DraftModule):
         """See DraftModule."""
         target, config = self.frozen_target, self.draft.config
         if config.draft_vocab_size < config.vocab_size:
-            self.draft.set_vocab(build_draft_vocab(data.source.token_counts(config.vocab_size), config.draft_vocab_size))
+            self.draft.set_vocab(self._cut_vocab(data))
+            self._vocab_prompts = data.source.card.prompts_version
         kept = self.draft.vocab.target_ids.to(target.head.device)
         self.draft.lm_head.weight.copy_(target.head[kept])
         if config.train_embeddings:
             self.draft.embed_tokens.weight.copy_(target.embedding)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lightning's hook."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["draft_vocab"] = {"prompts": self._vocab_prompts, "version": self.draft.vocab.version}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lightning's hook."""
+        super().on_load_checkpoint(checkpoint)
+        self._vocab_prompts = checkpoint["draft_vocab"]["prompts"]
+
+    def check_checkpoint(self, checkpoint: Mapping[str, Any], data: Any) -> None:
+        """See DraftModule. The map of the draft's vocabulary must be the one that these prompts give."""
+        super().check_checkpoint(checkpoint, data)
+        saved = checkpoint["draft_vocab"]
+        if isinstance(data, DataFlowDataModule) and saved["prompts"] == data.source.card.prompts_version:
+            version = self._cut_vocab(data).version
+            if version != saved["version"]:
+                raise UserError(
+                    f"the checkpoint is of a draft with another vocabulary map ({saved['version']}, these prompts give "
+                    f"{version}): resume with the prompts it was written with, or start a new run"
+                )
+
+    def _cut_vocab(self, data: DataFlowDataModule) -> DraftVocab:
+        config = self.draft.config
+        return build_draft_vocab(data.source.token_counts(config.vocab_size), config.draft_vocab_size)
 
     def collate(self, rows: SampleRows) -> Batch:
         """Features, and which rows supervise which (found here, on the CPU, so that a step needs no sync)."""

@@ -23,14 +23,15 @@ ALLOWED = {
     "producers": {"contracts", "stores", "channels", "control", "prompts", "targets", "data"},
     "evaluation": {"contracts", "models", "targets"},
     "callbacks": {"contracts", "stores", "data", "evaluation", "targets"},
-    "strategies": {"contracts", "models", "objectives", "data", "evaluation", "callbacks", "targets"},
+    "checkpoints": {"contracts", "data"},
+    "strategies": {"contracts", "checkpoints", "models", "objectives", "data", "evaluation", "callbacks", "targets"},
     "app": None,
 }
 # Which parts may import a library.
 LIBRARIES = {
     "hydra": {"app"},
     "omegaconf": {"app"},
-    "lightning": {"data", "strategies", "callbacks", "app"},
+    "lightning": {"data", "checkpoints", "strategies", "callbacks", "app"},
     "sglang": set(),
     "mooncake": {"stores"},
     "transformers": {"prompts", "targets", "app"},

@@ -107,7 +107,7 @@ def broken_file(folder: Path) -> str:
         (["trainer.max_steps=-1"], "trainer.max_steps=-1: a stream has no end"),
         (["trainer.max_steps=null", "data.num_passes=1", "data.num_samples=5"], "fill no step"),
         (["trainer=fsdp"], "trainer=fsdp needs a GPU"),
-        (["ckpt_path=last"], "no checkpoint in"),
+        (["ckpt_path=last"], "no complete checkpoint in"),
         (["ckpt_path=nowhere.ckpt"], "no checkpoint nowhere.ckpt"),
         (["callbacks=default", "data.num_eval_samples=0"], "no held-out prompts"),
         (["data.max_length=2000", "data.path=LONG"], "set data.max_length to at most 1024"),
@@ -165,8 +165,10 @@ def test_train_then_resume_then_evaluate(run, tmp_path, capsys):
     report = json.loads(Path("report.json").read_text())
     assert report["num_identical"] == report["num_prompts"] == 8
     assert "acceptance_length" in capsys.readouterr().out
-    assert run(train.main, "trainer.max_steps=4", "run_name=done", f"ckpt_path='{checkpoint}'") == 1
-    assert "leaves nothing to train: raise it" in capsys.readouterr().err
+    assert run(train.main, "trainer.max_steps=4", "ckpt_path=last") == 1
+    assert "leaves nothing to train: raise it" in one_line(capsys)
+    assert run(train.main, "trainer.max_steps=5", "run_name=other", f"ckpt_path='{checkpoint}'") == 1
+    assert "the checkpoint belongs to the run test, this is other" in one_line(capsys)
     assert run(evaluate.main, "evaluate.checkpoint=null") == 1
     assert run(train.main) == 1  # would mix its checkpoints with these
     assert "resume it with ckpt_path=last, or choose another run_name" in capsys.readouterr().err

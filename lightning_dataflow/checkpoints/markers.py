@@ -1,0 +1,131 @@
+"""Completion markers: a small file beside a checkpoint that is written once all ranks have written theirs.
+
+A marker records the size of every file of the checkpoint, and a digest of its last 64 KiB. Torch's files end in a directory
+with the check sums of all that is in them, so this tells cut-short, missing and exchanged files, at the cost of one short
+read a file. It does not tell bytes that a disk changed inside a file, and knows only files that rank 0 sees: ranks of
+several machines need one shared folder.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SUFFIX, PART = ".complete", ".part"
+TAIL_BYTES = 1 << 16
+_STEP = re.compile(r"step[-=](\d+)")
+_SHARDED = (".metadata", "meta.pt")  # either is there in a folder that Lightning wrote
+
+
+def latest_checkpoint(folder: str | Path, *, on_skip: Callable[[str], None] = print) -> Path | None:
+    """The newest complete checkpoint below `folder`, for `trainer.fit(…, ckpt_path=…)`; None if there is none.
+
+    Only what a DataFlowTrainer saved counts: other Trainers leave no markers, so that nobody can tell a whole checkpoint of
+    theirs from half of one.
+
+    Args:
+        on_skip: told, in one line each, of newer checkpoints that are not complete.
+    """
+    for path in sorted(Path(folder).glob("*.ckpt"), key=_age, reverse=True):
+        if path.is_symlink():  # what it points to is another of them
+            continue
+        if (reason := incomplete(path)) is None:
+            return path
+        on_skip(f"{path} is skipped, it is not a complete checkpoint: {reason}")
+    return None
+
+
+def incomplete(path: Path) -> str | None:
+    """Why `path` is no complete checkpoint; None if it is one."""
+    try:
+        files = _read_marker(path)["files"]
+        recorded = {str(name): (int(size), str(digest)) for name, (size, digest) in files.items()}
+    except FileNotFoundError:
+        return "it has no completion marker, so writing it never ended"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"its completion marker is damaged ({error!r})"
+    for name, (size, digest) in recorded.items():
+        file = path / name if name else path
+        if not file.is_file():
+            return f"{file.name} is missing"
+        if (found := file.stat().st_size) != size:
+            return f"{file.name} has {found} bytes, {size} were written"
+        if _digest(file) != digest:
+            return f"{file.name} is not what was written"
+    return None
+
+
+def has_marker(path: Path) -> bool:
+    """Whether a DataFlowTrainer finished `path` once."""
+    return _marker(path).is_file()
+
+
+def mark_complete(path: Path, global_step: int) -> None:
+    """Every rank has written its part: bring all of it to the disk, then say so."""
+    files = {"": path} if path.is_file() else {file.name: file for file in sorted(path.iterdir()) if file.is_file()}
+    for file in (*files.values(), *(() if path.is_file() else (path,)), path.parent):
+        _sync(file)
+    recorded = {name: [file.stat().st_size, _digest(file)] for name, file in files.items()}
+    part = hidden_part(_marker(path))
+    part.write_text(json.dumps({"global_step": global_step, "files": recorded}))
+    _sync(part)
+    part.replace(_marker(path))
+    _sync(path.parent)
+
+
+def void(path: Path) -> None:
+    """`path` is about to be written or removed: whatever is there no longer counts."""
+    _marker(path).unlink(missing_ok=True)
+
+
+def make_room(path: Path) -> None:
+    """Before writing `path`: nothing of an older checkpoint of that name may end up in the new one.
+
+    Also removes what a killed process left half-written in the folder.
+    """
+    void(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".*{PART}"):
+        left.unlink(missing_ok=True)
+    if path.is_dir() and any((path / name).is_file() for name in _SHARDED):
+        shutil.rmtree(path)
+
+
+def hidden_part(path: Path) -> Path:
+    """Where `path` is written before it gets its name."""
+    return path.with_name(f".{path.name}{PART}")
+
+
+def _marker(path: Path) -> Path:
+    return path.with_name(path.name + SUFFIX)
+
+
+def _read_marker(path: Path) -> dict[str, Any]:
+    return json.loads(_marker(path).read_text())
+
+
+def _age(path: Path) -> tuple[int, int]:
+    """(step, time of writing), for sorting."""
+    try:
+        return int(_read_marker(path)["global_step"]), _marker(path).stat().st_mtime_ns
+    except (OSError, ValueError, KeyError, TypeError):
+        match = _STEP.search(path.name)
+        return int(match[1]) if match else -1, path.lstat().st_mtime_ns
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as handle:
+        handle.seek(max(0, file.stat().st_size - TAIL_BYTES))
+        return hashlib.sha256(handle.read()).hexdigest()[:16]
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

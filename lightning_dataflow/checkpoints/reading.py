@@ -1,0 +1,102 @@
+"""Reading a checkpoint that may come from anywhere: no code of it runs, and what is wrong with it is one line."""
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_dataflow.checkpoints.markers import has_marker, incomplete
+from lightning_dataflow.contracts import UserError
+
+METADATA, HEADER = ".metadata", "meta.pt"
+_ALLOWED = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "Path"),
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+}
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint holds beside its large tensors, which are not read from a folder, and only mapped from a file.
+
+    Raises:
+        UserError: there is none, it is incomplete, or something in it would have to be unpickled.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"no checkpoint {path}: give a .ckpt file, or the folder of a sharded one")
+    if has_marker(path) and (reason := incomplete(path)) is not None:
+        raise UserError(f"{path} is not a complete checkpoint: {reason}")
+    try:
+        if path.is_dir():
+            _check_shards(path)
+            header = torch.load(path / HEADER, map_location="cpu", weights_only=True)
+        else:
+            header = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        header["strategy"], header["hyper_parameters"]
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        ValueError,
+        OSError,
+        EOFError,
+        RuntimeError,
+        pickle.UnpicklingError,
+    ) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} is not a draft's checkpoint ({reason})") from error
+    return header
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether fsspec would look for `path` elsewhere than on this machine's disks."""
+    return "://" in str(path)
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Knows the records of torch.distributed.checkpoint and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class(module, name) if (module, name) in _ALLOWED or module == "torch" else None
+        if (module, name) in _ALLOWED or isinstance(found, torch.dtype):
+            return found
+        raise pickle.UnpicklingError(f"{METADATA} names {module}.{name}")
+
+
+def _check_shards(folder: Path) -> None:
+    """Torch unpickles `.metadata`, and the values in shards that are no tensors: this makes sure that it may.
+
+    Also finds shards that are missing or cut short.
+    """
+    with (folder / METADATA).open("rb") as handle:
+        metadata = _MetadataUnpickler(handle).load()
+    tensors = {name for name, entry in metadata.state_dict_metadata.items() if hasattr(entry, "chunks")}
+    for index, place in metadata.storage_data.items():
+        shard = folder / place.relative_path
+        if Path(place.relative_path).name != place.relative_path or place.offset < 0 or place.length < 0:
+            raise ValueError(f"{METADATA} points outside of the checkpoint")
+        if not shard.is_file() or shard.stat().st_size < place.offset + place.length:
+            raise ValueError(f"{shard.name} is missing or cut short")
+        if index.fqn not in tensors:
+            with shard.open("rb") as handle:
+                handle.seek(place.offset)
+                torch.load(io.BytesIO(handle.read(place.length)), map_location="cpu", weights_only=True)

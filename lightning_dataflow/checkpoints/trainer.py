@@ -1,0 +1,73 @@
+"""A Lightning Trainer whose checkpoints say when they are complete, and that resumes only what fits."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.fabric.plugins import CheckpointIO
+
+from lightning_dataflow.checkpoints.files import CheckpointFiles
+from lightning_dataflow.checkpoints.markers import make_room, mark_complete
+from lightning_dataflow.checkpoints.reading import is_remote, read_header
+from lightning_dataflow.contracts import UserError
+from lightning_dataflow.data import DataFlowDataModule
+
+
+class DataFlowTrainer(L.Trainer):
+    """`lightning.Trainer`, with the same arguments, and checkpoints that survive a kill at any moment.
+
+    Every save, a ModelCheckpoint's or your own, full or sharded, ends with a completion marker, written once all ranks are
+    done; `latest_checkpoint(folder)` finds the newest that has one. Only then is the source of samples told that its
+    samples are safe. A resume from a checkpoint of something else is refused before anything is loaded, and nothing is
+    unpickled.
+
+    Files on remote file systems (`s3://…`) are saved as Lightning saves them, without markers.
+
+    Raises:
+        UserError: another CheckpointIO among the plugins; it could return before the checkpoint is written.
+    """
+
+    def __init__(self, *, plugins: Any = None, **kwargs: Any):
+        given = [] if plugins is None else list(plugins) if isinstance(plugins, Sequence) else [plugins]
+        if any(isinstance(plugin, CheckpointIO) for plugin in given):
+            raise UserError("Trainer(plugins=…): a DataFlowTrainer writes checkpoints itself, leave CheckpointIO out")
+        super().__init__(plugins=[*given, CheckpointFiles()], **kwargs)
+
+    def fit(
+        self,
+        model: L.LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: L.LightningDataModule | None = None,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = True,
+    ) -> None:
+        """See lightning.Trainer. Raises UserError for a checkpoint that is damaged or does not belong to this training."""
+        data = train_dataloaders if isinstance(train_dataloaders, L.LightningDataModule) else datamodule
+        if ckpt_path is not None and ckpt_path not in ("best", "last", "hpc") and not is_remote(ckpt_path):
+            check = getattr(model, "check_checkpoint", None)
+            if check is not None:
+                check(read_header(ckpt_path), data)
+        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+
+    def save_checkpoint(
+        self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any | None = None
+    ) -> None:
+        """See lightning.Trainer. Weights alone are no checkpoint to resume from, and get no marker."""
+        local = not is_remote(filepath)
+        if local and self.is_global_zero:
+            make_room(Path(filepath))
+        self.strategy.barrier("what had this name is void")
+        data = getattr(self, "datamodule", None)
+        try:
+            super().save_checkpoint(filepath, weights_only, storage_options)
+            if local and self.is_global_zero and not weights_only:
+                mark_complete(Path(filepath), self.global_step)
+            self.strategy.barrier("the checkpoint is complete")
+        except BaseException:
+            if isinstance(data, DataFlowDataModule):
+                data.forget_saved()
+            raise
+        if isinstance(data, DataFlowDataModule):
+            data.mark_saved(self.global_step)

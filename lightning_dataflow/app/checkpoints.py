@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_dataflow.app.ranks import rank_from_environment
-from lightning_dataflow.checkpoints.markers import incomplete, latest_checkpoint
+from lightning_dataflow.checkpoints.markers import has_marker, incomplete, latest_checkpoint
 from lightning_dataflow.contracts import UserError
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ def resolve_checkpoint(ckpt_path: str | None, run_dir: Path, *, on_skip: Callabl
         return None if found is None else str(found)
     if not Path(ckpt_path).exists():
         raise UserError(f"no checkpoint {ckpt_path}: give a file or folder, or `last` with run_name=…")
+    if has_marker(Path(ckpt_path)) and (reason := incomplete(Path(ckpt_path))) is not None:
+        raise UserError(f"{ckpt_path} is not a complete checkpoint: {reason}")
     return ckpt_path
 
 

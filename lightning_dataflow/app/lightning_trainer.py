@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning_dataflow.app.ranks import num_processes
 from lightning_dataflow.app.schema import DataConfig
 from lightning_dataflow.callbacks import AcceptanceEvaluation, RunMetrics, StreamCursor
-from lightning_dataflow.checkpoints import DataFlowTrainer
+from lightning_dataflow.checkpoints.trainer import DataFlowTrainer
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.data import RefSource
 from lightning_dataflow.targets.hardware import multiplies_bfloat16

@@ -45,7 +45,7 @@ class DataFlowTrainer(L.Trainer):
     ) -> None:
         """See lightning.Trainer. Raises UserError for a checkpoint that is damaged or does not belong to this training."""
         data = train_dataloaders if isinstance(train_dataloaders, L.LightningDataModule) else datamodule
-        if ckpt_path is not None and ckpt_path not in ("best", "last", "hpc") and not is_remote(ckpt_path):
+        if ckpt_path is not None and ckpt_path not in ("best", "last", "hpc", "registry") and not is_remote(ckpt_path):
             check = getattr(model, "check_checkpoint", None)
             if check is not None:
                 check(read_header(ckpt_path), data)

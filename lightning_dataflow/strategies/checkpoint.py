@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lightning_dataflow.checkpoints import read_header
+from lightning_dataflow.checkpoints.reading import read_header
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.strategies.base import DraftModule
 from lightning_dataflow.strategies.registry import resolve_strategy

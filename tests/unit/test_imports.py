@@ -70,6 +70,7 @@ def test_dependencies_point_one_way(path: Path):
     [
         ("lightning_dataflow", ["torch", "lightning", "transformers", "hydra"]),
         ("lightning_dataflow.contracts", ["torch", "numpy"]),
+        ("lightning_dataflow.app.checkpoints", ["torch", "lightning"]),
         ("lightning_dataflow.app.status", ["torch", "lightning", "hydra"]),
         ("lightning_dataflow.stores", ["lightning", "hydra", "transformers"]),
     ],

@@ -14,8 +14,8 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from lightning_dataflow import DataFlowTrainer, DFlashModule, Eagle3Module, latest_checkpoint
 from lightning_dataflow.callbacks import ResultWriter
-from lightning_dataflow.checkpoints import read_header
 from lightning_dataflow.checkpoints.files import CheckpointFiles
+from lightning_dataflow.checkpoints.reading import read_header
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.data import DataFlowDataModule
 from lightning_dataflow.producers import OnlineSource

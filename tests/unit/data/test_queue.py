@@ -87,7 +87,9 @@ def test_duplicates_are_unwanted_and_a_later_attempt_counts(plane):
     window = queue.get(range(2), range(2))
     assert [entry.ref for entry in window.entries] == [first[0], newer[1]]
     assert queue.num_recaptured == 1
+    assert (queue.num_recaptured_before(1), queue.num_recaptured_before(2)) == (0, 1)  # a resume at 1 counts it again
     assert queue.ack(2) == [second[0], first[1], older[1]]
+    assert queue.num_recaptured_before(2) == 1
     assert queue.unread() == []
 
 

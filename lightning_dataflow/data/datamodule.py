@@ -75,6 +75,7 @@ class DataFlowDataModule(L.LightningDataModule):
         trainer = self.trainer
         assert trainer is not None, "a fit has a trainer"
         self.source.check_order(self.order)
+        self.source.resumable = bool(trainer.checkpoint_callbacks)
         plan = RunPlan(start=self.next_seq, stop=trainer.max_steps * self.global_batch_size, window=self.global_batch_size)
         if trainer.global_rank == 0:
             self.source.begin(plan, 0, trainer.world_size)
@@ -83,15 +84,18 @@ class DataFlowDataModule(L.LightningDataModule):
             self.source.begin(plan, trainer.global_rank, trainer.world_size)
 
     def mark_applied(self, next_seq: int, global_step: int) -> None:
-        """The optimizer step that used everything before `next_seq` has run: its features are freed."""
+        """The optimizer step that used everything before `next_seq` has run; see `source.release_at`."""
         self.next_seq = next_seq
         assert self._reader is not None, "a step reads batches first"
-        self.source.applied(self._reader.release(next_seq), next_seq, global_step)
+        freed = self._reader.release(next_seq) if self.source.release_at == "applied" else []
+        self.source.applied(freed, next_seq, global_step)
 
     def mark_saved(self, global_step: int) -> None:
         """A checkpoint of `global_step` is complete; saving is synchronous, so the next batch means that it is."""
         if self._saved_seq is not None:
-            self.source.durable(self._saved_seq, global_step)
+            keeps = self._reader is not None and self.source.release_at == "durable"
+            freed = self._reader.release(self._saved_seq) if keeps and self._reader else []
+            self.source.durable(self._saved_seq, global_step, freed)
             self._saved_seq = None
 
     def close(self, status: str) -> None:

@@ -1,6 +1,7 @@
 """Target and trainer in one process, with the full control plane between them."""
 
 import threading
+from collections.abc import Sequence
 
 from lightning_dataflow.contracts import PeerFailedError
 from lightning_dataflow.control import ControlPlane, RunPlan, Watermarks
@@ -86,9 +87,9 @@ class ColocatedSource(StreamingSource):
         """See RefSource."""
         super().applied([self._own(seq) for seq in seqs], self._own(next_seq), global_step)
 
-    def durable(self, next_seq: int, global_step: int) -> None:
+    def durable(self, next_seq: int, global_step: int, freed: Sequence[int] = ()) -> None:
         """See RefSource."""
-        super().durable(self._own(next_seq), global_step)
+        super().durable(self._own(next_seq), global_step, freed)
 
     def finish(self, status: str) -> None:
         """See RefSource. Raises RuntimeError when the producer thread does not end."""

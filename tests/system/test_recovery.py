@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import time
 
 import pytest
 
@@ -49,18 +48,17 @@ def agrees(folder, name: str) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["role=producer", "role=trainer", "mooncake_master", "mooncake_client"])
+@pytest.mark.parametrize("part", ["role=producer", "role=trainer", "bin/mooncake_master", "mooncake_client"])
 def test_a_part_that_is_killed_starts_again(folder, part):
-    name = f"killed-{part.removeprefix('role=')}"
+    name = f"killed-{len(part)}"
     with started(folder, *LONG, "topology.restarts=2", f"run_name={name}") as process:
         wait_until(lambda: is_at_step(folder, name, 15), 60, process.shown)
         os.kill(find(folder, part), signal.SIGKILL)
-        killed = time.monotonic()
         before = status(folder, name)
         print(before)
         assert process.wait(timeout=120) == 0, process.shown()
     print(process.shown())
-    assert "starts again in 1 s, attempt 1 of 2" in process.shown()
+    assert re.search(r"starts again in [13] s, attempt 1 of 2", process.shown())
     found = agrees(folder, name)
     print(json.dumps({key: found[key] for key in ("restarts", "samples_recaptured")}))
     assert list(found["restarts"].values()) == [1]

@@ -174,11 +174,10 @@ class MooncakeClient:
             self._store.unregister_buffer(address)
 
     def _forgotten(self) -> StoreUnavailableError:
-        """The library gives its memory to a new mooncake_client only when it noticed, by a look a second, that the old one
-        was gone."""
+        """The library gives its memory to a new mooncake_client only if it noticed that the old one was gone."""
         return StoreUnavailableError(
             f"mooncake_client {self.client_address} does not know the memory of this process: it was started again before "
-            "this process missed it. Start this process again, and next time wait 3 s before starting mooncake_client"
+            "this process missed it. Start this process again, and next time wait 8 s before starting mooncake_client"
         )
 
     def _absence(self, code: int, waited: float) -> StoreUnavailableError:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -335,8 +336,11 @@ def test_a_wait_bridges_a_restart_of_the_master(tmp_path):
     with LocalMooncake(capacity_bytes=32 << 20, log_dir=tmp_path) as mooncake:
         store = attach(mooncake)
         mooncake.processes["mooncake_master"].kill()
-        threading.Timer(1.0, mooncake.restart, ("mooncake_master",)).start()
-        assert until_it_works(lambda: store.put(sample(3), origin()), 20) < 20
+        with ThreadPoolExecutor(1) as pool:
+            ref = pool.submit(store.put, sample(3), origin())
+            time.sleep(1.0)
+            mooncake.restart("mooncake_master")
+            store.get(ref.result(timeout=20))
         store.close()
 
 

@@ -71,6 +71,7 @@ class StreamingSource(RefSource):
         self._watermarks = watermarks
         self._kept: KeptSamples | None = None
         self._window_sizes: dict[int, tuple[int, int]] = {}  # next seq → refs and bytes
+        self._durable_seq = 0
         self.store = store
         self.plane = plane
         self.reconciliation: Reconciliation | None = None
@@ -97,6 +98,7 @@ class StreamingSource(RefSource):
         if rank == 0:
             check_no_other_trainer(self.plane.ledger, self.plane.run_id)
         self._rank = rank
+        self._durable_seq = plan.start
         self._window_sizes.clear()
         if self.release_at == "durable" and self._watermarks is not None:
             self._kept = KeptSamples(
@@ -164,7 +166,8 @@ class StreamingSource(RefSource):
             self.plane.ledger.free(freed)
         if self._rank == 0:
             self.plane.ledger.ack_durable(next_seq, global_step)
-            self.plane.log.trim(next_seq)
+            self.plane.log.trim(self._durable_seq)  # the checkpoint before this one stays usable
+            self._durable_seq = next_seq
 
     def cancel(self) -> None:
         """See RefSource."""

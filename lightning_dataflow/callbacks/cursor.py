@@ -4,22 +4,16 @@ from typing import Any
 
 import lightning as L
 
-from lightning_dataflow.callbacks.early import EarlyCheckpoints
-
 
 class StreamCursor(L.Callback):
     """Tells the DataModule, after every optimizer step and before any checkpoint of it, what is applied.
 
     `on_train_batch_end` with a moved `global_step` is the one hook that means "after the step"; ModelCheckpoint always
     runs after other callbacks, so its checkpoint holds the new cursor.
-
-    Attributes:
-        early_checkpoints: written because features that only a checkpoint frees filled the store.
     """
 
     def __init__(self) -> None:
         self._seen_step = 0
-        self.early_checkpoints = EarlyCheckpoints()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lightning's hook. A new fit starts at the first sample, a resumed one at its checkpoint's cursor."""
@@ -40,8 +34,4 @@ class StreamCursor(L.Callback):
         """Lightning's hook."""
         if trainer.global_step != self._seen_step:
             self._seen_step = trainer.global_step
-            data = trainer.datamodule  # type: ignore[attr-defined]
-            data.mark_applied(batch["next_seq"], trainer.global_step)
-            if data.source.must_save() and trainer.global_step < trainer.max_steps:
-                self.early_checkpoints.save(trainer)
-                data.mark_saved(trainer.global_step)
+            trainer.datamodule.mark_applied(batch["next_seq"], trainer.global_step)  # type: ignore[attr-defined]

@@ -1,13 +1,16 @@
-"""A checkpoint between those that the user asked for."""
+"""Checkpoints between those that the user asked for."""
 
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 
-class EarlyCheckpoints:
-    """Writes checkpoints when the store needs room; see `data.kept`.
+class EarlyCheckpoints(L.Callback):
+    """Writes a checkpoint when features that only a checkpoint frees fill the store; see `data.kept`.
+
+    Put it behind callbacks that have state of their own, so that its checkpoints hold the state after the step.
 
     Attributes:
         count: written so far, in this fit.
@@ -17,12 +20,22 @@ class EarlyCheckpoints:
         self.count = 0
         self._previous: Path | None = None
 
-    def save(self, trainer: L.Trainer) -> None:
-        """Write one of this step, through the Trainer's ModelCheckpoint, which names it and removes old ones.
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Lightning's hook. All ranks find the same."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        steps = batch["next_seq"] == data.next_seq  # this batch was the last of its window
+        if steps and trainer.global_step < trainer.max_steps and data.source.must_save():
+            self.count += 1
+            self._save(trainer)
+            data.mark_saved(trainer.global_step)
 
-        Where that watches a metric and this step is not among its best, beside it. Every rank calls it.
+    def _save(self, trainer: L.Trainer) -> None:
+        """Through the Trainer's ModelCheckpoint, which names it and removes old ones.
+
+        Beside it where that watches a metric, and this step is not among its best.
         """
-        self.count += 1
         callback = trainer.checkpoint_callback
         if isinstance(callback, ModelCheckpoint):
             callback._save_topk_checkpoint(trainer, callback._monitor_candidates(trainer))

@@ -107,6 +107,10 @@ class TopologyConfig:
         restarts: how often the supervisor starts each part again that died: a producer, the trainer (from its newest
             checkpoint), or a process of its own Mooncake. 0: the run ends with the error, which shows it soonest, unless
             other producers live.
+        release_at: of `disagg_online`: `applied` frees features when their step has run. A resume then has those that were
+            trained after its checkpoint captured again, which costs the target's time once. `durable` keeps them until a
+            checkpoint holds their step, for a resume without capturing, and writes one early when they take half of
+            high_bytes. The default needs no more memory and no more checkpoints however rarely they are written.
         high_bytes, high_refs: capture pauses rather than have more in flight; null for 0.8 of store.capacity_bytes.
         low_bytes, low_refs: it goes on below these; null for three quarters of the high ones.
         lease_s: a dead producer's prompts are captured by another after this long.
@@ -118,6 +122,7 @@ class TopologyConfig:
     features: str | None = None
     num_producers: int = 1
     restarts: int = 0
+    release_at: str = "applied"
     high_bytes: int | None = None
     high_refs: int = 4096
     low_bytes: int | None = None

@@ -68,7 +68,8 @@ def describe(status: dict[str, Any]) -> list[str]:
         "published": f"{status['published']} ({status['recaptured']} of them again), {status['given_up']} given up",
         "trained": f"up to seq {status['trained_seq']}, step {status['trained_step']}",
         "durable": f"up to seq {status['durable_seq']}, step {status['durable_step']}",
-        "in flight": f"{status['refs_in_flight']} refs, {status['bytes_in_flight'] / 1e6:.1f} MB",
+        "in flight": f"{status['refs_in_flight']} refs, {status['bytes_in_flight'] / 1e6:.1f} MB; of them "
+        f"{status['kept_refs']} refs, {status['kept_bytes'] / 1e6:.1f} MB are trained and kept until a checkpoint",
         "rates": f"{status['published_per_s']:.1f} published/s, {status['trained_per_s']:.1f} trained/s",
         "waits": f"capture for the trainer {status['capture_waits']} times, the trainer for capture "
         f"{status['train_waits']} times" + ("; capture waits now" if status["paused"] else ""),

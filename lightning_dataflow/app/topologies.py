@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from lightning_dataflow.app.ranks import rank_from_environment
 from lightning_dataflow.app.schema import StoreConfig, TopologyConfig, TrainConfig
@@ -10,6 +10,7 @@ from lightning_dataflow.contracts import UnknownNameError, UserError
 from lightning_dataflow.control import ControlPlane, Watermarks, resolve_control_plane
 from lightning_dataflow.control.plane import DeploymentMode
 from lightning_dataflow.data import ManifestSource, OfflineSource, RefSource, StreamingSource
+from lightning_dataflow.data.source import ReleaseAt
 from lightning_dataflow.producers import ColocatedSource, Feed, FolderFeed, OnlineSource, PromptFeed, RolloutWorker
 from lightning_dataflow.stores import FeatureStore, MemoryFeatureStore, MooncakeFeatureStore, SharedDirFeatureStore
 
@@ -51,9 +52,26 @@ def check_topology(config: TrainConfig) -> None:
     ):
         if value not in fitting:
             raise UserError(f"topology={name} does not work with {what}={value}: use {what}={' or '.join(fitting)}")
+    _check_release(config)
     if config.role != "auto" and not is_disaggregated(config):
         raise UserError(
             f"topology={name} has no parts of its own, so role={config.role} has no meaning: use topology=disagg_online"
+        )
+
+
+def _check_release(config: TrainConfig) -> None:
+    release_at, limits = config.topology.release_at, (config.topology.high_bytes, config.store.capacity_bytes)
+    if release_at not in get_args(ReleaseAt):
+        raise UserError(f"topology.release_at={release_at} is unknown: use {' or '.join(get_args(ReleaseAt))}")
+    if release_at == "durable" and config.topology.name != "disagg_online":
+        raise UserError(
+            f"topology={config.topology.name} has no features that outlive their step without their process, so "
+            "topology.release_at=durable has no meaning: leave it out, or use topology=disagg_online"
+        )
+    if release_at == "durable" and limits == (None, None):
+        raise UserError(
+            "topology.release_at=durable must know how much the store may hold: set topology.high_bytes, or "
+            "store.capacity_bytes"
         )
 
 
@@ -148,10 +166,12 @@ def make_source(parts: "Builder") -> RefSource:
             threaded=name == "interleaved",
             idle_timeout_s=topology.idle_timeout_s,
         )
-    timeouts: dict[str, Any] = {"start_timeout_s": topology.start_timeout_s, "idle_timeout_s": topology.idle_timeout_s}
+    options: dict[str, Any] = {"start_timeout_s": topology.start_timeout_s, "idle_timeout_s": topology.idle_timeout_s}
     retain = name == "disagg_offline"
+    if not retain:
+        options |= {"release_at": topology.release_at, "watermarks": watermarks(topology, store)}
     streaming = (ManifestSource if retain else StreamingSource)(
-        control_plane(config), shared_store(config, retain=retain), **timeouts
+        control_plane(config), shared_store(config, retain=retain), **options
     )
     parts.check_prompts(streaming.card, streaming.plane.log.name)
     return streaming

@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_dataflow.app.parts import POLL_S, Part
-from lightning_dataflow.checkpoints import latest_checkpoint
+from lightning_dataflow.checkpoints.markers import latest_checkpoint
 from lightning_dataflow.contracts import PeerFailedError
 from lightning_dataflow.control import MetadataStore
 from lightning_dataflow.stores import LocalMooncake
+from lightning_dataflow.stores.mooncake_local import CLIENT_PAUSE_S
 
 FIRST_FAILURE_S = 1.0
 """A part that fails can make others fail; the first in the order of starting is the cause."""
 PRODUCERS_END_S = 30.0
+LEAST_PAUSES_S = {"mooncake_master": 0.0, "mooncake_client": CLIENT_PAUSE_S}
 LONGEST_PAUSE_S = 8.0
 """Before a part is started again: a store's clients wait for 15 to 20 s."""
 
@@ -31,12 +33,12 @@ class Restarts:
         self.counts: dict[str, int] = {}
         self._due: dict[str, float] = {}
 
-    def plan(self, name: str, how_it_ended: str) -> bool:
+    def plan(self, name: str, how_it_ended: str, *, least_pause_s: float = 0.0) -> bool:
         """False when the part has used up its restarts."""
         count = self.counts.get(name, 0)
         if count == self.limit:
             return False
-        pause = min(2.0**count, LONGEST_PAUSE_S)
+        pause = max(min(2.0**count, LONGEST_PAUSE_S), least_pause_s)
         self.counts[name], self._due[name] = count + 1, time.monotonic() + pause
         say(f"{name}: {how_it_ended}; starts again in {pause:.0f} s, attempt {count + 1} of {self.limit}")
         return True
@@ -109,7 +111,7 @@ class Watch:
                     return False
                 self._mooncake.restart(name)
                 say(f"{name} is there again; what it held is captured again")
-            elif not self._restarts.plan(name, f"ended with status {status}"):
+            elif not self._restarts.plan(name, f"ended with status {status}", least_pause_s=LEAST_PAUSES_S[name]):
                 raise PeerFailedError(f"{name} ended with status {status}, see {self._mooncake.log_path(name)}")
             else:
                 return False

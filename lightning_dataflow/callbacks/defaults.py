@@ -3,12 +3,14 @@
 import lightning as L
 
 from lightning_dataflow.callbacks.cursor import StreamCursor
+from lightning_dataflow.callbacks.early import EarlyCheckpoints
 from lightning_dataflow.callbacks.metrics import RunMetrics
 from lightning_dataflow.callbacks.random_state import RandomState
 from lightning_dataflow.callbacks.result import ResultWriter
 
 
 def default_callbacks(trainer: L.Trainer) -> list[L.Callback]:
-    """StreamCursor, RandomState, RunMetrics and ResultWriter, except those that the Trainer has already."""
+    """Those that every run needs, except whose class the Trainer has already."""
     present = {type(callback) for callback in trainer.callbacks}  # type: ignore[attr-defined]
-    return [make() for make in (StreamCursor, RandomState, RunMetrics, ResultWriter) if make not in present]
+    callbacks = (StreamCursor, RandomState, RunMetrics, ResultWriter, EarlyCheckpoints)
+    return [make() for make in callbacks if make not in present]

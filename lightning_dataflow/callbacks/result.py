@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 
 from lightning_dataflow.callbacks.acceptance import AcceptanceEvaluation
+from lightning_dataflow.callbacks.early import EarlyCheckpoints
 from lightning_dataflow.callbacks.metrics import RunMetrics
 
 PACKAGES = (
@@ -84,6 +85,7 @@ class ResultWriter(L.Callback):
             "samples_skipped_by_reason": dict(skipped),
             "seqs_skipped_while_training": sorted(data.skipped()),
             "samples_recaptured": data.num_recaptured(),
+            "early_checkpoints": sum(one.count for one in callbacks if isinstance(one, EarlyCheckpoints)),
             "throughput": metrics.totals(data.next_seq) if metrics else {},
             "versions": _versions(),
             "settings": self.settings or dict(pl_module.hparams),

@@ -208,14 +208,17 @@ class SqliteMetadataStore(MetadataStore):
                 "SELECT name, host, pid, seen, state, failed FROM parts ORDER BY name"
             ).fetchall()
             plan = self.plan()
-            now = time.time()
+            now, totals = time.time(), self._tables.totals()
+            kept_refs, kept_bytes = self._tables.published_below(totals["trained_seq"])
             return {
                 "plan": None if plan is None else asdict(plan),
                 "finished": self.finished(),
-                **self._tables.totals(),
+                **totals,
                 "leased": states.get("leased", 0),
                 "wanted_again": states.get("wanted", 0),
-                "waiting_to_be_trained": states.get("published", 0),
+                "waiting_to_be_trained": states.get("published", 0) - kept_refs,
+                "kept_refs": kept_refs,
+                "kept_bytes": kept_bytes,
                 "parts": [
                     dict(
                         name=name,

@@ -163,6 +163,13 @@ class LedgerTables:
         row = self.db.execute(f"SELECT TOTAL(bytes) FROM samples WHERE {IN_LIST}", (json.dumps(seqs),)).fetchone()
         return int(row[0])
 
+    def published_below(self, seq: int) -> tuple[int, int]:
+        """(samples, bytes) that were trained and not freed."""
+        row = self.db.execute(
+            "SELECT COUNT(*), TOTAL(bytes) FROM samples WHERE state = 'published' AND seq < ?", (seq,)
+        ).fetchone()
+        return row[0], int(row[1])
+
     def get(self, key: str) -> str | None:
         """A setting of the run."""
         with self._lock:

@@ -91,6 +91,7 @@ class DataFlowDataModule(L.LightningDataModule):
         trainer = self.trainer
         assert trainer is not None, "a fit has a trainer"
         self.source.check_order(self.order)
+        self.source.resumable = bool(trainer.checkpoint_callbacks)
         window = self.batching.global_batch_size
         stop = self.next_seq + (trainer.max_steps - trainer.global_step) * window
         plan = RunPlan(start=self.next_seq, stop=stop, window=window)
@@ -106,10 +107,11 @@ class DataFlowDataModule(L.LightningDataModule):
             )
 
     def mark_applied(self, next_seq: int, global_step: int) -> None:
-        """The optimizer step that used everything before `next_seq` has run: its features are freed."""
+        """The optimizer step that used everything before `next_seq` has run; see `source.release_at`."""
         self.next_seq = next_seq
         assert self._reader is not None, "a step reads batches first"
-        self.source.applied(self._reader.release(next_seq), next_seq, global_step)
+        freed = self._reader.release(next_seq) if self.source.release_at == "applied" else []
+        self.source.applied(freed, next_seq, global_step)
 
     def mark_saved(self, global_step: int) -> None:
         """The checkpoint that `state_dict` was last asked for is complete. Does nothing the second time.
@@ -117,7 +119,9 @@ class DataFlowDataModule(L.LightningDataModule):
         A DataFlowTrainer says so itself. In other Trainers the next batch does: saving is synchronous.
         """
         if self._saved_seq is not None:
-            self.source.durable(self._saved_seq, global_step)
+            keeps = self._reader is not None and self.source.release_at == "durable"
+            freed = self._reader.release(self._saved_seq) if keeps and self._reader else []
+            self.source.durable(self._saved_seq, global_step, freed)
             self._saved_seq = None
 
     def forget_saved(self) -> None:

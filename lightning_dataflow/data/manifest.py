@@ -57,7 +57,7 @@ class ManifestSource(StreamingSource):
         if self._rank == 0:
             self.plane.ledger.ack(min(next_seq, len(self)), global_step)
 
-    def durable(self, next_seq: int, global_step: int) -> None:
+    def durable(self, next_seq: int, global_step: int, freed: Sequence[int] = ()) -> None:
         """See RefSource; the manifest stays as it is."""
         if self._rank == 0:
             self.plane.ledger.ack_durable(min(next_seq, len(self)), global_step)

@@ -51,6 +51,7 @@ class StreamingRefQueue:
         self._pump = pump
         self._records: dict[int, LogRecord] = {}  # the one that counts
         self._num_tokens: dict[int, int] = {}  # by the first record of a seq, so that all ranks count alike
+        self._num_bytes: dict[int, int] = {}
         self._handed_out: dict[int, SampleRef | None] = {}
         self._lost: set[int] = set()  # their records are void; waiting for the next
         self._unwanted: list[tuple[int, SampleRef]] = []
@@ -96,6 +97,10 @@ class StreamingRefQueue:
         ref = self._records[seq].ref
         return WindowEntry(seq=seq, ref=None if ref is None or ref.sample_id in self._skip_ids else ref)
 
+    def num_bytes(self, seqs: range) -> int:
+        """Payload of a complete window, the same on every rank."""
+        return sum(self._num_bytes[seq] for seq in seqs)
+
     def ack(self, next_seq: int) -> list[SampleRef]:
         """Everything before `next_seq` has been trained. Returns refs of it that nobody reads, to be freed."""
         with self._lock:
@@ -103,6 +108,7 @@ class StreamingRefQueue:
                 record, handed_out = self._records.pop(seq, None), self._handed_out.pop(seq, None)
                 self._num_tokens.pop(seq, None)
                 self._recaptured.pop(seq, None)
+                self._num_bytes.pop(seq, None)
                 if record is not None and record.ref != handed_out:  # came after its window was handed out
                     self._discard(record)
             self._start = max(self._start, next_seq)
@@ -170,6 +176,7 @@ class StreamingRefQueue:
                 self._recaptured[seq] += 1
         self._records[seq] = record
         self._num_tokens.setdefault(seq, 0 if ref is None else ref.num_tokens)
+        self._num_bytes.setdefault(seq, 0 if ref is None else ref.num_bytes)
         self._lost.discard(seq)
         if ref is None:
             self.skipped[seq] = str(record.reason)

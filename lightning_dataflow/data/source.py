@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
 
@@ -10,6 +11,8 @@ from lightning_dataflow.contracts import CaptureSpec, SampleRef, UserError
 from lightning_dataflow.control import RunPlan
 from lightning_dataflow.data.windows import PassOrder
 from lightning_dataflow.stores import FeatureStore
+
+ReleaseAt = Literal["applied", "durable"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +66,16 @@ class RefSource(ABC):
         store: where they are.
         prefetch_windows: how many windows are worth reading ahead.
         shares_any_seqs: whether a rank's share may be any seqs of a window, or else must be the rank's slice of it.
+        release_at: whether features are freed when their step is `applied`, or when a checkpoint made it `durable`.
+        resumable: whether this fit writes checkpoints; set before `begin`.
     """
 
     card: FeatureCard
     store: FeatureStore
     prefetch_windows: int = 1
     shares_any_seqs: bool = True
+    release_at: ReleaseAt = "applied"
+    resumable: bool = True
 
     @abstractmethod
     def __len__(self) -> int:
@@ -109,10 +116,14 @@ class RefSource(ABC):
             self.store.free(ref)
 
     def applied(self, seqs: Sequence[int], next_seq: int, global_step: int) -> None:  # noqa: B027
-        """The step that used everything before `next_seq` has run; this rank freed the features of `seqs`."""
+        """The step that used everything before `next_seq` has run; this rank freed the features of `seqs`, if any."""
 
-    def durable(self, next_seq: int, global_step: int) -> None:  # noqa: B027
-        """A complete checkpoint holds that step."""
+    def must_save(self) -> bool:
+        """Whether a checkpoint must be written now, so that features can be freed. The same on every rank."""
+        return False
+
+    def durable(self, next_seq: int, global_step: int, freed: Sequence[int] = ()) -> None:  # noqa: B027
+        """A complete checkpoint holds that step; this rank freed the features of `freed`."""
 
     def cancel(self) -> None:  # noqa: B027
         """Make a `window` or `replace` that blocks in another thread end."""

@@ -2,17 +2,18 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_dataflow.contracts import SampleRef, UserError
-from lightning_dataflow.control import ControlPlane, Reconciliation, RunPlan, reconcile_on_restart
+from lightning_dataflow.control import ControlPlane, Reconciliation, RunPlan, Watermarks, reconcile_on_restart
 from lightning_dataflow.control.heartbeat import Heartbeat, check_no_other_trainer
+from lightning_dataflow.data.kept import KeptSamples
 from lightning_dataflow.data.offline import card_from_json
 from lightning_dataflow.data.queue import StreamingRefQueue
-from lightning_dataflow.data.source import FeatureCard, RefSource, RefWindow, WindowEntry
+from lightning_dataflow.data.source import FeatureCard, RefSource, RefWindow, ReleaseAt, WindowEntry
 from lightning_dataflow.data.windows import PassOrder
 from lightning_dataflow.stores import FeatureStore
 
@@ -21,15 +22,20 @@ class StreamingSource(RefSource):
     """The trainer's end of the control plane.
 
     Its constructor waits for a producer to announce the run; `begin` tells producers which seqs this fit needs, and
-    has what a resumed one lost captured again. Features are freed once the optimizer step that used them has run.
+    has what a resumed one lost captured again.
 
     Args:
         skip_ids: see StreamingRefQueue.
+        release_at: `applied` frees features once the optimizer step that used them has run; a resume has what was trained
+            after its checkpoint captured again. `durable` keeps them until a complete checkpoint holds that step, and has
+            one written early when they near the watermarks.
+        watermarks: those of the producers; `durable` needs them.
         start_timeout_s: wait this long for a producer to announce the run.
         idle_timeout_s: wait this long for a sample.
 
     Raises:
         PeerTimeoutError: no producer announced the run.
+        UserError: `durable` without watermarks; or the folder belongs to another run.
     """
 
     prefetch_windows = 2
@@ -40,10 +46,20 @@ class StreamingSource(RefSource):
         store: FeatureStore,
         *,
         skip_ids: Collection[str] = (),
+        release_at: ReleaseAt = "applied",
+        watermarks: Watermarks | None = None,
         start_timeout_s: float = 1800.0,
         idle_timeout_s: float = 600.0,
         pump: Callable[[], bool] | None = None,
     ):
+        if release_at not in get_args(ReleaseAt):
+            raise UserError(f"release_at={release_at} is unknown: use {' or '.join(get_args(ReleaseAt))}")
+        if release_at == "durable" and watermarks is None:
+            raise UserError(
+                "release_at=durable keeps trained features in the store: give the watermarks of the producers, or use "
+                "release_at=applied"
+            )
+        self.release_at = release_at
         announced = plane.log.wait_for_card(start_timeout_s, "a producer")
         if announced["run_id"] != plane.run_id:
             raise UserError(
@@ -51,6 +67,11 @@ class StreamingSource(RefSource):
                 "processes of a run the same run_name and channel.path"
             )
         self.card, self._num_samples, self._seed, self._token_counts = announcement_from_json(announced, plane.log.name)
+        self._group, self._largest_bytes = int(announced["capture_batch_size"]), int(announced["largest_bytes"])
+        self._watermarks = watermarks
+        self._kept: KeptSamples | None = None
+        self._window_sizes: dict[int, tuple[int, int]] = {}  # next seq → refs and bytes
+        self._durable_seq = 0
         self.store = store
         self.plane = plane
         self.reconciliation: Reconciliation | None = None
@@ -77,6 +98,12 @@ class StreamingSource(RefSource):
         if rank == 0:
             check_no_other_trainer(self.plane.ledger, self.plane.run_id)
         self._rank = rank
+        self._durable_seq = plan.start
+        self._window_sizes.clear()
+        if self.release_at == "durable" and self._watermarks is not None:
+            self._kept = KeptSamples(
+                self._watermarks, window=plan.window, group=self._group, largest_bytes=self._largest_bytes
+            )
         self.plane.log.rewind()
         self.queue = self._make_queue(plan.start)
         if rank == 0:
@@ -93,7 +120,10 @@ class StreamingSource(RefSource):
 
     def window(self, seqs: range, share: Sequence[int], order: PassOrder) -> RefWindow:
         """See RefSource. Raises PeerTimeoutError, PeerFailedError; see StreamingRefQueue."""
-        return self.queue.get(seqs, share)
+        found = self.queue.get(seqs, share)
+        if self._kept is not None:
+            self._window_sizes[seqs.stop] = len(seqs), self.queue.num_bytes(seqs)
+        return found
 
     def replace(self, entry: WindowEntry, reason: str) -> WindowEntry:
         """See RefSource."""
@@ -118,17 +148,30 @@ class StreamingSource(RefSource):
     def applied(self, seqs: Sequence[int], next_seq: int, global_step: int) -> None:
         """See RefSource."""
         unwanted = self.queue.ack(next_seq)
+        if self._kept is not None:
+            self._kept.add(next_seq, *self._window_sizes.pop(next_seq))
         if self._rank == 0:
             self.plane.ledger.ack(next_seq, global_step, seqs)
             self._free(unwanted)
-        else:
+            if not self.resumable:  # else a resume may read what comes after its checkpoint
+                self.plane.log.trim(next_seq)
+        elif seqs:
             self.plane.ledger.free(seqs)
 
-    def durable(self, next_seq: int, global_step: int) -> None:
+    def must_save(self) -> bool:
         """See RefSource."""
+        return self._kept is not None and self._kept.must_save()
+
+    def durable(self, next_seq: int, global_step: int, freed: Sequence[int] = ()) -> None:
+        """See RefSource."""
+        if self._kept is not None:
+            self._kept.durable(next_seq)
+        if freed:
+            self.plane.ledger.free(freed)
         if self._rank == 0:
             self.plane.ledger.ack_durable(next_seq, global_step)
-            self.plane.log.trim(next_seq)
+            self.plane.log.trim(self._durable_seq)  # the checkpoint before this one stays usable
+            self._durable_seq = next_seq
 
     def cancel(self) -> None:
         """See RefSource."""

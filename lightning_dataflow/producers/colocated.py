@@ -91,9 +91,9 @@ class ColocatedSource(StreamingSource):
         """See RefSource."""
         super().applied([self._own(seq) for seq in seqs], self._own(next_seq), global_step)
 
-    def durable(self, next_seq: int, global_step: int) -> None:
+    def durable(self, next_seq: int, global_step: int, freed: Sequence[int] = ()) -> None:
         """See RefSource."""
-        super().durable(self._own(next_seq), global_step)
+        super().durable(self._own(next_seq), global_step, freed)
 
     def skipped(self) -> dict[int, str]:
         """See RefSource; this rank's."""

@@ -70,6 +70,7 @@ class RolloutWorker:
                     feed.card, run_id=plane.run_id, num_samples=len(feed), seed=feed.seed, token_counts=feed.token_counts()
                 ),
                 "capture_batch_size": group,
+                "largest_bytes": max(feed.sizes()),
             }
         )
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import socket
 import time
 import urllib.error
@@ -14,7 +15,7 @@ from lightning_dataflow.stores.buffers import PageAllocator, RegisteredMemory
 
 T = TypeVar("T")
 
-NO_SPACE, NO_STAGING, LEASE_EXPIRED, OWNER_GONE = -200, -600, -707, -800
+NO_SPACE, REFUSED, LEASE_EXPIRED, OWNER_GONE = -200, -600, -707, -800
 UNREACHABLE = (-1, -900, -901)
 PROBE_TIMEOUT_S = 1.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 0.5
@@ -99,16 +100,24 @@ class MooncakeClient:
 
     def put(self, keys: Sequence[str], addresses: Sequence[int], sizes: Sequence[int]) -> list[int]:
         """Copy registered memory to new objects; a code for each: 0 or NO_SPACE."""
-        return _checked(self._store.batch_put_from(list(keys), list(addresses), list(sizes), self._pinned))
+        codes = _checked(self._store.batch_put_from(list(keys), list(addresses), list(sizes), self._pinned))
+        if REFUSED in codes:
+            raise self._forgotten()
+        return codes
 
     def get(self, keys: Sequence[str], addresses: Sequence[int], sizes: Sequence[int]) -> list[int]:
         """Copy objects to registered memory; the number of bytes for each, or a code below 0."""
-        return _checked(self._store.batch_get_into(list(keys), list(addresses), list(sizes)))
+        codes = _checked(self._store.batch_get_into(list(keys), list(addresses), list(sizes)))
+        if REFUSED in codes:  # an object larger than its memory, or a mooncake_client that does not know this memory
+            probe = f"probe/{secrets.token_hex(8)}"
+            self.put([probe], [addresses[codes.index(REFUSED)]], [1])
+            self.remove([probe])
+        return codes
 
     def put_bytes(self, key: str, value: bytes) -> int:
         """Store `value`; 0 or NO_SPACE. UserError when it is too large for `staging_bytes`."""
         code = _checked([self._store.put(key, value, self._pinned)])[0]
-        if code == NO_STAGING:
+        if code == REFUSED:
             raise UserError(f"{key} has {len(value)} bytes, more than fits store.staging_bytes: raise it")
         return code
 
@@ -163,6 +172,13 @@ class MooncakeClient:
     def _unregister(self, address: int) -> None:
         if not self._closed:  # else it went with the connection, and the library would crash
             self._store.unregister_buffer(address)
+
+    def _forgotten(self) -> StoreUnavailableError:
+        """The library gives its memory to a new mooncake_client only if it noticed that the old one was gone."""
+        return StoreUnavailableError(
+            f"mooncake_client {self.client_address} does not know the memory of this process: it was started again before "
+            "this process missed it. Start this process again, and next time wait 8 s before starting mooncake_client"
+        )
 
     def _absence(self, code: int, waited: float) -> StoreUnavailableError:
         remedy = "start it again and resume the run; features that it held are captured again"

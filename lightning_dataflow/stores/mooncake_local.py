@@ -29,6 +29,7 @@ SMALLEST_CAPACITY = 16 << 20
 START_ATTEMPTS = 3
 STOP_TIMEOUT_S = 2.0
 POLL_INTERVAL_S = 0.02
+CLIENT_PAUSE_S = 8.0
 WARM_BLOCK = 16 << 20
 
 
@@ -90,6 +91,10 @@ class LocalMooncake:
 
     def restart(self, name: str, *, start_timeout_s: float = 30.0) -> None:
         """Start a part that died again, at its address. What it held is gone; clients find it again within 3 s.
+
+        A `mooncake_client` must have been dead for CLIENT_PAUSE_S: processes that use its shared memory notice by a call
+        that fails, which takes the library 4.3 s, and only then give their memory to the next one. Call it from a thread
+        that lives as long as the part should.
 
         Raises:
             UserError: it did not start in time, or its port was taken.

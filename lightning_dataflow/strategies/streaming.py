@@ -17,6 +17,11 @@ def check_trainer(trainer: L.Trainer) -> None:
     data = getattr(trainer, "datamodule", None)
     if not isinstance(data, DataFlowDataModule):
         raise UserError("this module trains on a DataFlowDataModule: call trainer.fit(module, datamodule)")
+    if data.source.release_at == "durable" and not trainer.checkpoint_callbacks:
+        raise UserError(
+            "release_at=durable keeps features until a checkpoint, and this Trainer writes none: add a ModelCheckpoint "
+            "(callbacks=default), or set topology.release_at=applied"
+        )
     accumulation = data.accumulate_grad_batches(trainer.world_size)
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return

@@ -82,7 +82,7 @@ def test_the_status_command_after_a_run(folder):
     assert found["finished"] == "completed"
     assert (found["published"], found["trained_seq"], found["durable_seq"]) == (64, 64, 64)
     assert found["refs_in_flight"] == found["bytes_in_flight"] == found["leased"] == 0
-    assert {part["name"].partition("-")[0] for part in found["parts"]} == {"producer", "trainer"}
+    assert {part["name"].partition("-")[0] for part in found["parts"]} == {"producer", "supervisor", "trainer"}
     table = python("-m", "lightning_dataflow", "status", "runs/disagg_online", cwd=folder).stdout
     assert "trained     up to seq 64, step 8" in table
     wrong = python("-m", "lightning_dataflow", "status", "runs/online", cwd=folder, status=1)

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from lightning_dataflow.contracts import CapacityError, SampleRef, ref_from_json, ref_to_json
 from lightning_dataflow.stores import LocalMooncake, MooncakeFeatureStore, StoreUnavailableError
 from lightning_dataflow.stores.mooncake_client import MooncakeAdmin
+from lightning_dataflow.stores.mooncake_local import CLIENT_PAUSE_S
 from tests.processes import ROOT, environment
 from tests.unit.stores.test_contract import origin
 
@@ -334,8 +336,11 @@ def test_a_wait_bridges_a_restart_of_the_master(tmp_path):
     with LocalMooncake(capacity_bytes=32 << 20, log_dir=tmp_path) as mooncake:
         store = attach(mooncake)
         mooncake.processes["mooncake_master"].kill()
-        threading.Timer(1.0, mooncake.restart, ("mooncake_master",)).start()
-        assert until_it_works(lambda: store.put(sample(3), origin()), 20) < 20
+        with ThreadPoolExecutor(1) as pool:
+            ref = pool.submit(store.put, sample(3), origin())
+            time.sleep(1.0)
+            mooncake.restart("mooncake_master")
+            store.get(ref.result(timeout=20))
         store.close()
 
 
@@ -354,12 +359,32 @@ def test_the_storage_process_dies_and_comes_back(tmp_path):
         assert seconds < 2 + 10
         error, _ = timed(lambda: far.put(sample(2), origin("run:2")))
         assert "the storage process behind Mooncake master" in str(error)
+        time.sleep(CLIENT_PAUSE_S)
         mooncake.restart("mooncake_client")
         for store in (near, far):
             seconds = until_it_works(lambda store=store: store.put(sample(3), origin("run:3")), 20)
             print(f"put works {seconds:.1f} s after the restart")
             assert isinstance(timed(lambda store=store: store.get(ref))[0], KeyError)
             store.close()
+
+
+@pytest.mark.slow
+def test_a_storage_process_that_comes_back_unnoticed_is_an_error_and_no_lost_sample(tmp_path):
+    with LocalMooncake(capacity_bytes=32 << 20, log_dir=tmp_path) as mooncake:
+        store = attach(mooncake)
+        ref = store.put(sample(1), origin())
+        del ref
+        mooncake.processes["mooncake_client"].kill()
+        mooncake.processes["mooncake_client"].wait()
+        mooncake.restart("mooncake_client")
+        fresh = attach(mooncake)
+        readable = fresh.put(sample(2), origin("run:2"))
+        for action in (lambda: store.put(sample(1), origin("run:3")), lambda: store.get(readable)):
+            error, _ = timed(action)
+            assert isinstance(error, StoreUnavailableError)
+            assert "does not know the memory of this process: it was started again before" in str(error)
+        for each in (store, fresh):
+            each.close()
 
 
 def processes_with(text: str) -> list[int]:

@@ -1,0 +1,46 @@
+"""What is trained and still in the store, until a checkpoint makes it durable."""
+
+import math
+from collections import deque
+
+from lightning_dataflow.control import Watermarks
+
+
+class KeptSamples:
+    """Counts the samples that `release_at=durable` keeps, and tells when a checkpoint must free them.
+
+    They are in flight, so capture waits when they reach the watermarks; and the trainer, which could free them, would wait
+    for capture. So a checkpoint is due while the next window still fits. It is due earlier, when they take half of what may
+    be in flight, so that capture can run ahead. Every rank counts the same, from windows that all ranks see: all of them
+    decide the same checkpoints at the same steps without asking each other.
+
+    Args:
+        window: the most samples of a step.
+        group: prompts that are captured together; the one in which a window ends sticks out of it.
+        largest_bytes: of any sample.
+    """
+
+    def __init__(self, marks: Watermarks, *, window: int, group: int, largest_bytes: int):
+        next_refs = window + group - math.gcd(group, window)
+        self._most_refs = min(marks.high_refs - next_refs, marks.high_refs // 2)
+        self._most_bytes = min(marks.high_bytes - next_refs * largest_bytes, marks.high_bytes // 2)
+        self._windows: deque[tuple[int, int, int]] = deque()  # (next seq, refs, bytes)
+        self.num_refs = 0
+        self.num_bytes = 0
+
+    def add(self, next_seq: int, num_refs: int, num_bytes: int) -> None:
+        """A window that ends before `next_seq` was trained."""
+        self._windows.append((next_seq, num_refs, num_bytes))
+        self.num_refs += num_refs
+        self.num_bytes += num_bytes
+
+    def durable(self, next_seq: int) -> None:
+        """A complete checkpoint holds all steps before `next_seq`."""
+        while self._windows and self._windows[0][0] <= next_seq:
+            _, num_refs, num_bytes = self._windows.popleft()
+            self.num_refs -= num_refs
+            self.num_bytes -= num_bytes
+
+    def must_save(self) -> bool:
+        """Whether a checkpoint must be written before the next window is waited for."""
+        return self.num_refs > max(self._most_refs, 0) or self.num_bytes > max(self._most_bytes, 0)

@@ -1,0 +1,70 @@
+"""Producers that are killed at any moment while others come: no sample twice, none missing."""
+
+import random
+import time
+from pathlib import Path
+
+from lightning_dataflow.contracts import LogRecord
+from lightning_dataflow.control import RunPlan, reconcile_on_restart, resolve_control_plane
+from lightning_dataflow.data import StreamingRefQueue
+from lightning_dataflow.stores import MemoryFeatureStore
+from tests.streams import WIDE, forked, make_ref
+
+NUM_SAMPLES, WINDOW, LEASE_S = 600, 8, 0.2
+
+
+def produce(folder: Path, name: str) -> None:
+    plane = resolve_control_plane("disaggregated", "run", path=folder)
+    while plane.ledger.finished() is None:
+        lease = plane.lease(name, group=4, num_bytes=lambda seq: 8, watermarks=WIDE, lease_s=LEASE_S)
+        if lease is None:
+            time.sleep(0.01)
+            continue
+        time.sleep(0.002)
+        plane.publish(lease, {seq: make_ref(seq, lease.attempt) for seq in lease.wanted})
+
+
+def counted(records: list[LogRecord]) -> dict[tuple[int, int], int]:
+    """(seq, attempt) → how often it was published."""
+    found: dict[tuple[int, int], int] = {}
+    for record in records:
+        if record.ref is not None:
+            key = record.seq, record.ref.origin.attempt
+            found[key] = found.get(key, 0) + 1
+    return found
+
+
+def test_producers_come_and_go(tmp_path):
+    draw = random.Random(0)
+    plane = resolve_control_plane("disaggregated", "run", path=tmp_path)
+    plane.log.announce({"run_id": "run"})
+    queue = StreamingRefQueue(plane, idle_timeout_s=20)
+    plan = RunPlan(start=0, stop=NUM_SAMPLES, window=WINDOW)
+    reconcile_on_restart(plane, MemoryFeatureStore(), plan, queue.catch_up)
+    names = iter(f"producer-{index}" for index in range(10_000))
+    workers = [forked(produce, tmp_path, next(names)) for _ in range(3)]
+    kills, slowest, trained = 0, 0.0, []
+    for start in range(0, NUM_SAMPLES, WINDOW):
+        if draw.random() < 0.15:
+            victim = draw.randrange(3)
+            workers[victim].kill()
+            workers[victim].join()
+            workers[victim] = forked(produce, tmp_path, next(names))
+            kills += 1
+        seqs = range(start, start + WINDOW)
+        since = time.monotonic()
+        trained += [entry.seq for entry in queue.get(seqs, seqs).entries if entry.ref is not None]
+        slowest = max(slowest, time.monotonic() - since)
+        queue.ack(seqs.stop)
+        plane.ledger.ack(seqs.stop, start // WINDOW + 1, seqs)
+    plane.ledger.finish("completed")
+    for worker in workers:
+        worker.join(5)
+        assert worker.exitcode == 0
+    assert kills > 5
+    assert sorted(trained + list(queue.skipped)) == list(range(NUM_SAMPLES))
+    assert len(queue.skipped) <= 4 * kills / 3  # three died of one group of four
+    print(f"{kills} killed; the longest wait for a window {slowest:.2f} s, leases end after {LEASE_S} s")
+    assert slowest < LEASE_S + 2  # a dead producer's prompts wait for its lease at most
+    plane.log.rewind()
+    assert set(counted(StreamingRefQueue(plane).catch_up()).values()) == {1}

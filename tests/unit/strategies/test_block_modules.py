@@ -129,6 +129,8 @@ def test_anchors_are_those_of_any_batch_and_topology_and_new_in_every_pass(targe
     offline = DataFlowDataModule(OfflineSource(tmp_path), global_batch_size=GLOBAL_BATCH, micro_batch_size=2)
     runs.append(blocks_by_sample(module, offline, 8))
     assert runs[0] == runs[1] == runs[2] == runs[3]
+    data = DataFlowDataModule(OfflineSource(tmp_path), global_batch_size=GLOBAL_BATCH)  # the same order of prompts
+    assert blocks_by_sample(make_module(target_path, seed=1), data, 4) != runs[0][:4]
     order = [make_data(few, block_target).order.locate(seq) for seq in range(16)]
     passes = [dict(sorted((index, runs[0][seq]) for seq, (index, one) in enumerate(order) if one == p)) for p in (0, 1)]
     assert all(passes[0][index] != passes[1][index] for index in range(8))

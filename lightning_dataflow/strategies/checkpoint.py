@@ -31,7 +31,8 @@ def load_module(path: str | Path, *, target: str | None = None) -> DraftModule:
     except (KeyError, TypeError, OSError, EOFError, RuntimeError, UnpicklingError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} is not a draft's checkpoint ({reason})") from error
-    hparams = {**hparams, "target": target or hparams["target"]}
+    hparams = {name: value for name, value in hparams.items() if name != "_instantiator"}  # LightningCLI's
+    hparams["target"] = target or hparams["target"]
     module = resolve_strategy(name).module(**hparams)
     if module.target_info.model_version != checkpoint["target_model_version"]:
         raise UserError(f"{path} was trained for another target than {hparams['target']}: name the one it was trained for")

@@ -20,8 +20,11 @@ def load_module(path: str | Path, *, target: str | None = None) -> DraftModule:
     """
     path = Path(path)
     checkpoint = read_header(path)
-    name, hparams = checkpoint["strategy"], checkpoint["hyper_parameters"]
-    hparams = {**hparams, "target": target or hparams["target"]}
+    name = checkpoint["strategy"]
+    hparams = {
+        key: value for key, value in checkpoint["hyper_parameters"].items() if key != "_instantiator"
+    }  # LightningCLI's
+    hparams["target"] = target or hparams["target"]
     module = resolve_strategy(name).module(**hparams)
     if module.target_info.model_version != checkpoint["target_model_version"]:
         raise UserError(f"{path} was trained for another target than {hparams['target']}: name the one it was trained for")

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.processes import ROOT, TINY, TRAIN, environment, heed_ctrl_c, python, result
+from tests.processes import ROOT, TINY, TRAIN, environment, heed_ctrl_c, python, result, wait_until, with_strategy
 
 pytestmark = pytest.mark.system
 
@@ -99,6 +99,29 @@ def test_ctrl_c_ends_everything_and_a_resume_goes_on(folder):
     resumed, straight = result(folder, "stopped"), result(folder, "straight")
     assert resumed["losses"] == pytest.approx(straight["losses"], rel=1e-6)
     assert resumed["samples_trained"] == straight["samples_trained"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["eagle3", "dflash", "domino"])
+def test_a_killed_run_resumes_to_the_bit(folder, strategy):
+    """Killed in its second pass: the resumed losses, and so the anchors, are those of a run that was left alone."""
+    straight, killed = f"straight-{strategy}", f"killed-{strategy}"
+    settings = (*with_strategy(TINY, strategy), "trainer.max_steps=20", "callbacks.checkpoint.every_n_train_steps=2")
+    python(TRAIN, *settings, f"run_name={straight}", cwd=folder)
+    command = [sys.executable, TRAIN, *settings, f"run_name={killed}"]
+    process = subprocess.Popen(command, cwd=folder, env=environment(), stderr=subprocess.DEVNULL)
+    checkpoints = folder / "runs" / killed / "checkpoints"
+    try:
+        wait_until(lambda: list(checkpoints.glob("step-00001[2-8].ckpt")), 120, lambda: f"status {process.poll()}")
+    finally:
+        process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (folder / "runs" / killed / "result.json").exists()
+    python(TRAIN, *settings, f"run_name={killed}", "ckpt_path=last", cwd=folder)
+    resumed, undisturbed = result(folder, killed), result(folder, straight)
+    assert len(resumed["losses"]) == 20
+    assert resumed["losses"] == undisturbed["losses"]
+    assert resumed["samples_trained"] == undisturbed["samples_trained"]
 
 
 def test_bad_input_is_one_line_for_users_of_the_command(folder):

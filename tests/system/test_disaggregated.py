@@ -13,11 +13,23 @@ from pathlib import Path
 import pytest
 
 from lightning_dataflow.stores import LocalMooncake
-from tests.processes import ROOT, TINY, TRAIN, environment, heed_ctrl_c, processes_in, python, result, wait_until
+from tests.processes import (
+    ROOT,
+    TINY,
+    TRAIN,
+    environment,
+    heed_ctrl_c,
+    processes_in,
+    python,
+    result,
+    wait_until,
+    with_strategy,
+)
 
 pytestmark = pytest.mark.system
 
 DISAGG = (*TINY, "topology=disagg_online", "store.capacity_bytes=64000000")
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("dflash", "domino")]
 EVERYWHERE = ("losses", "samples_trained", "samples_skipped", "samples_recaptured", "global_batch_size", "optimizer_steps")
 
 
@@ -111,9 +123,8 @@ def test_a_strategy_from_outside_the_package(folder):
 @pytest.mark.parametrize("strategy", ["dflash", "domino"])
 def test_other_strategies_stream_to_the_bit(folder, strategy):
     """24 steps go over the prompts twice: anchors are drawn anew in each pass, the same in every topology."""
-    options = (f"strategy={strategy}", "trainer.max_steps=24")
-    tiny = [one for one in TINY if not one.startswith("strategy=")]
-    losses = []
+    options = ("trainer.max_steps=24",)
+    tiny, losses = with_strategy(TINY, strategy), []
     for topology in ("online", "offline", "interleaved", "disagg_online", "disagg_offline"):
         name = f"{strategy}-{topology}"
         python(TRAIN, *tiny, *options, f"topology={topology}", f"run_name={name}", cwd=folder)
@@ -145,27 +156,30 @@ def test_ctrl_c_while_starting(folder, moment):
     assert not processes_in(folder)
 
 
-def test_ctrl_c_while_training_and_an_exact_resume(folder):
-    settings = (*DISAGG, "trainer.max_steps=30", "callbacks.checkpoint.every_n_train_steps=2")
-    python(TRAIN, *settings, "topology=online", "store=memory", "control=noop", "run_name=straight", cwd=folder)
-    with started(folder, *settings, "run_name=stopped") as process:
-        checkpoints = folder / "runs" / "stopped" / "checkpoints"
+@pytest.mark.parametrize("strategy", ["eagle3", *OTHERS])
+def test_ctrl_c_while_training_and_an_exact_resume(folder, strategy):
+    straight, stopped = f"straight-{strategy}", f"stopped-{strategy}"
+    settings = (*with_strategy(DISAGG, strategy), "trainer.max_steps=30", "callbacks.checkpoint.every_n_train_steps=2")
+    python(TRAIN, *settings, "topology=online", "store=memory", "control=noop", f"run_name={straight}", cwd=folder)
+    with started(folder, *settings, f"run_name={stopped}") as process:
+        checkpoints = folder / "runs" / stopped / "checkpoints"
         wait_until(lambda: list(checkpoints.glob("step-00000[4-9].ckpt")), 60, process.shown)
-        during = status(folder, "stopped")
+        during = status(folder, stopped)
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=10) == 130
         assert "Traceback" not in process.shown()
     assert not processes_in(folder)
     assert during["finished"] is None
     assert during["refs_in_flight"] > 0
-    after = status(folder, "stopped")
+    after = status(folder, stopped)
     assert after["finished"] == "interrupted"
     assert after["refs_in_flight"] == after["leased"] == 0
-    assert result(folder, "stopped")["status"] == "interrupted"
-    python(TRAIN, *settings, "run_name=stopped", "ckpt_path=last", cwd=folder)
-    resumed, straight = result(folder, "stopped"), result(folder, "straight")
-    assert resumed["losses"] == straight["losses"]
-    assert resumed["samples_trained"] == straight["samples_trained"]
+    assert result(folder, stopped)["status"] == "interrupted"
+    python(TRAIN, *settings, f"run_name={stopped}", "ckpt_path=last", cwd=folder)
+    resumed, undisturbed = result(folder, stopped), result(folder, straight)
+    assert len(resumed["losses"]) == 30
+    assert resumed["losses"] == undisturbed["losses"]
+    assert resumed["samples_trained"] == undisturbed["samples_trained"]
 
 
 @pytest.mark.slow

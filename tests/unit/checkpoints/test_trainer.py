@@ -30,7 +30,7 @@ class Source(OnlineSource):
         self.durable_seqs = []
         self.skips, self.recaptures = {}, 0
 
-    def durable(self, next_seq, global_step):
+    def durable(self, next_seq, global_step, freed=()):
         self.durable_seqs.append(next_seq)
 
     def skipped(self):

@@ -97,7 +97,7 @@ class Watch:
 
     def describe(self) -> str:
         """For signs of life."""
-        counts = ", ".join(f"{name} {count} times" for name, count in self._restarts.counts.items())
+        counts = ", ".join(f"{name} ×{count}" for name, count in self._restarts.counts.items())
         return f"watching; started again: {counts or 'none'}"
 
     def _store_is_up(self) -> bool:

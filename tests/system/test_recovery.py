@@ -102,7 +102,7 @@ def test_bad_settings_are_not_tried_again(folder):
     assert "error: producer-0: " in shown.stderr
     refused = python(TRAIN, *LONG, "topology.restarts=-1", "run_name=bad", cwd=folder, status=1)
     assert "error: topology.restarts=-1: give a number of attempts, or 0" in refused.stderr
-    alone = ("~callbacks.checkpoint", "trainer.enable_checkpointing=false", "topology.release_at=durable")
+    alone = ("~callbacks.checkpoint", "+trainer.enable_checkpointing=false", "topology.release_at=durable")
     refused = python(TRAIN, *LONG[:-1], *alone, "run_name=bad", cwd=folder, status=1)
     assert (
         "error: trainer: release_at=durable keeps features until a checkpoint, and this Trainer writes none"

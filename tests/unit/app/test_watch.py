@@ -1,0 +1,144 @@
+"""Who is started again, who ends the run, and what is said about it; the parts are stand-ins that end as told."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from lightning_dataflow.app import watch as watch_module
+from lightning_dataflow.app.watch import Restarts, Watch, worker_name
+from lightning_dataflow.contracts import PeerFailedError
+from lightning_dataflow.control import RunPlan, SqliteMetadataStore
+from tests.streams import WIDE
+
+KILLED = (-9, "was killed by SIGKILL", True)
+BAD_SETTINGS = (1, "no such target", False)
+
+
+class StandIn:
+    """Ends in the given ways, one start after the other; `None` runs until the watch has looked a few times."""
+
+    def __init__(self, name: str, *ends):
+        self.name, self.ends, self.starts = name, [*ends], []
+        self.start()
+
+    def start(self, *more: str) -> None:
+        self.starts.append(more)
+        self.status, self.how, self.temporary = self.ends.pop(0) if self.ends else (0, "", True)
+        self.looks = 5
+        self.process = SimpleNamespace(poll=self.poll, pid=len(self.starts))
+
+    def poll(self):
+        self.looks -= 1
+        return None if self.looks > 0 or self.status is None else self.status
+
+    def how_it_ended(self) -> str:
+        return self.how
+
+    def may_do_better(self) -> bool:
+        return self.temporary
+
+    def kill(self) -> None: ...
+
+    def drain(self) -> None: ...
+
+
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch):
+    monkeypatch.setattr(watch_module, "POLL_S", 0.001)
+    monkeypatch.setattr(watch_module, "FIRST_FAILURE_S", 0.01)
+    monkeypatch.setattr(watch_module, "LONGEST_PAUSE_S", 0.01)
+    monkeypatch.setattr(watch_module, "PRODUCERS_END_S", 0.05)
+
+
+@pytest.fixture
+def ledger():
+    return SqliteMetadataStore()
+
+
+def running(name: str) -> StandIn:
+    return StandIn(name, (None, "", True))
+
+
+def run(tmp_path, ledger, producers, trainer, limit: int) -> Restarts:
+    restarts = Restarts(limit)
+    Watch(producers, trainer, None, ledger, tmp_path, restarts).run()
+    return restarts
+
+
+def test_what_died_starts_again_up_to_the_limit(tmp_path, ledger, capsys):
+    producer, trainer = StandIn("producer-0", KILLED, KILLED), StandIn("trainer", KILLED)
+    trainer.looks = 200
+    restarts = run(tmp_path, ledger, [producer], trainer, 2)
+    assert restarts.counts == {"producer-0": 2, "trainer": 1}
+    assert trainer.starts == [(), ()]  # no checkpoint: from the start
+    said = capsys.readouterr().out
+    assert "[supervisor] producer-0: was killed by SIGKILL; starts again in 0 s, attempt 2 of 2" in said
+
+
+def test_a_trainer_goes_on_at_its_checkpoint(tmp_path, ledger):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-000004.ckpt").touch()
+    trainer = StandIn("trainer", KILLED)
+    run(tmp_path, ledger, [StandIn("producer-0")], trainer, 1)
+    assert trainer.starts == [(), ("ckpt_path=last",)]
+
+
+@pytest.mark.parametrize(
+    ("producers", "trainer", "message"),
+    [
+        ([KILLED], None, "^producer-0: was killed by SIGKILL$"),
+        ([KILLED, KILLED], None, "^producer-0: was killed by SIGKILL; producer-1: was killed by SIGKILL$"),
+        ([BAD_SETTINGS, (None, "", True)], None, "^producer-0: no such target$"),
+        ([(None, "", True)], KILLED, "^trainer: was killed by SIGKILL$"),
+        ([BAD_SETTINGS], KILLED, "^producer-0: no such target$"),  # the cause comes first
+    ],
+)
+def test_what_ends_the_run(tmp_path, ledger, producers, trainer, message):
+    parts = [StandIn(f"producer-{index}", end) for index, end in enumerate(producers)]
+    with pytest.raises(PeerFailedError, match=message):
+        run(tmp_path, ledger, parts, StandIn("trainer", trainer or (None, "", True)), 0)
+
+
+def test_bad_settings_are_not_tried_again(tmp_path, ledger):
+    producer = StandIn("producer-0", BAD_SETTINGS)
+    with pytest.raises(PeerFailedError, match="no such target"):
+        run(tmp_path, ledger, [producer], running("trainer"), 5)
+    assert len(producer.starts) == 1
+
+
+def test_the_run_goes_on_while_a_producer_lives(tmp_path, ledger, capsys):
+    trainer = StandIn("trainer")
+    trainer.looks = 50
+    other = running("producer-1")
+    with pytest.raises(PeerFailedError, match=r"^producer-1 did not end within 0 s of the trainer's end$"):
+        run(tmp_path, ledger, [StandIn("producer-0", KILLED), other], trainer, 0)
+    assert "producer-0: was killed by SIGKILL; the run goes on with producer-1" in capsys.readouterr().out
+
+
+def test_a_producer_that_ended_with_a_failed_trainer_starts_with_the_next(tmp_path, ledger):
+    """A trainer that fails with an error tells the producers to finish."""
+    trainer, producer = StandIn("trainer", (75, "the store stayed away", True)), StandIn("producer-0", (0, "", True))
+    ledger.finish("failed: the store stayed away")
+    trainer.looks, start = 20, trainer.start
+
+    def start_slowly(*more):
+        start(*more)
+        trainer.looks = 50
+
+    trainer.start = start_slowly
+    watch = Watch([producer], trainer, None, ledger, tmp_path, restarts := Restarts(1))
+    watch._trainer_started = 0.0
+    watch.run()
+    assert len(producer.starts) >= 2
+    assert restarts.counts == {"trainer": 1}
+    assert watch.describe() == "watching; started again: trainer ×1"
+
+
+def test_the_leases_of_a_dead_producer_are_free_at_once(tmp_path, ledger):
+    ledger.begin(RunPlan(start=0, stop=8, window=4), published={}, wanted={}, frontier=0)
+    options = {"group": 4, "num_bytes": lambda seq: 8, "watermarks": WIDE, "lease_s": 60.0}
+    ledger.lease(worker_name(1), **options)
+    trainer = StandIn("trainer")
+    trainer.looks = 50
+    run(tmp_path, ledger, [StandIn("producer-0", KILLED)], trainer, 1)
+    assert ledger.lease("other", **options).seqs == (0, 1, 2, 3)

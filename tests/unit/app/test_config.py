@@ -47,7 +47,8 @@ def test_experiments_compose_with_every_topology(topology, experiment):
 
 @pytest.mark.parametrize(("strategy", "experiment"), product(GROUPS["strategy"], GROUPS["experiment"]))
 def test_an_experiment_has_settings_of_its_own_for_each_strategy(strategy, experiment):
-    plain, config = typed(make(f"strategy={strategy}")), typed(make(f"strategy={strategy}", f"experiment={experiment}"))
+    plain = typed(make(f"strategy={strategy}", "sizes=paper"))
+    config = typed(make(f"strategy={strategy}", f"experiment={experiment}"))
     assert config.strategy["name"] == strategy
     assert config.strategy.keys() == plain.strategy.keys()  # no setting of another strategy
     assert dict(config.strategy) != dict(plain.strategy)
@@ -55,6 +56,15 @@ def test_an_experiment_has_settings_of_its_own_for_each_strategy(strategy, exper
         typed(make(f"strategy={strategy}", f"experiment={experiment}", "strategy.target_dtype=x")).strategy["target_dtype"]
         == "x"
     )
+
+
+@pytest.mark.parametrize("strategy", GROUPS["strategy"])
+def test_the_sizes_of_a_draft_follow_from_its_target(strategy):
+    paper = typed(make(f"strategy={strategy}", "sizes=paper")).strategy
+    small = typed(make(f"strategy={strategy}")).strategy
+    assert small != paper
+    assert typed(make(f"strategy={strategy}", "experiment=quickstart")).strategy == small
+    assert typed(make(f"strategy={strategy}", "target=tiny")).strategy == paper
 
 
 def test_settings_are_plain_containers():

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_dataflow.app.checkpoints import resolve_checkpoint, save_final_checkpoint
 from lightning_dataflow.app.command import command, is_multirun, job_arguments
@@ -10,6 +10,11 @@ from lightning_dataflow.app.ranks import leave_process_group
 from lightning_dataflow.app.schema import TrainConfig
 from lightning_dataflow.app.sweep import run_job
 from lightning_dataflow.contracts import UserError
+
+if TYPE_CHECKING:
+    import lightning as L
+
+    from lightning_dataflow.app.build import Builder
 
 
 def run(config: TrainConfig, settings: dict[str, Any]) -> float | None:
@@ -55,10 +60,12 @@ def train(config: TrainConfig, settings: dict[str, Any]) -> None:
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
     if parts.result_writer.path is None:
-        raise UserError(
-            f"{checkpoint} is at step {trainer.global_step} already, trainer.max_steps={trainer.max_steps} leaves nothing "
-            "to train: raise it"
-        )
+        if config.ckpt_path != "auto":
+            raise UserError(
+                f"{checkpoint} is at step {trainer.global_step} already, trainer.max_steps={trainer.max_steps} leaves "
+                "nothing to train: raise it"
+            )
+        _conclude(parts, trainer)
     save_final_checkpoint(trainer, run_dir)
     if skipped := parts.data.skipped():
         first = ", ".join(f"{seq} ({reason})" for seq, reason in sorted(skipped.items())[:3])
@@ -71,6 +78,14 @@ def train(config: TrainConfig, settings: dict[str, Any]) -> None:
             print(f"acceptance length {first['acceptance_length']:.3f} → {last['acceptance_length']:.3f}", flush=True)
         print(f"results in {run_dir}: result.json, figure.png, checkpoints/", flush=True)
     leave_process_group()
+
+
+def _conclude(parts: "Builder", trainer: "L.Trainer") -> None:
+    """End a run that was killed between its last checkpoint and its end: with nothing to train, Lightning calls no hook."""
+    parts.data.start(resumed=True)
+    parts.data.close("completed")
+    parts.result_writer.on_train_start(trainer, parts.module)
+    parts.result_writer.on_fit_end(trainer, parts.module)
 
 
 main = command(run)

@@ -152,7 +152,7 @@ class Watch:
             if self._restarts.is_due(trainer.name):
                 self._trainer_started = time.time()
                 written = latest_checkpoint(self._run_dir / "checkpoints")
-                trainer.start(*([] if written is None else ["ckpt_path=last"]))
+                trainer.start(*([] if written is None else ["ckpt_path=auto"]))
             return
         trainer.kill()
         how = trainer.how_it_ended()

@@ -87,6 +87,7 @@ class DataFlowDataModule(L.LightningDataModule):
         if not resumed:
             self.next_seq, self._skipped_before, self._recaptured_before = 0, {}, 0
         self.first_seq = self.next_seq
+        self._closed = False
         self.wait_seconds = 0.0
         trainer = self.trainer
         assert trainer is not None, "a fit has a trainer"

@@ -8,6 +8,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from lightning_dataflow.app import capture, commands, evaluate, show_mask, train
+from lightning_dataflow.app.commands import MAYBE_LATER
 
 BY_HAND = ("topology=disagg_online", "store=shared_dir", "role=producer", "run_name=test")
 TINY = ("experiment=tiny", "callbacks=no_evaluation", "logger=none", "trainer.max_steps=2")
@@ -79,8 +80,6 @@ def broken_file(folder: Path) -> str:
         (["topology=disagg_online", "role=trainer"], "needs the address of a Mooncake master: store.address=host:port"),
         (["role=producer"], "topology=online has no parts of its own, so role=producer has no meaning"),
         ([*BY_HAND, "channel.path=/proc/nowhere"], "cannot write to /proc/nowhere"),
-        ([*BY_HAND, "role=trainer", "topology.start_timeout_s=0"], "waited 0 s for a producer to announce the run in"),
-        ([*BY_HAND, "topology.start_timeout_s=0"], "waited 0 s for a trainer to begin in"),
         ([*BY_HAND, "store.root=/proc/nowhere"], "cannot use /proc/nowhere as a store"),
         ([*BY_HAND, "role=trainer", "store=mooncake", "store.address=127.0.0.1:9"], "127.0.0.1:9"),
         (["strategy=dflash", "data.path=ALTERNATING"], "has two supervised tokens in a row, so there is no block to train"),
@@ -132,6 +131,19 @@ def test_bad_input_is_one_line_and_status_1(run, tmp_path, capsys, overrides, me
     if "data.path=" in " ".join(overrides):
         overrides.append("data.num_eval_samples=0")
     assert run(train.main, *overrides) == 1
+    assert message in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("role", "message"),
+    [
+        ("trainer", "waited 0 s for a producer to announce the run in"),
+        ("producer", "waited 0 s for a trainer to begin in"),
+    ],
+)
+def test_a_part_that_might_do_better_later_says_so_by_its_status(run, capsys, role, message):
+    parts = [*(one for one in BY_HAND if not one.startswith("role=")), f"role={role}"]
+    assert run(train.main, *parts, "topology.start_timeout_s=0") == MAYBE_LATER
     assert message in one_line(capsys)
 
 

@@ -34,7 +34,7 @@ def make(*overrides: str):
 
 @pytest.mark.parametrize(("group", "name"), [(group, name) for group, names in GROUPS.items() for name in names])
 def test_every_file_composes(group, name):
-    config = typed(make(f"{group}={name}"))
+    config = typed(make(f"{group}={name}", "++target.path=folder"))
     assert isinstance(config, TrainConfig)
 
 
@@ -48,7 +48,8 @@ def test_experiments_compose_with_every_topology(topology, experiment):
 
 @pytest.mark.parametrize(("strategy", "experiment"), product(GROUPS["strategy"], GROUPS["experiment"]))
 def test_an_experiment_has_settings_of_its_own_for_each_strategy(strategy, experiment):
-    plain, config = typed(make(f"strategy={strategy}")), typed(make(f"strategy={strategy}", f"experiment={experiment}"))
+    plain = typed(make(f"strategy={strategy}", "sizes=paper"))
+    config = typed(make(f"strategy={strategy}", f"experiment={experiment}"))
     assert config.strategy["name"] == strategy
     assert config.strategy.keys() == plain.strategy.keys()  # no setting of another strategy
     assert dict(config.strategy) != dict(plain.strategy)
@@ -81,6 +82,23 @@ def test_the_commands_of_the_recipe_for_8_gpus(strategy):
         if config.topology.name == "disagg_online":
             most = data.global_batch_size * data.max_length * (6 * 4096 * 2 + 9)
             watermarks(config.topology, config.store).check_window(data.global_batch_size, 2 * most)
+
+
+@pytest.mark.parametrize("strategy", GROUPS["strategy"])
+def test_another_target_needs_its_path_and_gets_the_sizes_of_the_papers(strategy):
+    with pytest.raises(UserError, match=r"no value for target\.path: set it on the command line"):
+        typed(make("target=hf"))
+    paper = typed(make(f"strategy={strategy}", "sizes=paper")).strategy
+    assert typed(make(f"strategy={strategy}", "target=hf", "target.path=folder")).strategy == paper
+
+
+@pytest.mark.parametrize("strategy", GROUPS["strategy"])
+def test_the_sizes_of_a_draft_follow_from_its_target(strategy):
+    paper = typed(make(f"strategy={strategy}", "sizes=paper")).strategy
+    small = typed(make(f"strategy={strategy}")).strategy
+    assert small != paper
+    assert typed(make(f"strategy={strategy}", "experiment=quickstart")).strategy == small
+    assert typed(make(f"strategy={strategy}", "target=tiny")).strategy == paper
 
 
 def test_settings_are_plain_containers():

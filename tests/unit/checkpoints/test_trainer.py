@@ -117,7 +117,7 @@ def test_a_save_that_fails_half_way_is_no_checkpoint(fit, tmp_path, monkeypatch)
 
     monkeypatch.setattr(torch, "save", save_half)
     source_durable = []
-    monkeypatch.setattr(Source, "durable", lambda self, next_seq, step: source_durable.append(next_seq))
+    monkeypatch.setattr(Source, "durable", lambda self, next_seq, step, freed=(): source_durable.append(next_seq))
     with pytest.raises(OSError, match="No space"):
         fit(4)
     folder = tmp_path / "checkpoints"

@@ -6,6 +6,7 @@ import pytest
 
 from lightning_dataflow.app import watch as watch_module
 from lightning_dataflow.app.watch import Restarts, Watch, worker_name
+from lightning_dataflow.checkpoints.markers import mark_complete
 from lightning_dataflow.contracts import PeerFailedError
 from lightning_dataflow.control import RunPlan, SqliteMetadataStore
 from tests.streams import WIDE
@@ -77,10 +78,12 @@ def test_what_died_starts_again_up_to_the_limit(tmp_path, ledger, capsys):
 
 def test_a_trainer_goes_on_at_its_checkpoint(tmp_path, ledger):
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "step-000004.ckpt").touch()
+    path = tmp_path / "checkpoints" / "step-000004.ckpt"
+    path.write_bytes(b"weights")
+    mark_complete(path, 4)
     trainer = StandIn("trainer", KILLED)
     run(tmp_path, ledger, [StandIn("producer-0")], trainer, 1)
-    assert trainer.starts == [(), ("ckpt_path=last",)]
+    assert trainer.starts == [(), ("ckpt_path=auto",)]
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,9 @@ class DraftModule(L.LightningModule):
     `on_before_optimizer_step`, which runs before clipping, multiplies the gradients by P / D.
 
     Subclasses set `strategy_name`, build `self.draft` in their constructor, and implement `collate`, `objective` and
-    `drafter`; `packs` says that these heed where samples begin in a row.
+    `drafter`; `packs` says that these heed where samples begin in a row. A constructor names its own arguments and passes
+    the others on as `**options`: LightningCLI finds them by reading the calls of `super().__init__`, and all are in
+    `hparams`.
 
     Args:
         target: the target's Hugging Face folder. Only its sizes, embedding and head are read.
@@ -55,16 +57,17 @@ class DraftModule(L.LightningModule):
     def __init__(
         self,
         target: str,
-        layer_ids: list[int] | None,
-        target_dtype: str,
-        lr: float,
-        betas: tuple[float, float],
-        weight_decay: float,
-        warmup_ratio: float,
-        min_lr_ratio: float,
-        seed: int,
+        layer_ids: list[int] | None = None,
+        target_dtype: str = "float32",
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.0,
+        warmup_ratio: float = 0.02,
+        min_lr_ratio: float = 0.0,
+        seed: int = 0,
     ):
         super().__init__()
+        self.save_hyperparameters()  # of the subclasses' constructors too, which have not returned
         if target_dtype not in DTYPES:
             raise UserError(f"target_dtype={target_dtype} is unknown: use {' or '.join(DTYPES)}")
         self.target_info = read_target_info(target)

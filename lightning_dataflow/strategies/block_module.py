@@ -1,6 +1,9 @@
 """What the modules that draft whole blocks share: anchors, the mask token, the batch, the drafter."""
 
+from collections.abc import Callable
 from typing import Any, TypeVar
+
+import torch
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.data.collate import Batch, SampleRows
@@ -18,16 +21,21 @@ MAX_ANCHORS = 512
 BLOCK_FEATURES = ("input_ids", "loss_mask", "aux_hidden_states")
 _FIELDS = tuple(f"block_{name}" for name in Blocks._fields)
 Draft = TypeVar("Draft", bound=DFlashDraft)
+Config = TypeVar("Config")
 
 
 class BlockDraftModule(DraftModule):
     """Trains a draft on blocks of tokens at random anchors.
 
-    Subclasses build `self.draft` from `self.draft_sizes`.
+    Subclasses build `self.draft` with `self.new_draft`.
 
     Args:
+        num_layers: of the draft.
+        block_size: B, positions of a block.
         num_anchors: blocks drawn from a sample and pass, at most.
         mask_token_id: None for one that the tokenizer leaves free.
+        intermediate_size: of the draft's MLPs; None for the target's.
+        layer_types, sliding_window: see DFlashConfig; None for full attention.
 
     The other arguments are DraftModule's.
     """
@@ -39,18 +47,17 @@ class BlockDraftModule(DraftModule):
     def __init__(
         self,
         target: str,
-        layer_ids: list[int] | None,
-        num_anchors: int,
-        mask_token_id: int | None,
-        target_dtype: str,
-        lr: float,
-        betas: tuple[float, float],
-        weight_decay: float,
-        warmup_ratio: float,
-        min_lr_ratio: float,
-        seed: int,
+        layer_ids: list[int] | None = None,
+        num_layers: int = 5,
+        block_size: int = 16,
+        num_anchors: int = 256,
+        mask_token_id: int | None = None,
+        intermediate_size: int | None = None,
+        layer_types: list[str] | None = None,
+        sliding_window: int | None = None,
+        **options: Any,
     ):
-        super().__init__(target, layer_ids, target_dtype, lr, betas, weight_decay, warmup_ratio, min_lr_ratio, seed)
+        super().__init__(target, layer_ids, **options)
         if not 1 <= num_anchors <= MAX_ANCHORS:
             raise UserError(f"num_anchors={num_anchors}: choose 1 to {MAX_ANCHORS} blocks a sample")
         info = self.target_info
@@ -59,19 +66,7 @@ class BlockDraftModule(DraftModule):
             mask_token_id = choose_mask_token(load_tokenizer(info.path), info.vocab_size)
         self.mask_token_id = mask_token_id
         self._has_blocks = False  # known once a whole pass was read
-
-    def draft_sizes(
-        self,
-        *,
-        num_layers: int,
-        block_size: int,
-        intermediate_size: int | None,
-        layer_types: list[str] | None,
-        sliding_window: int | None,
-    ) -> dict[str, Any]:
-        """Arguments of DFlashConfig; what is not given here is the target's."""
-        info = self.target_info
-        return {
+        self._sizes = {
             "hidden_size": info.hidden_size,
             "intermediate_size": intermediate_size or info.intermediate_size,
             "num_layers": num_layers,
@@ -79,7 +74,7 @@ class BlockDraftModule(DraftModule):
             "num_key_value_heads": info.num_key_value_heads,
             "head_dim": info.head_dim,
             "vocab_size": info.vocab_size,
-            "mask_token_id": self.mask_token_id,
+            "mask_token_id": mask_token_id,
             "num_aux_layers": len(self.layer_ids),
             "block_size": block_size,
             "layer_types": tuple(layer_types or ()),
@@ -87,6 +82,12 @@ class BlockDraftModule(DraftModule):
             "rms_norm_eps": info.rms_norm_eps,
             "rope_theta": info.rope_theta,
         }
+
+    def new_draft(self, draft: Callable[[Config], Draft], config: Callable[..., Config], **sizes: Any) -> Draft:
+        """A draft of `config`, whose sizes are the target's and those of the constructor; its weights follow the seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.hparams["seed"])
+            return draft(config(**self._sizes, **sizes))
 
     def check_data(self, data: DataFlowDataModule) -> None:
         """See DraftModule. A block must fit into a sample; the mask token must be none of the data's, and its embedding

@@ -1,6 +1,7 @@
 """Domino (arXiv 2605.29707) as a LightningModule."""
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
 from lightning_dataflow.contracts import StepContext
@@ -16,9 +17,8 @@ class DominoModule(BlockDraftModule):
     """Trains a Domino draft: DFlash, and a correction of its logits by the tokens before each offset.
 
     Args:
-        num_layers, block_size, intermediate_size, layer_types, sliding_window, gamma: see DFlashModule.
         gru_hidden_dim, emb_dim, shift_label, pure_draft_prefix_len: see DominoConfig.
-        lambda_start, lambda_decay_ratio: see DominoObjective.
+        gamma, lambda_start, lambda_decay_ratio: see DominoObjective.
 
     The other arguments are BlockDraftModule's.
     """
@@ -29,14 +29,6 @@ class DominoModule(BlockDraftModule):
     def __init__(
         self,
         target: str,
-        layer_ids: list[int] | None = None,
-        num_layers: int = 5,
-        block_size: int = 16,
-        num_anchors: int = 256,
-        mask_token_id: int | None = None,
-        intermediate_size: int | None = None,
-        layer_types: list[str] | None = None,
-        sliding_window: int | None = None,
         gamma: float = 7.0,
         gru_hidden_dim: int = 512,
         emb_dim: int = 256,
@@ -44,46 +36,18 @@ class DominoModule(BlockDraftModule):
         pure_draft_prefix_len: int = 0,
         lambda_start: float = 1.0,
         lambda_decay_ratio: float = 0.5,
-        target_dtype: str = "float32",
-        lr: float = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.95),
-        weight_decay: float = 0.0,
-        warmup_ratio: float = 0.02,
-        min_lr_ratio: float = 0.0,
-        seed: int = 0,
+        **options: Any,
     ):
-        super().__init__(
-            target,
-            layer_ids,
-            num_anchors,
-            mask_token_id,
-            target_dtype,
-            lr,
-            betas,
-            weight_decay,
-            warmup_ratio,
-            min_lr_ratio,
-            seed,
-        )
-        self.save_hyperparameters()
+        super().__init__(target, **options)
         self.shift_label = shift_label
-        sizes = self.draft_sizes(
-            num_layers=num_layers,
-            block_size=block_size,
-            intermediate_size=intermediate_size,
-            layer_types=layer_types,
-            sliding_window=sliding_window,
-        )
-        config = DominoConfig(
+        self.draft = self.new_draft(
+            DominoDraft,
+            DominoConfig,
             gru_hidden_dim=gru_hidden_dim,
             emb_dim=emb_dim,
             shift_label=shift_label,
             pure_draft_prefix_len=pure_draft_prefix_len,
-            **sizes,
         )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.draft = DominoDraft(config)
         self._objective = DominoObjective(
             gamma=gamma, shift_label=shift_label, lambda_start=lambda_start, lambda_decay_ratio=lambda_decay_ratio
         )

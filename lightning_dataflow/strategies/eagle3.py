@@ -52,16 +52,9 @@ class Eagle3Module(DraftModule):
         lk_loss: str | None = None,
         kl_scale: float = 0.9,
         kl_decay: float = 1.5,
-        target_dtype: str = "float32",
-        lr: float = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.95),
-        weight_decay: float = 0.0,
-        warmup_ratio: float = 0.02,
-        min_lr_ratio: float = 0.0,
-        seed: int = 0,
+        **options: Any,
     ):
-        super().__init__(target, layer_ids, target_dtype, lr, betas, weight_decay, warmup_ratio, min_lr_ratio, seed)
-        self.save_hyperparameters()
+        super().__init__(target, layer_ids, **options)
         if lk_loss not in (None, "alpha", "lambda"):
             raise UserError(f"lk_loss={lk_loss} is unknown: use alpha, lambda, or leave it out")
         if num_steps < 1:
@@ -85,7 +78,7 @@ class Eagle3Module(DraftModule):
             train_embeddings=train_embeddings,
         )
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(self.hparams["seed"])
             self.draft = Eagle3Draft(config)
         self._vocab_prompts = ""  # version of the prompts that the draft vocabulary was cut from
         self._objective = Eagle3Objective(

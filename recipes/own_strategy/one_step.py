@@ -59,22 +59,10 @@ class OneStepModule(DraftModule):
 
     strategy_name = "one_step"
 
-    def __init__(
-        self,
-        target: str,
-        layer_ids: list[int] | None = None,
-        target_dtype: str = "float32",
-        lr: float = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.95),
-        weight_decay: float = 0.0,
-        warmup_ratio: float = 0.02,
-        min_lr_ratio: float = 0.0,
-        seed: int = 0,
-    ):
-        super().__init__(target, layer_ids, target_dtype, lr, betas, weight_decay, warmup_ratio, min_lr_ratio, seed)
-        self.save_hyperparameters()
+    def __init__(self, target: str, **options: Any):
+        super().__init__(target, **options)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(self.hparams["seed"])
             self.draft = OneStepDraft(len(self.layer_ids), self.target_info.hidden_size)
 
     def collate(self, rows: SampleRows) -> dict[str, Any]:

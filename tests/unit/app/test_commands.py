@@ -179,6 +179,14 @@ def test_train_then_resume_then_evaluate(run, tmp_path, capsys):
     assert "acceptance_length" in capsys.readouterr().out
     assert run(train.main, "trainer.max_steps=4", "ckpt_path=last") == 1
     assert "leaves nothing to train: raise it" in one_line(capsys)
+    # A run that was killed behind its last checkpoint.
+    path = Path("runs/test/result.json")
+    whole = json.loads(path.read_text())
+    path.unlink()
+    assert run(train.main, "trainer.max_steps=4", "ckpt_path=auto") == 0
+    ended = json.loads(path.read_text())
+    for name in ("status", "losses", "optimizer_steps", "samples_trained", "samples_skipped"):
+        assert ended[name] == whole[name], name
     assert run(train.main, "trainer.max_steps=5", "run_name=other", f"ckpt_path='{checkpoint}'") == 1
     assert "the checkpoint belongs to the run test, this is other" in one_line(capsys)
     assert run(evaluate.main, "evaluate.checkpoint=null") == 1

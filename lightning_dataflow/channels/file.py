@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_dataflow.channels.base import MAX_LINE_BYTES, StreamingRefChannel, check_card
+from lightning_dataflow.channels.lines import seal, unseal
 from lightning_dataflow.contracts import SCHEMA_VERSION, LogRecord, PeerTimeoutError, UserError, assert_no_tensors
 from lightning_dataflow.contracts.log import record_from_json
 
@@ -53,7 +54,7 @@ class FileChannel(StreamingRefChannel):
         self._segment = -1  # of the reader; below the first one before it has read anything
         self._offset = 0
         self._partial = b""
-        self._lines: deque[bytes] = deque()  # complete, of the current segment, and not parsed yet
+        self._lines: deque[tuple[int, bytes]] = deque()  # complete ones of this segment, with where they start
         self._highest: dict[int, int] = {}  # highest seq of every segment that this reader has read from
         self.card()
 
@@ -89,7 +90,7 @@ class FileChannel(StreamingRefChannel):
 
     def append(self, lines: Sequence[bytes]) -> None:
         """See StreamingRefChannel."""
-        data = b"".join(lines)
+        data = b"".join(seal(line) for line in lines)
         with self._exclusive():
             segment = os.open(self._last_segment(), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             try:
@@ -105,7 +106,7 @@ class FileChannel(StreamingRefChannel):
         """See StreamingRefChannel."""
         records: list[LogRecord] = []
         while len(records) < max_records and (self._lines or self._fill()):
-            record = self._parse(self._lines.popleft())
+            record = self._parse(*self._lines.popleft())
             if record is not None:
                 records.append(record)
                 self._highest[self._segment] = max(self._highest.get(self._segment, -1), record.seq)
@@ -128,12 +129,15 @@ class FileChannel(StreamingRefChannel):
     def _fill(self) -> bool:
         """Split more of the log into lines; False when it has no complete ones yet."""
         while chunk := self._read():
+            start = self._offset - len(chunk) - len(self._partial)
             *lines, self._partial = (self._partial + chunk).split(b"\n")
             if len(self._partial) > MAX_LINE_BYTES:
                 path = self._path(self._segment)
                 raise UserError(f"{path} has a line of over {MAX_LINE_BYTES} bytes: it is no log of references")
+            for line in lines:
+                self._lines.append((start, line))
+                start += len(line) + 1
             if lines:
-                self._lines.extend(lines)
                 return True
         return False
 
@@ -159,18 +163,20 @@ class FileChannel(StreamingRefChannel):
         self._offset += len(chunk)
         return chunk
 
-    def _parse(self, line: bytes) -> LogRecord | None:
+    def _parse(self, start: int, line: bytes) -> LogRecord | None:
         if not line:
             return None
         try:
-            data = json.loads(line)
-        except ValueError:
-            self.num_torn += 1
-            return None
-        try:
+            data = unseal(line)
+            if data is None:
+                self.num_torn += 1
+                return None
             record = record_from_json(data)
         except UserError as error:
-            raise UserError(f"{self._path(self._segment)}: {error}") from error
+            raise UserError(
+                f"{self._path(self._segment)} is damaged in the line at byte {start}: {error}; put back an undamaged "
+                "copy, or start again under another run_name"
+            ) from error
         if record.ref is not None and record.ref.origin.run_id != self._known_run_id():
             raise UserError(
                 f"{self._path(self._segment)} holds references of run {record.ref.origin.run_id}, {CARD} is of run "

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lightning_dataflow.channels import FileChannel
+from lightning_dataflow.channels.lines import seal
 from lightning_dataflow.contracts import LogRecord, PeerTimeoutError, UserError, ref_to_json
 from lightning_dataflow.contracts.log import replaces
 from tests.streams import forked, make_ref
@@ -110,6 +111,40 @@ def test_a_torn_line_at_the_end_of_a_full_segment(channel):
     assert channel.num_torn == 1
 
 
+def test_a_writer_killed_at_any_byte_leaves_no_damage(channel):
+    """Whatever part of a line is there, it is a torn one: skipped and counted, and nothing else is lost."""
+    channel.publish(refs(0))
+    path = channel.folder / segments(channel)[0]
+    line = path.read_bytes()
+    for length in range(1, len(line) - 1):
+        path.write_bytes(line + line[:length] + b"\n" + line)
+        late = reader(channel)
+        assert [one.seq for one in late.poll()] == [0, 0], length
+        assert late.num_torn == 1, length
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda line: line.replace(b'"seq":1', b'"seq":2', 1), "its checksum does not match"),
+        (lambda line: line[:60] + b"\0" + line[61:], "its checksum does not match"),
+        (lambda line: line[:-40] + b"\0" * 40, "it has no checksum"),
+        (lambda line: line[40:], "its checksum does not match"),
+        (lambda line: b"\xff" + line[1:-30], "it has no checksum"),
+        (lambda line: b'{"kind":"end","seq":1}', "it has no checksum"),
+    ],
+)
+def test_damage_is_told_with_its_place(channel, change, reason):
+    channel.publish(refs(0, 1, 2))
+    path = channel.folder / segments(channel)[0]
+    first, second, third = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join((first, change(second), third, b"")))
+    late = reader(channel)
+    with pytest.raises(UserError) as error:
+        late.poll()
+    assert str(error.value).startswith(f"{path} is damaged in the line at byte {len(first) + 1}: {reason}; put back")
+
+
 def write(folder: Path, first: int) -> None:
     channel = FileChannel(folder, segment_bytes=65536)
     for start in range(first, first + 500, 5):
@@ -156,7 +191,7 @@ def test_trim_drops_whole_segments_that_are_read_and_past(channel):
         pass
     channel.trim(30)
     kept = [one.seq for one in reader(channel).poll()]
-    assert kept[-31:] == list(range(29, 60))
+    assert kept[-30:] == list(range(30, 60))
     assert len(kept) < 60
     channel.trim(60)
     assert segments(channel) == before[-1:]  # the last is still written to
@@ -245,11 +280,12 @@ def line(**changes: Any) -> str:
         ('{"kind":"end","seq":true}\n', "not a log record"),
         ('{"kind":"end","seq":1e9}\n', "not a log record"),
         ('{"kind":"skip","seq":0}\n', "gives no reason"),
-        ("[1]\n", "not a log record"),
+        ("{}\n", "not a log record"),
         ("x" * (1 << 21), "has a line of over 1048576 bytes"),
     ],
 )
 def test_what_others_write_is_checked(channel, content, message):
+    content = content if len(content) > 1 << 20 else seal(content.encode()).decode()
     (channel.folder / "log-00000000.jsonl").write_text(content)
     with pytest.raises(UserError, match=message) as error:
         channel.poll()

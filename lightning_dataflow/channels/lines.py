@@ -1,0 +1,51 @@
+"""Lines of a log in a file: each carries a checksum of itself, so that damage is told from a write that was cut short."""
+
+import json
+import re
+import zlib
+from typing import Any
+
+from lightning_dataflow.contracts import UserError
+
+_CHECKSUM = re.compile(rb',"crc32":"([0-9a-f]{8})"\}$')
+_LITERALS = ("true", "false", "null", "-")
+
+
+def seal(line: bytes) -> bytes:
+    """Add the checksum to a line, a JSON object and its newline, as its last field."""
+    body = line.removesuffix(b"\n")
+    return b'%b,"crc32":"%08x"}\n' % (body[:-1], zlib.crc32(body))
+
+
+def unseal(line: bytes) -> dict[str, Any] | None:
+    """The object of a line without its newline; None for one that a killed writer left unfinished.
+
+    Raises UserError for anything else: bytes that no writer wrote.
+    """
+    found = _CHECKSUM.search(line)
+    if found is None:
+        if _is_cut_short(line):
+            return None
+        raise UserError("it has no checksum")
+    body = line[: found.start()] + b"}"
+    if int(found[1], 16) != zlib.crc32(body):
+        raise UserError("its checksum does not match")
+    try:
+        return json.loads(body)
+    except ValueError as error:
+        raise UserError("it is no JSON") from error
+
+
+def _is_cut_short(line: bytes) -> bool:
+    """Whether more bytes could make a JSON object of this."""
+    if not line.startswith(b"{"):
+        return False
+    try:
+        json.loads(line)
+    except json.JSONDecodeError as error:
+        rest = error.doc[error.pos :]
+        at_end = not rest.strip() or any(literal.startswith(rest) for literal in _LITERALS)
+        return at_end or error.msg.startswith(("Unterminated string", "Invalid \\"))
+    except UnicodeDecodeError:
+        return False
+    return False

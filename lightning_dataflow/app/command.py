@@ -1,5 +1,6 @@
 """What all commands share: configuration, logging, and one-line errors."""
 
+import errno
 import logging
 import os
 import sys
@@ -53,6 +54,8 @@ def command(function: Command) -> Callable[[], None]:
 def _is_for_the_user(error: Exception) -> bool:
     """Whether the message says all there is to say; otherwise the traceback does."""
     if isinstance(error, UserError | CapacityError | PermissionError | PeerFailedError | PeerTimeoutError):
+        return True
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     foreign = (
         ("lightning_dataflow.stores", "StoreUnavailableError"),

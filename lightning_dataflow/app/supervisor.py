@@ -13,6 +13,7 @@ from lightning_dataflow.app.ranks import num_processes
 from lightning_dataflow.app.schema import TrainConfig
 from lightning_dataflow.app.topologies import run_id, watermarks
 from lightning_dataflow.app.watch import Restarts, Watch
+from lightning_dataflow.callbacks.result import write_result
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.control import resolve_control_plane
 from lightning_dataflow.control.heartbeat import SUPERVISOR, Heartbeat, check_no_other_trainer
@@ -66,7 +67,7 @@ def supervise(config: TrainConfig, arguments: Sequence[str]) -> None:
 def _count_restarts(result: Path, restarts: Restarts, since: float) -> None:
     """The trainer, which writes its result, does not know of them."""
     if result.is_file() and result.stat().st_mtime >= since:
-        result.write_text(json.dumps(json.loads(result.read_text()) | {"restarts": restarts.counts}, indent=1) + "\n")
+        write_result(result, json.loads(result.read_text()) | {"restarts": restarts.counts})
 
 
 def _terminate(number: int, frame: object) -> None:

@@ -56,13 +56,16 @@ class ResultWriter(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Lightning's hook."""
         status = "interrupted" if isinstance(exception, KeyboardInterrupt) else f"failed: {type(exception).__name__}"
-        self._write(trainer, pl_module, status)
+        try:
+            self._write(trainer, pl_module, status)
+        except OSError as error:  # the exception at hand says more
+            print(f"no result was written: {error}", flush=True)
 
     def _write(self, trainer: L.Trainer, pl_module: Any, status: str) -> None:
         if self.path is None or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self._result(trainer, pl_module, status), indent=1) + "\n")
+        write_result(self.path, self._result(trainer, pl_module, status))
 
     def _result(self, trainer: L.Trainer, pl_module: Any, status: str) -> dict[str, Any]:
         data = trainer.datamodule  # type: ignore[attr-defined]
@@ -93,6 +96,17 @@ class ResultWriter(L.Callback):
         for report in reports:
             result |= report
         return result
+
+
+def write_result(path: Path, result: Mapping[str, Any]) -> None:
+    """Write `result` to `path`, all of it or nothing."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(json.dumps(result, indent=1) + "\n")
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def _versions() -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Checkpoints of one file: written beside their place, read without unpickling."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,16 @@ class CheckpointFiles(TorchCheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = hidden_part(path)
-        torch.save(checkpoint, part)
-        part.replace(path)
+        try:
+            with part.open("wb") as file:
+                torch.save(checkpoint, file)
+            part.replace(path)
+        except (OSError, RuntimeError) as error:  # torch's own says nothing of the disk
+            part.unlink(missing_ok=True)
+            cause = error if isinstance(error, OSError) else error.__context__
+            if isinstance(cause, OSError) and cause.errno is not None:
+                raise OSError(cause.errno, os.strerror(cause.errno), str(path)) from error
+            raise
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = lambda storage, _: storage, weights_only: bool | None = True

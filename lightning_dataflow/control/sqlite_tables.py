@@ -1,6 +1,8 @@
 """The tables of the SQLite ledger and the statements on them; what they mean is `sqlite.py`'s business."""
 
+import errno
 import json
+import os
 import sqlite3
 import threading
 import time
@@ -197,14 +199,32 @@ class LedgerTables:
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """All or nothing, and nobody else in between; an exception inside undoes it."""
-        with self._lock:
+        with self._lock, self._explained():
             self._patiently("BEGIN IMMEDIATE")
             try:
                 yield
                 self.db.execute("COMMIT")
             except BaseException:
-                self.db.execute("ROLLBACK")
+                if self.db.in_transaction:  # SQLite has undone it itself when the disk is full
+                    self.db.execute("ROLLBACK")
                 raise
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Errors of the file in terms of what to do."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            if "full" not in str(error):
+                raise
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path)) from error
+        except sqlite3.DatabaseError as error:
+            if type(error) is not sqlite3.DatabaseError:
+                raise
+            raise UserError(
+                f"the ledger {self._path} is damaged ({error}): put back an undamaged copy of its folder, or start again "
+                "under another run_name"
+            ) from error
 
     def _patiently(self, statement: str, *parameters: Any) -> sqlite3.Cursor:
         """Execute, and wait for other processes while they hold the file."""

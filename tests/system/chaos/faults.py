@@ -19,10 +19,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import lightning.fabric.plugins.io.torch_io as checkpoint_io
 import torch
 
 from lightning_dataflow.channels import FileChannel
+from lightning_dataflow.checkpoints.files import CheckpointFiles
 from lightning_dataflow.contracts import CapacityError, SampleOrigin
 from lightning_dataflow.control import ControlPlane
 from lightning_dataflow.data import DataFlowDataModule
@@ -42,7 +42,7 @@ MOMENTS: dict[str, dict[str, tuple[Any, str]]] = {
         "read": (MooncakeFeatureStore, "get_many"),
         "optimizer step": (DraftModule, "on_before_optimizer_step"),
         "ack": (DataFlowDataModule, "mark_applied"),
-        "checkpoint": (checkpoint_io, "_atomic_save"),
+        "checkpoint": (CheckpointFiles, "save_checkpoint"),
     },
 }
 """What a fault can come before or after, by the kind of part."""
@@ -144,7 +144,8 @@ def _torn(part: str, args: Any) -> bool:
     planned = json.loads((FOLDER / "faults.json").read_text())
     for index, fault in enumerate(planned):
         if (fault["part"], fault["moment"]) == (part, "half a checkpoint") and _first(index):
-            checkpoint, path = args[0], Path(str(args[1]))
+            _, checkpoint, path = args
+            path = Path(path)
             memory = io.BytesIO()
             torch.save(checkpoint, memory)
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """A DataFlowTrainer: complete checkpoints, exact state, refusals. The fits are the smallest there are."""
 
+import errno
 import json
 import os
 import pickle
@@ -108,12 +109,12 @@ def test_a_save_that_fails_half_way_is_no_checkpoint(fit, tmp_path, monkeypatch)
     """Also where a complete one had that name, and nothing is called durable."""
     save, calls = torch.save, []
 
-    def save_half(checkpoint, path):
-        calls.append(path)
-        save(checkpoint, path)
+    def save_half(checkpoint, file):
+        calls.append(file)
+        save(checkpoint, file)
         if len(calls) == 3:
-            os.truncate(path, os.path.getsize(path) // 2)
-            raise OSError("No space left on device")
+            file.truncate(file.tell() // 2)
+            raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(torch, "save", save_half)
     source_durable = []

@@ -597,6 +597,7 @@ def test_a_process_that_stops_or_dies_inside_a_write_blocks_for_a_bounded_time(t
         time.sleep(0.01)
     start = time.monotonic()
     if number == signal.SIGKILL:
+        holder.join()
         assert lease(ledger).seqs == (0, 1, 2, 3)
     else:
         with pytest.raises(PeerTimeoutError, match="is a process of the run stopped inside a write"):
@@ -622,6 +623,34 @@ def test_files_that_are_no_ledgers(tmp_path):
     for wrong in (path, tmp_path, tmp_path / "nowhere" / "ledger.sqlite"):
         with pytest.raises(UserError, match=r"cannot use .* as a ledger .*: choose another channel\.path"):
             SqliteMetadataStore(wrong)
+
+
+def test_a_ledger_that_is_damaged_while_it_is_used(tmp_path):
+    path = tmp_path / "ledger.sqlite"
+    ledger = SqliteMetadataStore(path)
+    begin(ledger, stop=5000, window=8)
+    for _ in range(50):
+        commit(ledger, lease(ledger, group=8))
+    ledger.close()
+    size = path.stat().st_size
+    with open(path, "r+b") as file:
+        file.seek(4096)
+        file.write(b"\x55" * (size - 4096))
+    with pytest.raises(UserError, match=r"(the ledger .* is damaged|as a ledger) .*(malformed|not a database)"):
+        again = SqliteMetadataStore(path)
+        commit(again, lease(again, group=8))
+
+
+def test_a_full_disk_is_an_error_of_the_system_with_the_path(tmp_path):
+    ledger = SqliteMetadataStore(tmp_path / "ledger.sqlite")
+    begin(ledger, stop=50000, window=8)
+    (pages,) = ledger._tables.db.execute("PRAGMA page_count").fetchone()
+    ledger._tables.db.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(OSError, match=r"No space left on device: .*ledger\.sqlite"):
+        for _ in range(1000):
+            commit(ledger, lease(ledger, group=8))
+    ledger._tables.db.execute("PRAGMA max_page_count = 100000")
+    commit(ledger, lease(ledger, group=8))  # and it goes on where there is room again
 
 
 def test_the_file_stays_small(tmp_path):

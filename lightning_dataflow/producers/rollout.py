@@ -5,7 +5,14 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-from lightning_dataflow.contracts import CapacityError, CaptureMismatchError, PeerTimeoutError, SampleOrigin, SampleRef
+from lightning_dataflow.contracts import (
+    CapacityError,
+    CaptureMismatchError,
+    PeerFailedError,
+    PeerTimeoutError,
+    SampleOrigin,
+    SampleRef,
+)
 from lightning_dataflow.control import MAX_ATTEMPTS, ControlPlane, Lease, RunPlan, Watermarks
 from lightning_dataflow.control.heartbeat import Heartbeat
 from lightning_dataflow.data.streaming import announcement_to_json
@@ -72,6 +79,7 @@ class RolloutWorker:
         Raises:
             PeerTimeoutError: no trainer began, or the trainer gave no sign of life.
             CaptureMismatchError: the target captures something else than was announced.
+            PeerFailedError: no capture server is left.
             UserError: a watermark is below a window.
         """
         heartbeat = Heartbeat(self.plane.ledger, self.name, lambda: self.state, renew_s=self.lease_s)
@@ -120,9 +128,8 @@ class RolloutWorker:
     def _capture(self, lease: Lease) -> State:
         refs: dict[int, SampleRef] = {}
         try:
-            for seq, (origin, tensors) in zip(lease.seqs, self.feed.capture(lease.seqs, lease.attempt), strict=True):
-                if seq in lease.wanted:
-                    refs[seq] = self._put(tensors, origin)
+            for seq, ref in self.feed.store(lease.seqs, lease.attempt, lease.wanted, self._put):
+                refs[seq] = ref
             accepted = self.plane.publish(lease, refs)
         except BaseException as error:
             for ref in refs.values():
@@ -130,6 +137,9 @@ class RolloutWorker:
             if isinstance(error, CapacityError):
                 self.plane.give_back(lease, str(error), counts=False)
                 return "idle"
+            if isinstance(error, PeerFailedError):  # no fault of the prompts: somebody else may capture them
+                self.plane.give_back(lease, str(error), counts=False)
+                raise
             self.plane.give_back(lease, f"capture failed: {str(error) or type(error).__name__}")
             if isinstance(error, CaptureMismatchError) or not isinstance(error, Exception):
                 raise

@@ -32,7 +32,9 @@ class EmptyPackage(ModuleType):
         if name.startswith("__"):
             raise AttributeError(name)
         if name[0].isupper():
-            value: Any = EmptyType(name, (), {"__module__": self.__name__, "__init__": _ignore, "__init_subclass__": _ignore})
+            value: Any = EmptyType(
+                name, (), {"__module__": self.__name__, "__init__": _ignore, "__init_subclass__": _ignore}
+            )
         else:
             value = _package(f"{self.__name__}.{name}")
         setattr(self, name, value)

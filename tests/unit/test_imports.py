@@ -16,7 +16,8 @@ ALLOWED = {
     "channels": {"contracts"},
     "control": {"contracts", "channels", "stores"},
     "prompts": {"contracts"},
-    "targets": {"contracts"},
+    "sglang_plugin": {"contracts", "stores"},
+    "targets": {"contracts", "leash", "sglang_plugin"},
     "models": {"contracts"},
     "objectives": {"contracts", "models"},
     "data": {"contracts", "stores", "channels", "control"},
@@ -31,7 +32,7 @@ LIBRARIES = {
     "hydra": {"app"},
     "omegaconf": {"app"},
     "lightning": {"data", "strategies", "callbacks", "app"},
-    "sglang": set(),
+    "sglang": {"sglang_plugin"},
     "mooncake": {"stores"},
     "transformers": {"prompts", "targets", "app"},
     "matplotlib": {"app"},
@@ -71,6 +72,8 @@ def test_dependencies_point_one_way(path: Path):
         ("lightning_dataflow.contracts", ["torch", "numpy"]),
         ("lightning_dataflow.app.status", ["torch", "lightning", "hydra"]),
         ("lightning_dataflow.stores", ["lightning", "hydra", "transformers"]),
+        ("lightning_dataflow.sglang_plugin.wire", ["torch"]),
+        ("lightning_dataflow.sglang_plugin.hook", ["lightning", "hydra", "transformers"]),
     ],
 )
 def test_what_an_import_does_not_load(module: str, absent: list[str]):

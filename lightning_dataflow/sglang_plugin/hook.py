@@ -99,7 +99,7 @@ def moved_hook_points() -> list[str]:
 
 
 def copy_to_cpu(original: Callable[..., Any], result: Any, *args: Any, **call: Any) -> Any:
-    """Copy the last hidden states too, behind the forward pass on the same stream, before the event that ends the copies."""
+    """Copy the last hidden states too, behind the forward pass, on the stream and before the event of the other copies."""
     from sglang.srt.managers.utils import _async_d2h
 
     output = result.logits_output

@@ -1,8 +1,10 @@
 """Target engine `sglang_server`: stock SGLang servers with our plugin. Features go into the run's store without us."""
 
+import secrets
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -98,25 +100,8 @@ class SGLangServerTarget(ReferenceEngine):
     def capture(self, batch: Sequence[Sequence[int]]) -> list[dict[str, torch.Tensor]]:
         """See TargetEngine; by way of the store."""
         assert self._reader is not None, "an engine for references only"
-        found = []
-        for index, token_ids in enumerate(batch):
-            origin = SampleOrigin(
-                sample_id=f"capture-{index}",
-                run_id=self.store_id,
-                source_task_id=f"capture-{index}",
-                source_id=f"capture-{index}",
-                capture=self.capture_spec,
-                target_model_version=self.info.model_version,
-                tokenizer_version=self.info.tokenizer_version,
-                num_tokens=len(token_ids),
-            )
-            ref = self.capture_ref(token_ids, [1] * len(token_ids), origin)
-            tensors, handle = self._reader.get(ref)
-            self._reader.release(handle)
-            if tensors["input_ids"].tolist() != list(token_ids):
-                raise CaptureMismatchError(f"the store holds other tokens for prompt {index} than were sent")
-            found.append({name: tensors[name] for name in ("aux_hidden_states", "last_hidden_state")})
-        return found
+        with ThreadPoolExecutor(self.num_requests) as pool:
+            return list(pool.map(self._capture_and_read, batch))
 
     def capture_ref(self, token_ids: Sequence[int], loss_mask: Sequence[int], origin: SampleOrigin) -> SampleRef:
         """See ReferenceEngine."""
@@ -135,6 +120,26 @@ class SGLangServerTarget(ReferenceEngine):
                 raise
             self._give_back(member)
             return self._verified(ref, origin, member.server.url)
+
+    def _capture_and_read(self, token_ids: Sequence[int]) -> dict[str, torch.Tensor]:
+        assert self._reader is not None, "checked"
+        name = f"capture-{secrets.token_hex(8)}"
+        origin = SampleOrigin(
+            sample_id=name,
+            run_id=self.store_id,
+            source_task_id=name,
+            source_id=name,
+            capture=self.capture_spec,
+            target_model_version=self.info.model_version,
+            tokenizer_version=self.info.tokenizer_version,
+            num_tokens=len(token_ids),
+        )
+        ref = self.capture_ref(token_ids, [1] * len(token_ids), origin)
+        tensors, handle = self._reader.get(ref)
+        self._reader.release(handle)
+        if tensors["input_ids"].tolist() != list(token_ids):
+            raise CaptureMismatchError(f"the store holds other tokens than the {len(token_ids)} that were sent")
+        return {feature: tensors[feature] for feature in ("aux_hidden_states", "last_hidden_state")}
 
     def _take(self) -> _Member:
         """The least busy server that is there; waits for a place, and looks after those that are gone."""

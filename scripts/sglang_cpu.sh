@@ -12,10 +12,11 @@ sglang="sglang==0.5.23 apache-tvm-ffi==0.1.11 compressed-tensors xgrammar==0.2.7
 needs="transformers==5.19.0 psutil pyzmq pydantic fastapi uvicorn uvloop aiohttp requests orjson msgspec python-multipart packaging
   pillow setproctitle pybase64 xxhash einops prometheus-client partial_json_parser tqdm interegular regex tiktoken IPython openai
   dill loguru jsonschema cffi safetensors setuptools>=77"
+ours="lightning hydra-core jinja2 matplotlib"   # for target.engine=sglang, whose trainer is in the same process
 mooncake="mooncake-transfer-engine-non-cuda==0.3.13.post1"
 
 python=$(command -v python3.11 || command -v python3)
-key=$({ "$python" -V; echo "torch==2.13.0 numpy $needs $sglang $mooncake"; } | sha256sum | cut -c1-16)
+key=$({ "$python" -V; echo "torch==2.13.0 numpy $needs $ours $sglang $mooncake"; } | sha256sum | cut -c1-16)
 venv="${XDG_CACHE_HOME:-$HOME/.cache}/lightning-dataflow/sglang-$key"
 if [ "${1:-}" = "--where" ]; then
   echo "$venv"
@@ -25,11 +26,11 @@ fi
 if [ ! -e "$venv/installed" ]; then
   echo "installing into $venv" >&2
   [ -x "$venv/bin/pip" ] || "$python" -m venv "$venv"
-  "$venv/bin/pip" install -q -c constraints.txt torch numpy
+  "$venv/bin/python" -m pip install -q -c constraints.txt torch numpy
   # shellcheck disable=SC2086
-  "$venv/bin/pip" install -q -c constraints.txt $needs
+  "$venv/bin/python" -m pip install -q -c constraints.txt $needs $ours
   # shellcheck disable=SC2086
-  "$venv/bin/pip" install -q --no-deps $sglang $mooncake
+  "$venv/bin/python" -m pip install -q --no-deps $sglang $mooncake
   touch "$venv/installed"
 fi
 
@@ -37,5 +38,5 @@ fi
 site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 cp tests/sglang/sglang_cpu_stand_ins.py "$site/"
 echo "import sglang_cpu_stand_ins" > "$site/sglang_cpu_stand_ins.pth"
-"$venv/bin/pip" install -q --no-deps --no-build-isolation -e .  # the environment may point at another checkout
+"$venv/bin/python" -m pip install -q --no-deps --no-build-isolation -e .  # the environment may point at another checkout
 echo "$venv"

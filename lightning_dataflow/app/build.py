@@ -1,5 +1,6 @@
 """From configuration to objects: one function per part."""
 
+import atexit
 import importlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -40,6 +41,7 @@ class Builder:
         self.config = config
         self.settings = settings
         self.resources = ExitStack()
+        atexit.register(self.resources.close)  # for those who do not close them before
         log_once()
         _import(config.imports)
         _prepare(config)
@@ -67,6 +69,10 @@ class Builder:
             from lightning_dataflow.app.capture_servers import served_target
 
             return served_target(self)
+        if target.engine == "sglang":
+            from lightning_dataflow.app.capture_servers import engine_target
+
+            return engine_target(self)
         return HFTargetEngine(target.path, layer_ids=self.layer_ids, dtype=target.dtype, device=target.device)
 
     @cached_property

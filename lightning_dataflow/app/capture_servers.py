@@ -1,5 +1,7 @@
-"""The target of a run whose features come from SGLang servers."""
+"""The target of a run whose features come from SGLang: from servers, or from an engine of this process."""
 
+import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 from lightning_dataflow.app.schema import StoreConfig, TargetConfig
 from lightning_dataflow.app.topologies import read_secret, run_id, shared_dir_root
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.sglang_plugin.wire import SERVER_FILE
+from lightning_dataflow.stores import SharedDirFeatureStore
 from lightning_dataflow.targets import SGLangServerTarget
+from lightning_dataflow.targets.sglang_engine import SGLangTarget, exchange_folder
 from lightning_dataflow.targets.sglang_local import LocalSGLang
 
 if TYPE_CHECKING:
@@ -46,6 +51,23 @@ def start_server(parts: "Builder") -> LocalSGLang:
     parts.resources.callback(server.close)
     print(f"SGLang server at {server.url}, log in {server.log_path}", flush=True)
     return server
+
+
+def engine_target(parts: "Builder") -> SGLangTarget:
+    """SGLang in this process."""
+    config = parts.config
+    folder = Path(parts.resources.enter_context(exchange_folder()))
+    settings = folder / "server.json"
+    settings.write_text(json.dumps({"store": "shared_dir", "root": str(folder / "features")}))
+    os.environ[SERVER_FILE] = str(settings)  # the engine's process is spawned, and looks there
+    target = SGLangTarget(
+        config.target.path,
+        layer_ids=parts.layer_ids,
+        store=SharedDirFeatureStore(folder / "features"),
+        arguments=config.target.server_args,
+    )
+    parts.resources.callback(target.close)
+    return target
 
 
 def server_settings(store: StoreConfig, channel_path: str) -> dict[str, Any]:

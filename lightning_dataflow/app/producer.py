@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_dataflow.app.schema import TrainConfig
+from lightning_dataflow.contracts import PeerFailedError
 
 if TYPE_CHECKING:
     from lightning_dataflow.producers import RolloutWorker
@@ -30,8 +31,19 @@ def produce(config: TrainConfig, settings: dict[str, Any]) -> None:
             parts.resources.callback(worker.plane.close)
         feed, log = workers[0].feed, workers[0].plane.log
         print(f"announced {len(feed)} samples in {log.name}, waiting for the trainer to begin", flush=True)
-        run_all(workers)
+        try:
+            run_all(workers)
+        except PeerFailedError as error:
+            raise PeerFailedError(f"{error}; {_progress(workers)}") from error
     print(f"captured {sum(worker.num_captured for worker in workers)} samples", flush=True)
+
+
+def _progress(workers: "Sequence[RolloutWorker]") -> str:
+    """What is done and what is left, when nobody is left to do it."""
+    done = sum(worker.num_captured for worker in workers)
+    plan = workers[0].plane.ledger.plan()
+    wanted = "" if plan is None else f" of {plan.stop - plan.start}"
+    return f"{done}{wanted} samples are captured: start servers and resume with ckpt_path=last"
 
 
 def run_all(workers: "Sequence[RolloutWorker]") -> None:

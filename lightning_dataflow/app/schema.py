@@ -12,7 +12,7 @@ class TargetConfig:
     """The target model.
 
     Attributes:
-        engine: who captures features: `hf` in this process, or `sglang_server`.
+        engine: who captures features: `hf` or `sglang` in this process, or `sglang_server`.
         path: a Hugging Face folder.
         prepare: a folder that the tiny random target is written to first, unless it is there.
         dtype, device: of `hf`, and of the target that decodes; see HFTargetEngine.
@@ -21,7 +21,7 @@ class TargetConfig:
         api_key_file: holds the servers' key; a file, so that no log, configuration or command line shows it.
         requests_in_flight: prompts at a time and server.
         server_python: of the environment in which SGLang is installed; null for this one.
-        server_args: further flags of a server that is started here.
+        server_args: further flags of an SGLang that is started here.
     """
 
     engine: str = "hf"

@@ -44,7 +44,7 @@ CONTROLS = {
     "disagg_online": ("sqlite",),
     "disagg_offline": ("sqlite",),
 }
-ENGINES = ("hf", "sglang_server")
+ENGINES = ("hf", "sglang", "sglang_server")
 SHARE_OF_CAPACITY = 0.8
 """What may be in flight: a store that is nearly full has room, but not in one piece."""
 UNLIMITED_BYTES = 1 << 40
@@ -67,7 +67,7 @@ def check_topology(config: TrainConfig) -> None:
     if engine == "sglang_server" and name != "disagg_online":
         raise UserError(
             f"target.engine=sglang_server puts features into the store of topology=disagg_online, which topology={name} "
-            "has not: use target.engine=hf, or that topology"
+            "has not: use target.engine=sglang or hf, or that topology"
         )
     if config.role != "auto" and not is_disaggregated(config):
         raise UserError(

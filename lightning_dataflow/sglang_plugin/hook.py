@@ -193,7 +193,6 @@ class Server:
         self.stores: ServerStores = read_settings()
         self.capture = CaptureSpec(layer_ids=tuple(sorted(layer_ids)), norm="post", hidden_size=model_config.hidden_size)
         self.versions = model_fingerprint(folder), tokenizer_fingerprint(folder)
-        self._max_tokens = model_config.context_len - MAX_NEW_TOKENS
 
     def describe(self, uri: str, dtype: str) -> ServerDescription:
         """For clients."""
@@ -205,7 +204,6 @@ class Server:
             model_version=self.versions[0],
             tokenizer_version=self.versions[1],
             uri=uri,
-            max_tokens=self._max_tokens,
             sglang=sglang.__version__,
         )
 

@@ -50,7 +50,6 @@ class ServerDescription:
     """What a server captures, and where it puts it.
 
     Attributes:
-        max_tokens: the longest prompt that it takes.
         uri: of the store for the asked store_id.
     """
 
@@ -59,7 +58,6 @@ class ServerDescription:
     model_version: str
     tokenizer_version: str
     uri: str
-    max_tokens: int
     sglang: str
     protocol: int = PROTOCOL
 

@@ -2,36 +2,36 @@
 
 import http.client
 import json
-import secrets
 import threading
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from lightning_dataflow.contracts import CapacityError, CaptureMismatchError, SampleRef, UserError, ref_from_json
+from lightning_dataflow.contracts import SampleRef, UserError
 from lightning_dataflow.sglang_plugin.wire import (
-    PARAM,
     CaptureRequest,
     ServerDescription,
     check_version,
-    description_from_json,
     flag_problems,
-    request_to_text,
     start_advice,
-    token_digest,
+)
+from lightning_dataflow.targets.sglang_answer import (
+    ServerGoneError,
+    fresh_rid,
+    generate_arguments,
+    read_answer,
+    read_description,
+    read_ref,
 )
 
 CONNECT_TIMEOUT_S = 5.0
-
-
-class ServerGoneError(ConnectionError):
-    """A server does not answer, or not for now; another one may. The message names it."""
 
 
 class CaptureServer:
     """Asks one server for features. Thread-safe: every thread has a connection of its own.
 
     Attributes:
+        max_tokens: the longest prompt that it takes, once it was checked.
         num_bytes_sent, num_bytes_received: bodies of all requests for capture, and of their answers.
     """
 
@@ -40,6 +40,7 @@ class CaptureServer:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise UserError(f"target.urls: {url!r} is no address of a server, expected http://HOST:PORT")
         self.url = url.rstrip("/")
+        self.max_tokens = 0
         self.num_bytes_sent = self.num_bytes_received = self.num_captures = 0
         self._host, self._port, self._prefix = parts.hostname, parts.port, parts.path.rstrip("/")
         self._connection_type = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
@@ -57,7 +58,10 @@ class CaptureServer:
             ServerGoneError: nobody answers.
             UserError: it cannot capture; says what to change, with the whole command line.
         """
-        args = json.loads(self._ask("GET", "/server_info", None)[0])
+        try:
+            args = json.loads(self._ask("GET", "/server_info", None)[0])
+        except ValueError as error:
+            raise UserError(f"what answers at {self.url} is no SGLang server") from error
         try:
             check_version(str(args.get("version")))
         except UserError as error:
@@ -67,8 +71,8 @@ class CaptureServer:
             raise UserError(
                 f"the server at {self.url} runs without {', '.join(problems)}: {start_advice(model_path, layer_ids)}"
             )
-        answer = self._generate([0], CaptureRequest(store_id=store_id, sample_id="describe"))
-        return description_from_json(answer.get("server"))
+        self.max_tokens = int(args["max_req_input_len"]) - 1  # SGLang takes less than this
+        return read_description(self._generate([0], CaptureRequest(store_id=store_id, sample_id="describe")))
 
     def capture(self, token_ids: Sequence[int], request: CaptureRequest) -> SampleRef:
         """Have the features of a prompt stored; returns the server's reference.
@@ -79,10 +83,7 @@ class CaptureServer:
             CaptureMismatchError: it read other tokens.
             UserError: it refuses.
         """
-        answer = self._generate(token_ids, request)
-        if answer.get("tokens") != token_digest(token_ids):
-            raise CaptureMismatchError(f"the server at {self.url} read other tokens of {request.sample_id} than were sent")
-        return ref_from_json(answer.get("ref"))
+        return read_ref(self._generate(token_ids, request), token_ids, f"the server at {self.url}")
 
     def close(self) -> None:
         """Drop this thread's connection."""
@@ -91,43 +92,16 @@ class CaptureServer:
             connection.close()
 
     def _generate(self, token_ids: Sequence[int], request: CaptureRequest) -> dict[str, Any]:
-        body = {
-            "rid": f"ldf-{secrets.token_hex(16)}",  # a server refuses a name that it has seen
-            "input_ids": list(token_ids),
-            "return_hidden_states": True,
-            "sampling_params": {
-                "max_new_tokens": 1,
-                "temperature": 0.0,
-                "custom_params": {PARAM: request_to_text(request)},
-            },
-        }
-        text, sent = self._ask("POST", "/generate", body)
+        text, sent = self._ask("POST", "/generate", generate_arguments(token_ids, request))
         with self._lock:
             self.num_captures += 1
             self.num_bytes_sent += sent
             self.num_bytes_received += len(text)
-        return self._read_answer(text)
-
-    def _read_answer(self, text: bytes) -> dict[str, Any]:
         try:
-            (answer,) = json.loads(text)["meta_info"]["hidden_states"]
-            found = json.loads(answer)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"the server at {self.url} does not capture: run `pip install lightning-dataflow` in its environment, and "
-                "look for 'lightning_dataflow' in its log"
-            ) from error
-        if "error" not in found:
-            return found
-        message = f"{self.url}: {found.get('message')}"
-        kind = found["error"]
-        if kind == "full":
-            raise CapacityError(message)
-        if kind == "mismatch":
-            raise CaptureMismatchError(message)
-        if kind == "refused":
-            raise UserError(message)
-        raise ServerGoneError(message)
+            output = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"what answers at {self.url} is no SGLang server") from error
+        return read_answer(output, f"the server at {self.url}")
 
     def _ask(self, method: str, path: str, body: Any) -> tuple[bytes, int]:
         """The body of a good answer, and the bytes sent for it; one more try where a kept connection had gone stale."""
@@ -139,7 +113,7 @@ class CaptureServer:
             self.close()
             if fresh:
                 raise self._gone(error) from error
-            return self._ask(method, path, body if body is None else {**body, "rid": f"ldf-{secrets.token_hex(16)}"})
+            return self._ask(method, path, body if body is None else {**body, "rid": fresh_rid()})
         except (OSError, http.client.HTTPException) as error:
             self.close()
             raise self._gone(error) from error

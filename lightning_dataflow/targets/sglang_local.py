@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -46,6 +47,8 @@ class LocalSGLang:
         arguments: Sequence[str] = (),
         start_timeout_s: float = 900.0,
     ):
+        if shutil.which(python) is None:
+            raise UserError(f"target.server_python={python} is no program: name the Python of SGLang's environment")
         self.log_path = Path(folder) / "sglang.log"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         settings = self.log_path.with_name("sglang_server.json")

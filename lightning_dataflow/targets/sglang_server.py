@@ -21,7 +21,8 @@ from lightning_dataflow.contracts.validation import DTYPE_BYTES
 from lightning_dataflow.sglang_plugin.wire import CaptureRequest, ServerDescription, start_advice
 from lightning_dataflow.targets.base import FeatureReader, ReferenceEngine
 from lightning_dataflow.targets.info import read_target_info
-from lightning_dataflow.targets.sglang_http import CaptureServer, ServerGoneError
+from lightning_dataflow.targets.sglang_answer import ServerGoneError
+from lightning_dataflow.targets.sglang_http import CaptureServer
 
 PROBE_S = 1.0
 ABSENCE_S = 20.0
@@ -71,6 +72,8 @@ class SGLangServerTarget(ReferenceEngine):
     ):
         if not urls:
             raise UserError("target.engine=sglang_server needs target.urls=[http://HOST:PORT,...] or target.server_python")
+        if in_flight < 1:
+            raise UserError(f"target.requests_in_flight={in_flight}: a server needs at least one")
         self.store_id, self.in_flight, self.absence_s = store_id, in_flight, absence_s
         self.num_requests = len(urls) * in_flight
         self.info = read_target_info(path)
@@ -84,7 +87,7 @@ class SGLangServerTarget(ReferenceEngine):
         self._dtype = descriptions[0].dtype
         for member, found in zip(self._members, descriptions, strict=True):
             self._check(member.server.url, found)
-        longest = min(found.max_tokens for found in descriptions)
+        longest = min(server.max_tokens for server in self.servers)
         self.info = replace(self.info, max_position_embeddings=min(self.info.max_position_embeddings, longest))
 
     @property
@@ -108,12 +111,16 @@ class SGLangServerTarget(ReferenceEngine):
         request = CaptureRequest(
             store_id=self.store_id, sample_id=origin.sample_id, attempt=origin.attempt, loss_mask=tuple(loss_mask)
         )
+        failing_since: float | None = None
         while True:
             member = self._take()
             try:
                 ref = member.server.capture(token_ids, request)
             except ServerGoneError as error:
                 self._give_back(member, gone=str(error))
+                failing_since = failing_since or time.monotonic()
+                if time.monotonic() - failing_since > self.absence_s:  # servers that come back and fail again
+                    raise PeerFailedError(f"no capture server stored {origin.sample_id}: {error}") from error
                 continue
             except BaseException:
                 self._give_back(member)

@@ -69,7 +69,7 @@ def test_what_is_no_request(text):
 def test_a_description_survives_the_way():
     spec = CaptureSpec(layer_ids=(1, 3), norm="post", hidden_size=64)
     versions = {"model_version": "a", "tokenizer_version": "b", "sglang": "0.5.23"}
-    description = ServerDescription(capture=spec, dtype="bfloat16", uri="mooncake://run", max_tokens=9, **versions)
+    description = ServerDescription(capture=spec, dtype="bfloat16", uri="mooncake://run", **versions)
     assert description_from_json(json.loads(json.dumps(description_to_json(description)))) == description
     with pytest.raises(UserError, match="not the description of a capture server"):
         description_from_json({"capture": None})

@@ -60,7 +60,7 @@ class CaptureServer:
         """
         try:
             args = json.loads(self._ask("GET", "/server_info", None)[0])
-        except ValueError as error:
+        except json.JSONDecodeError as error:
             raise UserError(f"what answers at {self.url} is no SGLang server") from error
         try:
             check_version(str(args.get("version")))
@@ -99,7 +99,7 @@ class CaptureServer:
             self.num_bytes_received += len(text)
         try:
             output = json.loads(text)
-        except ValueError as error:
+        except json.JSONDecodeError as error:
             raise UserError(f"what answers at {self.url} is no SGLang server") from error
         return read_answer(output, f"the server at {self.url}")
 

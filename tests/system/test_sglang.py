@@ -325,6 +325,20 @@ def test_hook_points_that_move_are_named():
     assert version == "SGLang 0.5.22 is not supported, capture needs sglang>=0.5.23,<0.6: install one of those"
 
 
+def test_our_requirements_leave_sglangs_pins_alone():
+    code = (
+        "from importlib.metadata import requires\n"
+        "from packaging.requirements import Requirement\n"
+        "pins = {one.name: one for one in map(Requirement, requires('sglang')) if str(one.specifier).startswith('==')}\n"
+        "for ours in map(Requirement, requires('lightning-dataflow')):\n"
+        "    if not ours.marker and ours.name in pins:\n"
+        "        pin = str(pins[ours.name].specifier)[2:]\n"
+        "        print(ours.name, pin, ours.specifier.contains(pin))\n"
+    )
+    shown = subprocess.run([sglang_python(), "-c", code], env=VARIABLES, capture_output=True, text=True, check=True).stdout
+    assert "torch" in shown and "False" not in shown, shown
+
+
 def test_no_line_of_sglang_is_changed():
     (record,) = sglang_python().parents[1].glob("lib/*/site-packages/sglang-*.dist-info/RECORD")
     rows = [row for row in csv.reader(record.open()) if row[0].startswith("sglang/") and row[1]]

@@ -161,6 +161,15 @@ def test_a_dead_servers_prompts_go_to_another_and_it_is_taken_back(connect, serv
     assert len(connect(urls=[servers[0].url]).capture(PROMPTS[:2])) == 2
 
 
+def test_a_server_that_comes_back_with_another_model(connect, servers):
+    engine = connect(urls=[servers[0].url], absence_s=10.0)
+    servers[0].dead = True
+    threading.Timer(0.5, lambda: setattr(servers[0], "dead", False)).start()
+    servers[0].alter = described(model_version="0" * 16)
+    with pytest.raises(CaptureMismatchError, match="has other weights"):
+        engine.capture(PROMPTS[:1])
+
+
 def test_all_gone(connect, servers):
     engine = connect()
     for server in servers:
@@ -269,6 +278,24 @@ def test_servers_that_compute_in_different_types(connect, servers):
 def test_bad_input(connect, options, message):
     with pytest.raises(UserError, match=message):
         connect(**options)
+
+
+def test_something_else_that_answers(connect, monkeypatch):
+    def reply(self, data):
+        self.send_response(200)
+        self.send_header("Content-Length", "5")
+        self.end_headers()
+        self.wfile.write(b"hello")
+
+    monkeypatch.setattr(Handler, "reply", reply)
+    with pytest.raises(UserError, match="is no SGLang server"):
+        connect()
+
+
+def test_a_server_that_wants_another_key(connect, monkeypatch):
+    monkeypatch.setattr(Handler, "do_GET", lambda self: self.send_error(401))
+    with pytest.raises(UserError, match=r"refuses our key \(401\): set target.api_key_file"):
+        connect()
 
 
 def test_a_server_without_the_plugin(connect, servers, monkeypatch):

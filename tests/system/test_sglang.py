@@ -17,7 +17,7 @@ from lightning_dataflow.contracts import CapacityError, PeerFailedError, SampleO
 from lightning_dataflow.sglang_plugin.wire import MAX_ANSWER_BYTES, CaptureRequest
 from lightning_dataflow.stores import LocalMooncake, MooncakeFeatureStore
 from lightning_dataflow.targets import HFTargetEngine, SGLangServerTarget
-from lightning_dataflow.targets.conformance import compare_engines, make_prompts
+from lightning_dataflow.targets.conformance import compare_engines, make_prompts, table
 from lightning_dataflow.targets.sglang_engine import SHARED_MEMORY
 from lightning_dataflow.targets.sglang_http import CaptureServer
 from lightning_dataflow.targets.sglang_local import LocalSGLang
@@ -221,6 +221,29 @@ def test_two_servers_one_killed_half_way(server, start, connect):
     assert [len(one["last_hidden_state"]) for one in found] == [len(prompt) for prompt in prompts]
     assert 20 <= victim.num_captures < 150
     torch.testing.assert_close(engine.capture(prompts[:1])[0], found[0], atol=1e-4, rtol=1e-4)
+
+
+def test_two_ranks_give_the_features_of_one_and_one_of_them_writes(start, connect, target_path, store, monkeypatch):
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # the stand-ins are nothing to compile
+    with start("--api-key", "the key", "--tp-size", "2") as server:
+        engine = connect(server)
+        every = HFTargetEngine(target_path, layer_ids=range(8), dtype="float32", device="cpu")
+        found = compare_engines(every, engine, make_prompts(320, 300))
+        assert [one.problems for one in found if one.problems] == []
+        assert max(share for one in found for _, share in one.differences.values()) < 1e-5
+        engine.capture_ref([1, 2, 3], [0, 1, 1], origin(engine, "once", 3))
+        assert store.health()["num_samples"] == 1
+
+
+def test_bfloat16(start, connect, target_path):
+    with start("--api-key", "the key", "--dtype", "bfloat16") as server:
+        engine = connect(server)
+        every = HFTargetEngine(target_path, layer_ids=range(8), dtype="float32", device="cpu")
+        found = compare_engines(every, engine, make_prompts(320, 300))
+        assert {one.dtype for one in found} == {engine.dtype} == {"bfloat16"}
+        assert [one.problems for one in found if one.problems] == [], table(found)
+        print(table(found))
 
 
 @pytest.mark.parametrize("strategy", ["eagle3", "dflash", "domino"])

@@ -5,11 +5,13 @@ A request for capture is an ordinary `/generate` with token ids, `return_hidden_
 `meta_info.hidden_states`.
 """
 
+import array
 import hashlib
 import itertools
 import json
 import re
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -113,7 +115,10 @@ def description_from_json(data: Any) -> ServerDescription:
 
 def token_digest(token_ids: Sequence[int]) -> str:
     """Tells whether both sides speak of the same prompt."""
-    return hashlib.sha256(b"".join(int(token).to_bytes(8, "little") for token in token_ids)).hexdigest()[:32]
+    numbers = array.array("q", token_ids)
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return hashlib.sha256(numbers).hexdigest()[:32]
 
 
 def check_version(version: str) -> None:

@@ -20,7 +20,7 @@ from lightning_dataflow.sglang_plugin.wire import SERVER_FILE, server_command
 
 HOST = "127.0.0.1"
 POLL_S = 0.2
-STOP_S = 5.0
+STOP_S = 3.0
 
 
 class LocalSGLang:
@@ -68,7 +68,7 @@ class LocalSGLang:
         try:
             with self.log_path.open("w") as log:
                 self._process = subprocess.Popen(
-                    leashed_command(command),
+                    leashed_command(command, signal.SIGKILL),  # on SIGTERM it would first serve what is asked for
                     env={**os.environ, SERVER_FILE: str(settings.absolute())},
                     stdin=subprocess.DEVNULL,
                     stdout=log,

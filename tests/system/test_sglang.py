@@ -4,6 +4,7 @@ import base64
 import csv
 import hashlib
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ from lightning_dataflow.targets.sglang_engine import SHARED_MEMORY
 from lightning_dataflow.targets.sglang_http import CaptureServer
 from lightning_dataflow.targets.sglang_local import LocalSGLang
 from tests.conftest import LAYER_IDS
-from tests.processes import TINY, TRAIN, environment, python, result
+from tests.processes import TINY, TRAIN, environment, heed_ctrl_c, processes_in, python, result, wait_until
 from tests.sglang.environment import ARGUMENTS, VARIABLES, sglang_python
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -261,6 +262,26 @@ def test_losses_are_those_of_hf(tmp_path, strategy):
     found, expected = result(tmp_path, "served"), result(tmp_path, "hf")
     assert found["samples_trained"] == expected["samples_trained"] and found["samples_skipped"] == 0
     torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(expected["losses"]), atol=1e-4, rtol=0)
+    wait_until(lambda: not processes_in(tmp_path), 10, lambda: f"processes left: {processes_in(tmp_path)}")
+
+
+def test_ctrl_c_ends_the_server_too(tmp_path):
+    flags = ",".join(f"'{part}'" for part in ARGUMENTS)
+    served = ("target.engine=sglang_server", f"target.server_python={sglang_python()}", f"target.server_args=[{flags}]")
+    with open(tmp_path / "output.txt", "w+") as output:
+        run = subprocess.Popen(
+            [sys.executable, TRAIN, *TINY, "topology=disagg_online", "trainer.max_steps=400", *served],
+            cwd=tmp_path,
+            env=VARIABLES,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            preexec_fn=heed_ctrl_c,
+        )
+        shown = (tmp_path / "output.txt").read_text
+        wait_until(lambda: "waiting for the trainer to begin" in shown() or run.poll() is not None, 300, shown)
+        run.send_signal(signal.SIGINT)
+        assert run.wait(60) == 130, shown()
+    wait_until(lambda: not processes_in(tmp_path), 10, lambda: f"processes left: {processes_in(tmp_path)}")
 
 
 @pytest.mark.parametrize("topology", ["online", "interleaved"])

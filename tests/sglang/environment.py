@@ -18,7 +18,7 @@ FLAGS = {
     "sampling-backend": "pytorch",
 }
 ARGUMENTS = [part for name, value in FLAGS.items() for part in (f"--{name}", value)]
-ARGUMENTS += ["--disable-overlap-schedule", "--skip-server-warmup"]
+ARGUMENTS += ["--disable-overlap-schedule", "--skip-server-warmup", "--sleep-on-idle"]
 # PYTHONPATH: the environment is shared by checkouts, and may point at another one.
 VARIABLES = {**environment(), "SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": str(ROOT)}
 

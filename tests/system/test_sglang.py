@@ -98,7 +98,7 @@ def test_features_are_those_of_transformers(server, connect, target_path):
     every = HFTargetEngine(target_path, layer_ids=range(8), dtype="float32", device="cpu")
     found = compare_engines(every, engine, make_prompts(320, 505, lengths=(1, 2, 3, 5, 8, 13, 33, 100, 257, 400, 505)))
     assert [one.problems for one in found if one.problems] == []
-    assert max(share for one in found for _, share in one.differences.values()) < 1e-5
+    assert max(error for one in found for _, error in one.differences.values()) < 1e-5
 
 
 def test_a_request_costs_the_same_bytes_whatever_its_length(server, connect, store):
@@ -232,7 +232,7 @@ def test_two_ranks_give_the_features_of_one_and_one_of_them_writes(start, connec
         every = HFTargetEngine(target_path, layer_ids=range(8), dtype="float32", device="cpu")
         found = compare_engines(every, engine, make_prompts(320, 300))
         assert [one.problems for one in found if one.problems] == []
-        assert max(share for one in found for _, share in one.differences.values()) < 1e-5
+        assert max(error for one in found for _, error in one.differences.values()) < 1e-5
         engine.capture_ref([1, 2, 3], [0, 1, 1], origin(engine, "once", 3))
         assert store.health()["num_samples"] == 1
 

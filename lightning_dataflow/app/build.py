@@ -1,7 +1,9 @@
 """From configuration to objects: one function per part."""
 
+import atexit
 import importlib
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,15 @@ from transformers import PreTrainedTokenizerBase
 from lightning_dataflow.app.command import log_once
 from lightning_dataflow.app.lightning_trainer import make_trainer
 from lightning_dataflow.app.schema import DataConfig, TrainConfig
-from lightning_dataflow.app.topologies import is_disaggregated, make_source, read_secret, run_id
+from lightning_dataflow.app.topologies import is_disaggregated, make_source, read_secret, run_id, shared_store
 from lightning_dataflow.callbacks import ResultWriter
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.data import DataFlowDataModule, FeatureCard, PassOrder, RefSource
 from lightning_dataflow.producers import capture_to_folder
 from lightning_dataflow.prompts import PromptDataset, load_prompts
+from lightning_dataflow.stores import FeatureStore
 from lightning_dataflow.strategies import DraftModule, StrategySpec, resolve_strategy
-from lightning_dataflow.targets import HFTargetEngine, load_tokenizer
+from lightning_dataflow.targets import HFTargetEngine, TargetEngine, load_tokenizer
 from lightning_dataflow.targets.tiny import write_tiny_conversations, write_tiny_target
 
 
@@ -29,11 +32,16 @@ class Builder:
     Args:
         config: resolved.
         settings: the same as plain containers, for `result.json`.
+
+    Attributes:
+        resources: what the process has to close at its end.
     """
 
     def __init__(self, config: TrainConfig, settings: Mapping[str, Any]):
         self.config = config
         self.settings = settings
+        self.resources = ExitStack()
+        atexit.register(self.resources.close)  # for those who do not close them before
         log_once()
         _import(config.imports)
         _prepare(config)
@@ -54,10 +62,25 @@ class Builder:
         return read_prompts(self.config.data, self.tokenizer)
 
     @cached_property
-    def target(self) -> HFTargetEngine:
+    def target(self) -> TargetEngine:
         """The target that captures features."""
         target = self.config.target
+        if target.engine == "sglang_server":
+            from lightning_dataflow.app.capture_servers import served_target
+
+            return served_target(self)
+        if target.engine == "sglang":
+            from lightning_dataflow.app.capture_servers import engine_target
+
+            return engine_target(self)
         return HFTargetEngine(target.path, layer_ids=self.layer_ids, dtype=target.dtype, device=target.device)
+
+    @cached_property
+    def shared_store(self) -> FeatureStore:
+        """The store that producers and trainers of a disaggregated run share, as a producer uses it."""
+        store = shared_store(self.config)
+        self.resources.callback(store.close)
+        return store
 
     @cached_property
     def layer_ids(self) -> tuple[int, ...]:
@@ -139,7 +162,8 @@ class Builder:
     def evaluation_target(self) -> HFTargetEngine:
         """The target that decodes; the one that captures, if it has the same dtype."""
         dtype = self.config.evaluate.dtype
-        if self.config.topology.name == "online" and self.config.target.dtype == dtype:
+        same = self.config.topology.name == "online" and self.config.target.dtype == dtype
+        if same and isinstance(self.target, HFTargetEngine):
             return self.target
         return HFTargetEngine(
             self.config.target.path, layer_ids=self.layer_ids, dtype=dtype, device=self.config.target.device

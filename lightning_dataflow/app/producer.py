@@ -1,9 +1,17 @@
 """`role=producer`: capture until the trainer has finished."""
 
-from typing import Any
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from lightning_dataflow.app.schema import TrainConfig
 from lightning_dataflow.app.watch import own_worker_name
+from lightning_dataflow.contracts import PeerFailedError
+
+if TYPE_CHECKING:
+    from lightning_dataflow.producers import RolloutWorker
+
+POLL_S = 0.1
 
 
 def produce(config: TrainConfig, settings: dict[str, Any]) -> None:
@@ -11,15 +19,55 @@ def produce(config: TrainConfig, settings: dict[str, Any]) -> None:
     import torch
 
     from lightning_dataflow.app.build import Builder
-    from lightning_dataflow.app.topologies import make_worker
+    from lightning_dataflow.app.topologies import make_workers
 
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    worker = make_worker(Builder(config, settings), own_worker_name())
-    print(f"announced {len(worker.feed)} samples in {worker.plane.log.name}, waiting for the trainer to begin", flush=True)
+    parts = Builder(config, settings)
+    with parts.resources:
+        workers = make_workers(parts, own_worker_name())
+        for worker in workers:
+            parts.resources.callback(worker.plane.close)
+        feed, log = workers[0].feed, workers[0].plane.log
+        print(f"announced {len(feed)} samples in {log.name}, waiting for the trainer to begin", flush=True)
+        try:
+            run_all(workers)
+        except PeerFailedError as error:
+            raise PeerFailedError(f"{error}; {_progress(workers)}") from error
+    print(f"captured {sum(worker.num_captured for worker in workers)} samples", flush=True)
+
+
+def _progress(workers: "Sequence[RolloutWorker]") -> str:
+    """What is done and what is left, when nobody is left to do it."""
+    done = sum(worker.num_captured for worker in workers)
+    plan = workers[0].plane.ledger.plan()
+    wanted = "" if plan is None else f" of {plan.stop - plan.start}"
+    return f"{done}{wanted} samples are captured: start servers and resume with ckpt_path=last"
+
+
+def run_all(workers: "Sequence[RolloutWorker]") -> None:
+    """Run all workers, each in a thread where there are several; the first error ends all and is raised."""
+    if len(workers) == 1:
+        return workers[0].run()
+    stopping, errors = threading.Event(), []
+
+    def run(worker: "RolloutWorker") -> None:
+        try:
+            worker.run(stopping.is_set)
+        except BaseException as error:  # the main thread raises it
+            errors.append(error)
+            stopping.set()
+
+    threads = [threading.Thread(target=run, args=(worker,), name=worker.name, daemon=True) for worker in workers]
     try:
-        worker.run()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(POLL_S)  # not for ever: Ctrl-C must find us
     finally:
-        worker.store.close()
-        worker.plane.close()
-    print(f"captured {worker.num_captured} samples", flush=True)
+        stopping.set()
+        for thread in threads:
+            thread.join()
+    if errors:
+        raise errors[0]

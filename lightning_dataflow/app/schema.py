@@ -12,17 +12,29 @@ class TargetConfig:
     """The target model.
 
     Attributes:
+        engine: who captures features: `hf` or `sglang` in this process, or `sglang_server`.
         path: a Hugging Face folder.
         prepare: a folder that the tiny random target is written to first, unless it is there.
-        dtype, device: see HFTargetEngine.
-        capture_batch_size: prompts per forward pass while capturing.
+        dtype, device: of `hf`, and of the target that decodes; see HFTargetEngine.
+        capture_batch_size: prompts per forward pass while capturing; servers batch as they like.
+        urls: of capture servers, `http://HOST:PORT`; none to start one on this machine.
+        api_key_file: holds the servers' key; a file, so that no log, configuration or command line shows it.
+        requests_in_flight: prompts at a time and server.
+        server_python: of the environment in which SGLang is installed; null for this one.
+        server_args: further flags of an SGLang that is started here.
     """
 
+    engine: str = "hf"
     path: str = MISSING
     prepare: str | None = None
     dtype: str = "auto"
     device: str = "auto"
     capture_batch_size: int = 1
+    urls: list[str] = field(default_factory=list)
+    api_key_file: str | None = None
+    requests_in_flight: int = 8
+    server_python: str | None = None
+    server_args: list[str] = field(default_factory=list)
 
 
 @dataclass

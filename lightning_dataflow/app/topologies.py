@@ -11,8 +11,17 @@ from lightning_dataflow.control import ControlPlane, Watermarks, resolve_control
 from lightning_dataflow.control.plane import DeploymentMode
 from lightning_dataflow.data import ManifestSource, OfflineSource, RefSource, StreamingSource
 from lightning_dataflow.data.source import ReleaseAt
-from lightning_dataflow.producers import ColocatedSource, Feed, FolderFeed, OnlineSource, PromptFeed, RolloutWorker
+from lightning_dataflow.producers import (
+    ColocatedSource,
+    Feed,
+    FolderFeed,
+    OnlineSource,
+    PromptFeed,
+    RolloutWorker,
+    ServedFeed,
+)
 from lightning_dataflow.stores import FeatureStore, MemoryFeatureStore, MooncakeFeatureStore, SharedDirFeatureStore
+from lightning_dataflow.targets import ReferenceEngine
 
 if TYPE_CHECKING:
     from lightning_dataflow.app.build import Builder
@@ -36,6 +45,7 @@ CONTROLS = {
     "disagg_online": ("sqlite",),
     "disagg_offline": ("sqlite",),
 }
+ENGINES = ("hf", "sglang", "sglang_server")
 SHARE_OF_CAPACITY = 0.8
 """What may be in flight: a store that is nearly full has room, but not in one piece."""
 UNLIMITED_BYTES = 1 << 40
@@ -53,6 +63,14 @@ def check_topology(config: TrainConfig) -> None:
         if value not in fitting:
             raise UserError(f"topology={name} does not work with {what}={value}: use {what}={' or '.join(fitting)}")
     _check_release(config)
+    engine = config.target.engine
+    if engine not in ENGINES:
+        raise UnknownNameError(f"unknown target.engine={engine!r}: available are {', '.join(ENGINES)}")
+    if engine == "sglang_server" and name != "disagg_online":
+        raise UserError(
+            f"target.engine=sglang_server puts features into the store of topology=disagg_online, which topology={name} "
+            "has not: use target.engine=sglang or hf, or that topology"
+        )
     if config.role != "auto" and not is_disaggregated(config):
         raise UserError(
             f"topology={name} has no parts of its own, so role={config.role} has no meaning: use topology=disagg_online"
@@ -98,7 +116,7 @@ def shared_store(config: TrainConfig, *, retain: bool = False) -> FeatureStore:
     """The store that producers and trainers of a disaggregated run share."""
     store = config.store
     if store.kind == "shared_dir":
-        root = store.root or Path(config.channel.path) / "features"
+        root = shared_dir_root(store, config.channel.path)
         return SharedDirFeatureStore(root, retain=retain, capacity_bytes=store.capacity_bytes, secret=read_secret(store))
     if store.address is None:
         raise UserError(
@@ -121,6 +139,11 @@ def shared_store(config: TrainConfig, *, retain: bool = False) -> FeatureStore:
         retain=retain,
         capacity_bytes=store.capacity_bytes,
     )
+
+
+def shared_dir_root(store: StoreConfig, channel_path: str) -> str | Path:
+    """The folder of store=shared_dir of a disaggregated run."""
+    return store.root or Path(channel_path) / "features"
 
 
 def watermarks(topology: TopologyConfig, store: StoreConfig) -> Watermarks:
@@ -177,27 +200,32 @@ def make_source(parts: "Builder") -> RefSource:
     return streaming
 
 
-def make_worker(parts: "Builder", name: str) -> RolloutWorker:
-    """A producer of this process."""
+def make_workers(parts: "Builder", name: str) -> list[RolloutWorker]:
+    """The producers of this process: as many as its target can capture for at a time."""
     config = parts.config
-    plane, store = control_plane(config), shared_store(config)
-    return RolloutWorker(
-        name,
-        make_feed(parts),
-        plane,
-        store,
-        watermarks(config.topology, config.store),
-        group=config.target.capture_batch_size,
-        lease_s=config.topology.lease_s,
-        peer_timeout_s=config.topology.start_timeout_s,
-    )
+    feed = make_feed(parts)
+    count = feed.target.num_requests if isinstance(feed, ServedFeed) else 1
+    return [
+        RolloutWorker(
+            name if count == 1 else f"{name}-{index}",
+            feed,
+            control_plane(config),
+            parts.shared_store,
+            watermarks(config.topology, config.store),
+            group=config.target.capture_batch_size,
+            lease_s=config.topology.lease_s,
+            peer_timeout_s=config.topology.start_timeout_s,
+        )
+        for index in range(count)
+    ]
 
 
 def make_feed(parts: "Builder") -> Feed:
     """What the producers of a topology put into the store."""
     config = parts.config
     if config.topology.name == "disagg_online":
-        return PromptFeed(parts.prompts[0], parts.target, seed=config.seed, run_id=run_id(config))
+        feed = ServedFeed if isinstance(parts.target, ReferenceEngine) else PromptFeed
+        return feed(parts.prompts[0], parts.target, seed=config.seed, run_id=run_id(config))
     source = OfflineSource(parts.offline_folder())
     return FolderFeed(source, vocab_size=parts.module.target_info.vocab_size, run_id=run_id(config))
 

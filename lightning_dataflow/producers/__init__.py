@@ -2,7 +2,7 @@
 
 from lightning_dataflow.producers.capture import capture_prompts
 from lightning_dataflow.producers.colocated import ColocatedSource
-from lightning_dataflow.producers.feeds import Feed, FolderFeed, PromptFeed
+from lightning_dataflow.producers.feeds import Feed, FolderFeed, PromptFeed, ServedFeed
 from lightning_dataflow.producers.offline import capture_to_folder
 from lightning_dataflow.producers.online import OnlineSource
 from lightning_dataflow.producers.rollout import RolloutWorker
@@ -14,6 +14,7 @@ __all__ = [
     "OnlineSource",
     "PromptFeed",
     "RolloutWorker",
+    "ServedFeed",
     "capture_prompts",
     "capture_to_folder",
 ]

@@ -44,14 +44,18 @@ def verify_capture_spec(spec: CaptureSpec, card: FeatureCard) -> None:
 def _sample(
     task: PromptTask, features: Mapping[str, torch.Tensor], target: TargetEngine, card: FeatureCard
 ) -> tuple[SampleOrigin, Tensors]:
-    num_tokens = len(task.payload["input_ids"])
     _verify(task, features, target.backend, card)
     tensors = {
         "input_ids": torch.tensor(task.payload["input_ids"], dtype=torch.int64),
         "loss_mask": torch.tensor(task.payload["loss_mask"], dtype=torch.uint8),
         **features,
     }
-    origin = SampleOrigin(
+    return sample_origin(task, target), tensors
+
+
+def sample_origin(task: PromptTask, target: TargetEngine) -> SampleOrigin:
+    """What is known of a sample before it is stored."""
+    return SampleOrigin(
         sample_id=f"{task.run_id}:{task.task_id}",
         run_id=task.run_id,
         source_task_id=task.task_id,
@@ -59,11 +63,10 @@ def _sample(
         capture=target.capture_spec,
         target_model_version=target.info.model_version,
         tokenizer_version=target.info.tokenizer_version,
-        num_tokens=num_tokens,
+        num_tokens=len(task.payload["input_ids"]),
         attempt=task.attempt,
         metadata=task.metadata,
     )
-    return origin, tensors
 
 
 def _verify(task: PromptTask, features: Mapping[str, torch.Tensor], backend: str, card: FeatureCard) -> None:

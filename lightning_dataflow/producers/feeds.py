@@ -2,19 +2,19 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
-from lightning_dataflow.contracts import SampleOrigin
+from lightning_dataflow.contracts import PromptTask, SampleOrigin, SampleRef
 from lightning_dataflow.contracts.validation import DTYPE_BYTES
 from lightning_dataflow.data import FeatureCard, OfflineSource, PassOrder
-from lightning_dataflow.producers.capture import capture_prompts
+from lightning_dataflow.producers.capture import capture_prompts, sample_origin, verify_capture_spec
 from lightning_dataflow.producers.online import feature_card
 from lightning_dataflow.prompts import PromptDataset
 from lightning_dataflow.stores.base import Tensors
-from lightning_dataflow.targets import TargetEngine
+from lightning_dataflow.targets import ReferenceEngine, TargetEngine
 
 
 class Feed(ABC):
@@ -46,6 +46,22 @@ class Feed(ABC):
         Raises:
             CaptureMismatchError: they are not what the card says.
         """
+
+    def store(
+        self,
+        seqs: Sequence[int],
+        attempt: int,
+        wanted: Collection[int],
+        put: Callable[[Tensors, SampleOrigin], SampleRef],
+    ) -> Iterator[tuple[int, SampleRef]]:
+        """Capture one group and store those that are wanted, with `put` or otherwise; yields each as soon as it is there.
+
+        Raises:
+            CaptureMismatchError: they are not what the card says.
+        """
+        for seq, (origin, tensors) in zip(seqs, self.capture(seqs, attempt), strict=True):
+            if seq in wanted:
+                yield seq, put(tensors, origin)
 
     @abstractmethod
     def token_counts(self) -> torch.Tensor:
@@ -96,16 +112,39 @@ class PromptFeed(Feed):
 
     def capture(self, seqs: Sequence[int], attempt: int) -> list[tuple[SampleOrigin, Tensors]]:
         """See Feed."""
+        return capture_prompts(self.tasks(seqs, attempt), self.target, self.card)
+
+    def tasks(self, seqs: Sequence[int], attempt: int) -> list[PromptTask]:
+        """The prompts of a group."""
         version = self.target.info.model_version
-        tasks = [
+        return [
             self.prompts.task(index, pass_index, run_id=self.run_id, target_model_version=version, attempt=attempt)
             for index, pass_index in map(self._locate, seqs)
         ]
-        return capture_prompts(tasks, self.target, self.card)
 
     def token_counts(self) -> torch.Tensor:
         """See Feed."""
         return self.prompts.token_counts(self.target.info.vocab_size)
+
+
+class ServedFeed(PromptFeed):
+    """Prompts whose features a server puts into the store: only references come here."""
+
+    target: ReferenceEngine
+
+    def store(
+        self,
+        seqs: Sequence[int],
+        attempt: int,
+        wanted: Collection[int],
+        put: Callable[[Tensors, SampleOrigin], SampleRef],
+    ) -> Iterator[tuple[int, SampleRef]]:
+        """See Feed; a server batches as it likes, so the others of a group are not captured again."""
+        verify_capture_spec(self.target.capture_spec, self.card)
+        for seq, task in zip(seqs, self.tasks(seqs, attempt), strict=True):
+            if seq in wanted:
+                origin = sample_origin(task, self.target)
+                yield seq, self.target.capture_ref(task.payload["input_ids"], task.payload["loss_mask"], origin)
 
 
 class FolderFeed(Feed):

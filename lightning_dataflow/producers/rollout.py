@@ -8,6 +8,7 @@ from typing import Literal
 from lightning_dataflow.contracts import (
     CapacityError,
     CaptureMismatchError,
+    PeerFailedError,
     PeerTimeoutError,
     SampleOrigin,
     SampleRef,
@@ -81,6 +82,7 @@ class RolloutWorker:
             PeerTimeoutError: no trainer began, or the trainer gave no sign of life.
             StoreUnavailableError: the store stayed away. That counts against no sample.
             CaptureMismatchError: the target captures something else than was announced.
+            PeerFailedError: no capture server is left.
             UserError: a watermark is below a window.
         """
         heartbeat = Heartbeat(self.plane.ledger, self.name, lambda: self.state, renew_s=self.lease_s)
@@ -130,9 +132,8 @@ class RolloutWorker:
     def _capture(self, lease: Lease) -> State:
         refs: dict[int, SampleRef] = {}
         try:
-            for seq, (origin, tensors) in zip(lease.seqs, self.feed.capture(lease.seqs, lease.attempt), strict=True):
-                if seq in lease.wanted:
-                    refs[seq] = self._put(tensors, origin)
+            for seq, ref in self.feed.store(lease.seqs, lease.attempt, lease.wanted, self._put):
+                refs[seq] = ref
             accepted = self.plane.publish(lease, refs)
         except StoreUnavailableError as error:
             self.plane.give_back(lease, str(error), counts=False)
@@ -143,6 +144,9 @@ class RolloutWorker:
             if isinstance(error, CapacityError):
                 self.plane.give_back(lease, str(error), counts=False)
                 return "idle"
+            if isinstance(error, PeerFailedError):  # no fault of the prompts: somebody else may capture them
+                self.plane.give_back(lease, str(error), counts=False)
+                raise
             self.plane.give_back(lease, f"capture failed: {str(error) or type(error).__name__}")
             if isinstance(error, CaptureMismatchError) or not isinstance(error, Exception):
                 raise

@@ -2,12 +2,22 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 
-from lightning_dataflow.contracts import CaptureSpec, UserError
+from lightning_dataflow.contracts import CaptureSpec, FeatureHandle, SampleOrigin, SampleRef, UserError
 from lightning_dataflow.targets.info import TargetInfo
+
+
+class FeatureReader(Protocol):
+    """The part of a feature store that an engine needs whose features arrive there."""
+
+    def get(self, ref: SampleRef) -> tuple[dict[str, Any], FeatureHandle]:
+        """See FeatureStore.get."""
+
+    def release(self, handle: FeatureHandle) -> None:
+        """See FeatureStore.release."""
 
 
 class TargetEngine(ABC):
@@ -43,6 +53,26 @@ class TargetEngine(ABC):
         `last_hidden_state` [S, H] after the final norm. Attention is causal and padding follows the tokens, so the
         numbers do not depend on what else is in the batch beyond the rounding of matrix kernels, which may differ
         with the batch's shape.
+        """
+
+
+class ReferenceEngine(TargetEngine):
+    """An engine whose features arrive in the run's store by themselves.
+
+    Attributes:
+        num_requests: how many prompts may be captured at a time.
+    """
+
+    num_requests: int
+
+    @abstractmethod
+    def capture_ref(self, token_ids: Sequence[int], loss_mask: Sequence[int], origin: SampleOrigin) -> SampleRef:
+        """Have one prompt captured and stored, and the answer checked. Thread-safe.
+
+        Raises:
+            PeerFailedError: nobody is left to ask.
+            CapacityError: the store is full.
+            CaptureMismatchError: what was captured is not what this run was announced with.
         """
 
 

@@ -1,6 +1,5 @@
 """What a target model's folder says about it, without loading its weights."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from lightning_dataflow.contracts import UserError
-
-_SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json", "merges.txt")
+from lightning_dataflow.contracts.fingerprint import model_fingerprint, tokenizer_fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +60,8 @@ def read_target_info(path: str | Path) -> TargetInfo:
         rms_norm_eps=getattr(config, "rms_norm_eps", None) or 1e-5,
         rope_theta=_rope_theta(config),
         max_position_embeddings=getattr(config, "max_position_embeddings", None) or 2048,
-        model_version=_model_fingerprint(folder),
-        tokenizer_version=_tokenizer_fingerprint(folder),
+        model_version=model_fingerprint(folder),
+        tokenizer_version=tokenizer_fingerprint(folder),
     )
 
 
@@ -109,24 +106,3 @@ def _check_logits(config: Any, folder: Path) -> None:
 def _rope_theta(config: Any) -> float:
     parameters = getattr(config, "rope_parameters", None) or {}
     return float(parameters.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0)
-
-
-def _model_fingerprint(folder: Path) -> str:
-    """Hash of the config and of samples spread over every weight file: the whole of a large target takes minutes."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(folder.glob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with file.open("rb") as handle:
-            for index in range(_SAMPLES):
-                handle.seek(max(0, size - _SAMPLE_BYTES) * index // (_SAMPLES - 1))
-                digest.update(handle.read(_SAMPLE_BYTES))
-    return digest.hexdigest()[:16]
-
-
-def _tokenizer_fingerprint(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for name in _TOKENIZER_FILES:
-        if (folder / name).is_file():
-            digest.update(name.encode() + (folder / name).read_bytes())
-    return digest.hexdigest()[:16]

@@ -16,7 +16,8 @@ ALLOWED = {
     "channels": {"contracts"},
     "control": {"contracts", "channels", "stores"},
     "prompts": {"contracts"},
-    "targets": {"contracts"},
+    "sglang_plugin": {"contracts", "stores"},
+    "targets": {"contracts", "leash", "sglang_plugin"},
     "models": {"contracts"},
     "objectives": {"contracts", "models"},
     "data": {"contracts", "stores", "channels", "control"},
@@ -32,7 +33,7 @@ LIBRARIES = {
     "hydra": {"app"},
     "omegaconf": {"app"},
     "lightning": {"data", "checkpoints", "strategies", "callbacks", "app"},
-    "sglang": set(),
+    "sglang": {"sglang_plugin", "targets"},
     "mooncake": {"stores"},
     "transformers": {"prompts", "targets", "app"},
     "matplotlib": {"app"},
@@ -61,6 +62,8 @@ def test_dependencies_point_one_way(path: Path):
             assert rest[0] in ALLOWED[part] | {part}, f"{part} must not import {name}"
         if top in LIBRARIES:
             assert part in LIBRARIES[top], f"{part} must not import {top}"
+        if top == "sglang":
+            assert path.stem in ("hook", "sglang_engine"), "one place each for the server's side and the client's"
         if part == "contracts":
             assert top == "lightning_dataflow" or top in sys.stdlib_module_names
 
@@ -73,6 +76,8 @@ def test_dependencies_point_one_way(path: Path):
         ("lightning_dataflow.app.checkpoints", ["torch", "lightning"]),
         ("lightning_dataflow.app.status", ["torch", "lightning", "hydra"]),
         ("lightning_dataflow.stores", ["lightning", "hydra", "transformers"]),
+        ("lightning_dataflow.sglang_plugin.wire", ["torch"]),
+        ("lightning_dataflow.sglang_plugin.hook", ["lightning", "hydra", "transformers"]),
     ],
 )
 def test_what_an_import_does_not_load(module: str, absent: list[str]):

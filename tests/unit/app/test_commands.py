@@ -11,6 +11,7 @@ from lightning_dataflow.app import capture, commands, evaluate, show_mask, train
 from lightning_dataflow.app.commands import MAYBE_LATER
 
 BY_HAND = ("topology=disagg_online", "store=shared_dir", "role=producer", "run_name=test")
+SERVED = ("target.engine=sglang_server", "target.urls=[http://127.0.0.1:9]")
 TINY = ("experiment=tiny", "callbacks=no_evaluation", "logger=none", "trainer.max_steps=2")
 
 
@@ -94,6 +95,17 @@ def broken_file(folder: Path) -> str:
         (["strategy=dflash", "strategy.num_anchors=513"], "choose 1 to 512 blocks a sample"),
         (["strategy=dflash", "strategy.loss=mean"], "use decay or dpace"),
         (["strategy=dflash", "strategy.layer_ids=[1,8]"], "ids go from 0 to 7"),
+        (["target.engine=vllm"], "unknown target.engine='vllm': available are hf, sglang, sglang_server"),
+        (["target.engine=sglang_server"], "use target.engine=sglang or hf, or that topology"),
+        (["target.engine=sglang"], "target.engine=sglang needs SGLang here"),
+        ([*BY_HAND, *SERVED, "target.urls=[http://127.0.0.1:9]"], "the server at http://127.0.0.1:9 does not answer"),
+        ([*BY_HAND, *SERVED, "target.urls=[127.0.0.1]"], "'127.0.0.1' is no address of a server"),
+        ([*BY_HAND, *SERVED, "target.api_key_file=nowhere"], "cannot read target.api_key_file=nowhere"),
+        ([*BY_HAND, *SERVED, "target.requests_in_flight=0"], "requests_in_flight=0: a server needs at least one"),
+        (
+            [*BY_HAND, *SERVED, "target.urls=[]", "target.server_python=nowhere"],
+            "target.server_python=nowhere is no program",
+        ),
         (["data.micro_batch_size=3"], "global_batch_size=8 is not a multiple"),
         (["data.row_tokens=512"], "row_tokens=512 and rows_per_step=None: packing needs both"),
         (["data.row_tokens=128", "data.rows_per_step=2"], "data.max_length=256 is more than data.row_tokens=128"),

@@ -68,7 +68,7 @@ def test_it_yields_the_bits_of_online(prompts, target, tmp_path, threaded, rank,
 def test_through_the_data_module(prompts, target, tmp_path, threaded):
     class Fit:  # what `start` and `batches` ask of a Trainer
         checkpoint_callbacks = ()
-        global_rank, world_size, max_steps = 0, 1, 3
+        global_rank, world_size, max_steps, global_step = 0, 1, 3, 0
 
         class strategy:
             root_device = torch.device("cpu")

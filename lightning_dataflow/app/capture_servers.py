@@ -1,0 +1,91 @@
+"""The target of a run whose features come from SGLang: from servers, or from an engine of this process."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_dataflow.app.schema import StoreConfig, TargetConfig
+from lightning_dataflow.app.topologies import read_secret, run_id, shared_dir_root
+from lightning_dataflow.contracts import UserError
+from lightning_dataflow.sglang_plugin.wire import SERVER_FILE
+from lightning_dataflow.stores import SharedDirFeatureStore
+from lightning_dataflow.targets import SGLangServerTarget
+from lightning_dataflow.targets.sglang_engine import SGLangTarget, exchange_folder
+from lightning_dataflow.targets.sglang_local import LocalSGLang
+
+if TYPE_CHECKING:
+    from lightning_dataflow.app.build import Builder
+
+
+def served_target(parts: "Builder") -> SGLangServerTarget:
+    """Connect to the servers that are given, or start one here."""
+    config = parts.config
+    target, store = config.target, parts.shared_store
+    urls = list(target.urls) or [start_server(parts).url]
+    return SGLangServerTarget(
+        target.path,
+        urls=urls,
+        store_id=run_id(config),
+        layer_ids=parts.layer_ids,
+        store_uri=store.uri,
+        reader=store,
+        api_key=read_api_key(target),
+        in_flight=target.requests_in_flight,
+    )
+
+
+def start_server(parts: "Builder") -> LocalSGLang:
+    """Start one on this machine, to end with `parts`."""
+    config = parts.config
+    print("starting an SGLang server", flush=True)
+    server = LocalSGLang(
+        config.target.path,
+        parts.layer_ids,
+        python=config.target.server_python or sys.executable,
+        store=server_settings(config.store, config.channel.path),
+        folder=config.run_dir,
+        arguments=config.target.server_args,
+    )
+    parts.resources.callback(server.close)
+    print(f"SGLang server at {server.url}, log in {server.log_path}", flush=True)
+    return server
+
+
+def engine_target(parts: "Builder") -> SGLangTarget:
+    """SGLang in this process."""
+    config = parts.config
+    folder = Path(parts.resources.enter_context(exchange_folder()))
+    settings = folder / "server.json"
+    settings.write_text(json.dumps({"store": "shared_dir", "root": str(folder / "features")}))
+    os.environ[SERVER_FILE] = str(settings)  # the engine's process is spawned, and looks there
+    target = SGLangTarget(
+        config.target.path,
+        layer_ids=parts.layer_ids,
+        store=SharedDirFeatureStore(folder / "features"),
+        arguments=config.target.server_args,
+    )
+    parts.resources.callback(target.close)
+    return target
+
+
+def server_settings(store: StoreConfig, channel_path: str) -> dict[str, Any]:
+    """The server's file for the store of a run."""
+    if store.kind == "shared_dir":
+        root = str(Path(shared_dir_root(store, channel_path)).absolute())
+        settings = {"root": root, "secret": read_secret(store), "capacity_bytes": store.capacity_bytes}
+    else:
+        names = ("address", "client_address", "metrics_address", "hostname", "protocol", "rdma_devices", "zero_copy")
+        settings = {name: getattr(store, name) for name in (*names, "capacity_bytes")}
+    return {"store": store.kind, **{name: value for name, value in settings.items() if value is not None}}
+
+
+def read_api_key(target: TargetConfig) -> str | None:
+    """The content of the key's file, without white space around it."""
+    if target.api_key_file is None:
+        return None
+    try:
+        return Path(target.api_key_file).read_text().strip()
+    except OSError as error:
+        raise UserError(f"cannot read target.api_key_file={target.api_key_file}: {error.strerror}") from error

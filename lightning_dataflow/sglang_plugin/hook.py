@@ -1,0 +1,247 @@
+"""Inside SGLang: features of prompts that ask for it go from the model worker into the store.
+
+The only module that imports sglang on the server's side. Two hooks: the one that would turn a prompt's hidden states into
+lists of numbers stores them instead, and the copy to the host takes the last hidden states along, which SGLang keeps for
+consumers in its process but leaves on the device, where the next batch may overwrite them.
+"""
+
+import inspect
+import json
+import logging
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_dataflow.contracts import (
+    CapacityError,
+    CaptureMismatchError,
+    CaptureSpec,
+    SampleOrigin,
+    UserError,
+    ref_to_json,
+)
+from lightning_dataflow.contracts.fingerprint import model_fingerprint, tokenizer_fingerprint
+from lightning_dataflow.sglang_plugin.settings import ServerStores, read_settings
+from lightning_dataflow.sglang_plugin.wire import (
+    MAX_ANSWER_BYTES,
+    PARAM,
+    CaptureRequest,
+    ErrorKind,
+    ServerDescription,
+    check_version,
+    description_to_json,
+    flag_problems,
+    request_from_text,
+    start_advice,
+    token_digest,
+)
+from lightning_dataflow.stores import StoreUnavailableError
+from lightning_dataflow.stores.base import dtype_name
+
+APPEND = (
+    "sglang.srt.managers.scheduler_components.batch_result_processor."
+    "SchedulerBatchResultProcessor._append_prefill_hidden_states"
+)
+COPY = "sglang.srt.managers.utils.GenerationBatchResult.copy_to_cpu"
+MAX_NEW_TOKENS = 1
+
+logger = logging.getLogger(__name__)
+
+
+class IncompleteError(Exception):
+    """The forward pass did not hold every token of the prompt."""
+
+
+def register() -> None:
+    """SGLang calls this in each of its processes. Raises UserError when this release is not supported."""
+    import sglang
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    check_version(sglang.__version__)
+    moved = moved_hook_points()
+    if moved:
+        raise UserError(f"SGLang {sglang.__version__} has moved {'; '.join(moved)}: capture does not work with it")
+    HookRegistry.register(APPEND, append_prefill_hidden_states, HookType.AROUND)
+    HookRegistry.register(COPY, copy_to_cpu, HookType.AROUND)
+
+
+def moved_hook_points() -> list[str]:
+    """What of SGLang is not where the hooks need it; empty where all is well."""
+    import pkgutil
+
+    from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+
+    problems = []
+    for target, needed in (
+        (APPEND, {"req", "logits_output", "hidden_state_offset", "capture_hidden_mode", "extend_input_len", "store"}),
+        (COPY, {"return_hidden_states"}),
+        ("sglang.srt.managers.utils._async_d2h", set()),
+        ("sglang.srt.runtime_context.get_server_args", set()),
+        ("sglang.srt.runtime_context.get_parallel", set()),
+        ("sglang.srt.server_args.ServerArgs.resolved_dict", set()),
+    ):
+        owner, _, name = target.rpartition(".")
+        try:
+            function = getattr(pkgutil.resolve_name(owner), name)
+        except (ImportError, AttributeError):
+            problems.append(target)
+            continue
+        lacking = needed - set(inspect.signature(function).parameters)
+        if lacking:
+            problems.append(f"{target} (without {', '.join(sorted(lacking))})")
+    for field in ("hidden_states", "last_hidden_states"):
+        if field not in getattr(LogitsProcessorOutput, "__dataclass_fields__", {}):
+            problems.append(f"LogitsProcessorOutput.{field}")
+    return problems
+
+
+def copy_to_cpu(original: Callable[..., Any], result: Any, *args: Any, **call: Any) -> Any:
+    """Copy the last hidden states too, behind the forward pass, on the stream and before the event of the other copies."""
+    from sglang.srt.managers.utils import _async_d2h
+
+    output = result.logits_output
+    if call.get("return_hidden_states", True) and output is not None and output.last_hidden_states is not None:
+        output.last_hidden_states = _async_d2h(output.last_hidden_states)
+    return original(result, *args, **call)
+
+
+def append_prefill_hidden_states(original: Callable[..., int], processor: Any, **call: Any) -> int:
+    """Store instead of converting, for a request that asks for capture; another is SGLang's own business."""
+    req = call["req"]
+    asked = req.sampling_params.custom_params
+    if not isinstance(asked, dict) or PARAM not in asked:
+        return original(processor, **call)
+    offset = call["hidden_state_offset"]
+    if not call["capture_hidden_mode"].is_full():
+        return original(processor, **call)
+    end = offset + call["extend_input_len"]
+    if call.get("store", True) and _writes():
+        req.hidden_states.append(_answer(asked[PARAM], req, call["logits_output"], range(offset, end), processor))
+    return end
+
+
+def _answer(text: Any, req: Any, output: Any, rows: range, processor: Any) -> str:
+    """What goes back: a reference, a description, or what is wrong. Nothing that happens here may end the scheduler."""
+    try:
+        return json.dumps(_serve(text, req, output, rows, processor), separators=(",", ":"))
+    except Exception as error:
+        kind: ErrorKind = "store"
+        if isinstance(error, CapacityError):
+            kind = "full"
+        elif isinstance(error, CaptureMismatchError):
+            kind = "mismatch"
+        elif isinstance(error, IncompleteError):
+            kind = "incomplete"
+        elif isinstance(error, UserError):
+            kind = "refused"
+        elif not isinstance(error, StoreUnavailableError):
+            logger.exception("capture failed")
+        message = (str(error) or type(error).__name__).splitlines()[0]
+        return json.dumps({"error": kind, "message": message[: MAX_ANSWER_BYTES // 2]})
+
+
+def _serve(text: Any, req: Any, output: Any, rows: range, processor: Any) -> dict[str, Any]:
+    token_ids = list(req.origin_input_ids)
+    request = request_from_text(text, len(token_ids))
+    server = _server(processor.model_config)
+    store = server.stores.get(request.store_id)
+    if request.loss_mask is None:
+        description = server.describe(store.uri, _dtype(output))
+        return {"server": description_to_json(description)}
+    if len(rows) != len(token_ids):
+        raise IncompleteError(
+            f"the server computed {len(rows)} of the {len(token_ids)} tokens of {request.sample_id} in this pass (prefix "
+            "cache or chunked prefill): capture again"
+        )
+    if req.sampling_params.max_new_tokens != MAX_NEW_TOKENS:
+        raise UserError(f"a capture generates {MAX_NEW_TOKENS} token: set max_new_tokens={MAX_NEW_TOKENS}")
+    tensors = {
+        "input_ids": torch.tensor(token_ids, dtype=torch.int64),
+        "loss_mask": torch.tensor(request.loss_mask, dtype=torch.uint8),
+        "aux_hidden_states": output.hidden_states[rows.start : rows.stop],
+        "last_hidden_state": output.last_hidden_states[rows.start : rows.stop],
+    }
+    server.check(tensors)
+    ref = store.put(tensors, server.origin(request, len(token_ids)))
+    return {"ref": ref_to_json(ref), "tokens": token_digest(token_ids)}
+
+
+class Server:
+    """What this server is, found out once.
+
+    Raises:
+        UserError: it lacks a flag, its file is wrong, or its model is no local folder.
+    """
+
+    def __init__(self, model_config: Any):
+        from sglang.srt.runtime_context import get_server_args
+
+        self._args = get_server_args().resolved_dict()
+        folder = Path(self._args["model_path"])
+        layer_ids: Sequence[int] = self._args.get("return_aux_hidden_state_layer_ids") or ()
+        problems = flag_problems(self._args)
+        if problems:
+            advice = start_advice(str(folder), layer_ids or ["LAYERS"])  # type: ignore[list-item]
+            raise UserError(f"the server does not run with {', '.join(problems)}: {advice}")
+        if not (folder / "config.json").is_file():
+            raise UserError(
+                f"--model-path {folder} is no folder on the server: capture needs a local one, to name its weights"
+            )
+        self.stores: ServerStores = read_settings()
+        self.capture = CaptureSpec(layer_ids=tuple(sorted(layer_ids)), norm="post", hidden_size=model_config.hidden_size)
+        self.versions = model_fingerprint(folder), tokenizer_fingerprint(folder)
+
+    def describe(self, uri: str, dtype: str) -> ServerDescription:
+        """For clients."""
+        import sglang
+
+        return ServerDescription(
+            capture=self.capture,
+            dtype=dtype,
+            model_version=self.versions[0],
+            tokenizer_version=self.versions[1],
+            uri=uri,
+            sglang=sglang.__version__,
+        )
+
+    def origin(self, request: CaptureRequest, num_tokens: int) -> SampleOrigin:
+        """What the server knows of a sample; the client puts its own names to it."""
+        return SampleOrigin(
+            sample_id=request.sample_id,
+            run_id=request.store_id,
+            source_task_id=request.sample_id,
+            source_id=request.sample_id,
+            capture=self.capture,
+            target_model_version=self.versions[0],
+            tokenizer_version=self.versions[1],
+            num_tokens=num_tokens,
+            attempt=request.attempt,
+        )
+
+    def check(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Raise CaptureMismatchError unless the features have the shapes that the description promises."""
+        num_tokens = len(tensors["input_ids"])
+        size = self.capture.hidden_size
+        for name, width in (("aux_hidden_states", len(self.capture.layer_ids) * size), ("last_hidden_state", size)):
+            if tuple(tensors[name].shape) != (num_tokens, width):
+                raise CaptureMismatchError(f"{name} has shape {tuple(tensors[name].shape)}, expected {(num_tokens, width)}")
+
+
+@cache
+def _server(model_config: Any) -> Server:
+    return Server(model_config)
+
+
+def _dtype(output: Any) -> str:
+    return dtype_name(output.last_hidden_states.dtype)
+
+
+def _writes() -> bool:
+    """All ranks of a tensor-parallel group hold the same features and answer alike; one stores and is heard."""
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel = get_parallel()
+    return parallel.attn_tp_rank == 0 and parallel.attn_cp_rank == 0

@@ -1,0 +1,165 @@
+"""What a client asks of a capture server and what it answers. Validated on both sides; tensors never travel here.
+
+A request for capture is an ordinary `/generate` with token ids, `return_hidden_states`, one new token, and a string under
+`PARAM` in `sampling_params.custom_params`, which SGLang hands through to its scheduler unread. The answer is one string in
+`meta_info.hidden_states`.
+"""
+
+import array
+import hashlib
+import itertools
+import json
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lightning_dataflow.contracts import CaptureSpec, UserError
+from lightning_dataflow.contracts.validation import MAX_TOKENS, check_id
+
+PARAM = "lightning_dataflow"
+PROTOCOL = 1
+SERVER_FILE = "LIGHTNING_DATAFLOW_SERVER_FILE"
+"""The environment variable that names the server's settings; worker processes are spawned, so nothing else reaches them."""
+OLDEST, BELOW = (0, 5, 23), (0, 6)
+SUPPORTED = f">={'.'.join(map(str, OLDEST))},<{'.'.join(map(str, BELOW))}"
+MAX_ANSWER_BYTES = 4096
+CONVENTION = "DFLASH"
+"""Names how SGLang counts layers, as we do; no draft is loaded. EAGLE3's counting depends on the model."""
+
+ErrorKind = Literal["refused", "full", "store", "incomplete", "mismatch"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureRequest:
+    """Put the features of this prompt into a store.
+
+    Attributes:
+        store_id: of the run; which Mooncake it is in, the server knows.
+        loss_mask: 0 or 1 for each token; None asks for the server's description and stores nothing.
+    """
+
+    store_id: str
+    sample_id: str
+    attempt: int = 0
+    loss_mask: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerDescription:
+    """What a server captures, and where it puts it.
+
+    Attributes:
+        uri: of the store for the asked store_id.
+    """
+
+    capture: CaptureSpec
+    dtype: str
+    model_version: str
+    tokenizer_version: str
+    uri: str
+    sglang: str
+    protocol: int = PROTOCOL
+
+
+def request_to_text(request: CaptureRequest) -> str:
+    """One line of JSON; the mask as lengths of alternating runs, of zeros first."""
+    data: dict[str, Any] = {"protocol": PROTOCOL, "store": request.store_id, "sample": request.sample_id}
+    if request.loss_mask is not None:
+        runs = [(value, len(list(run))) for value, run in itertools.groupby(request.loss_mask)]
+        data |= {"attempt": request.attempt, "mask": [0] * (runs[:1] != [] and runs[0][0] == 1) + [n for _, n in runs]}
+    return json.dumps(data, separators=(",", ":"))
+
+
+def request_from_text(text: Any, num_tokens: int) -> CaptureRequest:
+    """Raises UserError for anything malformed, or for a mask of another length than the prompt."""
+    try:
+        data = json.loads(text)
+        protocol, store_id, sample_id = data["protocol"], data["store"], data["sample"]
+        attempt, runs = data.get("attempt", 0), data.get("mask")
+        well_formed = _is_count(attempt, 10**9) and (runs is None or all(_is_count(run, MAX_TOKENS) for run in runs))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"not a capture request ({type(error).__name__}): use the client of this package") from error
+    if protocol != PROTOCOL:
+        raise UserError(f"the client speaks protocol {protocol}, the server {PROTOCOL}: install one release on both sides")
+    if not well_formed:
+        raise UserError("attempt and mask of a capture request are whole numbers from 0: use the client of this package")
+    check_id(store_id, "store")
+    check_id(sample_id, "sample")
+    if runs is None:
+        return CaptureRequest(store_id=store_id, sample_id=sample_id)
+    if sum(runs) != num_tokens:
+        raise UserError(f"the loss mask of {sample_id} has {sum(runs)} entries, the server read {num_tokens} tokens")
+    mask = tuple(index % 2 for index, run in enumerate(runs) for _ in range(run))
+    return CaptureRequest(store_id=store_id, sample_id=sample_id, attempt=attempt, loss_mask=mask)
+
+
+def description_to_json(description: ServerDescription) -> dict[str, Any]:
+    """Plain containers."""
+    return {**vars(description), "capture": vars(description.capture)}
+
+
+def description_from_json(data: Any) -> ServerDescription:
+    """Raises UserError for anything malformed."""
+    try:
+        capture = dict(data["capture"])
+        spec = CaptureSpec(**{**capture, "layer_ids": tuple(map(int, capture["layer_ids"]))})
+        return ServerDescription(**{**data, "capture": spec})
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"not the description of a capture server ({error!r}): install one release on both sides"
+        ) from error
+
+
+def token_digest(token_ids: Sequence[int]) -> str:
+    """Tells whether both sides speak of the same prompt."""
+    numbers = array.array("q", token_ids)
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return hashlib.sha256(numbers).hexdigest()[:32]
+
+
+def check_version(version: str) -> None:
+    """Raise UserError unless this release of SGLang is supported."""
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version.partition("+")[0])[:3])
+    if not OLDEST <= numbers < BELOW:
+        raise UserError(f"SGLang {version} is not supported, capture needs sglang{SUPPORTED}: install one of those")
+
+
+def flag_problems(args: Mapping[str, Any]) -> list[str]:
+    """Which of the needed settings a server lacks, as flags; `args` are its resolved ones."""
+    layers = args.get("return_aux_hidden_state_layer_ids")
+    captures = args.get("enable_return_aux_hidden_states") and args.get("aux_hidden_state_capture") == CONVENTION.lower()
+    chunk = args.get("chunked_prefill_size")
+    return [
+        flag
+        for flag, given in (
+            (f"--enable-return-aux-hidden-states --speculative-algorithm {CONVENTION}", captures),
+            ("--return-aux-hidden-state-layer-ids", bool(layers)),
+            ("--disable-radix-cache", args.get("disable_radix_cache")),
+            ("--chunked-prefill-size -1", chunk is None or chunk <= 0),
+            ("--pp-size 1", args.get("pp_size", 1) == 1),
+        )
+        if not given
+    ]
+
+
+def server_command(model_path: str, layer_ids: Sequence[int], *, python: str = "python") -> list[str]:
+    """How to start a capture server; address and sizes are the user's to add."""
+    return [
+        *(python, "-m", "sglang.launch_server", "--model-path", model_path),
+        *("--enable-return-aux-hidden-states", "--speculative-algorithm", CONVENTION),
+        *("--return-aux-hidden-state-layer-ids", *map(str, layer_ids)),
+        *("--disable-radix-cache", "--chunked-prefill-size", "-1"),
+    ]
+
+
+def start_advice(model_path: str, layer_ids: Sequence[int]) -> str:
+    """The command line for people."""
+    return f"start it with: {SERVER_FILE}=server.json {shlex.join(server_command(model_path, layer_ids))}"
+
+
+def _is_count(value: Any, limit: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < limit

@@ -1,0 +1,392 @@
+"""Stock SGLang servers, a real Mooncake, a separate trainer."""
+
+import base64
+import csv
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import threading
+import urllib.request
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from lightning_dataflow.contracts import CapacityError, PeerFailedError, SampleOrigin, UserError
+from lightning_dataflow.sglang_plugin.wire import MAX_ANSWER_BYTES, CaptureRequest
+from lightning_dataflow.stores import LocalMooncake, MooncakeFeatureStore
+from lightning_dataflow.targets import HFTargetEngine, SGLangServerTarget
+from lightning_dataflow.targets.conformance import compare_engines, make_prompts, table
+from lightning_dataflow.targets.sglang_engine import SHARED_MEMORY
+from lightning_dataflow.targets.sglang_http import CaptureServer
+from lightning_dataflow.targets.sglang_local import LocalSGLang
+from tests.conftest import LAYER_IDS
+from tests.processes import TINY, TRAIN, environment, heed_ctrl_c, processes_in, python, result, wait_until
+from tests.sglang.environment import ARGUMENTS, VARIABLES, sglang_python
+
+pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def variables():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in VARIABLES.items():
+            patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture(scope="module")
+def mooncake(tmp_path_factory):
+    with LocalMooncake(capacity_bytes=64 << 20, log_dir=tmp_path_factory.mktemp("mooncake")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def start(target_path, tmp_path_factory, mooncake):
+    """Starts a server whose store is `mooncake`."""
+
+    @contextmanager
+    def run(*arguments: str, layer_ids=LAYER_IDS, store=None):
+        server = LocalSGLang(
+            target_path,
+            layer_ids,
+            python=str(sglang_python()),
+            store=store
+            or {"store": "mooncake", "address": mooncake.master_address, "client_address": mooncake.client_address},
+            folder=tmp_path_factory.mktemp("server"),
+            arguments=[*ARGUMENTS, "--context-length", "512", *arguments],
+        )
+        try:
+            yield server
+        finally:
+            server.close()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def server(start):
+    with start("--api-key", "the key") as running:
+        yield running
+
+
+@pytest.fixture
+def store(mooncake):
+    store = MooncakeFeatureStore("test", master_address=mooncake.master_address, metrics_address=mooncake.metrics_address)
+    yield store
+    store.clear()
+    store.close()
+
+
+@pytest.fixture
+def connect(target_path, store):
+    def make(*servers: LocalSGLang, **options) -> SGLangServerTarget:
+        urls = [server.url for server in servers]
+        defaults = {"layer_ids": LAYER_IDS, "api_key": "the key", "absence_s": 1.0}
+        return SGLangServerTarget(
+            target_path, urls=urls, store_id="test", store_uri=store.uri, reader=store, **{**defaults, **options}
+        )
+
+    return make
+
+
+def test_features_are_those_of_transformers(server, connect, target_path):
+    engine = connect(server)
+    assert engine.info.max_position_embeddings == 505  # SGLang keeps seven tokens of 512 for itself
+    every = HFTargetEngine(target_path, layer_ids=range(8), dtype="float32", device="cpu")
+    found = compare_engines(every, engine, make_prompts(320, 505, lengths=(1, 2, 3, 5, 8, 13, 33, 100, 257, 400, 505)))
+    assert [one.problems for one in found if one.problems] == []
+    assert max(error for one in found for _, error in one.differences.values()) < 1e-5
+
+
+def test_a_request_costs_the_same_bytes_whatever_its_length(server, connect, store):
+    engine = connect(server)
+    (http,) = engine.servers
+    sizes = []
+    for length in (2, 500):
+        before = http.num_bytes_received
+        engine.capture([[7] * length])
+        sizes.append(http.num_bytes_received - before)
+    assert max(sizes) < MAX_ANSWER_BYTES and abs(sizes[0] - sizes[1]) < 100
+    assert store.health()["num_bytes"] == 0, "captures that were read are freed"
+
+
+def test_other_requests_get_what_stock_sglang_answers(server):
+    states = stock_answer(server, [5, 6, 7])
+    assert (len(states), len(states[0])) == (3, 64 * len(LAYER_IDS))
+
+
+def stock_answer(server: LocalSGLang, token_ids: list[int]) -> list[list[float]]:
+    body = {"input_ids": token_ids, "return_hidden_states": True, "sampling_params": {"max_new_tokens": 1}}
+    headers = {"Content-Type": "application/json", "Authorization": "Bearer the key"}
+    request = urllib.request.Request(f"{server.url}/generate", json.dumps(body).encode(), headers)
+    (states,) = json.load(urllib.request.urlopen(request, timeout=60))["meta_info"]["hidden_states"]
+    return states
+
+
+@pytest.mark.parametrize(
+    ("options", "prompt", "message"),
+    [
+        ({"api_key": "wrong"}, [1], r"refuses our key \(401\): set target.api_key_file"),
+        ({"layer_ids": (1, 3, 5)}, [1], r"captures layers \[1, 3, 4\] .* needs \[1, 3, 5\]"),
+        ({}, [1] * 600, r"600 tokens\) is longer than the model's context"),
+    ],
+)
+def test_bad_input_is_one_line(server, connect, options, prompt, message):
+    with pytest.raises(UserError, match=message) as raised:
+        connect(server, **options).capture([prompt])
+    assert "\n" not in str(raised.value)
+
+
+def test_another_target(server, connect, tmp_path, target_path):
+    from lightning_dataflow.targets.tiny import write_tiny_target
+
+    other = write_tiny_target(tmp_path / "other")
+    (other / "config.json").write_text((other / "config.json").read_text().replace("1e-06", "1e-05"))
+    options = {"urls": [server.url], "store_id": "test", "layer_ids": LAYER_IDS, "api_key": "the key"}
+    with pytest.raises(UserError, match="has other weights"):
+        SGLangServerTarget(other, **options)
+
+
+def test_a_request_without_what_it_needs_is_refused_and_the_server_lives(server):
+    http = CaptureServer(server.url, api_key="the key")
+    with pytest.raises(UserError, match="the loss mask of x has 2 entries, the server read 3 tokens"):
+        http.capture([1, 2, 3], CaptureRequest(store_id="test", sample_id="x", loss_mask=(0, 1)))
+    with pytest.raises(UserError, match="not a valid id"):
+        http.capture([1, 2], CaptureRequest(store_id="../etc", sample_id="x", loss_mask=(0, 1)))
+    assert http.check("test", "", LAYER_IDS).capture.layer_ids == LAYER_IDS
+
+
+def test_a_server_that_was_started_otherwise(start, connect):
+    flags = ("--chunked-prefill-size", "64", "--api-key", "the key")
+    with start(*flags, store={"address": "127.0.0.1:1"}) as wrong:
+        with pytest.raises(
+            UserError, match="runs without --chunked-prefill-size -1: start it with: LIGHTNING_DATAFLOW_SERVER"
+        ):
+            connect(wrong)
+        request = CaptureRequest(store_id="test", sample_id="x", loss_mask=(0, 1))
+        with pytest.raises(UserError, match="does not run with --chunked-prefill-size -1: start it with"):
+            CaptureServer(wrong.url, api_key="the key").capture([1, 2], request)
+
+
+def test_a_store_that_comes_and_goes(start, target_path, tmp_path):
+    port = LocalMooncake(capacity_bytes=16 << 20, log_dir=tmp_path)
+    port.close()
+    master = port.master_address
+    options = {"store_id": "test", "layer_ids": LAYER_IDS, "api_key": "the key", "absence_s": 4.0}
+    with start("--api-key", "the key", store={"address": master}) as server:
+        with pytest.raises(UserError, match=f"no Mooncake master listens at {master}"):
+            SGLangServerTarget(target_path, urls=[server.url], **options)
+        with LocalMooncake(capacity_bytes=16 << 20, log_dir=tmp_path, master_port=int(master.rpartition(":")[2])):
+            store = MooncakeFeatureStore("test", master_address=master)
+            engine = SGLangServerTarget(target_path, urls=[server.url], store_uri=store.uri, reader=store, **options)
+            assert len(engine.capture([[1, 2, 3]])[0]["last_hidden_state"]) == 3
+            with pytest.raises(CapacityError, match="Mooncake found no room"):
+                for index in range(1000):
+                    engine.capture_ref([index % 300] * 500, [1] * 500, origin(engine, f"x{index}", 500))
+            store.clear()
+            assert len(engine.capture([[1, 2, 3]])[0]["last_hidden_state"]) == 3
+        with pytest.raises(PeerFailedError, match="Mooncake master"):
+            engine.capture_ref([1, 2], [1, 1], origin(engine, "y", 2))
+        assert stock_answer(server, [5, 6, 7]), "other requests are served all the same"
+
+
+def origin(engine: SGLangServerTarget, name: str, num_tokens: int) -> SampleOrigin:
+    return SampleOrigin(
+        sample_id=name,
+        run_id="test",
+        source_task_id=name,
+        source_id=name,
+        capture=engine.capture_spec,
+        target_model_version=engine.info.model_version,
+        tokenizer_version=engine.info.tokenizer_version,
+        num_tokens=num_tokens,
+    )
+
+
+def test_two_servers_one_killed_half_way(server, start, connect):
+    prompts = [list(range(1, 20 + index % 30)) for index in range(200)]
+    with start("--api-key", "the key") as other:
+        engine = connect(server, other)
+        victim = engine.servers[1]
+
+        def kill() -> None:
+            while victim.num_captures < 20:
+                threading.Event().wait(0.01)
+            other.close()
+
+        threading.Thread(target=kill, daemon=True).start()
+        found = engine.capture(prompts)
+    assert [len(one["last_hidden_state"]) for one in found] == [len(prompt) for prompt in prompts]
+    assert 20 <= victim.num_captures < 150
+    torch.testing.assert_close(engine.capture(prompts[:1])[0], found[0], atol=1e-4, rtol=1e-4)
+
+
+def test_two_ranks_give_the_features_of_one_and_one_of_them_writes(start, connect, target_path, store, monkeypatch):
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # the stand-ins are nothing to compile
+    with start("--api-key", "the key", "--tp-size", "2") as server:
+        engine = connect(server)
+        every = HFTargetEngine(target_path, layer_ids=range(8), dtype="float32", device="cpu")
+        found = compare_engines(every, engine, make_prompts(320, 300))
+        assert [one.problems for one in found if one.problems] == []
+        assert max(error for one in found for _, error in one.differences.values()) < 1e-5
+        engine.capture_ref([1, 2, 3], [0, 1, 1], origin(engine, "once", 3))
+        assert store.health()["num_samples"] == 1
+
+
+def test_bfloat16(start, connect, target_path):
+    with start("--api-key", "the key", "--dtype", "bfloat16") as server:
+        engine = connect(server)
+        every = HFTargetEngine(target_path, layer_ids=range(8), dtype="float32", device="cpu")
+        found = compare_engines(every, engine, make_prompts(320, 300))
+        assert {one.dtype for one in found} == {engine.dtype} == {"bfloat16"}
+        assert [one.problems for one in found if one.problems] == [], table(found)
+        print(table(found))
+
+
+@pytest.mark.parametrize("strategy", ["eagle3", "dflash", "domino"])
+def test_losses_are_those_of_hf(tmp_path, strategy):
+    options = (*TINY[1:], f"strategy={strategy}")
+    python(TRAIN, *options, "topology=online", "run_name=hf", cwd=tmp_path)
+    flags = ",".join(f"'{part}'" for part in ARGUMENTS)
+    served = ("topology=disagg_online", "target.engine=sglang_server", f"target.server_python={sglang_python()}")
+    python(
+        *(TRAIN, *options, *served, f"target.server_args=[{flags}]", "store.capacity_bytes=64000000", "run_name=served"),
+        cwd=tmp_path,
+        timeout_s=600,
+        variables=VARIABLES,
+    )
+    found, expected = result(tmp_path, "served"), result(tmp_path, "hf")
+    assert found["samples_trained"] == expected["samples_trained"] and found["samples_skipped"] == 0
+    torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(expected["losses"]), atol=1e-4, rtol=0)
+    wait_until(lambda: not processes_in(tmp_path), 10, lambda: f"processes left: {processes_in(tmp_path)}")
+
+
+def test_ctrl_c_ends_the_server_too(tmp_path):
+    flags = ",".join(f"'{part}'" for part in ARGUMENTS)
+    served = ("target.engine=sglang_server", f"target.server_python={sglang_python()}", f"target.server_args=[{flags}]")
+    with open(tmp_path / "output.txt", "w+") as output:
+        run = subprocess.Popen(
+            [sys.executable, TRAIN, *TINY, "topology=disagg_online", "trainer.max_steps=400", *served],
+            cwd=tmp_path,
+            env=VARIABLES,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            preexec_fn=heed_ctrl_c,
+        )
+        shown = (tmp_path / "output.txt").read_text
+        wait_until(lambda: "waiting for the trainer to begin" in shown() or run.poll() is not None, 300, shown)
+        run.send_signal(signal.SIGINT)
+        assert run.wait(60) == 130, shown()
+    wait_until(lambda: not processes_in(tmp_path), 10, lambda: f"processes left: {processes_in(tmp_path)}")
+
+
+@pytest.mark.parametrize("topology", ["online", "interleaved"])
+def test_the_engine_in_the_trainers_process(tmp_path, topology):
+    python(TRAIN, *TINY, "topology=online", "run_name=hf", cwd=tmp_path)
+    flags = ",".join(f"'{part}'" for part in ARGUMENTS)
+    run = subprocess.run(
+        [
+            *(sglang_python(), TRAIN, *TINY, f"topology={topology}", "run_name=sglang"),
+            *("target.engine=sglang", f"target.server_args=[{flags}]"),
+        ],
+        cwd=tmp_path,
+        env=VARIABLES,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    found, expected = (torch.tensor(result(tmp_path, name)["losses"]) for name in ("sglang", "hf"))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert not list(SHARED_MEMORY.glob("lightning-dataflow-*")), "nothing is left in memory"
+
+
+def test_the_command_prints_the_differences(tmp_path):
+    flags = ",".join(f"'{part}'" for part in ARGUMENTS)
+    shown = python(
+        *("-m", "lightning_dataflow", "conformance", "experiment=tiny", "strategy=dflash", "topology=disagg_online"),
+        *("store=shared_dir", "target.engine=sglang_server", f"target.server_python={sglang_python()}"),
+        f"target.server_args=[{flags}]",
+        cwd=tmp_path,
+        timeout_s=300,
+        variables=VARIABLES,
+    ).stdout.splitlines()
+    assert [line.rpartition("  ")[2] for line in shown[-12:]] == ["the same"] * 12
+    assert shown[-13].split()[:3] == ["tokens", "asked", "for"]
+
+
+def test_the_last_server_killed_is_a_clear_failure(start, target_path, tmp_path, mooncake):
+    command = (
+        *(TRAIN, *TINY, "topology=disagg_online", "target.engine=sglang_server", "run_name=lost", "trainer.max_steps=400"),
+        *(f"store.address={mooncake.master_address}", f"store.metrics_address={mooncake.metrics_address}"),
+        *(f"target.prepare={target_path}", "strategy.layer_ids=[1,3,4]", "store.capacity_bytes=60000000"),
+    )
+    with start() as server, open(tmp_path / "output.txt", "w+") as output:
+        run = subprocess.Popen(
+            [sys.executable, *command, f"target.urls=[{server.url}]"],
+            cwd=tmp_path,
+            env=environment(),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        while (
+            "POST /generate" not in server.log_path.read_text() or server.log_path.read_text().count("POST /generate") < 30
+        ):
+            assert run.poll() is None, (tmp_path / "output.txt").read_text()
+            threading.Event().wait(0.1)
+        server.close()
+        assert run.wait(120) == 1
+    last = (tmp_path / "output.txt").read_text().strip().splitlines()[-1]
+    assert "no capture server is left" in last and "captured" in last
+
+
+def test_hook_points_that_move_are_named():
+    code = (
+        "from lightning_dataflow.sglang_plugin import hook\n"
+        "print(hook.moved_hook_points())\n"
+        "import sglang, sglang.srt.managers.utils as utils\n"
+        "del utils._async_d2h\n"
+        "utils.GenerationBatchResult.copy_to_cpu = lambda self: None\n"
+        "print(hook.moved_hook_points())\n"
+        "for version in (sglang.__version__, '0.5.22'):\n"
+        "    sglang.__version__ = version\n"
+        "    try:\n"
+        "        hook.register()\n"
+        "    except ValueError as error:\n"
+        "        print(error)\n"
+    )
+    run = subprocess.run(
+        [sglang_python(), "-c", code], env=VARIABLES | {"PATH": ""}, capture_output=True, text=True, timeout=300
+    )
+    first, second, moved, version = run.stdout.strip().splitlines()[-4:]
+    assert first == "[]", run.stderr
+    assert "_async_d2h" in second and "copy_to_cpu (without return_hidden_states)" in second
+    assert "has moved" in moved
+    assert version == "SGLang 0.5.22 is not supported, capture needs sglang>=0.5.23,<0.6: install one of those"
+
+
+def test_our_requirements_leave_sglangs_pins_alone():
+    code = (
+        "from importlib.metadata import requires\n"
+        "from packaging.requirements import Requirement\n"
+        "pins = {one.name: one for one in map(Requirement, requires('sglang')) if str(one.specifier).startswith('==')}\n"
+        "for ours in map(Requirement, requires('lightning-dataflow')):\n"
+        "    if not ours.marker and ours.name in pins:\n"
+        "        pin = str(pins[ours.name].specifier)[2:]\n"
+        "        print(ours.name, pin, ours.specifier.contains(pin))\n"
+    )
+    shown = subprocess.run([sglang_python(), "-c", code], env=VARIABLES, capture_output=True, text=True, check=True).stdout
+    assert "torch" in shown and "False" not in shown, shown
+
+
+def test_no_line_of_sglang_is_changed():
+    (record,) = sglang_python().parents[1].glob("lib/*/site-packages/sglang-*.dist-info/RECORD")
+    rows = [row for row in csv.reader(record.open()) if row[0].startswith("sglang/") and row[1]]
+    for name, digest, _ in rows:
+        found = hashlib.sha256((record.parents[1] / name).read_bytes()).digest()
+        assert base64.urlsafe_b64encode(found).rstrip(b"=").decode() == digest.removeprefix("sha256="), name
+    assert len(rows) > 1000

@@ -1,0 +1,116 @@
+"""What clients and capture servers say to each other."""
+
+import json
+
+import pytest
+
+from lightning_dataflow.contracts import CaptureSpec, UserError
+from lightning_dataflow.sglang_plugin.wire import (
+    CaptureRequest,
+    ServerDescription,
+    check_version,
+    description_from_json,
+    description_to_json,
+    flag_problems,
+    request_from_text,
+    request_to_text,
+    start_advice,
+    token_digest,
+)
+
+RIGHT = {
+    "enable_return_aux_hidden_states": True,
+    "aux_hidden_state_capture": "dflash",
+    "return_aux_hidden_state_layer_ids": [1, 3, 4],
+    "disable_radix_cache": True,
+    "chunked_prefill_size": -1,
+    "pp_size": 1,
+}
+
+
+@pytest.mark.parametrize("mask", [(0, 0, 1, 1, 0), (1, 1, 1, 1, 1), (0, 0, 0, 0, 0), (1, 0, 1, 0, 1), None])
+def test_a_request_survives_the_way(mask):
+    request = CaptureRequest(store_id="run", sample_id="run:p0-3", attempt=2 if mask else 0, loss_mask=mask)
+    assert request_from_text(request_to_text(request), 5) == request
+
+
+def test_a_request_stays_small_whatever_the_length():
+    mask = (0,) * 50_000 + (1,) * 50_000
+    assert len(request_to_text(CaptureRequest(store_id="run", sample_id="run:1", loss_mask=mask))) < 200
+
+
+GOOD = {"protocol": 1, "store": "run", "sample": "run:1", "attempt": 0, "mask": [2, 3]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"store": "../etc"}, "not a valid id"),
+        ({"sample": "a/b"}, "not a valid id"),
+        ({"sample": 3}, "not a valid id"),
+        ({"attempt": -1}, "whole numbers"),
+        ({"mask": [2, "3"]}, "whole numbers"),
+        ({"mask": [2, 1 << 60]}, "whole numbers"),
+        ({"mask": [2, 2]}, "has 4 entries, the server read 5 tokens"),
+        ({"protocol": 9}, "protocol 9"),
+    ],
+)
+def test_a_request_is_input_not_truth(changes, message):
+    with pytest.raises(UserError, match=message):
+        request_from_text(json.dumps(GOOD | changes), 5)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "null", 7, None, '{"protocol": 1}'])
+def test_what_is_no_request(text):
+    with pytest.raises(UserError, match="not a capture request"):
+        request_from_text(text, 5)
+
+
+def test_a_description_survives_the_way():
+    spec = CaptureSpec(layer_ids=(1, 3), norm="post", hidden_size=64)
+    versions = {"model_version": "a", "tokenizer_version": "b", "sglang": "0.5.23"}
+    description = ServerDescription(capture=spec, dtype="bfloat16", uri="mooncake://run", **versions)
+    assert description_from_json(json.loads(json.dumps(description_to_json(description)))) == description
+    with pytest.raises(UserError, match="not the description of a capture server"):
+        description_from_json({"capture": None})
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({}, None),
+        ({"chunked_prefill_size": None}, None),
+        ({"enable_return_aux_hidden_states": False}, "--enable-return-aux-hidden-states --speculative-algorithm DFLASH"),
+        ({"aux_hidden_state_capture": "eagle3"}, "--enable-return-aux-hidden-states --speculative-algorithm DFLASH"),
+        ({"return_aux_hidden_state_layer_ids": None}, "--return-aux-hidden-state-layer-ids"),
+        ({"disable_radix_cache": False}, "--disable-radix-cache"),
+        ({"chunked_prefill_size": 2048}, "--chunked-prefill-size -1"),
+        ({"pp_size": 2}, "--pp-size 1"),
+    ],
+)
+def test_missing_flags_are_named(changes, flag):
+    assert flag_problems(RIGHT | changes) == ([flag] if flag else [])
+
+
+def test_the_advice_is_a_whole_command():
+    advice = start_advice("models/my target", (1, 3, 4))
+    assert (
+        "LIGHTNING_DATAFLOW_SERVER_FILE=server.json python -m sglang.launch_server --model-path 'models/my target'"
+        in advice
+    )
+    assert "--return-aux-hidden-state-layer-ids 1 3 4 --disable-radix-cache --chunked-prefill-size -1" in advice
+
+
+@pytest.mark.parametrize(
+    ("version", "good"), [("0.5.23", True), ("0.5.24.post1", True), ("0.5.22", False), ("0.6.0", False)]
+)
+def test_the_supported_range(version, good):
+    if good:
+        check_version(version)
+    else:
+        with pytest.raises(UserError, match=r"needs sglang>=0\.5\.23,<0\.6"):
+            check_version(version)
+
+
+def test_digests_tell_prompts_apart():
+    assert len({token_digest(ids) for ids in ([], [0], [0, 0], [256], [1, 0], [0, 1])}) == 6

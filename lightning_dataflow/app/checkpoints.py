@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_dataflow.app.ranks import rank_from_environment
-from lightning_dataflow.checkpoints.markers import has_marker, incomplete, latest_checkpoint
+from lightning_dataflow.checkpoints.markers import abandon_later, has_marker, incomplete, latest_checkpoint
 from lightning_dataflow.contracts import UserError
 
 if TYPE_CHECKING:
@@ -45,6 +45,15 @@ def resolve_checkpoint(ckpt_path: str | None, run_dir: Path, *, on_skip: Callabl
     if has_marker(Path(ckpt_path)) and (reason := incomplete(Path(ckpt_path))) is not None:
         raise UserError(f"{ckpt_path} is not a complete checkpoint: {reason}")
     return ckpt_path
+
+
+def go_on_from(checkpoint: Path, run_dir: Path) -> None:
+    """Later checkpoints of this run are of a training that is given up: no later resume may take one of them."""
+    if checkpoint.resolve().parent == (run_dir / "checkpoints").resolve() and rank_from_environment() == 0:
+        for later in abandon_later(checkpoint):
+            _print(
+                f"{later.name} is of a later step than {checkpoint.name}, which training goes on from: it no longer counts"
+            )
 
 
 def save_final_checkpoint(trainer: "L.Trainer", run_dir: Path) -> None:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_dataflow.app.checkpoints import resolve_checkpoint, save_final_checkpoint
+from lightning_dataflow.app.checkpoints import go_on_from, resolve_checkpoint, save_final_checkpoint
 from lightning_dataflow.app.command import command, is_multirun, job_arguments
 from lightning_dataflow.app.ranks import leave_process_group
 from lightning_dataflow.app.schema import TrainConfig
@@ -54,6 +54,8 @@ def train(config: TrainConfig, settings: dict[str, Any]) -> None:
         torch.set_num_threads(config.num_threads)
     run_dir = Path(config.run_dir)
     checkpoint = resolve_checkpoint(config.ckpt_path, run_dir)
+    if checkpoint is not None:
+        go_on_from(Path(checkpoint), run_dir)
     parts = Builder(config, settings)
     trainer = parts.trainer
     trainer.fit(parts.module, parts.data, ckpt_path=checkpoint)
@@ -84,8 +86,17 @@ def _conclude(parts: "Builder", trainer: "L.Trainer") -> None:
     """End a run that was killed between its last checkpoint and its end: with nothing to train, Lightning calls no hook."""
     parts.data.start(resumed=True)
     parts.data.close("completed")
-    parts.result_writer.on_train_start(trainer, parts.module)
-    parts.result_writer.on_fit_end(trainer, parts.module)
+    if not _is_complete(Path(parts.config.run_dir) / "result.json", trainer.global_step):
+        parts.result_writer.on_train_start(trainer, parts.module)
+        parts.result_writer.on_fit_end(trainer, parts.module)
+
+
+def _is_complete(path: Path, num_steps: int) -> bool:
+    """Whether `path` is the result of a run that came to its end at this step."""
+    if not path.is_file():
+        return False
+    result = json.loads(path.read_text())
+    return (result["status"], result["optimizer_steps"]) == ("completed", num_steps)
 
 
 main = command(run)

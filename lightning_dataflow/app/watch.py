@@ -169,7 +169,13 @@ class Watch:
         while running := [part for part in running if part.process.poll() is None]:
             if time.monotonic() > deadline:
                 names = ", ".join(part.name for part in running)
-                raise PeerFailedError(f"{names} did not end within {PRODUCERS_END_S:.0f} s of the trainer's end")
+                print(
+                    f"[supervisor] {names} did not end within {PRODUCERS_END_S:.0f} s of the trainer's end: ended",
+                    flush=True,
+                )
+                for part in running:
+                    part.kill()
+                break
             time.sleep(POLL_S)
         for part in (*self._producers, self._trainer):
             part.drain()

@@ -39,7 +39,7 @@ class EarlyCheckpoints(L.Callback):
         callback = trainer.checkpoint_callback
         if isinstance(callback, ModelCheckpoint):
             callback._save_topk_checkpoint(trainer, callback._monitor_candidates(trainer))
-            if callback._last_global_step_saved == trainer.global_step:
+            if callback._last_global_step_saved == trainer.global_step and not callback.save_weights_only:
                 return
         folder = getattr(callback, "dirpath", None) or Path(trainer.default_root_dir) / "checkpoints"
         path = Path(folder) / f"step-{trainer.global_step:06d}.ckpt"

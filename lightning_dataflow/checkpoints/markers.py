@@ -39,6 +39,14 @@ def latest_checkpoint(folder: str | Path, *, on_skip: Callable[[str], None] = pr
     return None
 
 
+def abandon_later(path: Path) -> list[Path]:
+    """Training goes on from `path`: complete checkpoints of later steps beside it no longer count. Returns them."""
+    later = [one for one in path.parent.glob("*.ckpt") if has_marker(one) and _age(one)[0] > _age(path)[0]]
+    for one in later:
+        void(one)
+    return later
+
+
 def incomplete(path: Path) -> str | None:
     """Why `path` is no complete checkpoint; None if it is one."""
     try:
@@ -89,8 +97,9 @@ def make_room(path: Path) -> None:
     """
     void(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".*{PART}"):
-        left.unlink(missing_ok=True)
+    for kind in (".ckpt", SUFFIX):
+        for left in path.parent.glob(f".*{kind}{PART}"):
+            left.unlink(missing_ok=True)
     if path.is_dir() and any((path / name).is_file() for name in _SHARDED):
         shutil.rmtree(path)
 

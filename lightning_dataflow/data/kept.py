@@ -1,6 +1,5 @@
 """What is trained and still in the store, until a checkpoint makes it durable."""
 
-import math
 from collections import deque
 
 from lightning_dataflow.control import Watermarks
@@ -21,7 +20,7 @@ class KeptSamples:
     """
 
     def __init__(self, marks: Watermarks, *, window: int, group: int, largest_bytes: int):
-        next_refs = window + group - math.gcd(group, window)
+        next_refs = window + group - 1
         self._most_refs = min(marks.high_refs - next_refs, marks.high_refs // 2)
         self._most_bytes = min(marks.high_bytes - next_refs * largest_bytes, marks.high_bytes // 2)
         self._windows: deque[tuple[int, int, int]] = deque()  # (next seq, refs, bytes)

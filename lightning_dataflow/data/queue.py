@@ -133,7 +133,8 @@ class StreamingRefQueue:
 
     def num_recaptured_before(self, next_seq: int) -> int:
         """`num_recaptured` without what a resume at `next_seq` would count again."""
-        return self.num_recaptured - sum(count for seq, count in self._recaptured.items() if seq >= next_seq)
+        with self._lock:
+            return self.num_recaptured - sum(count for seq, count in self._recaptured.items() if seq >= next_seq)
 
     def unread(self) -> list[SampleRef]:
         """Refs that were not acknowledged."""

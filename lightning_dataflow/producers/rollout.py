@@ -1,6 +1,5 @@
 """The drive loop of a producer: lease a group, capture it, put it into the store, publish its refs."""
 
-import math
 import time
 from collections.abc import Callable
 from typing import Literal
@@ -147,7 +146,8 @@ class RolloutWorker:
             if isinstance(error, PeerFailedError):  # no fault of the prompts: somebody else may capture them
                 self.plane.give_back(lease, str(error), counts=False)
                 raise
-            self.plane.give_back(lease, f"capture failed: {str(error) or type(error).__name__}")
+            reason = f"capture failed: {str(error) or type(error).__name__}"
+            self.plane.give_back(lease, reason, counts=isinstance(error, Exception))  # Ctrl-C is no fault of the prompts
             if isinstance(error, CaptureMismatchError) or not isinstance(error, Exception):
                 raise
             self._failures_in_a_row += 1
@@ -178,7 +178,7 @@ class RolloutWorker:
         if plan == self._checked:
             return
         sizes = sorted(self.feed.sizes(), reverse=True)
-        overhang = self.group - math.gcd(self.group, plan.window)  # of the group in which the window ends
+        overhang = self.group - 1  # of the group in which the window ends; a packed one may end at any seq
         num_refs = min(plan.window + overhang, plan.stop - plan.start)
         passes, rest = divmod(num_refs, len(sizes))
         self.watermarks.check_window(num_refs, passes * sum(sizes) + sum(sizes[:rest]))

@@ -137,6 +137,11 @@ class DraftModule(L.LightningModule):
             if data.batching.packed and not self.packs:
                 raise UserError(f"{self.strategy_name} does not pack samples: leave row_tokens and rows_per_step out")
             self.check_features(data.source.card)
+            if data.batching.row_tokens is not None and data.batching.row_tokens < data.source.card.max_num_tokens:
+                raise UserError(
+                    f"row_tokens={data.batching.row_tokens} is less than the {data.source.card.max_num_tokens} tokens of "
+                    "the longest sample: raise it, or cut samples to a smaller max_length"
+                )
             self.check_data(data)
             if not self._initialised:
                 self.initialise_draft(data)

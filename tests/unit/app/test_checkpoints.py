@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from lightning_dataflow.app.checkpoints import resolve_checkpoint
+from lightning_dataflow.app.checkpoints import go_on_from, resolve_checkpoint
 from lightning_dataflow.checkpoints.markers import mark_complete
 from lightning_dataflow.contracts import UserError
 
@@ -35,6 +35,15 @@ def test_the_newest_complete_one(folder, capsys, ckpt_path):
     assert "step-000004.ckpt is skipped" in line
     assert "10 bytes, 1000 were written" in line
     assert line.endswith("going on from step-000002.ckpt")
+
+
+def test_going_back_gives_up_what_is_later(folder, capsys):
+    """Otherwise a restart would jump from the new branch to the old one's end."""
+    go_on_from(folder / "checkpoints" / "step-000004.ckpt", folder)
+    assert resolve_checkpoint("last", folder).endswith("step-000004.ckpt")
+    go_on_from(folder / "checkpoints" / "step-000002.ckpt", folder)
+    assert "step-000004.ckpt is of a later step than step-000002.ckpt" in capsys.readouterr().out
+    assert resolve_checkpoint("last", folder).endswith("step-000002.ckpt")
 
 
 def test_one_rank_says_what_is_skipped(folder, capsys, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 
 from lightning_dataflow.contracts import PeerTimeoutError, UserError
 from lightning_dataflow.control import ControlPlane, RunPlan, Watermarks
-from lightning_dataflow.data import PassOrder
+from lightning_dataflow.data import Batching, PassOrder
 from lightning_dataflow.data import queue as queue_module
 from lightning_dataflow.data.kept import KeptSamples
 from lightning_dataflow.data.reader import WindowReader
@@ -75,7 +75,7 @@ def test_a_checkpoint_is_due_while_the_next_window_fits_and_at_half():
     kept.durable(12)
     assert (kept.num_refs, kept.num_bytes) == (8, 80)
     assert not kept.must_save()
-    tight = KeptSamples(marks(size=100), window=4, group=8, largest_bytes=10)  # 8 refs at once: 80 of 100 bytes
+    tight = KeptSamples(marks(size=130), window=4, group=8, largest_bytes=10)  # 11 refs at once: 110 of 130 bytes
     tight.add(4, 4, 20)
     assert not tight.must_save()
     tight.add(8, 4, 1)
@@ -181,14 +181,14 @@ def test_a_sample_lost_before_it_is_read_is_trained_in_its_place_or_named(tmp_pa
     source.begin(RunPlan(start=0, stop=8, window=4), 0, 1)
     producing = threading.Thread(target=worker.run)
     producing.start()
-    collate = lambda samples: {"values": [int(one.tensors["last_hidden_state"][0, 0]) for one in samples]}  # noqa: E731
+    collate = lambda rows: {"values": [int(one.sample.tensors["last_hidden_state"][0, 0]) for one in rows]}  # noqa: E731
     reader = WindowReader(
         source,
         PassOrder(300, 0),
         collate,
-        iter(range(2)),
-        global_batch_size=4,
-        micro_batch_size=4,
+        Batching(global_batch_size=4, micro_batch_size=4),
+        start=0,
+        num_windows=2,
         rank=0,
         world_size=1,
     )

@@ -241,7 +241,7 @@ def test_windows_that_fit_below_no_watermark_are_refused(plane, store):
     ):
         make_worker(plane, store, watermarks=few).run_once()
     begin(plane, stop=40, window=4)
-    with pytest.raises(UserError, match="a window can have 8 refs"):  # the group in which a window ends sticks out
+    with pytest.raises(UserError, match="a window can have 11 refs"):  # the group in which a window ends sticks out
         make_worker(memory_plane(plane.log.name + "/b"), store, watermarks=few, group=8)._check_windows(plane.ledger.plan())
     begin(plane, stop=2, window=4)
     assert make_worker(plane, store, watermarks=few).run_once() == "captured"

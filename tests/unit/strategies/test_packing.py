@@ -161,6 +161,15 @@ class StopAfter(L.Callback):
         trainer.save_checkpoint(self.path)
 
 
+def test_a_row_shorter_than_the_longest_sample(target_path, targets, prompts, tmp_path):
+    longest = max(len(prompt.input_ids) for prompt in prompts[0])
+    module, data = make("eagle3", target_path, targets, prompts, row_tokens=longest - 1, rows_per_step=4)
+    with pytest.raises(
+        UserError, match=f"row_tokens={longest - 1} is less than the {longest} tokens of the longest sample"
+    ):
+        fit(module, data, tmp_path)
+
+
 def test_a_strategy_that_does_not_pack_refuses(target_path, targets, prompts, tmp_path):
     class Plain(Eagle3Module):
         packs = False

@@ -140,13 +140,13 @@ def test_resume_at_a_cursor_that_the_lengths_decide(target_path, targets, prompt
     fit(first, half, tmp_path / "half", callbacks=[StopAfter(2, tmp_path)])
     assert 0 < half.next_seq < data.next_seq
     again, rest = make("eagle3", target_path, targets, prompts, **options)
-    fit(again, rest, tmp_path / "rest", max_steps=4, ckpt_path=tmp_path / "step.ckpt", weights_only=False)
+    fit(again, rest, tmp_path / "rest", max_steps=4, ckpt_path=tmp_path / "step.ckpt")
     assert [float(loss) for loss in again.step_losses] == whole
     assert rest.next_seq == data.next_seq
 
     other, data = make("eagle3", target_path, targets, prompts, **{**options, "row_tokens": 128})
     with pytest.raises(UserError, match="written with row_tokens=160, this run has 128: resume with the same"):
-        fit(other, data, tmp_path, ckpt_path=tmp_path / "step.ckpt", weights_only=False)
+        fit(other, data, tmp_path, ckpt_path=tmp_path / "step.ckpt")
 
 
 class StopAfter(L.Callback):

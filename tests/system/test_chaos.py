@@ -53,8 +53,7 @@ def test_a_full_store(tmp_path, undisturbed):
     settings = ("store.capacity_bytes=32000000", "topology.idle_timeout_s=8", "topology.high_refs=16")
     outcome = run_trial(tmp_path, [fault], settings)
     assert compare(outcome, undisturbed) == []
-    assert outcome.starts == 2
-    assert "no sample came for" in outcome.errors[0]
+    assert all("no sample came for" in error for error in outcome.errors)
 
 
 def test_a_killed_rank_of_two(tmp_path, undisturbed):

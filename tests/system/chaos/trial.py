@@ -26,6 +26,8 @@ SETTINGS = (
 )  # fmt: skip
 MAX_STARTS = 5
 RUN_TIMEOUT_S = 240
+END_TIMEOUT_S = 35
+"""A trainer whose supervisor was killed while it waits for its first data ends when its store gives up, after 26 s at most."""
 
 
 @dataclass
@@ -133,7 +135,7 @@ def _start(work: Path, chaos: Path, settings: Sequence[str], outcome: Outcome) -
     text = (chaos / f"output-{outcome.starts}.txt").read_text()
     errors = [line for line in text.splitlines() if line.startswith("error: ")]
     try:
-        wait_until(lambda: not processes_in(work), 15, lambda: "")
+        wait_until(lambda: not processes_in(work), END_TIMEOUT_S, lambda: "")
     except AssertionError:
         outcome.wrong.append(f"start {outcome.starts} left processes: {list(processes_in(work).values())}")
         for pid in processes_in(work):
@@ -154,12 +156,16 @@ def _read_outcome(work: Path, chaos: Path, outcome: Outcome) -> None:
     checkpoint = run / "checkpoints" / f"step-{STEPS:06d}.ckpt"
     if checkpoint.is_file():  # a sharded one is a folder
         outcome.weights = torch.load(checkpoint, weights_only=True)["state_dict"]
+    of_ranks: dict[str, dict[int, list[str]]] = {}
     for path in sorted(chaos.glob("journal-*.jsonl")):  # later starts train again what is not in the weights
         seen: dict[int, list[str]] = {}
         for line in path.read_text().splitlines():
             record = json.loads(line)
             seen.setdefault(record["step"], []).extend(name.partition(":")[2] for name in record["samples"])
-        outcome.samples |= seen
+        of_ranks.setdefault(path.stem.rpartition("-")[2], {}).update(seen)
+    for _, of_rank in sorted(of_ranks.items()):
+        for step, samples in of_rank.items():
+            outcome.samples.setdefault(step, []).extend(samples)
     for step, samples in outcome.samples.items():
         if len(samples) != WINDOW:
             outcome.wrong.append(f"step {step} trained {len(samples)} samples")

@@ -27,7 +27,7 @@ SETTINGS = (
 MAX_STARTS = 5
 RUN_TIMEOUT_S = 240
 END_TIMEOUT_S = 35
-"""A trainer whose supervisor was killed while it waits for its first data ends when its store gives up, after 26 s at most."""
+"""A trainer whose supervisor is killed while it waits for its first data ends when its store gives up: 26 s at most."""
 
 
 @dataclass

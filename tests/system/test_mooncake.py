@@ -371,20 +371,20 @@ def test_the_storage_process_dies_and_comes_back(tmp_path):
 @pytest.mark.slow
 def test_a_storage_process_that_comes_back_unnoticed_is_an_error_and_no_lost_sample(tmp_path):
     with LocalMooncake(capacity_bytes=32 << 20, log_dir=tmp_path) as mooncake:
-        store = attach(mooncake)
-        ref = store.put(sample(1), origin())
-        del ref
+        writer, reader = attach(mooncake), attach(mooncake)
+        for store in (writer, reader):
+            store.put(sample(1), origin())  # now each has memory that the next mooncake_client will not know
         mooncake.processes["mooncake_client"].kill()
         mooncake.processes["mooncake_client"].wait()
         mooncake.restart("mooncake_client")
         fresh = attach(mooncake)
         readable = fresh.put(sample(2), origin("run:2"))
-        for action in (lambda: store.put(sample(1), origin("run:3")), lambda: store.get(readable)):
+        for action in (lambda: writer.put(sample(1), origin("run:3")), lambda: reader.get(readable)):
             error, _ = timed(action)
             assert isinstance(error, StoreUnavailableError)
             assert "does not know the memory of this process: it was started again before" in str(error)
-        for each in (store, fresh):
-            each.close()
+        for store in (writer, reader, fresh):
+            store.close()
 
 
 def processes_with(text: str) -> list[int]:

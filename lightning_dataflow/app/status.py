@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts import PeerTimeoutError, UserError
 from lightning_dataflow.control import SqliteMetadataStore
 from lightning_dataflow.control.plane import LEDGER
 
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         status = measure(find_ledger(options.run), options.interval)
-    except UserError as error:
+    except (UserError, PeerTimeoutError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     print(json.dumps(status, indent=1) if options.json else "\n".join(describe(status)))

@@ -54,9 +54,11 @@ def supervise(config: TrainConfig, arguments: Sequence[str]) -> None:
         settings.append(f"num_threads={threads}")
         for name in _producers(config):
             folder = Path(config.run_dir) / name
-            parts.append(Part(name, [*settings, "role=producer", f"hydra.run.dir={_quoted(str(folder))}"], threads))
+            arguments = [*settings, "role=producer", f"hydra.run.dir={_quoted(str(folder))}"]
+            parts.append(Part(name, arguments, threads, signal.SIGKILL))
         folder = Path(config.run_dir)
-        parts.append(Part("trainer", [*settings, "role=trainer", f"hydra.run.dir={_quoted(str(folder))}"], threads))
+        arguments = [*settings, "role=trainer", f"hydra.run.dir={_quoted(str(folder))}"]
+        parts.append(Part("trainer", arguments, threads, signal.SIGINT))
         *producers, trainer = parts
         watch = Watch(producers, trainer, mooncake, plane.ledger, Path(config.run_dir), restarts)
         heartbeat = Heartbeat(plane.ledger, SUPERVISOR, watch.describe)

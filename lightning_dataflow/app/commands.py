@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": "measure the acceptance length of a checkpoint",
     "conformance": "compare what target.engine captures with what transformers does",
     "status": "show a disaggregated run from outside: lightning-dataflow status runs/NAME",
+    "clean": "remove from a Redis what a run that nobody resumes left there",
     "show-mask": "print samples with their supervised tokens coloured",
 }
 

@@ -13,7 +13,7 @@ same again: the supervisor starts it again otherwise."""
 COMMANDS = {
     "train": "train a draft",
     "capture": "write the target's features to disk, for topology=offline",
-    "evaluate": "measure the acceptance length of a checkpoint",
+    "evaluate": "measure acceptance and speed-up of a checkpoint, a run or an exported draft",
     "conformance": "compare what target.engine captures with what transformers does",
     "status": "show a disaggregated run from outside: lightning-dataflow status runs/NAME",
     "show-mask": "print samples with their supervised tokens coloured",

@@ -22,7 +22,7 @@ ALLOWED = {
     "objectives": {"contracts", "models"},
     "data": {"contracts", "stores", "channels", "control"},
     "producers": {"contracts", "stores", "channels", "control", "prompts", "targets", "data"},
-    "evaluation": {"contracts", "models", "targets"},
+    "evaluation": {"contracts", "leash", "models", "targets"},
     "callbacks": {"contracts", "stores", "data", "evaluation", "targets"},
     "checkpoints": {"contracts", "data"},
     "strategies": {"contracts", "checkpoints", "models", "objectives", "data", "evaluation", "callbacks", "targets"},

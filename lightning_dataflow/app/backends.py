@@ -1,5 +1,6 @@
 """Who decodes for the `evaluate` command."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -8,6 +9,8 @@ from lightning_dataflow.app.capture_servers import read_api_key
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.evaluation import AcceptanceReport, SGLangDecoder, VLLMDecoder, evaluate_acceptance
 from lightning_dataflow.evaluation.vllm import Decoded, find_python
+from lightning_dataflow.exports import export_draft
+from lightning_dataflow.formats import is_published
 from lightning_dataflow.strategies.checkpoint import load_module
 from lightning_dataflow.targets import HFTargetEngine
 from lightning_dataflow.targets.info import read_eos_token_ids
@@ -84,12 +87,18 @@ class VLLMBackend:
         """See Backend."""
         config, options = self.parts.config, self.parts.config.evaluate
         method = load_module(draft.path, target=config.target.path).strategy_name
-        folder = draft.path
+        folder = draft.path if is_published(draft.path) else self._export(draft)
         if options.baseline and self.plain is None:
             self.plain = self.decoder.decode(prompts)
         return self.decoder.evaluate(
             str(folder.absolute()), method, prompts, num_draft_tokens=options.num_draft_tokens, plain=self.plain
         )
+
+    def _export(self, draft: "Draft") -> Path:
+        folder = Path(self.parts.config.run_dir) / "exported" / draft.name
+        if folder.exists():  # of an earlier evaluation under this run_name
+            shutil.rmtree(folder)
+        return export_draft(draft.path, folder, engine="vllm", dtype="float32", target=self.parts.config.target.path)
 
 
 class SGLangBackend:

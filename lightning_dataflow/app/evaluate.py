@@ -78,8 +78,9 @@ def find_drafts(config: TrainConfig) -> list[Draft]:
         found = [one for one in (path / "checkpoints").glob("*.ckpt") if has_marker(one) and incomplete(one) is None]
         if not found:
             raise UserError(f"no complete checkpoint in {path / 'checkpoints'}: name one by its own path")
-        drafts = [Draft(name=one.stem, path=one, step=_step(one)) for one in found]
-        return sorted(drafts, key=lambda draft: (draft.step is None, draft.step, draft.name))
+        drafts = [Draft(name=one.stem, path=one, step=_step(one)) for one in sorted(found)]
+        by_step = {draft.step or draft.name: draft for draft in drafts}  # the best one may be there twice
+        return sorted(by_step.values(), key=lambda draft: (draft.step or 0, draft.name))
     if not path.exists():
         raise UserError(f"evaluate.checkpoint={path} does not exist: give a checkpoint, a run's folder, or an exported one")
     return [Draft(name=path.stem, path=path, step=_step(path))]

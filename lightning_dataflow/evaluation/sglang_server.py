@@ -90,8 +90,8 @@ class SGLangDecoder:
         info = self._ask("/server_info", None)
         if not isinstance(info, dict) or "speculative_algorithm" not in info:
             raise UserError(f"what answers at {self.url} is no SGLang server")
-        if not info["speculative_algorithm"]:
-            return None
+        if not info["speculative_algorithm"] or info.get("enable_return_aux_hidden_states"):
+            return None  # a capture server names an algorithm and loads no draft
         if (info.get("speculative_eagle_topk") or 1) > 1:
             return int(info["speculative_num_steps"])
         return int(info["speculative_num_draft_tokens"]) - 1  # SGLang counts the token that it verifies first

@@ -10,7 +10,7 @@ from lightning_dataflow.contracts import UserError
 from lightning_dataflow.evaluation import AcceptanceReport, SGLangDecoder, VLLMDecoder, evaluate_acceptance
 from lightning_dataflow.evaluation.vllm import Decoded, find_python
 from lightning_dataflow.exports import export_draft
-from lightning_dataflow.formats import is_published
+from lightning_dataflow.formats import is_published, read_draft
 from lightning_dataflow.strategies.checkpoint import load_module
 from lightning_dataflow.targets import HFTargetEngine
 from lightning_dataflow.targets.info import read_eos_token_ids
@@ -18,6 +18,8 @@ from lightning_dataflow.targets.info import read_eos_token_ids
 if TYPE_CHECKING:
     from lightning_dataflow.app.build import Builder
     from lightning_dataflow.app.evaluate import Draft
+
+VLLM_FORMATS = ("vllm", "speculators")
 
 
 class Backend(Protocol):
@@ -85,16 +87,22 @@ class VLLMBackend:
 
     def measure(self, draft: "Draft", prompts: Sequence[Sequence[int]]) -> AcceptanceReport:
         """See Backend."""
-        config, options = self.parts.config, self.parts.config.evaluate
-        method = load_module(draft.path, target=config.target.path).strategy_name
-        folder = draft.path if is_published(draft.path) else self._export(draft)
+        options = self.parts.config.evaluate
+        folder = self._folder(draft)
         if options.baseline and self.plain is None:
             self.plain = self.decoder.decode(prompts)
         return self.decoder.evaluate(
-            str(folder.absolute()), method, prompts, num_draft_tokens=options.num_draft_tokens, plain=self.plain
+            str(folder.absolute()),
+            read_draft(folder).strategy,
+            prompts,
+            num_draft_tokens=options.num_draft_tokens,
+            plain=self.plain,
         )
 
-    def _export(self, draft: "Draft") -> Path:
+    def _folder(self, draft: "Draft") -> Path:
+        """As vLLM reads it."""
+        if is_published(draft.path) and read_draft(draft.path).format in VLLM_FORMATS:
+            return draft.path
         folder = Path(self.parts.config.run_dir) / "exported" / draft.name
         if folder.exists():  # of an earlier evaluation under this run_name
             shutil.rmtree(folder)

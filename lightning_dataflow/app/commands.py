@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "train a draft",
     "capture": "write the target's features to disk, for topology=offline",
     "evaluate": "measure acceptance and speed-up of a checkpoint, a run or an exported draft",
+    "export": "write a checkpoint as a folder that SGLang or vLLM serves",
     "conformance": "compare what target.engine captures with what transformers does",
     "status": "show a disaggregated run from outside: lightning-dataflow status runs/NAME",
     "show-mask": "print samples with their supervised tokens coloured",

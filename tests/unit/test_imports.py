@@ -25,7 +25,19 @@ ALLOWED = {
     "evaluation": {"contracts", "leash", "models", "targets"},
     "callbacks": {"contracts", "stores", "data", "evaluation", "targets"},
     "checkpoints": {"contracts", "data"},
-    "strategies": {"contracts", "checkpoints", "models", "objectives", "data", "evaluation", "callbacks", "targets"},
+    "formats": {"contracts", "models"},
+    "strategies": {
+        "contracts",
+        "checkpoints",
+        "models",
+        "formats",
+        "objectives",
+        "data",
+        "evaluation",
+        "callbacks",
+        "targets",
+    },
+    "exports": {"contracts", "checkpoints", "models", "formats", "strategies"},
     "app": None,
 }
 # Which parts may import a library.

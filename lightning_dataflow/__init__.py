@@ -32,6 +32,7 @@ _NAMES = {
     "Watermarks": "control",
     "available_strategies": "strategies",
     "capture_to_folder": "producers",
+    "export_draft": "exports",
     "latest_checkpoint": "checkpoints.markers",
     "load_prompts": "prompts",
     "load_tokenizer": "targets",

@@ -172,12 +172,6 @@ class Builder:
 
 def read_prompts(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[PromptDataset, PromptDataset]:
     """(training, held-out) prompts."""
-    template = None
-    if data.chat_template is not None:
-        try:
-            template = Path(data.chat_template).read_text()
-        except OSError as error:
-            raise UserError(f"cannot read data.chat_template={data.chat_template}: {error.strerror}") from error
     return load_prompts(
         data.path,
         tokenizer,
@@ -186,8 +180,18 @@ def read_prompts(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
         split=data.split,
         num_samples=data.num_samples,
         num_eval_samples=data.num_eval_samples,
-        chat_template=template,
+        chat_template=read_chat_template(data),
     )
+
+
+def read_chat_template(data: DataConfig) -> str | None:
+    """The template that replaces the tokenizer's, if one is given."""
+    if data.chat_template is None:
+        return None
+    try:
+        return Path(data.chat_template).read_text()
+    except OSError as error:
+        raise UserError(f"cannot read data.chat_template={data.chat_template}: {error.strerror}") from error
 
 
 def capture_once(builder: Builder, folder: Path) -> None:

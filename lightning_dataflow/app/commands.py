@@ -13,7 +13,8 @@ same again: the supervisor starts it again otherwise."""
 COMMANDS = {
     "train": "train a draft",
     "capture": "write the target's features to disk, for topology=offline",
-    "evaluate": "measure the acceptance length of a checkpoint",
+    "evaluate": "measure acceptance and speed-up of a checkpoint, a run or an exported draft",
+    "export": "write a checkpoint as a folder that SGLang or vLLM serves",
     "conformance": "compare what target.engine captures with what transformers does",
     "status": "show a disaggregated run from outside: lightning-dataflow status runs/NAME",
     "clean": "remove from a Redis what a run that nobody resumes left there",

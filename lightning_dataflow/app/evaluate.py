@@ -1,47 +1,142 @@
-"""The `evaluate` command: acceptance length of a checkpoint on held-out prompts."""
+"""The `evaluate` command: acceptance and speed-up of drafts, decoded by this package, vLLM or an SGLang server."""
 
 import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_dataflow.app.command import command
 from lightning_dataflow.app.schema import TrainConfig
+from lightning_dataflow.checkpoints.markers import has_marker, incomplete
 from lightning_dataflow.contracts import UserError
+
+if TYPE_CHECKING:
+    from lightning_dataflow.app.build import Builder
+
+BACKENDS = ("hf", "vllm", "sglang_server")
+SHARES, WIDTH = "acceptance_per_position", 28
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """One draft to measure.
+
+    Attributes:
+        name: for the table.
+        step: of the training that it comes from; None when not known.
+    """
+
+    name: str
+    path: Path
+    step: int | None
 
 
 def evaluate(config: TrainConfig, settings: dict[str, Any]) -> None:
-    """Decode the held-out prompts speculatively, print a table, and write JSON if asked to."""
+    """Decode prompts with every draft, print a table, and write JSON and a figure if asked to."""
+    from lightning_dataflow.app.backends import make_backend
     from lightning_dataflow.app.build import Builder
-    from lightning_dataflow.evaluation import evaluate_acceptance
-    from lightning_dataflow.strategies.checkpoint import load_module
+    from lightning_dataflow.app.figure import draw_measurements
 
     options = config.evaluate
+    drafts = find_drafts(config)
+    if options.output is not None and not Path(options.output).absolute().parent.is_dir():
+        raise UserError(f"evaluate.output={options.output}: there is no such folder, make it first")
     parts = Builder(config, settings)
-    if options.checkpoint is None:
-        raise UserError("evaluate needs a draft: set evaluate.checkpoint to a checkpoint of a run")
-    module = load_module(options.checkpoint, target=config.target.path)
-    parts.layer_ids = module.layer_ids
-    prompts = [prompt.question for prompt in parts.prompts[1]]
-    if not prompts:
-        raise UserError("no held-out prompts: set data.num_eval_samples")
-    target = parts.evaluation_target()
-    module.load_frozen_target(target.device)
-    report = evaluate_acceptance(
-        target,
-        module.to(target.device).drafter(num_draft_tokens=options.num_draft_tokens),
-        prompts,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        seed=config.seed,
-        check_lossless=options.check_lossless,
-        progress=lambda done, total: print(f"\rdecoded {done}/{total}", end="\n" * (done == total), flush=True),
-    )
-    result = report.to_json()
-    for name, value in result.items():
-        shown = ", ".join(f"{share:.3f}" for share in value) if name == "acceptance_per_position" else value
-        print(f"{name:28}{shown:.3f}" if isinstance(shown, float) else f"{name:28}{shown}")
+    with parts.resources:
+        prompts = _read_prompts(parts)
+        backend = make_backend(parts)
+        measurements = []
+        for draft in drafts:
+            report = backend.measure(draft, prompts)
+            measurements.append({"name": draft.name, "step": draft.step, **report.to_json()})
+    print(table(measurements))
     if options.output is not None:
+        result = {"measurements": measurements, "settings": settings["evaluate"] | {"seed": config.seed}}
         Path(options.output).write_text(json.dumps(result, indent=1) + "\n")
+        draw_measurements(measurements, Path(options.output).with_suffix(".png"))
+
+
+def find_drafts(config: TrainConfig) -> list[Draft]:
+    """What `evaluate.checkpoint` names: a draft, or those of a run by step. Raises UserError for what is none."""
+    options = config.evaluate
+    if options.backend not in BACKENDS:
+        raise UserError(f"evaluate.backend={options.backend} is unknown: use one of {', '.join(BACKENDS)}")
+    if options.backend == "sglang_server":
+        if options.checkpoint is not None:
+            raise UserError(
+                "evaluate.checkpoint with backend sglang_server: the server was started with its draft, leave it out"
+            )
+        return [Draft(name=str(options.url), path=Path(), step=None)]
+    if options.checkpoint is None:
+        raise UserError(
+            "evaluate needs a draft: set evaluate.checkpoint to a checkpoint, a run's folder, or an exported folder"
+        )
+    path = Path(options.checkpoint)
+    if (path / "checkpoints").is_dir():
+        found = [one for one in (path / "checkpoints").glob("*.ckpt") if has_marker(one) and incomplete(one) is None]
+        if not found:
+            raise UserError(f"no complete checkpoint in {path / 'checkpoints'}: name one by its own path")
+        drafts = [Draft(name=one.stem, path=one, step=_step(one)) for one in sorted(found)]
+        by_step = {draft.step or draft.name: draft for draft in drafts}  # the best one may be there twice
+        return sorted(by_step.values(), key=lambda draft: (draft.step or 0, draft.name))
+    if not path.exists():
+        raise UserError(f"evaluate.checkpoint={path} does not exist: give a checkpoint, a run's folder, or an exported one")
+    return [Draft(name=path.stem, path=path, step=_step(path))]
+
+
+def table(measurements: Sequence[dict[str, Any]]) -> str:
+    """A line a quantity, a column a draft."""
+    rows: dict[str, list[str]] = {}
+    for name in measurements[0]:
+        if name in (SHARES, "accepted_per_position"):
+            for position in range(len(measurements[0][name])):
+                label = f"{'accepted' if name == SHARES else 'num_accepted'}_{position + 1}"
+                rows[label] = [_shown(one[name][position]) for one in measurements]
+        elif any(one[name] is not None for one in measurements):
+            rows[name] = [_shown(one[name]) for one in measurements]
+    widths = [max(len(row[column]) for row in rows.values()) for column in range(len(measurements))]
+    return "\n".join(
+        f"{name:{WIDTH}}" + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for name, row in rows.items()
+    )
+
+
+def _read_prompts(parts: "Builder") -> list[list[int]]:
+    """Of `evaluate.data`, else the held-out ones, checked against the target."""
+    from lightning_dataflow.app.build import read_chat_template
+    from lightning_dataflow.prompts import load_questions
+    from lightning_dataflow.targets import read_target_info
+
+    config, options = parts.config, parts.config.evaluate
+    if options.data is not None:
+        template = read_chat_template(config.data)
+        prompts = load_questions(options.data, parts.tokenizer, num_prompts=options.num_prompts, chat_template=template)
+    else:
+        prompts = [list(prompt.question) for prompt in parts.prompts[1]][: options.num_prompts]
+        if not prompts:
+            raise UserError("no held-out prompts: set data.num_eval_samples, or evaluate.data to a file of prompts")
+    info = read_target_info(config.target.path)
+    for number, prompt in enumerate(prompts, start=1):
+        if unknown := [token for token in prompt if not 0 <= token < info.vocab_size]:
+            raise UserError(f"prompt {number} has token id {unknown[0]}, the target's vocabulary has {info.vocab_size}")
+        needed = len(prompt) + options.max_new_tokens + options.num_draft_tokens + 1
+        if needed > info.max_position_embeddings:
+            raise UserError(
+                f"prompt {number} has {len(prompt)} tokens: with evaluate.max_new_tokens={options.max_new_tokens} and a "
+                f"proposal that is {needed}, and the target reads {info.max_position_embeddings}; generate fewer"
+            )
+    return prompts
+
+
+def _step(path: Path) -> int | None:
+    found = re.search(r"step[-=](\d+)", path.name)
+    return int(found[1]) if found else None
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else "" if value is None else str(value)
 
 
 main = command(evaluate)

@@ -1,28 +1,65 @@
-"""One picture of a run."""
+"""Pictures: of a run, and of measured drafts."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def draw_result(result_file: Path, figure_file: Path) -> None:
-    """Draw the loss by step, and the share of drafts accepted by position for the first and last evaluation."""
-    from matplotlib.figure import Figure
-
+    """Draw the loss by step, and the share of drafts accepted: by position for the first and last evaluation, and by step
+    where there are more."""
     result = json.loads(result_file.read_text())
     evaluations = result.get("acceptance", [])
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    loss_axes, accepted_axes = figure.subplots(1, 2)
+    figure, (loss_axes, *axes) = _panels(2 + (len(evaluations) > 2))
     loss_axes.plot(range(1, len(result["losses"]) + 1), result["losses"])
     loss_axes.set(xlabel="optimizer step", ylabel="loss", title=f"{result['strategy']} training loss")
     shown = [evaluations[0], evaluations[-1]] if len(evaluations) > 1 else evaluations
-    for index, evaluation in enumerate(shown):
-        shares = evaluation["acceptance_per_position"]
-        places = [position + 1 + 0.4 * index - 0.2 for position in range(len(shares))]
-        label = f"step {evaluation['step']}: length {evaluation['acceptance_length']:.2f}"
-        accepted_axes.bar(places, shares, width=0.4, label=label)
-    accepted_axes.set(xlabel="draft position", ylabel="share of drafts accepted", title="held-out prompts, real decoding")
-    accepted_axes.set_ylim(0, 1)
-    if shown:
-        accepted_axes.set_xticks(range(1, len(shown[0]["acceptance_per_position"]) + 1))
-        accepted_axes.legend()
+    _by_position(axes[0], shown, "held-out prompts, real decoding")
+    if len(evaluations) > 2:
+        _by_step(axes[1], evaluations)
     figure.savefig(figure_file, dpi=120)
+
+
+def draw_measurements(measurements: Sequence[dict[str, Any]], figure_file: Path) -> None:
+    """Draw the share of drafts accepted by position, and by step of the training where several steps were measured."""
+    by_step = [one for one in measurements if one["step"] is not None]
+    several = len({one["step"] for one in by_step}) > 1
+    figure, axes = _panels(1 + several)
+    _by_position(
+        axes[0], measurements, f"{measurements[0]['num_prompts']} prompts, decoded by {measurements[0]['backend']}"
+    )
+    if several:
+        _by_step(axes[1], by_step)
+    figure.savefig(figure_file, dpi=120)
+
+
+def _panels(count: int) -> tuple[Any, list[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * count, 4), layout="constrained")
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+
+
+def _by_position(axes: Any, evaluations: Sequence[dict[str, Any]], title: str) -> None:
+    width = 0.8 / max(1, len(evaluations))
+    for index, evaluation in enumerate(evaluations):
+        shares = evaluation["acceptance_per_position"]
+        places = [position + 1 + width * (index + 0.5) - 0.4 for position in range(len(shares))]
+        name = evaluation.get("name", "draft") if evaluation["step"] is None else f"step {evaluation['step']}"
+        axes.bar(places, shares, width=width, label=f"{name}: length {evaluation['acceptance_length']:.2f}")
+    axes.set(xlabel="draft position", ylabel="share of drafts accepted", title=title)
+    axes.set_ylim(0, 1)
+    if evaluations:
+        axes.set_xticks(range(1, len(evaluations[0]["acceptance_per_position"]) + 1))
+        axes.legend()
+
+
+def _by_step(axes: Any, evaluations: Sequence[dict[str, Any]]) -> None:
+    steps = [evaluation["step"] for evaluation in evaluations]
+    for position in range(len(evaluations[0]["acceptance_per_position"])):
+        shares = [evaluation["acceptance_per_position"][position] for evaluation in evaluations]
+        axes.plot(steps, shares, marker="o", markersize=3, label=f"position {position + 1}")
+    axes.set(xlabel="optimizer step", ylabel="share of drafts accepted", title="by checkpoint")
+    axes.set_ylim(0, 1)
+    axes.legend(fontsize="small")

@@ -114,6 +114,7 @@ def _callbacks(parts: "Builder") -> list[L.Callback]:
         StreamCursor(),
         parts.result_writer,
     ]
+    _check_monitors(parts)
     for entry in (parts.config.callbacks or {}).values():
         if entry["_target_"].rsplit(".", 1)[-1] == AcceptanceEvaluation.__name__:
             entry = {key: value for key, value in entry.items() if key != "_target_"}
@@ -122,6 +123,18 @@ def _callbacks(parts: "Builder") -> list[L.Callback]:
         else:
             callbacks.append(hydra.utils.instantiate(entry, _convert_="all"))
     return callbacks
+
+
+def _check_monitors(parts: "Builder") -> None:
+    """What follows a measurement needs measurements."""
+    entries = parts.config.callbacks or {}
+    measured = "acceptance" in entries and parts.config.evaluate.every_n_steps > 0
+    for name, entry in entries.items():
+        if str(entry.get("monitor", "")).startswith("val/") and not measured:
+            raise UserError(
+                f"callbacks.{name} follows {entry['monitor']}, which is measured before and after training only: set "
+                "evaluate.every_n_steps"
+            )
 
 
 def _auto_precision(trainer: Mapping[str, Any]) -> str:

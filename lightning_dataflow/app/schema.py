@@ -176,23 +176,44 @@ class OptimizerConfig:
 
 @dataclass
 class EvaluateConfig:
-    """Acceptance evaluation; see AcceptanceEvaluation and the `evaluate` command.
+    """Acceptance evaluation; see AcceptanceEvaluation, and docs/evaluation.md for the `evaluate` command.
 
     Attributes:
+        num_draft_tokens: K; of a block draft, a block of one more.
         every_n_steps: while training; 0 for before and after only.
-        checkpoint: file or folder that the `evaluate` command measures.
-        check_lossless: the `evaluate` command also decodes with the target alone and compares.
         dtype: of the target while decoding.
-        output: JSON file of the `evaluate` command; null to print only.
+
+    Of the `evaluate` command:
+        checkpoint: a checkpoint, a run's folder for all of its checkpoints, or an exported folder.
+        data: a JSONL file of prompts; null for the held-out ones of `data`.
+        num_prompts: the first so many of them; null for all.
+        batch_size: prompts that are decoded at a time.
+        baseline: decode with the target alone too, for the speed-up, and compare.
+        backend: `hf`, `vllm` or `sglang_server`.
+        python: of the environment in which vLLM is installed.
+        vllm_args: further keyword arguments of `vllm.LLM`.
+        url: of an SGLang server that speculates.
+        baseline_url: of one without a draft.
+        timeout_s: for a vLLM process, or a server's answer.
+        output: a JSON file; a figure of the same name is drawn beside it; null to print only.
     """
 
     num_draft_tokens: int = 4
     max_new_tokens: int = 32
     every_n_steps: int = 0
     temperature: float = 0.0
-    check_lossless: bool = True
     dtype: str = "float32"
     checkpoint: str | None = None
+    data: str | None = None
+    num_prompts: int | None = None
+    batch_size: int = 1
+    baseline: bool = True
+    backend: str = "hf"
+    python: str | None = None
+    vllm_args: dict[str, Any] = field(default_factory=dict)
+    url: str | None = None
+    baseline_url: str | None = None
+    timeout_s: float = 3600.0
     output: str | None = None
 
 

@@ -10,12 +10,17 @@ from lightning_dataflow.contracts import UserError
 from lightning_dataflow.evaluation import AcceptanceReport, evaluate_acceptance
 from lightning_dataflow.targets.hf import HFTargetEngine
 
+LOGGED = ("acceptance_length", "tokens_per_target_forward")
+
 
 class AcceptanceEvaluation(L.Callback):
     """Decodes held-out prompts before the first step, every `every_n_steps` steps, and after the last.
 
-    Logs `val/acceptance_length` and `val/accepted_i`, the share of proposals accepted at least up to position i. Ranks
-    share the prompts. Every rank decodes with an unsharded copy of the draft.
+    Logs `val/acceptance_length`, `val/tokens_per_target_forward` and `val/accepted_i`, the share of proposals accepted at
+    least up to position i. Ranks share the prompts. Every rank decodes with an unsharded copy of the draft.
+
+    What it logged after a step, a ModelCheckpoint of that step can monitor. A measurement is this package's validation: an
+    EarlyStopping with `check_on_train_epoch_end=False` checks after each one but the first, which is before training.
 
     Args:
         target: makes the target; called once, when it is first needed.
@@ -62,8 +67,11 @@ class AcceptanceEvaluation(L.Callback):
         self._seen_step = step
         if step == trainer.max_steps or (self.every_n_steps and step % self.every_n_steps == 0):
             report = self._evaluate(trainer, pl_module)
-            metrics = {f"val/accepted_{i}": share for i, share in enumerate(report.acceptance_per_position)}
-            pl_module.log_dict(metrics | {"val/acceptance_length": report.acceptance_length}, batch_size=1)
+            metrics = {f"val/{name}": getattr(report, name) for name in LOGGED}
+            metrics |= {f"val/accepted_{i}": share for i, share in enumerate(report.acceptance_per_position)}
+            pl_module.log_dict(metrics, batch_size=1)
+            for callback in trainer.early_stopping_callbacks:
+                callback.on_validation_end(trainer, pl_module)
 
     def report(self) -> dict[str, Any]:
         """For `result.json`."""

@@ -88,6 +88,7 @@ class ResultWriter(L.Callback):
             "samples_skipped_by_reason": dict(skipped),
             "seqs_skipped_while_training": sorted(data.skipped()),
             "samples_recaptured": data.num_recaptured(),
+            "stopped_early": _stopping_reason(trainer),
             "early_checkpoints": sum(one.count for one in callbacks if isinstance(one, EarlyCheckpoints)),
             "throughput": metrics.totals(data.next_seq) if metrics else {},
             "versions": _versions(),
@@ -96,6 +97,12 @@ class ResultWriter(L.Callback):
         for report in reports:
             result |= report
         return result
+
+
+def _stopping_reason(trainer: L.Trainer) -> str | None:
+    """What an EarlyStopping said; None where training went to its end."""
+    reasons = [callback.stopping_reason_message for callback in trainer.early_stopping_callbacks if trainer.should_stop]
+    return next((reason for reason in reasons if reason), None)
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:

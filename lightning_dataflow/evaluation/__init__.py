@@ -3,7 +3,9 @@
 from lightning_dataflow.evaluation.acceptance import AcceptanceReport, evaluate_acceptance
 from lightning_dataflow.evaluation.block import BlockDrafter, DominoDrafter
 from lightning_dataflow.evaluation.chain import ChainDrafter
-from lightning_dataflow.evaluation.speculative import Drafter, Generation, Proposal, SpeculativeDecoder
+from lightning_dataflow.evaluation.sglang_server import SGLangDecoder
+from lightning_dataflow.evaluation.speculative import Drafter, Generation, NoDrafter, Proposal, SpeculativeDecoder
+from lightning_dataflow.evaluation.vllm import VLLMDecoder
 
 __all__ = [
     "AcceptanceReport",
@@ -12,7 +14,10 @@ __all__ = [
     "DominoDrafter",
     "Drafter",
     "Generation",
+    "NoDrafter",
     "Proposal",
+    "SGLangDecoder",
     "SpeculativeDecoder",
+    "VLLMDecoder",
     "evaluate_acceptance",
 ]

@@ -11,7 +11,8 @@ from lightning_dataflow.models import DFlashDraft, DominoDraft, FrozenTarget
 
 
 class BlockDrafter(Drafter):
-    """Drafts a whole block in one pass over the keys and values of verified tokens.
+    """Drafts a block in one pass over the keys and values of verified tokens. With fewer than all of its tokens asked for,
+    the block is that much shorter, as in serving engines.
 
     Args:
         draft: unsharded, in evaluation.
@@ -47,7 +48,7 @@ class BlockDrafter(Drafter):
     def propose(self, temperature: float, generator: torch.Generator) -> Proposal:
         """See Drafter."""
         first = self._first_offset(self.draft)
-        hidden = self.draft.decode(self.anchor, self.target.embedding, self.caches)[first : first + self.num_draft_tokens]
+        hidden = self.draft.decode(self.anchor, self.target.embedding, self.caches, first + self.num_draft_tokens)[first:]
         logits = (hidden.to(self.target.head.dtype) @ self.target.head.T).float()
         return self._choose(hidden, logits, temperature, generator)
 

@@ -2,12 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from lightning_dataflow.targets.hf import HFTargetEngine, TargetSession
+from lightning_dataflow.targets.batch import TargetBatch
+from lightning_dataflow.targets.hf import HFTargetEngine
 
 
 @dataclass
@@ -27,6 +30,12 @@ class Drafter(ABC):
     def reset(self) -> None:
         """Forget the sequence."""
 
+    def fresh(self) -> Self:
+        """The same draft, for another sequence beside this one."""
+        other = copy(self)
+        other.reset()
+        return other
+
     @abstractmethod
     def observe(self, next_tokens: Sequence[int], aux_hidden_states: Tensor) -> None:
         """Verified positions: `aux_hidden_states` [n, n_layers·H] of n new tokens, and the n tokens after them."""
@@ -36,9 +45,28 @@ class Drafter(ABC):
         """K tokens to follow the last observed one."""
 
 
+class NoDrafter(Drafter):
+    """Proposes nothing, so that the target decodes alone, by the same code."""
+
+    num_draft_tokens = 0
+
+    def reset(self) -> None:
+        """See Drafter."""
+
+    def observe(self, next_tokens: Sequence[int], aux_hidden_states: Tensor) -> None:
+        """See Drafter."""
+
+    def propose(self, temperature: float, generator: torch.Generator) -> Proposal:
+        """See Drafter."""
+        return Proposal([])
+
+
 @dataclass
 class Generation:
     """One generated continuation.
+
+    What a proposal got accepted counts whole, also behind an end token or `max_new_tokens`, where `tokens` is cut; so do
+    vLLM's counters.
 
     Attributes:
         tokens: generated ids, the first of them sampled from the prompt's own forward pass.
@@ -58,7 +86,7 @@ class SpeculativeDecoder:
     Args:
         target: with the drafter's capture layers set.
         temperature: 0 for greedy decoding.
-        seed: of all draws.
+        seed: of the draws of `generate`.
     """
 
     def __init__(self, target: HFTargetEngine, drafter: Drafter, *, temperature: float = 0.0, seed: int = 0):
@@ -69,37 +97,65 @@ class SpeculativeDecoder:
 
     def generate(self, prompt: Sequence[int], max_new_tokens: int) -> Generation:
         """Continue `prompt` until one of the target's end tokens, or for `max_new_tokens`."""
-        eos_token_ids = self.target.eos_token_ids
-        session = TargetSession(self.target, rollback=True)
-        self.drafter.reset()
-        generation = Generation(accepted_per_position=[0] * self.drafter.num_draft_tokens)
-        logits, aux = session.extend(prompt)
-        session.crop(len(prompt))
-        pending = self._choose(logits[-1])
-        generation.tokens.append(pending)
-        self.drafter.observe([*prompt[1:], pending], aux)
-        while not _finished(generation.tokens, max_new_tokens, eos_token_ids):
-            proposal = self.drafter.propose(self.temperature, self.generator)
-            length = session.length
-            logits, aux = session.extend([pending, *proposal.tokens])
-            accepted, bonus = self._verify(proposal, logits)
-            session.crop(length + 1 + accepted)
-            new_tokens = [*proposal.tokens[:accepted], bonus]
-            self.drafter.observe(new_tokens, aux[: accepted + 1])
-            generation.num_drafts += 1
-            for position in range(accepted):
-                generation.accepted_per_position[position] += 1
-            generation.tokens += new_tokens
-            pending = bonus
-        generation.tokens = _cut(generation.tokens, max_new_tokens, eos_token_ids)
-        return generation
+        return self.generate_batch([prompt], max_new_tokens, [self.generator])[0]
 
-    def _choose(self, logits: Tensor) -> int:
+    def generate_batch(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, generators: Sequence[torch.Generator]
+    ) -> list[Generation]:
+        """Continue each prompt; the target verifies the proposals of all of them in one forward pass.
+
+        Drafts propose one sequence after the other.
+
+        Args:
+            generators: of each prompt's draws.
+        """
+        num_draft_tokens = self.drafter.num_draft_tokens
+        batch = TargetBatch(self.target, prompts, room=max_new_tokens + num_draft_tokens)
+        every = [
+            _Sequence(self.drafter.fresh(), generator, Generation(accepted_per_position=[0] * num_draft_tokens))
+            for generator in generators
+        ]
+        for one, prompt, logits, aux in zip(every, prompts, batch.logits, batch.aux, strict=True):
+            first = self._choose(logits, one.generator)
+            one.generation.tokens.append(first)
+            one.drafter.observe([*prompt[1:], first], aux)
+        going = every
+        while going := self._unfinished(batch, going, max_new_tokens):
+            self._round(batch, going)
+        for one in every:
+            one.generation.tokens = _cut(one.generation.tokens, max_new_tokens, self.target.eos_token_ids)
+        return [one.generation for one in every]
+
+    def _unfinished(self, batch: TargetBatch, going: Sequence["_Sequence"], max_new_tokens: int) -> list["_Sequence"]:
+        ends = self.target.eos_token_ids
+        rows = [row for row, one in enumerate(going) if not _finished(one.generation.tokens, max_new_tokens, ends)]
+        batch.keep(rows)
+        return [going[row] for row in rows]
+
+    def _round(self, batch: TargetBatch, going: Sequence["_Sequence"]) -> None:
+        """Draft, verify, and keep what is accepted and the token after it."""
+        proposals = [one.drafter.propose(self.temperature, one.generator) for one in going]
+        lengths = list(batch.lengths)
+        states = batch.extend(
+            [[one.generation.tokens[-1], *proposal.tokens] for one, proposal in zip(going, proposals, strict=True)]
+        )
+        for row, (one, proposal, (logits, aux)) in enumerate(zip(going, proposals, states, strict=True)):
+            accepted, bonus = self._verify(proposal, logits, one.generator)
+            new_tokens = [*proposal.tokens[:accepted], bonus]
+            lengths[row] += 1 + accepted
+            one.drafter.observe(new_tokens, aux[: accepted + 1])
+            one.generation.num_drafts += 1
+            for position in range(accepted):
+                one.generation.accepted_per_position[position] += 1
+            one.generation.tokens += new_tokens
+        batch.crop(lengths)
+
+    def _choose(self, logits: Tensor, generator: torch.Generator) -> int:
         if self.temperature == 0:
             return int(logits.argmax())
-        return _draw(torch.softmax(logits / self.temperature, -1), self.generator)
+        return _draw(torch.softmax(logits / self.temperature, -1), generator)
 
-    def _verify(self, proposal: Proposal, logits: Tensor) -> tuple[int, int]:
+    def _verify(self, proposal: Proposal, logits: Tensor, generator: torch.Generator) -> tuple[int, int]:
         """(number of accepted tokens, the token that follows them). logits [K + 1, V]."""
         if self.temperature == 0:
             choices = logits.argmax(-1).tolist()
@@ -107,9 +163,20 @@ class SpeculativeDecoder:
             while accepted < len(proposal.tokens) and proposal.tokens[accepted] == choices[accepted]:
                 accepted += 1
             return accepted, choices[accepted]
-        assert proposal.probabilities is not None, "a sampled proposal carries its distributions"
         p = torch.softmax(logits / self.temperature, -1)
-        return rejection_sample(p, proposal.probabilities, proposal.tokens, self.generator)
+        if not proposal.tokens:
+            return 0, _draw(p[0], generator)
+        assert proposal.probabilities is not None, "a sampled proposal carries its distributions"
+        return rejection_sample(p, proposal.probabilities, proposal.tokens, generator)
+
+
+@dataclass
+class _Sequence:
+    """One row of a batch."""
+
+    drafter: Drafter
+    generator: torch.Generator
+    generation: Generation
 
 
 def rejection_sample(p: Tensor, q: Tensor, tokens: Sequence[int], generator: torch.Generator) -> tuple[int, int]:
@@ -131,12 +198,7 @@ def rejection_sample(p: Tensor, q: Tensor, tokens: Sequence[int], generator: tor
 
 def greedy_decode(target: HFTargetEngine, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
     """The target's own greedy continuation, one token a forward pass."""
-    eos_token_ids = target.eos_token_ids
-    session = TargetSession(target)
-    tokens = [int(session.extend(prompt)[0][-1].argmax())]
-    while not _finished(tokens, max_new_tokens, eos_token_ids):
-        tokens.append(int(session.extend(tokens[-1:])[0][-1].argmax()))
-    return tokens
+    return SpeculativeDecoder(target, NoDrafter()).generate(prompt, max_new_tokens).tokens
 
 
 def _draw(weights: Tensor, generator: torch.Generator) -> int:

@@ -198,11 +198,11 @@ class DFlashDraft(nn.Module):
             cache.append(*layer.self_attn.key_value(context, *tables))
 
     @torch.no_grad()
-    def decode(self, anchor_token: int, embedding: Tensor, caches: list[DraftCache]) -> Tensor:
-        """d [B, H] of the block that follows the context, whose offset 0 is `anchor_token`."""
+    def decode(self, anchor_token: int, embedding: Tensor, caches: list[DraftCache], length: int) -> Tensor:
+        """d [length, H] of the block that follows the context, whose offset 0 is `anchor_token`; at most B offsets."""
         start, device = caches[0].length, embedding.device
-        tables = self.rotary.tables(torch.arange(start, start + self.config.block_size, device=device))
-        hidden = self.noise(torch.tensor([anchor_token], device=device), embedding)
+        tables = self.rotary.tables(torch.arange(start, start + length, device=device))
+        hidden = self.noise(torch.tensor([anchor_token], device=device), embedding)[:, :length]
         for index, (layer, cache) in enumerate(zip(self.decoder_layers, caches, strict=True)):
             attention, x = layer.self_attn, layer.input_layernorm(hidden)
             keys, values = cache.append(*attention.key_value(x, *tables))

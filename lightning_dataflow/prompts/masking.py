@@ -50,6 +50,14 @@ class Encoder:
             return self._encode_tagged(record.messages)
         return self._encode_by_prefixes(record.messages)
 
+    def encode_question(self, text: str) -> list[int]:
+        """Token ids of a user's message and the generation prompt; of the text alone where there is no chat template."""
+        if self.chat_template is None and self.tokenizer.chat_template is None:
+            return list(self.tokenizer(text)["input_ids"])
+        messages = [{"role": "user", "content": text}]
+        rendered = self._render(messages, add_generation_prompt=True, tokenize=False)
+        return list(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
     def _template(self) -> str:
         try:
             return self.tokenizer.get_chat_template(self.chat_template)

@@ -10,24 +10,26 @@ from lightning_dataflow.contracts import UserError
 Record = Mapping[str, Any]
 
 
-def read_records(path: str, *, split: str = "train") -> Iterator[tuple[int, Record]]:
+def read_records(path: str, *, split: str = "train", setting: str = "data.path") -> Iterator[tuple[int, Record]]:
     """Yield (number, record) from a `.jsonl` file (numbers are lines, from 1) or from a `datasets` name or folder.
+
+    `setting` is what messages call the path.
 
     Raises UserError for a missing file, and for a line that is not a JSON object, naming the line.
     """
     if path.endswith((".jsonl", ".json")) or Path(path).is_file():
-        return _read_jsonl(Path(path))
-    return _read_dataset(path, split)
+        return _read_jsonl(Path(path), setting)
+    return _read_dataset(path, split, setting)
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, Record]]:
+def _read_jsonl(path: Path, setting: str) -> Iterator[tuple[int, Record]]:
     try:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield number, _parse(line, path, number)
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise UserError(f"no prompt file {path}: set data.path to a .jsonl file or a Hugging Face data set") from error
+        raise UserError(f"no prompt file {path}: set {setting} to a .jsonl file or a Hugging Face data set") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it to UTF-8") from error
 
@@ -45,12 +47,12 @@ def _parse(line: str, path: Path, number: int) -> Record:
     return record
 
 
-def _read_dataset(name: str, split: str) -> Iterator[tuple[int, Record]]:
+def _read_dataset(name: str, split: str, setting: str) -> Iterator[tuple[int, Record]]:
     try:
         import datasets
     except ImportError as error:
         raise UserError(
-            f"data.path={name} is not a .jsonl file, so it names a Hugging Face data set: "
+            f"{setting}={name} is not a .jsonl file, so it names a Hugging Face data set: "
             "run `pip install 'lightning-dataflow[datasets]'`, or give a .jsonl file"
         ) from error
     try:
@@ -58,7 +60,7 @@ def _read_dataset(name: str, split: str) -> Iterator[tuple[int, Record]]:
     except (ValueError, OSError, ConnectionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"cannot load data set {name}, split {split}: {reason}; set data.path to a .jsonl file or a data set "
+            f"cannot load data set {name}, split {split}: {reason}; set {setting} to a .jsonl file or a data set "
             "that this machine can reach"
         ) from error
     yield from enumerate(rows, start=1)

@@ -16,12 +16,14 @@ from lightning_dataflow.contracts import CaptureSpec, StepContext, UserError
 from lightning_dataflow.data import DataFlowDataModule, FeatureCard
 from lightning_dataflow.data.collate import Batch, SampleRows
 from lightning_dataflow.evaluation import Drafter
+from lightning_dataflow.formats import read_draft
 from lightning_dataflow.models import FrozenTarget
 from lightning_dataflow.objectives import ObjectiveSums
 from lightning_dataflow.strategies.optimisation import adamw, scale_gradients, warmup_cosine
 from lightning_dataflow.strategies.registry import StrategySpec, resolve_strategy
 from lightning_dataflow.strategies.sharding import fsdp1_root, full_state_dict, shard_draft
 from lightning_dataflow.strategies.streaming import align_loops, check_trainer
+from lightning_dataflow.strategies.warm_start import check_settings, check_start, check_tensors, choose_layers, load_start
 from lightning_dataflow.strategies.window import WindowSums
 from lightning_dataflow.targets.info import read_target_info, tensor_names
 
@@ -44,6 +46,8 @@ class DraftModule(L.LightningModule):
     Args:
         target: the target's Hugging Face folder. Only its sizes, embedding and head are read.
         layer_ids: target layers whose features the draft reads; None for the strategy's default.
+        init_from: folder of a published draft of this target to start from, for SGLang or vLLM; its sizes are the draft's.
+        network: sizes of the draft by their names in its configuration, in place of what settings and target say.
         target_dtype: of the frozen embedding and head, `float32` or `bfloat16`.
         lr, betas, weight_decay: of AdamW.
         warmup_ratio, min_lr_ratio: warm-up as a share of max_steps, final learning rate as a share of `lr`.
@@ -58,6 +62,8 @@ class DraftModule(L.LightningModule):
         self,
         target: str,
         layer_ids: list[int] | None = None,
+        init_from: str | None = None,
+        network: dict[str, Any] | None = None,
         target_dtype: str = "float32",
         lr: float = 1e-4,
         betas: tuple[float, float] = (0.9, 0.95),
@@ -71,6 +77,12 @@ class DraftModule(L.LightningModule):
         if target_dtype not in DTYPES:
             raise UserError(f"target_dtype={target_dtype} is unknown: use {' or '.join(DTYPES)}")
         self.target_info = read_target_info(target)
+        self._start = None if init_from is None else read_draft(init_from)
+        if self._start is not None:
+            check_start(self._start, self.strategy_name, self.target_info)
+            layer_ids = list(choose_layers(self._start, layer_ids) or ()) or None
+            # A checkpoint is read without the folder.
+            self.hparams["network"], self.hparams["layer_ids"] = dict(self._start.network), layer_ids
         self.layer_ids = tuple(layer_ids or self.spec.default_layer_ids(self.target_info.num_layers))
         self.step_losses: list[Tensor | float] = []
         self._frozen: FrozenTarget | None = None
@@ -112,6 +124,24 @@ class DraftModule(L.LightningModule):
     def initialise_draft(self, data: DataFlowDataModule) -> None:
         """Set what depends on the target's tensors or on the data, once before a new draft trains."""
 
+    def network_sizes(self, defaults: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Sizes of the draft's network: what a draft to start from has, else settings that are not None, else defaults.
+
+        Raises:
+            UserError: settings and the draft to start from differ.
+        """
+        if self._start is not None:
+            check_settings(self._start, settings)
+        chosen = {name: value for name, value in settings.items() if value is not None}
+        return {**defaults, **chosen, **(self.hparams["network"] or {})}
+
+    def load_start(self) -> None:
+        """Take over the weights of the draft to start from; done by the first fit."""
+        assert self._start is not None, "nothing to start from"
+        check_tensors(self._start, self.draft)
+        load_start(self._start, self.draft, self.frozen_target)
+        self._initialised = True
+
     def derived_metrics(self, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Further metrics, computed from the step's means."""
         return {}
@@ -143,7 +173,9 @@ class DraftModule(L.LightningModule):
                     "the longest sample: raise it, or cut samples to a smaller max_length"
                 )
             self.check_data(data)
-            if not self._initialised:
+            if not self._initialised and self._start is not None:
+                self.load_start()
+            elif not self._initialised:
                 self.initialise_draft(data)
                 self._initialised = True
 

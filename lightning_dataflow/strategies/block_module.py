@@ -30,8 +30,8 @@ class BlockDraftModule(DraftModule):
     Subclasses build `self.draft` with `self.new_draft`.
 
     Args:
-        num_layers: of the draft.
-        block_size: B, positions of a block.
+        num_layers: of the draft; None for 5.
+        block_size: B, positions of a block; None for 16.
         num_anchors: blocks drawn from a sample and pass, at most.
         mask_token_id: None for one that the tokenizer leaves free.
         intermediate_size: of the draft's MLPs; None for the target's.
@@ -48,8 +48,8 @@ class BlockDraftModule(DraftModule):
         self,
         target: str,
         layer_ids: list[int] | None = None,
-        num_layers: int = 5,
-        block_size: int = 16,
+        num_layers: int | None = None,
+        block_size: int | None = None,
         num_anchors: int = 256,
         mask_token_id: int | None = None,
         intermediate_size: int | None = None,
@@ -62,32 +62,45 @@ class BlockDraftModule(DraftModule):
             raise UserError(f"num_anchors={num_anchors}: choose 1 to {MAX_ANCHORS} blocks a sample")
         info = self.target_info
         self.layer_ids = check_layer_ids(self.layer_ids, info.num_layers)
-        if mask_token_id is None:
-            mask_token_id = choose_mask_token(load_tokenizer(info.path), info.vocab_size)
-        self.mask_token_id = mask_token_id
         self._has_blocks = False  # known once a whole pass was read
-        self._sizes = {
-            "hidden_size": info.hidden_size,
-            "intermediate_size": intermediate_size or info.intermediate_size,
+        self._settings = {
+            "intermediate_size": intermediate_size,
             "num_layers": num_layers,
+            "mask_token_id": mask_token_id,
+            "block_size": block_size,
+            "layer_types": layer_types,
+            "sliding_window": sliding_window,
+        }
+
+    def new_draft(self, draft: Callable[[Config], Draft], config: Callable[..., Config], **settings: Any) -> Draft:
+        """A draft of `config`, whose sizes are the target's and those of the constructor; its weights follow the seed."""
+        info = self.target_info
+        defaults = {
+            "num_layers": 5,
+            "intermediate_size": info.intermediate_size,
             "num_attention_heads": info.num_attention_heads,
             "num_key_value_heads": info.num_key_value_heads,
             "head_dim": info.head_dim,
-            "vocab_size": info.vocab_size,
-            "mask_token_id": mask_token_id,
-            "num_aux_layers": len(self.layer_ids),
-            "block_size": block_size,
-            "layer_types": tuple(layer_types or ()),
-            "sliding_window": sliding_window,
             "rms_norm_eps": info.rms_norm_eps,
             "rope_theta": info.rope_theta,
         }
-
-    def new_draft(self, draft: Callable[[Config], Draft], config: Callable[..., Config], **sizes: Any) -> Draft:
-        """A draft of `config`, whose sizes are the target's and those of the constructor; its weights follow the seed."""
+        sizes = self.network_sizes(defaults, self._settings | settings)
+        if "mask_token_id" not in sizes:
+            sizes["mask_token_id"] = choose_mask_token(load_tokenizer(info.path), info.vocab_size)
+        sizes["layer_types"] = tuple(sizes.get("layer_types") or ())
+        of_target = {
+            "hidden_size": info.hidden_size,
+            "vocab_size": info.vocab_size,
+            "num_aux_layers": len(self.layer_ids),
+        }
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.hparams["seed"])
-            return draft(config(**self._sizes, **sizes))
+            return draft(config(**of_target, **sizes))
+
+    @property
+    def mask_token_id(self) -> int:
+        """Stands for the tokens to be drafted."""
+        return self.draft.config.mask_token_id
 
     def check_data(self, data: DataFlowDataModule) -> None:
         """See DraftModule. A block must fit into a sample; the mask token must be none of the data's, and its embedding

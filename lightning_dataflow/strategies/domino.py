@@ -17,7 +17,7 @@ class DominoModule(BlockDraftModule):
     """Trains a Domino draft: DFlash, and a correction of its logits by the tokens before each offset.
 
     Args:
-        gru_hidden_dim, emb_dim, shift_label, pure_draft_prefix_len: see DominoConfig.
+        gru_hidden_dim, emb_dim, shift_label, pure_draft_prefix_len: see DominoConfig; None for its defaults.
         gamma, lambda_start, lambda_decay_ratio: see DominoObjective.
 
     The other arguments are BlockDraftModule's.
@@ -30,16 +30,15 @@ class DominoModule(BlockDraftModule):
         self,
         target: str,
         gamma: float = 7.0,
-        gru_hidden_dim: int = 512,
-        emb_dim: int = 256,
-        shift_label: bool = False,
-        pure_draft_prefix_len: int = 0,
+        gru_hidden_dim: int | None = None,
+        emb_dim: int | None = None,
+        shift_label: bool | None = None,
+        pure_draft_prefix_len: int | None = None,
         lambda_start: float = 1.0,
         lambda_decay_ratio: float = 0.5,
         **options: Any,
     ):
         super().__init__(target, **options)
-        self.shift_label = shift_label
         self.draft = self.new_draft(
             DominoDraft,
             DominoConfig,
@@ -48,8 +47,9 @@ class DominoModule(BlockDraftModule):
             shift_label=shift_label,
             pure_draft_prefix_len=pure_draft_prefix_len,
         )
+        self.shift_label = self.draft.config.shift_label
         self._objective = DominoObjective(
-            gamma=gamma, shift_label=shift_label, lambda_start=lambda_start, lambda_decay_ratio=lambda_decay_ratio
+            gamma=gamma, shift_label=self.shift_label, lambda_start=lambda_start, lambda_decay_ratio=lambda_decay_ratio
         )
 
     def objective(self, batch: Batch, context: StepContext) -> ObjectiveSums:

@@ -63,19 +63,23 @@ class Eagle3Module(DraftModule):
         self.layer_ids = check_layer_ids(self.layer_ids, info.num_layers)
         if draft_vocab_size is not None:
             check_draft_vocab_size(draft_vocab_size, info.vocab_size)
+        defaults = {
+            "intermediate_size": info.intermediate_size,
+            "num_attention_heads": info.num_attention_heads,
+            "num_key_value_heads": info.num_key_value_heads,
+            "head_dim": info.head_dim,
+            "draft_vocab_size": info.vocab_size,
+            "rms_norm_eps": info.rms_norm_eps,
+            "rope_theta": info.rope_theta,
+        }
+        settings = {"intermediate_size": intermediate_size, "draft_vocab_size": draft_vocab_size}
         config = Eagle3Config(
             hidden_size=info.hidden_size,
-            intermediate_size=intermediate_size or info.intermediate_size,
-            num_attention_heads=info.num_attention_heads,
-            num_key_value_heads=info.num_key_value_heads,
-            head_dim=info.head_dim,
             vocab_size=info.vocab_size,
-            draft_vocab_size=draft_vocab_size or info.vocab_size,
             target_hidden_size=info.hidden_size,
             num_aux_layers=len(self.layer_ids),
-            rms_norm_eps=info.rms_norm_eps,
-            rope_theta=info.rope_theta,
             train_embeddings=train_embeddings,
+            **self.network_sizes(defaults, settings),
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.hparams["seed"])

@@ -128,9 +128,9 @@ class TargetSession:
     def __init__(self, target: HFTargetEngine, *, rollback: bool = False):
         self.target = target
         self.length = 0
-        self._cache = DynamicCache(config=target.model.config)
+        self.cache = DynamicCache(config=target.model.config)
         if rollback:
-            for layer in self._cache.layers:
+            for layer in self.cache.layers:
                 if hasattr(layer, "activate_past_recording"):
                     layer.activate_past_recording()
 
@@ -139,12 +139,12 @@ class TargetSession:
         """Read n more tokens. Returns logits [n, V] in float32 and aux hidden states [n, n_layers·H]."""
         ids = torch.tensor([list(token_ids)], device=self.target.device)
         with self.target.recorded() as states:
-            output = self.target.model(input_ids=ids, past_key_values=self._cache, use_cache=True)
+            output = self.target.model(input_ids=ids, past_key_values=self.cache, use_cache=True)
         self.length += len(token_ids)
         aux = torch.cat([states[layer] for layer in self.target.layer_ids], dim=-1)
         return output.logits[0].float(), aux[0]
 
     def crop(self, length: int) -> None:
         """Forget tokens from `length` on."""
-        self._cache.crop(length - self.length)  # at most 0: how many to remove from the end
+        self.cache.crop(length - self.length)  # at most 0: how many to remove from the end
         self.length = length

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.contracts.fingerprint import model_fingerprint, tokenizer_fingerprint
@@ -75,6 +75,17 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer in {path} is not a fast one, character offsets are needed: add a tokenizer.json")
     return tokenizer
+
+
+def read_eos_token_ids(path: str | Path) -> tuple[int, ...]:
+    """Tokens that end a generation of the target in `path`, as transformers has them."""
+    _check_folder(Path(path))
+    if (Path(path) / "generation_config.json").is_file():
+        generation = GenerationConfig.from_pretrained(path)
+    else:
+        generation = GenerationConfig.from_model_config(AutoConfig.from_pretrained(path))
+    ids = generation.eos_token_id
+    return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
 
 
 def tensor_names(path: str | Path) -> tuple[list[str], list[str]]:

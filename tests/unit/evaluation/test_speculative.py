@@ -67,7 +67,7 @@ def test_acceptance_counts(target, questions, wrong_at, length):
     oracle = Oracle(target, questions[0], wrong_at=wrong_at)
     if len(oracle.continuation) < 64:
         pytest.skip("the tiny target ends this answer early")
-    report = evaluate_acceptance(target, oracle, [questions[0]], max_new_tokens=25, check_lossless=True)
+    report = evaluate_acceptance(target, oracle, [questions[0]], max_new_tokens=25, baseline=True)
     assert report.acceptance_length == length
     assert report.acceptance_per_position == tuple(float(i < wrong_at) for i in range(3))
     assert report.num_drafts == 24 // length

@@ -132,7 +132,9 @@ def test_decoding_is_a_block_of_training(options, anchor):
             draft.extend_context(aux[0, start:stop], caches)
     expected = draft.hidden_states(aux, embedding, blocks)[0]
     for _ in range(2):  # drafting leaves the context as it is
-        assert torch.allclose(draft.decode(int(ids[0, anchor]), embedding, caches), expected, atol=1e-5)
+        assert torch.allclose(
+            draft.decode(int(ids[0, anchor]), embedding, caches, draft.config.block_size), expected, atol=1e-5
+        )
     assert caches[0].length == anchor
 
 

@@ -1,0 +1,137 @@
+"""Who decodes for the `evaluate` command."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from lightning_dataflow.app.capture_servers import read_api_key
+from lightning_dataflow.contracts import UserError
+from lightning_dataflow.evaluation import AcceptanceReport, SGLangDecoder, VLLMDecoder, evaluate_acceptance
+from lightning_dataflow.evaluation.vllm import Decoded, find_python
+from lightning_dataflow.exports import export_draft
+from lightning_dataflow.formats import is_published, read_draft
+from lightning_dataflow.strategies.checkpoint import load_module
+from lightning_dataflow.targets import HFTargetEngine
+from lightning_dataflow.targets.info import read_eos_token_ids
+
+if TYPE_CHECKING:
+    from lightning_dataflow.app.build import Builder
+    from lightning_dataflow.app.evaluate import Draft
+
+VLLM_FORMATS = ("vllm", "speculators")
+
+
+class Backend(Protocol):
+    """Measures drafts one after the other."""
+
+    def measure(self, draft: "Draft", prompts: Sequence[Sequence[int]]) -> AcceptanceReport:
+        """Decode every prompt."""
+
+
+def make_backend(parts: "Builder") -> Backend:
+    """By `evaluate.backend`. Raises UserError where a setting is missing that it needs."""
+    kinds: dict[str, Callable[[Builder], Backend]] = {"hf": HFBackend, "vllm": VLLMBackend, "sglang_server": SGLangBackend}
+    return kinds[parts.config.evaluate.backend](parts)
+
+
+class HFBackend:
+    """This package, with the target in transformers."""
+
+    def __init__(self, parts: "Builder"):
+        self.parts = parts
+        self.target: HFTargetEngine | None = None
+
+    def measure(self, draft: "Draft", prompts: Sequence[Sequence[int]]) -> AcceptanceReport:
+        """See Backend."""
+        config, options = self.parts.config, self.parts.config.evaluate
+        module = load_module(draft.path, target=config.target.path)
+        self.parts.layer_ids = module.layer_ids
+        if self.target is None:
+            self.target = self.parts.evaluation_target()
+        self.target.set_capture_layers(module.layer_ids)
+        module.load_frozen_target(self.target.device)
+        return evaluate_acceptance(
+            self.target,
+            module.to(self.target.device).drafter(num_draft_tokens=options.num_draft_tokens),
+            prompts,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            seed=config.seed,
+            batch_size=options.batch_size,
+            baseline=options.baseline,
+            progress=lambda done, total: print(f"\rdecoded {done}/{total}", end="\n" * (done == total), flush=True),
+        )
+
+
+class VLLMBackend:
+    """vLLM, in an environment of its own. What is no exported folder is exported into the run's folder first."""
+
+    def __init__(self, parts: "Builder"):
+        config, options = parts.config, parts.config.evaluate
+        self.parts = parts
+        self.plain: Decoded | None = None
+        self.decoder = VLLMDecoder(
+            python=find_python(options.python),
+            target=str(Path(config.target.path).absolute()),
+            dtype=options.dtype,
+            folder=Path(config.run_dir),
+            max_new_tokens=options.max_new_tokens,
+            stop_token_ids=read_eos_token_ids(config.target.path),
+            temperature=options.temperature,
+            seed=config.seed,
+            batch_size=options.batch_size,
+            engine_args=options.vllm_args,
+            timeout_s=options.timeout_s,
+        )
+
+    def measure(self, draft: "Draft", prompts: Sequence[Sequence[int]]) -> AcceptanceReport:
+        """See Backend."""
+        options = self.parts.config.evaluate
+        folder = self._folder(draft)
+        if options.baseline and self.plain is None:
+            self.plain = self.decoder.decode(prompts)
+        return self.decoder.evaluate(
+            str(folder.absolute()),
+            read_draft(folder).strategy,
+            prompts,
+            num_draft_tokens=options.num_draft_tokens,
+            plain=self.plain,
+        )
+
+    def _folder(self, draft: "Draft") -> Path:
+        """As vLLM reads it."""
+        if is_published(draft.path) and read_draft(draft.path).format in VLLM_FORMATS:
+            return draft.path
+        folder = Path(self.parts.config.run_dir) / "exported" / draft.name
+        if folder.exists():  # of an earlier evaluation under this run_name
+            shutil.rmtree(folder)
+        return export_draft(draft.path, folder, engine="vllm", dtype="float32", target=self.parts.config.target.path)
+
+
+class SGLangBackend:
+    """A running SGLang server, which has its draft."""
+
+    def __init__(self, parts: "Builder"):
+        config, options = parts.config, parts.config.evaluate
+        self.parts = parts
+        if options.url is None:
+            raise UserError("backend sglang_server needs a server that speculates: set evaluate.url=http://HOST:PORT")
+        key = read_api_key(config.target)
+        self.decoder = SGLangDecoder(url=options.url, api_key=key, timeout_s=options.timeout_s)
+        self.plain = None
+        if options.baseline_url is not None:
+            self.plain = SGLangDecoder(url=options.baseline_url, api_key=key, timeout_s=options.timeout_s)
+        self.stop_token_ids = read_eos_token_ids(config.target.path)
+
+    def measure(self, draft: "Draft", prompts: Sequence[Sequence[int]]) -> AcceptanceReport:
+        """See Backend."""
+        options = self.parts.config.evaluate
+        return self.decoder.evaluate(
+            prompts,
+            max_new_tokens=options.max_new_tokens,
+            stop_token_ids=self.stop_token_ids,
+            temperature=options.temperature,
+            batch_size=options.batch_size,
+            plain=self.plain,
+        )

@@ -1,0 +1,169 @@
+"""Acceptance by an SGLang server that was started with speculative decoding.
+
+Counts are those of `meta_info` in SGLang's answers (0.5.23): verifications, correct drafts, and a histogram of how many of
+these a verification found.
+"""
+
+import http.client
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
+from lightning_dataflow.evaluation.acceptance import AcceptanceReport, check_decoding
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGLangDecoder:
+    """Decodes on a running server.
+
+    Args:
+        url: `http://HOST:PORT`.
+        api_key: the server's, if it has one.
+        timeout_s: for the answer to one batch.
+    """
+
+    url: str
+    api_key: str | None = None
+    timeout_s: float = 600.0
+
+    def evaluate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        stop_token_ids: Sequence[int],
+        temperature: float = 0.0,
+        batch_size: int = 1,
+        plain: "SGLangDecoder | None" = None,
+    ) -> AcceptanceReport:
+        """Decode every prompt and add up what the server says it accepted.
+
+        Args:
+            stop_token_ids: the target's end tokens.
+            batch_size: prompts that are sent at a time.
+            plain: a server of the target alone, for the speed-up.
+
+        Raises:
+            UserError: a setting out of range, no SGLang server, one that refuses, or one that does not speculate.
+            PeerFailedError: the server does not answer.
+            PeerTimeoutError: not within `timeout_s`.
+        """
+        check_decoding(max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size)
+        num_draft_tokens = self.num_draft_tokens()
+        if num_draft_tokens is None:
+            raise UserError(
+                f"the server at {self.url} does not speculate: start it with --speculative-algorithm and a draft "
+                "(--speculative-draft-model-path)"
+            )
+        if plain is not None and plain.num_draft_tokens() is not None:
+            raise UserError(f"the server at {plain.url} speculates: evaluate.baseline_url is of one without a draft")
+        sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        sampling |= {"ignore_eos": True, "stop_token_ids": list(stop_token_ids)}
+        answers, seconds = self.generate(prompts, sampling, batch_size)
+        own, plain_seconds = plain.generate(prompts, sampling, batch_size) if plain is not None else ([], None)
+        tokens = [_output_ids(answer, self.url) for answer in answers]
+        plain_tokens = [_output_ids(answer, plain.url) for answer in own] if plain is not None else None
+        counts = [read_counts(answer, num_draft_tokens, f"the server at {self.url}") for answer in answers]
+        identical = None
+        if plain_tokens is not None and temperature == 0:
+            identical = sum(one == other for one, other in zip(tokens, plain_tokens, strict=True))
+        return AcceptanceReport(
+            backend="sglang_server",
+            num_prompts=len(prompts),
+            num_tokens=sum(map(len, tokens)),
+            num_drafts=sum(drafts for drafts, _ in counts),
+            accepted_per_position=tuple(sum(column) for column in zip(*(one for _, one in counts), strict=True)),
+            seconds=seconds,
+            plain_tokens=None if plain_tokens is None else sum(map(len, plain_tokens)),
+            plain_seconds=plain_seconds,
+            num_identical=identical,
+        )
+
+    def num_draft_tokens(self) -> int | None:
+        """Positions that a proposal reaches, the depth of a tree; None for a server without speculation."""
+        info = self._ask("/server_info", None)
+        if not isinstance(info, dict) or "speculative_algorithm" not in info:
+            raise UserError(f"what answers at {self.url} is no SGLang server")
+        if not info["speculative_algorithm"] or info.get("enable_return_aux_hidden_states"):
+            return None  # a capture server names an algorithm and loads no draft
+        if (info.get("speculative_eagle_topk") or 1) > 1:
+            return int(info["speculative_num_steps"])
+        return int(info["speculative_num_draft_tokens"]) - 1  # SGLang counts the token that it verifies first
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: dict[str, Any], batch_size: int
+    ) -> tuple[list[dict[str, Any]], float]:
+        """The server's answers, and the seconds that they took together."""
+        answers: list[dict[str, Any]] = []
+        seconds = 0.0
+        for first in range(0, len(prompts), batch_size):
+            batch = [list(prompt) for prompt in prompts[first : first + batch_size]]
+            start = time.perf_counter()
+            found = self._ask("/generate", {"input_ids": batch, "sampling_params": sampling})
+            seconds += time.perf_counter() - start
+            if not isinstance(found, list) or len(found) != len(batch):
+                raise UserError(f"the server at {self.url} did not answer {len(batch)} prompts with as many outputs")
+            answers += found
+        return answers, seconds
+
+    def _ask(self, path: str, body: Any) -> Any:
+        if not self.url.startswith(("http://", "https://")):
+            raise UserError(f"evaluate.url={self.url} is no address of a server, expected http://HOST:PORT")
+        headers = {"Content-Type": "application/json"}
+        if self.api_key:
+            headers["Authorization"] = f"Bearer {self.api_key}"
+        data = None if body is None else json.dumps(body).encode()
+        try:
+            request = urllib.request.Request(self.url.rstrip("/") + path, data, headers)
+            with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
+                return json.loads(response.read())
+        except urllib.error.HTTPError as error:
+            reason = " ".join(error.read().decode(errors="replace").split())[:300]
+            if error.code in (401, 403):
+                raise UserError(
+                    f"the server at {self.url} refuses our key ({error.code}): set target.api_key_file"
+                ) from None
+            raise UserError(f"the server at {self.url} answered {error.code}: {reason}") from None
+        except TimeoutError as error:
+            raise PeerTimeoutError(f"no answer from {self.url} within {self.timeout_s:g} s (evaluate.timeout_s)") from error
+        except (OSError, http.client.HTTPException) as error:
+            why = getattr(error, "reason", None) or error
+            raise PeerFailedError(
+                f"the server at {self.url} does not answer ({why}): is it up, is the address right?"
+            ) from None
+        except ValueError as error:
+            raise UserError(f"what answers at {self.url} is no SGLang server ({error})") from error
+
+
+def read_counts(answer: dict[str, Any], num_draft_tokens: int, who: str) -> tuple[int, list[int]]:
+    """(verifications, how often a proposal was accepted at least up to each position) of one answer.
+
+    A request whose first token ended it has none. Raises UserError where the numbers are missing or do not agree.
+    """
+    meta = answer.get("meta_info")
+    if not isinstance(meta, dict):
+        raise UserError(f"{who} answered without meta_info")
+    if "spec_verify_ct" not in meta:
+        if meta.get("completion_tokens", 0) > 1:
+            raise UserError(f"{who} generated without speculation, its answer has no spec_verify_ct")
+        return 0, [0] * num_draft_tokens
+    drafts, accepted = int(meta["spec_verify_ct"]), int(meta["spec_num_correct_drafts"])
+    histogram = [int(count) for count in meta.get("spec_correct_drafts_histogram") or []]
+    padded = [count or 0 for count, _ in zip_longest(histogram, range(num_draft_tokens + 1))]
+    per_position = [sum(padded[position + 1 :]) for position in range(num_draft_tokens)]
+    if sum(histogram) != drafts or sum(per_position) != accepted:
+        raise UserError(f"{who}: {drafts} verifications, {accepted} correct drafts, but a histogram of {histogram}")
+    return drafts, per_position
+
+
+def _output_ids(answer: dict[str, Any], url: str) -> list[int]:
+    ids = answer.get("output_ids") if isinstance(answer, dict) else None
+    if not isinstance(ids, list):
+        raise UserError(f"the server at {url} answered without output_ids")
+    return [int(token) for token in ids]

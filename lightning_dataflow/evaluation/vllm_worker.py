@@ -1,0 +1,97 @@
+"""Decodes prompts with vLLM: `python vllm_worker.py JOB RESULT`, two JSON files.
+
+Runs in an environment of vLLM's own: it imports the standard library and vLLM, and nothing of this package.
+
+The job:
+    engine: keyword arguments of `vllm.LLM`, with its `speculative_config` unless the target decodes alone.
+    prompts: token ids of each.
+    max_new_tokens, temperature, seed, stop_token_ids: of sampling.
+The result:
+    tokens: generated ids of each prompt.
+    seconds: of decoding all of them, without starting and warming up.
+    num_drafts, num_draft_tokens, accepted_per_position: how far vLLM's `spec_decode` counters went on; 0 and empty without
+        a draft.
+    version: vLLM's.
+    error: one line, in place of all of these.
+"""
+
+import json
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+COUNTERS = {
+    "num_drafts": "vllm:spec_decode_num_drafts",
+    "num_draft_tokens": "vllm:spec_decode_num_draft_tokens",
+    "accepted_per_position": "vllm:spec_decode_num_accepted_tokens_per_pos",
+}
+
+
+def decode(job: dict[str, Any]) -> dict[str, Any]:
+    """The result of a job."""
+    import vllm
+    from vllm.platforms import current_platform
+
+    engine = job["engine"]
+    if current_platform.is_cpu():
+        engine = {"enforce_eager": True, **engine}  # compiling costs minutes there
+    llm = vllm.LLM(**engine)
+    prompts: list[Any] = [{"prompt_token_ids": ids} for ids in job["prompts"]]
+
+    def sampling(index: int, max_tokens: int) -> Any:
+        return vllm.SamplingParams(
+            max_tokens=max_tokens,
+            temperature=job["temperature"],
+            seed=job["seed"] + index if job["temperature"] else None,
+            ignore_eos=True,  # the end tokens are those we are given
+            stop_token_ids=job["stop_token_ids"],
+            detokenize=False,
+        )
+
+    llm.generate(prompts[:1], sampling(0, min(8, job["max_new_tokens"])), use_tqdm=False)  # the first call sets things up
+    each = [sampling(index, job["max_new_tokens"]) for index in range(len(prompts))]
+    before = _counts(llm)
+    start = time.perf_counter()
+    outputs = llm.generate(prompts, each, use_tqdm=False)
+    seconds = time.perf_counter() - start
+    after = _counts(llm)
+    return {
+        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+        "seconds": seconds,
+        "num_drafts": after["num_drafts"][0] - before["num_drafts"][0],
+        "num_draft_tokens": after["num_draft_tokens"][0] - before["num_draft_tokens"][0],
+        "accepted_per_position": [
+            new - old for new, old in zip(after["accepted_per_position"], before["accepted_per_position"], strict=True)
+        ],
+        "version": vllm.__version__,
+    }
+
+
+def _counts(llm: Any) -> dict[str, list[int]]:
+    """The counters as lists; without speculation there are none."""
+    found = {metric.name: metric for metric in llm.get_metrics()}
+    counts = {}
+    for name, counter in COUNTERS.items():
+        metric = found.get(counter)
+        values = getattr(metric, "values", None)
+        if values is None:
+            values = [metric.value] if metric is not None else []
+        counts[name] = [int(value) for value in values] or ([] if name == "accepted_per_position" else [0])
+    return counts
+
+
+def main() -> None:
+    """Run the job. The traceback of a failure goes to the log, its last line into the result."""
+    job, result = (Path(path) for path in sys.argv[1:3])
+    try:
+        answer = decode(json.loads(job.read_text()))
+    except Exception as error:
+        traceback.print_exc()
+        answer = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:400]}
+    result.write_text(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""The model card: what the draft is, how to serve it, how it was trained, and what it was measured to accept."""
+
+import json
+from pathlib import PurePath
+
+from lightning_dataflow.exports.training import TrainingRecord
+from lightning_dataflow.formats import DraftFormat, DraftSpec
+from lightning_dataflow.models import DFlashConfig, DominoConfig, Eagle3Config
+
+PAPERS = {"eagle3": "2503.01840", "dflash": "2602.06036", "domino": "2605.29707"}
+NAMES = {"eagle3": "EAGLE3", "dflash": "DFlash", "domino": "Domino"}
+TESTED = {"sglang": "SGLang 0.5.23", "vllm": "vLLM 0.32.0", "speculators": "vLLM 0.32.0"}
+
+
+def model_card(form: DraftFormat, draft: DraftSpec, training: TrainingRecord | None, *, folder: str, dtype: str) -> str:
+    """Markdown, with the front matter of model hubs."""
+    target = PurePath(draft.target).name
+    paper = PAPERS[draft.strategy]
+    parts = [
+        f"---\nbase_model: {json.dumps(target)}\ntags: [speculative-decoding, {draft.strategy}, {form.name}]\n---",
+        f"# {NAMES[draft.strategy]} draft of {target}",
+        f"For speculative decoding with {form.title}, written for {TESTED[form.name]} by lightning_dataflow. Algorithm: "
+        f"[{paper}](https://arxiv.org/abs/{paper}). It drafts up to {draft.num_draft_tokens} tokens at a time; the output "
+        "stays the target's own.",
+        f"## Serve\n\n```\n{form.serve_command(draft, folder)}\n```",
+        "## Network\n\n" + _table(_network(draft) | {"weights": dtype}),
+        *_training(training),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _network(draft: DraftSpec) -> dict[str, object]:
+    network = draft.network
+    rows: dict[str, object] = {
+        "target layers read (0 is the first)": ", ".join(map(str, draft.layer_ids)),
+        "hidden size": network.hidden_size,
+        "heads, key-value heads, head size": f"{network.num_attention_heads}, {network.num_key_value_heads}, "
+        f"{network.head_dim}",
+    }
+    if isinstance(network, Eagle3Config):
+        rows["draft vocabulary"] = f"{network.draft_vocab_size} of {network.vocab_size}"
+    if isinstance(network, DFlashConfig):
+        rows |= {"layers": network.num_layers, "block size": network.block_size, "mask token": network.mask_token_id}
+        if network.sliding_window is not None:
+            rows["sliding window"] = network.sliding_window
+    if isinstance(network, DominoConfig):
+        rows |= {"GRU size, rank": f"{network.gru_hidden_dim}, {network.emb_dim}", "shifted labels": network.shift_label}
+    return rows
+
+
+def _training(training: TrainingRecord | None) -> list[str]:
+    if training is None:
+        return ["## Training\n\nConverted from another folder, which does not say."]
+    rows: dict[str, object] = {"optimizer steps": training.steps}
+    if training.samples is not None:
+        rows["samples"] = training.samples
+    if training.global_batch_size is not None:
+        rows["samples a step"] = training.global_batch_size
+    if training.tokens is not None:
+        rows["tokens"] = training.tokens
+    if training.losses:
+        rows["loss, first and last step"] = f"{training.losses[0]:.4g}, {training.losses[-1]:.4g}"
+    rows |= {name: value for name, value in (("data", training.data), ("precision", training.precision)) if value}
+    settings = {name: value for name, value in training.settings.items() if value is not None}
+    parts = ["## Training\n\n" + _table(rows), "Settings:\n\n" + _table(settings)]
+    if training.versions:
+        parts.append("Trained with " + ", ".join(f"{name} {one}" for name, one in training.versions.items()) + ".")
+    if not training.acceptance:
+        return [*parts, "## Acceptance\n\nNot measured."]
+    lines = ["| step | acceptance length | accepted at least up to position 1, 2, … | prompts |", "|---|---|---|---|"]
+    for one in training.acceptance:
+        shares = ", ".join(f"{share:.3f}" for share in one["acceptance_per_position"])
+        lines.append(f"| {one['step']} | {one['acceptance_length']:.3f} | {shares} | {one['num_prompts']} |")
+    note = "Mean tokens per verification on held-out prompts, by lightning_dataflow's own speculative decoding."
+    return [*parts, f"## Acceptance\n\n{note}\n\n" + "\n".join(lines)]
+
+
+def _table(rows: dict[str, object]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])

@@ -1,0 +1,54 @@
+"""How a draft was trained, from its checkpoint and its run's `result.json`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_NOT_SETTINGS = ("target", "init_from", "network", "layer_ids", "_instantiator")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRecord:
+    """What a model card tells of a training. What is not known is None, or empty.
+
+    Attributes:
+        samples: read up to this step, those of later passes counted again.
+        tokens: of these samples, over all ranks.
+        settings: of the LightningModule.
+        acceptance: measurements up to this step, as in `result.json`.
+    """
+
+    strategy: str
+    steps: int
+    losses: Sequence[float]
+    samples: int | None
+    global_batch_size: int | None
+    tokens: int | None
+    data: str | None
+    precision: str | None
+    settings: Mapping[str, Any]
+    acceptance: Sequence[Mapping[str, Any]]
+    versions: Mapping[str, str]
+
+    @classmethod
+    def of(cls, checkpoint: Mapping[str, Any], result: Mapping[str, Any]) -> "TrainingRecord":
+        """From a checkpoint without its tensors, and `result.json` where there is one."""
+        steps = int(checkpoint["global_step"])
+        data = checkpoint.get("DataFlowDataModule", {})
+        callbacks = checkpoint.get("callbacks", {})
+        measured = result.get("acceptance") or callbacks.get("AcceptanceEvaluation", {}).get("history", [])
+        settings = {name: value for name, value in checkpoint["hyper_parameters"].items() if name not in _NOT_SETTINGS}
+        configured = result.get("settings", {}).get("data", {})
+        return cls(
+            strategy=checkpoint["strategy"],
+            steps=steps,
+            losses=[float(loss) for loss in checkpoint.get("step_losses", [])],
+            samples=data.get("next_seq"),
+            global_batch_size=data.get("global_batch_size"),
+            tokens=callbacks.get("RunMetrics", {}).get("num_tokens"),
+            data=configured.get("path") if isinstance(configured, dict) else None,
+            precision=result.get("precision"),
+            settings=settings,
+            acceptance=[one for one in measured if one["step"] <= steps],
+            versions=result.get("versions", {}),
+        )

@@ -1,0 +1,155 @@
+"""The fields of a published draft's configuration, checked. What our networks cannot express is refused by name."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_dataflow.contracts import UserError
+from lightning_dataflow.formats.vllm import LAYER_IDS
+from lightning_dataflow.models.dflash import FULL, SLIDING
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "bias": (False,),
+    "hidden_act": ("silu",),
+    "tie_word_embeddings": (False,),
+    "partial_rotary_factor": (1.0,),
+    "is_neox_style": (True,),
+    "rope_is_neox_style": (True,),
+    "use_gemma_norm": (False,),
+    "quantization_config": (),
+    "logit_scale": (1.0,),
+}
+_EAGLE3_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "norm_before_fc": (False,),
+    "norm_before_residual": (False,),
+    "fc_norm": (False,),
+    "use_aux_norm": (False,),
+    "norm_output": (False,),
+    "use_aux_hidden_state": (True,),
+    "parallel_drafting": (False,),
+}
+_BLOCK_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "use_swa": (False,),
+    "conv_kernel_size": (0,),
+    "selector_rank": (0,),
+    "output_multiplier": (1.0,),
+    "final_logit_softcapping": (0.0,),
+    "attention_sink_bias": (False,),
+    "attention_value_scale": (),
+    "sample_from_anchor": (False,),
+}
+
+
+class Fields:
+    """A plain configuration with layer ids counted our way.
+
+    Args:
+        path: named in errors.
+
+    Raises:
+        UserError: a field asks for another network than ours. The message names it.
+    """
+
+    def __init__(self, path: Path, values: Mapping[str, Any]):
+        self.path = path
+        self.values = values
+        self._own = {key: values.get(key) or {} for key in ("eagle_config", "dflash_config")}
+        if not all(isinstance(one, dict) for one in self._own.values()):
+            raise UserError(f"{path}: eagle_config and dflash_config must be objects")
+        self._refuse(_NEUTRAL)
+
+    def own(self, name: str, default: Any = None) -> Any:
+        """A field of `dflash_config` or `eagle_config`, else the top-level one."""
+        for place in (*self._own.values(), self.values):
+            if place.get(name) is not None:
+                return place[name]
+        return default
+
+    def count(self, name: str, default: int | None = None) -> int:
+        """A field that is a size."""
+        value = self.own(name, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise UserError(f"{self.path}: {name}={value!r} is no size")
+        return value
+
+    def eagle3(self) -> tuple[dict[str, Any], tuple[int, ...] | None]:
+        """Sizes of an EAGLE3 draft, and its layer ids."""
+        self._refuse(_EAGLE3_NEUTRAL)
+        if self.count("num_hidden_layers", 1) != 1:
+            raise UserError(f"{self.path}: num_hidden_layers={self.count('num_hidden_layers')}, EAGLE3 here has one layer")
+        sizes = self._layers() | {"draft_vocab_size": self.count("draft_vocab_size", self.count("vocab_size"))}
+        return sizes, self._ids(LAYER_IDS)
+
+    def block(self, *, domino: bool) -> tuple[dict[str, Any], tuple[int, ...]]:
+        """Sizes of a DFlash or Domino draft, and its layer ids."""
+        self._refuse(_BLOCK_NEUTRAL)
+        if self.values.get("draft_vocab_size") not in (None, self.count("vocab_size")):
+            raise UserError(
+                f"{self.path}: draft_vocab_size={self.values['draft_vocab_size']}, DFlash here uses the target's"
+            )
+        num_layers = self.count("num_hidden_layers")
+        types = list(self.values.get("layer_types") or [FULL] * num_layers)
+        windowed = SLIDING in types
+        for name in ("is_causal", "causal"):
+            causal = self.own(name)
+            if causal is not None and (bool(causal) != windowed or len(set(types)) > 1):
+                raise UserError(f"{self.path}: {name}={causal} with layer_types={types} is another attention than ours")
+        sizes = self._layers() | {
+            "num_layers": num_layers,
+            "block_size": self.count("block_size", 16),
+            "mask_token_id": self.count("mask_token_id"),
+            "layer_types": types if windowed else [],
+            "sliding_window": self.count("sliding_window") if windowed else None,
+        }
+        if domino:
+            sizes |= {name: self.count(name) for name in ("gru_hidden_dim", "emb_dim", "pure_draft_prefix_len")}
+            sizes["shift_label"] = bool(self.own("shift_label"))
+        ids = self._ids("target_layer_ids")
+        if ids is None:
+            raise UserError(f"{self.path} does not say which layers of the target the draft reads (target_layer_ids)")
+        return sizes, ids
+
+    def num_target_layers(self) -> int | None:
+        """Of the target, if the folder says so."""
+        return None if self.own("num_target_layers") is None else self.count("num_target_layers")
+
+    def _layers(self) -> dict[str, Any]:
+        heads = self.count("num_attention_heads")
+        return {
+            "intermediate_size": self.count("intermediate_size"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self.count("num_key_value_heads", heads),
+            "head_dim": self.count("head_dim", self.count("hidden_size") // max(heads, 1)),
+            "rms_norm_eps": self._real("rms_norm_eps", self.values.get("rms_norm_eps", 1e-6)),
+            "rope_theta": self._rope_theta(),
+        }
+
+    def _rope_theta(self) -> float:
+        rope = self.values.get("rope_parameters") or self.values.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+        if kind != "default":
+            raise UserError(f"{self.path}: rotary embeddings of type {kind!r} are not supported, only default ones")
+        return self._real("rope_theta", rope.get("rope_theta", self.values.get("rope_theta", 10000.0)))
+
+    def _ids(self, name: str) -> tuple[int, ...] | None:
+        ids = self.own(name)
+        if not ids:
+            return None
+        if not isinstance(ids, list) or not all(isinstance(one, int) for one in ids):
+            raise UserError(f"{self.path}: {name}={ids!r} is no list of layers")
+        return tuple(ids)
+
+    def _real(self, name: str, value: Any) -> float:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise UserError(f"{self.path}: {name}={value!r} is no number")
+        return float(value)
+
+    def _refuse(self, neutral: Mapping[str, tuple[Any, ...]]) -> None:
+        for name, allowed in neutral.items():
+            value = self.own(name)
+            if value is not None and value not in allowed:
+                raise UserError(
+                    f"{self.path}: {name}={value} is another network than is trained here, so it cannot start one"
+                )

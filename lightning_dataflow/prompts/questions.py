@@ -1,0 +1,67 @@
+"""Prompts to measure drafts on, in the shapes in which benchmarks are distributed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from lightning_dataflow.contracts import UserError
+from lightning_dataflow.prompts.masking import Encoder, Unusable
+from lightning_dataflow.prompts.sources import read_records
+
+SHAPES = "turns (MT-Bench), question (GSM8K), prompt (HumanEval, or MT-Bench's list), or input_ids"
+
+
+def load_questions(
+    path: str, tokenizer: PreTrainedTokenizerBase, *, num_prompts: int | None = None, chat_template: str | None = None
+) -> list[list[int]]:
+    """Token ids of each record's question, rendered as a user's message with the generation prompt.
+
+    Of several turns the first is asked. A tokenizer without a chat template gets the bare text.
+
+    Args:
+        path: a JSONL file; each record has `turns`, `prompt`, `question` or `input_ids`.
+        num_prompts: the first so many; None for all.
+        chat_template: replaces the tokenizer's own.
+
+    Raises:
+        UserError: missing or broken file, a record of another shape, fewer records than asked for.
+    """
+    if num_prompts is not None and num_prompts < 1:
+        raise UserError(f"evaluate.num_prompts={num_prompts}: ask at least 1 prompt, or null for all")
+    encoder = Encoder(tokenizer, chat_template)
+    found: list[list[int]] = []
+    for number, record in read_records(path, setting="evaluate.data"):
+        if len(found) == num_prompts:
+            break
+        where = f"{path}, line {number}"
+        question = _question(record, where)
+        try:
+            ids = question if isinstance(question, list) else encoder.encode_question(question)
+        except Unusable as reason:
+            raise UserError(f"{where}: {reason}") from reason
+        if not ids:
+            raise UserError(f"{where}: an empty prompt, there is nothing to continue: remove the line")
+        found.append(ids)
+    if not found or len(found) < (num_prompts or 0):
+        asked = "none" if num_prompts is None else f"evaluate.num_prompts={num_prompts}"
+        raise UserError(f"{path} has {len(found)} prompts, asked for is {asked}: give a file with more, or ask fewer")
+    return found
+
+
+def _question(record: Mapping[str, Any], where: str) -> str | list[int]:
+    """The text to ask, or token ids."""
+    for key in ("input_ids", "turns", "prompt", "question"):
+        if key not in record:
+            continue
+        value = record[key]
+        if key == "input_ids":
+            if isinstance(value, list) and all(isinstance(token, int) for token in value):
+                return value
+            raise UserError(f"{where}: input_ids is not a list of integers")
+        if key in ("turns", "prompt") and isinstance(value, list) and value:
+            value = value[0]
+        if not isinstance(value, str):
+            raise UserError(f"{where}: {key} is not text, or a list that begins with text")
+        return value
+    raise UserError(f"{where}: keys {sorted(record)} have no question; expected {SHAPES}")

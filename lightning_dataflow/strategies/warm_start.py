@@ -1,0 +1,136 @@
+"""Starting a draft from a published one: what must fit, and the tensors that are copied."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_dataflow.contracts import UserError
+from lightning_dataflow.formats import PublishedDraft
+from lightning_dataflow.models import Eagle3Config, FrozenTarget
+from lightning_dataflow.targets.info import TargetInfo
+
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+
+
+def check_start(start: PublishedDraft, strategy: str, target: TargetInfo) -> None:
+    """Raise UserError when a published draft is of another strategy or another target than this training."""
+    if start.strategy != strategy:
+        raise UserError(
+            f"{start.folder} holds a {start.strategy} draft, not one of {strategy}: set strategy={start.strategy}"
+        )
+    for what, found, wanted in (
+        ("hidden size", start.target_hidden_size, target.hidden_size),
+        ("hidden size of the draft", start.hidden_size, target.hidden_size),
+        ("vocabulary", start.vocab_size, target.vocab_size),
+        ("number of layers", start.num_target_layers or target.num_layers, target.num_layers),
+        ("highest layer", max((*(start.layer_ids or ()), 0)), None),
+    ):
+        unfit = found >= target.num_layers if wanted is None else found != wanted
+        if unfit:
+            limit = f"{target.num_layers} layers, counted from 0" if wanted is None else wanted
+            raise UserError(
+                f"{start.folder} is a draft of another target ({what} {found}, {target.path} has {limit}): name the target "
+                "that it was made for"
+            )
+
+
+def choose_layers(start: PublishedDraft | None, chosen: Sequence[int] | None) -> Sequence[int] | None:
+    """Layers that the settings name, else those of the published draft; None where neither says."""
+    if start is None or start.layer_ids is None or not chosen:
+        return chosen or (None if start is None else start.layer_ids)
+    if sorted(chosen) != sorted(start.layer_ids):
+        layers = sorted(start.layer_ids)
+        raise UserError(
+            f"{start.folder} reads the target's layers {layers}, these settings say {sorted(chosen)}: set "
+            f"'strategy.layer_ids={layers}', or leave it out"
+        )
+    return chosen
+
+
+def check_settings(start: PublishedDraft, settings: Mapping[str, Any]) -> None:
+    """Raise UserError naming the settings that ask for other sizes than the published draft has."""
+    differing = [name for name, value in settings.items() if value is not None and start.network.get(name, value) != value]
+    if differing:
+        have = ", ".join(f"{name}={settings[name]}" for name in differing)
+        want = " ".join(f"strategy.{name}={start.network[name]}" for name in differing)
+        raise UserError(f"{start.folder} is a draft of other sizes than these settings say ({have}): set {want}")
+
+
+def check_tensors(start: PublishedDraft, draft: nn.Module) -> None:
+    """Raise UserError unless every tensor of `draft` is in the folder or follows from the target, and none is left over."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in draft.state_dict().items()}
+    missing = sorted(wanted.keys() - start.shapes.keys() - _implied(draft))
+    if missing:
+        raise UserError(f"{start.folder} lacks {_some(missing)}: it is not a whole {start.strategy} draft")
+    unknown = sorted(start.shapes.keys() - wanted.keys() - {EMBEDDING, HEAD, "d2t", "t2d"})
+    if unknown:
+        raise UserError(
+            f"{start.folder} has {_some(unknown)}, for which a {start.strategy} draft of its config.json has no place: it "
+            "is another network"
+        )
+    for name, shape in wanted.items():
+        found = start.shapes.get(name, shape)
+        if found != shape:
+            raise UserError(f"{start.folder}: {name} is {list(found)}, its config.json says {list(shape)}")
+
+
+@torch.no_grad()
+def load_start(start: PublishedDraft, draft: nn.Module, target: FrozenTarget) -> None:
+    """Copy a published draft's tensors into `draft`. What it leaves to the target comes from there.
+
+    Raises:
+        UserError: it has an embedding or head of its own where this draft uses the target's, or no sensible vocabulary map.
+    """
+    state = draft.state_dict()
+    for name, ours in (EMBEDDING, target.embedding), (HEAD, target.head):
+        if name in start.shapes and name not in state and not same_tensor(start.tensor(name), ours):
+            remedy = "set strategy.train_embeddings=true" if start.strategy == "eagle3" else "it is another network"
+            raise UserError(f"{start.folder} has a {name} of its own, unlike the target's: {remedy}")
+    for name, tensor in state.items():
+        if name in start.shapes and name != "t2d":
+            tensor.copy_(start.tensor(name))
+        elif name == EMBEDDING:
+            tensor.copy_(target.embedding)
+        elif name == HEAD:
+            tensor.copy_(target.head)
+        elif name == "d2t":
+            tensor.zero_()
+    if "d2t" in state:
+        state["t2d"].copy_(_kept(start, state["d2t"], len(state["t2d"])))
+
+
+def same_tensor(found: Tensor, ours: Tensor) -> bool:
+    """Whether `found` is `ours`, rounded to the coarser of their dtypes."""
+    coarser = min((found.dtype, ours.dtype), key=lambda dtype: dtype.itemsize)
+    return found.shape == ours.shape and torch.equal(found.to(ours.device, coarser), ours.to(coarser))
+
+
+def _kept(start: PublishedDraft, d2t: Tensor, vocab_size: int) -> Tensor:
+    """t2d, which follows from d2t."""
+    ids = d2t + torch.arange(len(d2t), device=d2t.device)
+    if ids.min() < 0 or ids.max() >= vocab_size or len(ids.unique()) != len(ids):
+        raise UserError(
+            f"{start.folder}: d2t does not map {len(ids)} draft ids to as many of {vocab_size} target ids (target id = "
+            "draft id + d2t[draft id])"
+        )
+    kept = torch.zeros(vocab_size, dtype=torch.bool, device=d2t.device)
+    kept[ids] = True
+    if "t2d" in start.shapes and not torch.equal(start.tensor("t2d").to(kept), kept):
+        raise UserError(f"{start.folder}: t2d names other tokens than d2t maps to")
+    return kept
+
+
+def _implied(draft: nn.Module) -> set[str]:
+    """Tensors that a folder may leave out."""
+    config = draft.config
+    if not isinstance(config, Eagle3Config):
+        return set()
+    whole = config.draft_vocab_size == config.vocab_size
+    return {"t2d", EMBEDDING} | ({"d2t", HEAD} if whole else set())
+
+
+def _some(names: Sequence[str], limit: int = 4) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -39,6 +39,14 @@ if [ -n "$missing" ]; then
   fi
 fi
 
+if ! command -v redis-server >/dev/null; then   # for channel=redis; without it the tests of that are skipped
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy redis-server
+  else
+    echo "redis-server is missing, channel=redis needs it on one machine: install it (Debian: apt-get install redis-server)" >&2
+  fi
+fi
+
 key=$({ "$python" -V; cat constraints.txt pyproject.toml; } | sha256sum | cut -c1-16)
 venv=.venv
 if [ -n "$cache" ]; then

@@ -1,6 +1,8 @@
 """Shared parts: the tiny target and its prompts, made once per session."""
 
+import itertools
 import os
+import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; no test downloads anything
 
@@ -9,11 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_dataflow.channels import LocalRedis
+from lightning_dataflow.channels.redis_server import RedisServer
 from lightning_dataflow.prompts import PromptDataset, load_prompts
 from lightning_dataflow.targets import HFTargetEngine, load_tokenizer
 from lightning_dataflow.targets.tiny import write_tiny_conversations, write_tiny_target
 
 LAYER_IDS = (1, 3, 4)
+RUNS = itertools.count()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -46,3 +51,18 @@ def target(target_path: Path) -> HFTargetEngine:
 @pytest.fixture(scope="session")
 def prompts(conversations: Path, tokenizer) -> tuple[PromptDataset, PromptDataset]:
     return load_prompts(str(conversations), tokenizer, max_length=128, num_eval_samples=4)
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory):
+    """A Redis for all tests of this process that do not harm it."""
+    if shutil.which("redis-server") is None:
+        pytest.skip("redis-server is not installed (Debian: apt-get install redis-server)")
+    with LocalRedis(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture
+def redis_run(redis_server: LocalRedis) -> RedisServer:
+    """A run of its own in that Redis, with the id `run-N`."""
+    return RedisServer(redis_server.where, f"run-{next(RUNS)}")

@@ -2,14 +2,24 @@
 
 import multiprocessing
 import secrets
+import tempfile
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lightning_dataflow.channels import FileChannel, RedisChannel, StreamingRefChannel
 from lightning_dataflow.contracts import CaptureSpec, FeatureSpec, SampleOrigin, SampleRef
-from lightning_dataflow.control import ControlPlane, RunPlan, Watermarks, resolve_control_plane
+from lightning_dataflow.control import (
+    ControlPlane,
+    MetadataStore,
+    RedisMetadataStore,
+    RunPlan,
+    Watermarks,
+    resolve_control_plane,
+)
 from lightning_dataflow.data import FeatureCard, PassOrder, StreamingSource
 from lightning_dataflow.producers import Feed, RolloutWorker
 from lightning_dataflow.producers.capture import FEATURES
@@ -104,6 +114,18 @@ class SeqFeed(Feed):
 
 def memory_plane(folder: Path, run_id: str = "run") -> ControlPlane:
     return resolve_control_plane("dataflow_colocated", run_id, path=folder)
+
+
+def log_of(ledger: MetadataStore) -> StreamingRefChannel:
+    """A log that goes with a ledger under test."""
+    if isinstance(ledger, RedisMetadataStore):
+        return RedisChannel(ledger.server)
+    return FileChannel(_scratch().name)
+
+
+@cache
+def _scratch() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory()
 
 
 def begin(plane: ControlPlane, start: int = 0, stop: int = 100, window: int = 4) -> None:

@@ -99,13 +99,9 @@ def is_multirun() -> bool:
 
 def job_arguments() -> list[str]:
     """This job's overrides, and where its configuration is found: what another process needs to run it."""
-    flags, given = [], iter(sys.argv[1:])
-    for one in given:
-        if one in CONFIG_DIR_FLAGS:
-            flags += [one, next(given)]
-        elif one.startswith("--config-dir="):
-            flags.append(one)
-    return [*flags, *HydraConfig.get().overrides.task]
+    found = HydraConfig.get()
+    sources = [source.path for source in found.runtime.config_sources if source.provider == "command-line"]
+    return [*(f"--config-dir={path}" for path in sources), *found.overrides.task]
 
 
 def _check_run_name() -> None:

@@ -17,6 +17,7 @@ COMMANDS = {
     "export": "write a checkpoint as a folder that SGLang or vLLM serves",
     "conformance": "compare what target.engine captures with what transformers does",
     "status": "show a disaggregated run from outside: lightning-dataflow status runs/NAME",
+    "clean": "remove from a Redis what a run that nobody resumes left there",
     "show-mask": "print samples with their supervised tokens coloured",
 }
 

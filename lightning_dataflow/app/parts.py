@@ -20,12 +20,17 @@ class Part:
     """A process of the run, in a process group of its own, that dies with this process.
 
     Its lines are printed with its name in front, except one that begins with `error: `, which is kept.
+
+    Args:
+        death_signal: what it gets when this process is gone. A producer can be killed, whatever it does. A trainer has
+            ranks to end: SIGINT, for Lightning answers SIGTERM only between two batches, not while it waits for one.
     """
 
-    def __init__(self, name: str, arguments: Sequence[str], num_threads: int):
+    def __init__(self, name: str, arguments: Sequence[str], num_threads: int, death_signal: signal.Signals):
         self.name = name
         self._arguments = arguments
         self._num_threads = num_threads
+        self._death_signal = death_signal
         self.start()
 
     def start(self, *more: str) -> None:
@@ -40,7 +45,7 @@ class Part:
         # Idle threads that spin keep the other parts from their cores.
         environment = {**os.environ, "OMP_NUM_THREADS": str(self._num_threads), "OMP_WAIT_POLICY": "PASSIVE"}
         self.process = subprocess.Popen(
-            leashed_command([sys.executable, "-m", "lightning_dataflow", "train", *arguments]),
+            leashed_command([sys.executable, "-m", "lightning_dataflow", "train", *arguments], self._death_signal),
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

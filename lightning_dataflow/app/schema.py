@@ -96,16 +96,35 @@ class StoreConfig:
 
 @dataclass
 class ControlConfig:
-    """The ledger: `noop`, `memory` or `sqlite`."""
+    """The ledger: `noop`, `memory`, `sqlite` or `redis`."""
 
     kind: str = MISSING
 
 
 @dataclass
 class ChannelConfig:
-    """The log of references: a folder."""
+    """The log of references.
 
+    Attributes:
+        kind: `file` or `redis`.
+        path: folder of `file`, and of the ledger `sqlite`; of `redis`, of the files of one that a run starts.
+        address: of a running Redis, `host:port`; null starts one on this machine.
+        username: of Redis's ACL; null for the default user.
+        secret_file: holds the password; a file, so that no log, configuration or command line shows it.
+        tls: encrypt what goes to Redis and back; `ca_file` holds the authorities that sign its certificate, null
+            for the system's.
+        cert_file, key_file: this client's own, for a Redis that asks for them.
+    """
+
+    kind: str = MISSING
     path: str = MISSING
+    address: str | None = None
+    username: str | None = None
+    secret_file: str | None = None
+    tls: bool = False
+    ca_file: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
 
 
 @dataclass

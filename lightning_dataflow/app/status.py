@@ -8,40 +8,52 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_dataflow.contracts import UserError
-from lightning_dataflow.control import SqliteMetadataStore
+from lightning_dataflow.app.redis_runs import add_arguments, address, local_address, open_run, runs_at
+from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
+from lightning_dataflow.control import MetadataStore, RedisMetadataStore, SqliteMetadataStore
 from lightning_dataflow.control.plane import LEDGER
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print what the ledger of a run says; changes nothing."""
     parser = argparse.ArgumentParser(prog="lightning-dataflow status", description=__doc__)
-    parser.add_argument("run", type=Path, help="folder of the run, runs/NAME, or its channel.path")
+    parser.add_argument("run", nargs="?", help="folder of the run, runs/NAME, or its channel.path; with --redis its name")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--interval", type=float, default=1.0, metavar="S", help="seconds over which rates are measured")
+    add_arguments(parser)
     options = parser.parse_args(arguments)
+    if options.run is None and options.redis is None:
+        parser.error("say which run: its folder, or --redis HOST:PORT and its name")
     try:
-        status = measure(find_ledger(options.run), options.interval)
-    except UserError as error:
+        if options.run is None:
+            print("\n".join(runs_at(address(options))))
+            return
+        status = measure(open_ledger(options), options.interval)
+    except (UserError, PermissionError, PeerTimeoutError, PeerFailedError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     print(json.dumps(status, indent=1) if options.json else "\n".join(describe(status)))
 
 
-def find_ledger(run: Path) -> Path:
+def open_ledger(options: argparse.Namespace) -> MetadataStore:
     """The ledger of a run. Raises UserError where there is none."""
-    for path in (run / LEDGER, run / "control" / LEDGER):
-        if path.is_file():
-            return path
+    if options.redis is not None:
+        return RedisMetadataStore(open_run(address(options), options.run))
+    run = Path(options.run)
+    for folder in (run, run / "control"):
+        if (folder / LEDGER).is_file():
+            return SqliteMetadataStore(folder / LEDGER)
+        if (where := local_address(folder)) is not None:
+            (own,) = runs_at(where) or [run.absolute().name]
+            return RedisMetadataStore(open_run(where, own))
     raise UserError(
         f"no ledger in {run} or {run}/control: give the folder of a disaggregated run that has started (other topologies "
         "keep theirs in memory, and print their progress)"
     )
 
 
-def measure(ledger: Path, interval_s: float) -> dict[str, Any]:
-    """The ledger's status, and rates per second over `interval_s`."""
-    store = SqliteMetadataStore(ledger)
+def measure(store: MetadataStore, interval_s: float) -> dict[str, Any]:
+    """The ledger's status, and rates per second over `interval_s`. Closes it."""
     try:
         before, start = store.status(), time.monotonic()
         time.sleep(interval_s)

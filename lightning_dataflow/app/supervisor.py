@@ -11,13 +11,17 @@ from pathlib import Path
 from lightning_dataflow.app.parts import Part, end_all, without
 from lightning_dataflow.app.ranks import num_processes
 from lightning_dataflow.app.schema import TrainConfig
-from lightning_dataflow.app.topologies import run_id, watermarks
+from lightning_dataflow.app.topologies import redis_address, run_id, watermarks
 from lightning_dataflow.app.watch import Restarts, Watch
 from lightning_dataflow.callbacks.result import write_result
+from lightning_dataflow.channels import LocalRedis
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.control import resolve_control_plane
+from lightning_dataflow.control import ControlPlane, resolve_control_plane
 from lightning_dataflow.control.heartbeat import SUPERVISOR, Heartbeat, check_no_other_trainer
 from lightning_dataflow.stores import LocalMooncake
+
+PATIENCE_S = 2.0
+"""For a Redis that went away: who waits longer cannot start it again."""
 
 
 def supervise(config: TrainConfig, arguments: Sequence[str]) -> None:
@@ -31,13 +35,20 @@ def supervise(config: TrainConfig, arguments: Sequence[str]) -> None:
         KeyboardInterrupt: Ctrl-C; all have been ended.
     """
     _check(config)
-    plane = resolve_control_plane("disaggregated", run_id(config), path=config.channel.path)
-    check_no_other_trainer(plane.ledger, config.run_name)
     signal.signal(signal.SIGTERM, _terminate)
     with ExitStack() as stack:
-        stack.callback(plane.close)
         settings = [*without(arguments, "role", "run_name", "num_threads"), f"run_name={_quoted(config.run_name)}"]
         settings += [f"channel.path={_quoted(str(Path(config.channel.path).absolute()))}"]
+        redis = _start_redis(config, stack)
+        if redis is not None:
+            config.channel.address, config.channel.secret_file = redis.where.address, str(redis.secret_file.absolute())
+            settings += [
+                f"channel.address={config.channel.address}",
+                f"channel.secret_file={_quoted(config.channel.secret_file)}",
+            ]
+        plane = _control_plane(config)
+        stack.callback(plane.close)
+        check_no_other_trainer(plane.ledger, config.run_name)
         mooncake = _start_mooncake(config, stack)
         if mooncake is not None:
             settings += [
@@ -54,11 +65,14 @@ def supervise(config: TrainConfig, arguments: Sequence[str]) -> None:
         settings.append(f"num_threads={threads}")
         for name in _producers(config):
             folder = Path(config.run_dir) / name
-            parts.append(Part(name, [*settings, "role=producer", f"hydra.run.dir={_quoted(str(folder))}"], threads))
+            arguments = [*settings, "role=producer", f"hydra.run.dir={_quoted(str(folder))}"]
+            parts.append(Part(name, arguments, threads, signal.SIGKILL))
         folder = Path(config.run_dir)
-        parts.append(Part("trainer", [*settings, "role=trainer", f"hydra.run.dir={_quoted(str(folder))}"], threads))
+        arguments = [*settings, "role=trainer", f"hydra.run.dir={_quoted(str(folder))}"]
+        parts.append(Part("trainer", arguments, threads, signal.SIGINT))
         *producers, trainer = parts
-        watch = Watch(producers, trainer, mooncake, plane.ledger, Path(config.run_dir), restarts)
+        services = [service for service in (redis, mooncake) if service is not None]
+        watch = Watch(producers, trainer, services, plane.ledger, Path(config.run_dir), restarts)
         heartbeat = Heartbeat(plane.ledger, SUPERVISOR, watch.describe)
         stack.callback(heartbeat.stop, "ended")
         watch.run()
@@ -73,6 +87,22 @@ def _count_restarts(result: Path, restarts: Restarts, since: float) -> None:
 def _terminate(number: int, frame: object) -> None:
     """SIGTERM ends the run as Ctrl-C does."""
     raise KeyboardInterrupt
+
+
+def _control_plane(config: TrainConfig) -> ControlPlane:
+    if config.channel.kind == "redis":
+        where = redis_address(config)
+        return resolve_control_plane("disaggregated", run_id(config), redis=where, patience_s=PATIENCE_S)
+    return resolve_control_plane("disaggregated", run_id(config), path=config.channel.path)
+
+
+def _start_redis(config: TrainConfig, stack: ExitStack) -> LocalRedis | None:
+    if config.channel.kind != "redis" or config.channel.address is not None:
+        return None
+    redis = LocalRedis(config.channel.path)
+    stack.callback(redis.close)
+    print(f"Redis at {redis.where.address}, files in {config.channel.path}", flush=True)
+    return redis
 
 
 def _start_mooncake(config: TrainConfig, stack: ExitStack) -> LocalMooncake | None:

@@ -1,6 +1,7 @@
 """Hydra multirun: every job in a fresh process, and a table of their results at the end."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,13 +20,15 @@ def run_job(arguments: Sequence[str], folder: Path, metric: str) -> float:
     """Train in a process of its own and return `metric` of its `result.json`.
 
     Lightning starts further ranks with this process's command line, in which a multirun would begin again on each of them
-    with values of its own; a job's process has one job's values on its command line.
+    with values of its own; a job's process has one job's values on its command line. In a task of SLURM's, too, it starts
+    its ranks itself.
 
     Raises:
         UserError: the job failed, or has no such metric.
     """
     command = [sys.executable, "-m", "lightning_dataflow", "train", *arguments, f"hydra.run.dir='{folder}'"]
-    status = subprocess.run(command, stdin=subprocess.DEVNULL).returncode
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SRUN_"))}
+    status = subprocess.run(command, stdin=subprocess.DEVNULL, env=environment).returncode
     if status:
         raise UserError(f"the job in {folder} ended with status {status}, see its messages above")
     return read_metric(json.loads((folder / "result.json").read_text()), metric)

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from lightning_dataflow.app.ranks import rank_from_environment
+from lightning_dataflow.app.redis_runs import read_secret_file
 from lightning_dataflow.app.schema import StoreConfig, TopologyConfig, TrainConfig
+from lightning_dataflow.channels import RedisAddress
 from lightning_dataflow.contracts import UnknownNameError, UserError
 from lightning_dataflow.control import ControlPlane, Watermarks, resolve_control_plane
 from lightning_dataflow.control.plane import DeploymentMode
@@ -30,6 +32,7 @@ MODES: dict[str, DeploymentMode] = {
     "noop": "local_colocated",
     "memory": "dataflow_colocated",
     "sqlite": "disaggregated",
+    "redis": "disaggregated",
 }
 STORES = {
     "online": ("memory",),
@@ -42,8 +45,8 @@ CONTROLS = {
     "online": ("noop", "memory"),
     "interleaved": ("memory",),
     "offline": ("noop",),
-    "disagg_online": ("sqlite",),
-    "disagg_offline": ("sqlite",),
+    "disagg_online": ("sqlite", "redis"),
+    "disagg_offline": ("sqlite", "redis"),
 }
 ENGINES = ("hf", "sglang", "sglang_server")
 SHARE_OF_CAPACITY = 0.8
@@ -62,6 +65,11 @@ def check_topology(config: TrainConfig) -> None:
     ):
         if value not in fitting:
             raise UserError(f"topology={name} does not work with {what}={value}: use {what}={' or '.join(fitting)}")
+    if (config.channel.kind == "redis") != (config.control.kind == "redis"):
+        raise UserError(
+            f"channel={config.channel.kind} does not work with control={config.control.kind}: one transaction writes log "
+            "and ledger, so set both to redis, or neither"
+        )
     _check_release(config)
     engine = config.target.engine
     if engine not in ENGINES:
@@ -107,9 +115,30 @@ def control_plane(config: TrainConfig) -> ControlPlane:
     """The run's ledger and log; of this rank alone where the ledger is in memory."""
     mode = MODES[config.control.kind]
     path = Path(config.channel.path)
+    if config.channel.kind == "redis":
+        return resolve_control_plane(mode, run_id(config), redis=redis_address(config))
     if mode == "dataflow_colocated":
         path = path / f"rank-{rank_from_environment()}"
     return resolve_control_plane(mode, run_id(config), path=path)
+
+
+def redis_address(config: TrainConfig) -> RedisAddress:
+    """The Redis of channel=redis. Raises UserError where no address is given."""
+    channel = config.channel
+    if channel.address is None:
+        raise UserError(
+            f"role={config.role} with channel=redis needs the address of a Redis: channel.address=host:port, and "
+            "channel.secret_file"
+        )
+    return RedisAddress(
+        address=channel.address,
+        username=channel.username,
+        password=read_secret_file(channel.secret_file, "channel.secret_file"),
+        tls=channel.tls,
+        ca_file=channel.ca_file,
+        cert_file=channel.cert_file,
+        key_file=channel.key_file,
+    )
 
 
 def shared_store(config: TrainConfig, *, retain: bool = False) -> FeatureStore:
@@ -193,9 +222,9 @@ def make_source(parts: "Builder") -> RefSource:
     retain = name == "disagg_offline"
     if not retain:
         options |= {"release_at": topology.release_at, "watermarks": watermarks(topology, store)}
-    streaming = (ManifestSource if retain else StreamingSource)(
-        control_plane(config), shared_store(config, retain=retain), **options
-    )
+    plane = control_plane(config)
+    parts.resources.callback(plane.close)
+    streaming = (ManifestSource if retain else StreamingSource)(plane, shared_store(config, retain=retain), **options)
     parts.check_prompts(streaming.card, streaming.plane.log.name)
     return streaming
 
@@ -231,10 +260,5 @@ def make_feed(parts: "Builder") -> Feed:
 
 
 def read_secret(store: StoreConfig) -> str | None:
-    """The content of the secret's file, without white space around it."""
-    if store.secret_file is None:
-        return None
-    try:
-        return Path(store.secret_file).read_text().strip()
-    except OSError as error:
-        raise UserError(f"cannot read store.secret_file={store.secret_file}: {error.strerror}") from error
+    """The secret of store=shared_dir."""
+    return read_secret_file(store.secret_file, "store.secret_file")

@@ -3,20 +3,23 @@
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from subprocess import Popen
+from typing import Protocol
 
 from lightning_dataflow.app.parts import POLL_S, Part
 from lightning_dataflow.checkpoints.markers import latest_checkpoint
-from lightning_dataflow.contracts import PeerFailedError
+from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError
 from lightning_dataflow.control import MetadataStore
-from lightning_dataflow.stores import LocalMooncake
 from lightning_dataflow.stores.mooncake_local import CLIENT_PAUSE_S
 
 FIRST_FAILURE_S = 1.0
 """A part that fails can make others fail; the first in the order of starting is the cause."""
 PRODUCERS_END_S = 30.0
-LEAST_PAUSES_S = {"mooncake_master": 0.0, "mooncake_client": CLIENT_PAUSE_S}
+LEAST_PAUSES_S = {"mooncake_client": CLIENT_PAUSE_S}
+WHAT_REMAINS = {"redis-server": "it has what it held"}
 LONGEST_PAUSE_S = 8.0
 """Before a part is started again: a store's clients wait for 15 to 20 s."""
 
@@ -55,6 +58,20 @@ class Restarts:
         return True
 
 
+class Service(Protocol):
+    """Programs that the run started for itself: a Mooncake, a Redis."""
+
+    @property
+    def processes(self) -> Mapping[str, Popen[bytes]]:
+        """By name."""
+
+    def restart(self, name: str) -> None:
+        """Start one that died again, at its address."""
+
+    def log_path(self, name: str) -> Path:
+        """Where it writes."""
+
+
 class Watch:
     """Watches all parts until the trainer and then the producers have ended, and starts again what died.
 
@@ -71,27 +88,28 @@ class Watch:
         self,
         producers: Sequence[Part],
         trainer: Part,
-        mooncake: LocalMooncake | None,
+        services: Sequence[Service],
         ledger: MetadataStore,
         run_dir: Path,
         restarts: Restarts,
     ):
         self._producers = producers
         self._trainer = trainer
-        self._mooncake = mooncake
+        self._services = services
         self._ledger = ledger
         self._run_dir = run_dir
         self._restarts = restarts
-        self._trainer_started = time.time()
+        self._trainer_started = self._ledger.now()
         self._lost: dict[str, str] = {}  # producers that will not be started again
 
     def run(self) -> None:
         """Until all have ended."""
         while (status := self._trainer.process.poll()) != 0:
-            if self._store_is_up():
-                self._look_after_producers()
-                if status is not None:
-                    self._look_after_trainer()
+            with suppress(PeerTimeoutError):  # the ledger is away: its service starts again, or the parts say so
+                if self._services_are_up():
+                    self._look_after_producers()
+                    if status is not None:
+                        self._look_after_trainer()
             time.sleep(POLL_S)
         self._wait_for_producers()
 
@@ -100,22 +118,21 @@ class Watch:
         counts = ", ".join(f"{name} ×{count}" for name, count in self._restarts.counts.items())
         return f"watching; started again: {counts or 'none'}"
 
-    def _store_is_up(self) -> bool:
-        if self._mooncake is None:
+    def _services_are_up(self) -> bool:
+        return all(self._is_up(service, name) for service in self._services for name in list(service.processes))
+
+    def _is_up(self, service: Service, name: str) -> bool:
+        if (status := service.processes[name].poll()) is None:
             return True
-        for name, process in self._mooncake.processes.items():
-            if (status := process.poll()) is None:
-                continue
-            if self._restarts.is_planned(name):
-                if not self._restarts.is_due(name):
-                    return False
-                self._mooncake.restart(name)
-                say(f"{name} is there again; what it held is captured again")
-            elif not self._restarts.plan(name, f"ended with status {status}", least_pause_s=LEAST_PAUSES_S[name]):
-                raise PeerFailedError(f"{name} ended with status {status}, see {self._mooncake.log_path(name)}")
-            else:
+        if self._restarts.is_planned(name):
+            if not self._restarts.is_due(name):
                 return False
-        return True
+            service.restart(name)
+            say(f"{name} is there again; {WHAT_REMAINS.get(name, 'what it held is captured again')}")
+            return True
+        if not self._restarts.plan(name, f"ended with status {status}", least_pause_s=LEAST_PAUSES_S.get(name, 0.0)):
+            raise PeerFailedError(f"{name} ended with status {status}, see {service.log_path(name)}")
+        return False
 
     def _look_after_producers(self) -> None:
         for part in self._producers:
@@ -150,14 +167,14 @@ class Watch:
         trainer = self._trainer
         if self._restarts.is_planned(trainer.name):
             if self._restarts.is_due(trainer.name):
-                self._trainer_started = time.time()
+                self._trainer_started = self._ledger.now()
                 written = latest_checkpoint(self._run_dir / "checkpoints")
                 trainer.start(*([] if written is None else ["ckpt_path=auto"]))
             return
         trainer.kill()
         how = trainer.how_it_ended()
         time.sleep(FIRST_FAILURE_S)
-        if self._store_is_up():
+        if self._services_are_up():
             self._look_after_producers()  # the cause, maybe
         if not trainer.may_do_better() or not self._restarts.plan(trainer.name, how):
             raise PeerFailedError(f"{trainer.name}: {how}")

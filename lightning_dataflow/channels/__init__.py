@@ -2,5 +2,8 @@
 
 from lightning_dataflow.channels.base import StreamingRefChannel
 from lightning_dataflow.channels.file import FileChannel
+from lightning_dataflow.channels.redis import RedisChannel
+from lightning_dataflow.channels.redis_local import LocalRedis
+from lightning_dataflow.channels.redis_server import RedisAddress
 
-__all__ = ["FileChannel", "StreamingRefChannel"]
+__all__ = ["FileChannel", "LocalRedis", "RedisAddress", "RedisChannel", "StreamingRefChannel"]

@@ -2,14 +2,30 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_dataflow.channels import StreamingRefChannel
 from lightning_dataflow.contracts import UserError
 
 MAX_ATTEMPTS = 3
 """A sample whose capture failed this often is given up."""
+TOTALS = (
+    "frontier",
+    "bytes_in_flight",
+    "refs_in_flight",
+    "published",
+    "recaptured",
+    "given_up",
+    "trained_seq",
+    "trained_step",
+    "durable_seq",
+    "durable_step",
+    "paused",
+    "capture_waits",
+    "train_waits",
+)
+"""Counts of a ledger, as `status` gives them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +88,20 @@ class Lease:
     tries: int = 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Captured:
+    """What the ledger and the log are told of a captured sample.
+
+    Attributes:
+        num_bytes: payload of its features.
+        line: its record, encoded by the log.
+    """
+
+    generation: str
+    num_bytes: int
+    line: bytes
+
+
 class MetadataStore(ABC):
     """The ledger of a run. Safe for threads, and for processes where the backend is.
 
@@ -121,25 +151,28 @@ class MetadataStore(ABC):
         """All leases of `worker` end `lease_s` from now; with 0, at once: it is known to be dead."""
 
     @abstractmethod
-    def give_back(self, lease: Lease, *, retryable: bool = True, counts: bool = True) -> AbstractContextManager[list[int]]:
-        """Return a lease whose capture failed.
-
-        One transaction: enters with the seqs that are given up, because they are not retryable or have failed too often,
-        and the caller publishes their skips inside. An exception inside undoes it.
+    def give_back(
+        self,
+        lease: Lease,
+        skips: Mapping[int, bytes],
+        log: StreamingRefChannel,
+        *,
+        retryable: bool = True,
+        counts: bool = True,
+    ) -> list[int]:
+        """Return a lease whose capture failed, and append to `log` the skips of those seqs that are given up, because they
+        are not retryable or have failed too often. One transaction. Returns those seqs.
 
         Args:
+            skips: seq → its record, encoded by the log, of all that the lease wanted.
             counts: whether this failure counts against the samples; one of the store does not.
         """
 
     @abstractmethod
-    def commit(self, lease: Lease, generations: Mapping[int, tuple[str, int]]) -> AbstractContextManager[list[int]]:
-        """One transaction: enters with the seqs whose commit this is, and the caller publishes their refs inside.
+    def commit(self, lease: Lease, captured: Mapping[int, Captured], log: StreamingRefChannel) -> list[int]:
+        """Commit what was captured and append it to `log`, in one transaction. Returns the seqs whose commit this is.
 
-        Leaves out seqs that another attempt took over or published, and everything once the run is finished. An exception
-        inside undoes it.
-
-        Args:
-            generations: seq → (generation, bytes).
+        Leaves out seqs that another attempt took over or published, and everything once the run is finished.
         """
 
     @abstractmethod
@@ -174,7 +207,11 @@ class MetadataStore(ABC):
 
     @abstractmethod
     def finished(self, since: float = 0.0) -> str | None:
-        """The status of `finish`; None while the run goes on, and when it finished before the time `since`."""
+        """The status of `finish`; None while the run goes on, and when it finished before `since`, a time of `now`."""
+
+    @abstractmethod
+    def now(self) -> float:
+        """Seconds on the ledger's clock, which is one for all processes of a run."""
 
     @abstractmethod
     def report(self, name: str, state: str, *, failed: bool = False, fatal: bool = False) -> None:
@@ -188,6 +225,10 @@ class MetadataStore(ABC):
     @abstractmethod
     def failures(self) -> Sequence[str]:
         """What failed processes reported, since the latest `begin`. Others may still go on: see `heartbeat.why_over`."""
+
+    @abstractmethod
+    def in_flight(self) -> tuple[int, int]:
+        """References and bytes that are reserved by a lease or published, and not freed. Cheap."""
 
     @abstractmethod
     def status(self) -> dict[str, Any]:

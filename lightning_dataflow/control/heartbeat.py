@@ -1,16 +1,20 @@
 """Signs of life: a thread that tells the ledger what a part of the run does."""
 
 import os
-import socket
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from typing import Any
 
 from lightning_dataflow.contracts import PeerTimeoutError, UserError
 from lightning_dataflow.control.base import MetadataStore
+from lightning_dataflow.control.processes import is_running, pid_space
 
 EVERY_S = 2.0
 FRESH_S = 10.0
+SILENT_S = 60.0
+CLOSE_S = 0.5
 SUPERVISOR = "supervisor"
 
 
@@ -62,30 +66,40 @@ def why_over(ledger: MetadataStore) -> list[str]:
     if any(part["fatal"] for part in parts):
         return failed
     others = [part for part in parts if not part["failed"] and part["name"].startswith(("producer", SUPERVISOR))]
-    if any(_is_running(part["pid"]) for part in others):
+    if any(_is_alive(part) for part in others):
         return []
-    return failed + [f"{part['name']}: its process {part['pid']} is gone" for part in others]
+    return failed + [f"{part['name']}: its process {part['pid']} on {part['host']} is gone" for part in others]
 
 
 def check_no_other_trainer(ledger: MetadataStore, run_id: str) -> None:
     """Raise UserError while another process trains this run: two would take each other's samples.
 
-    One that died is no other trainer, however lately it was seen.
+    One that died is no other trainer, however lately it was seen: of one on this machine that is known, one elsewhere is
+    given FRESH_S for its next sign of life.
     """
-    status = ledger.status()
-    for part in status.get("parts", []):
-        alive = part["seen_s_ago"] < FRESH_S and part["host"] == socket.gethostname() and part["pid"] != os.getpid()
-        if part["name"] == "trainer-0" and not status["finished"] and alive and _is_running(part["pid"]):
+    first, began = _trainer(ledger), time.monotonic()
+    while (part := _trainer(ledger)) is not None and first is not None:
+        if part["pids"] == pid_space():
+            there = part["pid"] != os.getpid() and part["seen_s_ago"] < FRESH_S and is_running(part["pid"])
+        else:
+            there = part["seen_s_ago"] + CLOSE_S < first["seen_s_ago"] + time.monotonic() - began
+            if not there and part["seen_s_ago"] < FRESH_S:
+                time.sleep(CLOSE_S)
+                continue
+        if there:
             raise UserError(
-                f"process {part['pid']} trains run {run_id} ({part['state']}): end it first, or choose another run_name"
+                f"process {part['pid']} on {part['host']} trains run {run_id} ({part['state']}): end it first, or choose "
+                "another run_name"
             )
+        return
 
 
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
+def _trainer(ledger: MetadataStore) -> Mapping[str, Any] | None:
+    status = ledger.status()
+    parts = [] if status.get("finished") else status.get("parts", [])
+    return next((part for part in parts if part["name"] == "trainer-0"), None)
+
+
+def _is_alive(part: Mapping[str, Any]) -> bool:
+    """A process elsewhere is alive until it was silent for SILENT_S."""
+    return is_running(part["pid"]) if part["pids"] == pid_space() else part["seen_s_ago"] < SILENT_S

@@ -1,10 +1,11 @@
 """The control plane of target and trainer in one process: nothing to coordinate, nothing to remember."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from lightning_dataflow.control.base import Lease, MetadataStore, RunPlan, Watermarks
+from lightning_dataflow.channels import StreamingRefChannel
+from lightning_dataflow.control.base import Captured, Lease, MetadataStore, RunPlan, Watermarks
 
 
 class NoOpMetadataStore(MetadataStore):
@@ -32,15 +33,21 @@ class NoOpMetadataStore(MetadataStore):
     def renew(self, worker: str, lease_s: float) -> None:
         """See MetadataStore."""
 
-    @contextmanager
-    def give_back(self, lease: Lease, *, retryable: bool = True, counts: bool = True) -> Iterator[list[int]]:
+    def give_back(
+        self,
+        lease: Lease,
+        skips: Mapping[int, bytes],
+        log: StreamingRefChannel,
+        *,
+        retryable: bool = True,
+        counts: bool = True,
+    ) -> list[int]:
         """See MetadataStore."""
-        yield []
+        return []
 
-    @contextmanager
-    def commit(self, lease: Lease, generations: Mapping[int, tuple[str, int]]) -> Iterator[list[int]]:
+    def commit(self, lease: Lease, captured: Mapping[int, Captured], log: StreamingRefChannel) -> list[int]:
         """See MetadataStore."""
-        yield list(generations)
+        return list(captured)
 
     def want(self, seq: int, generation: str) -> bool:
         """See MetadataStore. There is nobody to capture it again."""
@@ -65,12 +72,20 @@ class NoOpMetadataStore(MetadataStore):
         """See MetadataStore."""
         return None
 
+    def now(self) -> float:
+        """See MetadataStore."""
+        return time.time()
+
     def report(self, name: str, state: str, *, failed: bool = False, fatal: bool = False) -> None:
         """See MetadataStore."""
 
     def failures(self) -> Sequence[str]:
         """See MetadataStore."""
         return []
+
+    def in_flight(self) -> tuple[int, int]:
+        """See MetadataStore."""
+        return 0, 0
 
     def status(self) -> dict[str, Any]:
         """See MetadataStore."""

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from lightning_dataflow.channels import FileChannel, StreamingRefChannel
+from lightning_dataflow.channels import FileChannel, RedisAddress, RedisChannel, StreamingRefChannel
+from lightning_dataflow.channels.redis_server import PATIENCE_S, RedisServer
 from lightning_dataflow.contracts import LogRecord, SampleRef, UnknownNameError, UserError
 from lightning_dataflow.contracts.log import replaces
-from lightning_dataflow.control.base import MAX_ATTEMPTS, Lease, MetadataStore, RunPlan, Watermarks
+from lightning_dataflow.control.base import MAX_ATTEMPTS, Captured, Lease, MetadataStore, RunPlan, Watermarks
 from lightning_dataflow.control.noop import NoOpMetadataStore
+from lightning_dataflow.control.redis import RedisMetadataStore
 from lightning_dataflow.control.sqlite import SqliteMetadataStore
 
 if TYPE_CHECKING:
@@ -53,17 +55,20 @@ class ControlPlane:
     def publish(self, lease: Lease, refs: dict[int, SampleRef]) -> list[int]:
         """Commit and publish in one transaction. Returns the seqs whose refs are in the log now; free the others."""
         kind: Literal["supersede", "ref"] = "supersede" if lease.attempt else "ref"
-        lines = {seq: self.log.encode(LogRecord(kind=kind, seq=seq, ref=ref)) for seq, ref in refs.items()}
-        with self.ledger.commit(lease, {seq: (ref.generation, ref.num_bytes) for seq, ref in refs.items()}) as accepted:
-            if accepted:
-                self.log.append([lines[seq] for seq in accepted])
-        return list(accepted)
+        captured = {
+            seq: Captured(
+                generation=ref.generation,
+                num_bytes=ref.num_bytes,
+                line=self.log.encode(LogRecord(kind=kind, seq=seq, ref=ref)),
+            )
+            for seq, ref in refs.items()
+        }
+        return self.ledger.commit(lease, captured, self.log)
 
     def give_back(self, lease: Lease, reason: str, *, counts: bool = True) -> None:
         """Return a lease whose capture failed, and publish what is given up with it in one transaction."""
-        with self.ledger.give_back(lease, counts=counts) as given_up:
-            if given_up:
-                self.skip(given_up, reason)
+        skips = {seq: self.log.encode(LogRecord(kind="skip", seq=seq, reason=reason)) for seq in lease.wanted}
+        self.ledger.give_back(lease, skips, self.log, counts=counts)
 
     def skip(self, seqs: Iterable[int], reason: str) -> None:
         """Publish that these seqs keep their places in their windows without features."""
@@ -74,7 +79,14 @@ class ControlPlane:
         self.ledger.close()
 
 
-def resolve_control_plane(mode: DeploymentMode, run_id: str, *, path: str | Path | None = None) -> ControlPlane:
+def resolve_control_plane(
+    mode: DeploymentMode,
+    run_id: str,
+    *,
+    path: str | Path | None = None,
+    redis: RedisAddress | None = None,
+    patience_s: float = PATIENCE_S,
+) -> ControlPlane:
     """The control plane of a deployment.
 
     Args:
@@ -82,14 +94,20 @@ def resolve_control_plane(mode: DeploymentMode, run_id: str, *, path: str | Path
             `dataflow_colocated`: the full control plane in one process, its ledger in memory. `disaggregated`: a ledger and
             a log that several processes share.
         path: folder of the log, and of the ledger of `disaggregated`; unused by `local_colocated`.
+        redis: of `disaggregated`, instead of a folder: for the processes of any number of machines.
+        patience_s: how long a call waits for a Redis that went away.
 
     Raises:
-        UserError: the folder cannot be used; or it is another machine's.
+        UserError: the folder cannot be used, or is another machine's; or no Redis that can be used answers.
+        PermissionError: Redis does not let us in.
     """
     if mode not in get_args(DeploymentMode):
         raise UnknownNameError(f"unknown deployment mode {mode!r}: available are {', '.join(get_args(DeploymentMode))}")
     if mode == "local_colocated":
         return ControlPlane(run_id=run_id, ledger=NoOpMetadataStore(), channel=None, durable=False)
+    if mode == "disaggregated" and redis is not None:
+        server = RedisServer(redis, run_id, patience_s=patience_s)
+        return ControlPlane(run_id=run_id, ledger=RedisMetadataStore(server), channel=RedisChannel(server), durable=True)
     if path is None:
         raise UserError(f"{mode} keeps a log of references: give the path of its folder (channel.path)")
     channel = FileChannel(path)

@@ -4,14 +4,15 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lightning_dataflow.channels import StreamingRefChannel
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.control.base import Lease, MetadataStore, RunPlan, Watermarks
+from lightning_dataflow.control.base import Captured, Lease, MetadataStore, RunPlan, Watermarks
+from lightning_dataflow.control.processes import pid_space
 from lightning_dataflow.control.sqlite_tables import FATAL, LedgerTables
 
 
@@ -109,34 +110,45 @@ class SqliteMetadataStore(MetadataStore):
                 "UPDATE samples SET expires = ? WHERE state = 'leased' AND worker = ?", (time.time() + lease_s, worker)
             )
 
-    @contextmanager
-    def give_back(self, lease: Lease, *, retryable: bool = True, counts: bool = True) -> Iterator[list[int]]:
+    def give_back(
+        self,
+        lease: Lease,
+        skips: Mapping[int, bytes],
+        log: StreamingRefChannel,
+        *,
+        retryable: bool = True,
+        counts: bool = True,
+    ) -> list[int]:
         """See MetadataStore."""
         with self._tables.transaction():
             mine = self._tables.held(lease)
             if retryable:
                 mine = [seq for seq in mine if not self._tables.want_again(seq, lease.attempt + 1, counts)]
             self._give_up(mine)
-            yield mine
+            if mine:
+                log.append([skips[seq] for seq in mine])
+            return mine
 
-    @contextmanager
-    def commit(self, lease: Lease, generations: Mapping[int, tuple[str, int]]) -> Iterator[list[int]]:
+    def commit(self, lease: Lease, captured: Mapping[int, Captured], log: StreamingRefChannel) -> list[int]:
         """See MetadataStore."""
         with self._tables.transaction():
             held = [] if self.finished() is not None else self._tables.held(lease)
-            accepted = [seq for seq in held if seq in generations]
-            yield accepted
+            accepted = [seq for seq in held if seq in captured]
+            if not accepted:
+                return []
+            log.append([captured[seq].line for seq in accepted])
             reserved = self._tables.num_bytes(accepted)
-            committed = sum(generations[seq][1] for seq in accepted)
+            committed = sum(captured[seq].num_bytes for seq in accepted)
             self._tables.db.executemany(
                 "UPDATE samples SET state = 'published', generation = ?, bytes = ? WHERE seq = ?",
-                [(*generations[seq], seq) for seq in accepted],
+                [(captured[seq].generation, captured[seq].num_bytes, seq) for seq in accepted],
             )
             self._tables.add(
                 bytes_in_flight=committed - reserved,
                 published=len(accepted),
                 recaptured=len(accepted) if lease.attempt else 0,
             )
+            return accepted
 
     def want(self, seq: int, generation: str) -> bool:
         """See MetadataStore."""
@@ -188,6 +200,10 @@ class SqliteMetadataStore(MetadataStore):
         status = self._tables.get("finished")
         return status if status is not None and float(self._tables.get("finished_at") or 0) >= since else None
 
+    def now(self) -> float:
+        """See MetadataStore. All processes are on one machine."""
+        return time.time()
+
     def report(self, name: str, state: str, *, failed: bool = False, fatal: bool = False) -> None:
         """See MetadataStore."""
         with self._tables.transaction():
@@ -199,6 +215,10 @@ class SqliteMetadataStore(MetadataStore):
     def failures(self) -> Sequence[str]:
         """See MetadataStore."""
         return [f"{name}: {state}" for name, state in self._tables.failed_parts()]
+
+    def in_flight(self) -> tuple[int, int]:
+        """See MetadataStore."""
+        return self._tables.in_flight()
 
     def status(self) -> dict[str, Any]:
         """See MetadataStore."""
@@ -224,6 +244,7 @@ class SqliteMetadataStore(MetadataStore):
                         name=name,
                         host=host,
                         pid=pid,
+                        pids=pid_space(),
                         seen_s_ago=now - seen,
                         state=state,
                         failed=bool(failed),

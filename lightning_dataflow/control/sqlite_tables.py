@@ -12,28 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning_dataflow.contracts import PeerTimeoutError, UserError
-from lightning_dataflow.control.base import MAX_ATTEMPTS, Lease
+from lightning_dataflow.control.base import MAX_ATTEMPTS, TOTALS, Lease
 
 BUSY_TIMEOUT_S = 30.0
 BUSY_PAUSE_S = 0.0001
 """Between two tries to begin a transaction: they take less than that, SQLite's own pauses grow to 0.1 s."""
 FATAL = 2
 """In `parts.failed`: 0 is alive, 1 failed."""
-TOTALS = (
-    "frontier",
-    "bytes_in_flight",
-    "refs_in_flight",
-    "published",
-    "recaptured",
-    "given_up",
-    "trained_seq",
-    "trained_step",
-    "durable_seq",
-    "durable_step",
-    "paused",
-    "capture_waits",
-    "train_waits",
-)
 _COLUMNS = ", ".join(f"{name} INTEGER NOT NULL DEFAULT 0" for name in TOTALS)
 SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value TEXT);
@@ -186,6 +171,12 @@ class LedgerTables:
         """All counts."""
         row = self.db.execute(f"SELECT {', '.join(TOTALS)} FROM totals").fetchone()
         return dict(zip(TOTALS, row, strict=True))
+
+    def in_flight(self) -> tuple[int, int]:
+        """(references, bytes)."""
+        with self._lock:
+            refs, num_bytes = self._patiently("SELECT refs_in_flight, bytes_in_flight FROM totals").fetchone()
+        return refs, num_bytes
 
     def set_totals(self, **values: int) -> None:
         """Write counts."""

@@ -142,6 +142,8 @@ class DataFlowDataModule(L.LightningDataModule):
         if self._closed:
             return
         self._closed = True
+        if status != "completed":
+            self.source.store.stop_waiting()
         self.source.cancel()
         if self._prefetcher is not None:
             self._prefetcher.close()

@@ -142,8 +142,8 @@ class StreamingSource(RefSource):
 
     def in_flight(self) -> dict[str, int]:
         """See RefSource."""
-        status = self.plane.ledger.status()
-        return {name: status[name] for name in ("refs_in_flight", "bytes_in_flight")}
+        num_refs, num_bytes = self.plane.ledger.in_flight()
+        return {"refs_in_flight": num_refs, "bytes_in_flight": num_bytes}
 
     def applied(self, seqs: Sequence[int], next_seq: int, global_step: int) -> None:
         """See RefSource."""

@@ -22,8 +22,7 @@ from lightning_dataflow.stores.base import Tensors
 
 State = Literal["captured", "failed", "idle", "finished"]
 IDLE_S = (0.002, 0.1)
-LOADED_AT = time.time()
-"""A run that finished before this process existed is one that its next trainer resumes."""
+LOADED_AT = time.monotonic()
 MAX_FAILURES = 3 * MAX_ATTEMPTS
 """Failed leases in a row after which a worker ends with the error: three groups, each tried as often as it may be."""
 
@@ -62,6 +61,8 @@ class RolloutWorker:
         self.peer_timeout_s = peer_timeout_s
         self.state = "waiting for the trainer to begin"
         self.num_captured = 0
+        # A run that finished before this process existed is one that its next trainer resumes.
+        self._since = plane.ledger.now() - (time.monotonic() - LOADED_AT)
         self._failures_in_a_row = 0
         self._checked: RunPlan | None = None
         plane.log.announce(
@@ -96,7 +97,7 @@ class RolloutWorker:
     def run_once(self) -> State:
         """Lease and capture one group at most."""
         ledger = self.plane.ledger
-        if ledger.finished(since=LOADED_AT) is not None:
+        if ledger.finished(since=self._since) is not None:
             return "finished"
         plan = ledger.plan()
         if plan is None:

@@ -90,6 +90,9 @@ class FeatureStore(ABC):
     def clear(self) -> None:  # noqa: B027
         """The run has ended: remove all that is left of it, where the store holds nothing else."""
 
+    def stop_waiting(self) -> None:  # noqa: B027
+        """The run is being ended: calls, those that wait already among them, no longer wait for a peer to come back."""
+
     def close(self) -> None:  # noqa: B027
         """Give up connections and buffers. The store is not used afterwards; what is stored stays."""
 

@@ -240,6 +240,10 @@ class MooncakeFeatureStore(FeatureStore):
             self._leases.clear()
         self._remove_matching(self._names.pattern_of_store())
 
+    def stop_waiting(self) -> None:
+        """See FeatureStore.stop_waiting. Calls raise StoreUnavailableError at once where Mooncake is gone."""
+        self._client.stop_waiting()
+
     def close(self) -> None:
         """See FeatureStore.close. Tensors that were read stay valid."""
         self._transfer.close()

@@ -4,6 +4,7 @@ import json
 import os
 import secrets
 import socket
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -97,6 +98,7 @@ class MooncakeClient:
             raise UserError(f"Mooncake at {peer} refused this process (code {code}): see the logs of Mooncake there")
         self.memory = RegisteredMemory(allocator.alloc, allocator.free, self._register, self._unregister)
         self._closed = False
+        self._impatient = threading.Event()
 
     def put(self, keys: Sequence[str], addresses: Sequence[int], sizes: Sequence[int]) -> list[int]:
         """Copy registered memory to new objects; a code for each: 0 or NO_SPACE."""
@@ -151,10 +153,14 @@ class MooncakeClient:
             except TransientError as error:
                 patience = self.owner_timeout_s if error.code == OWNER_GONE else self.unavailable_timeout_s
                 waited = time.monotonic() - began
-                if waited + pause > patience:
+                if waited + pause > patience or self._impatient.is_set():
                     raise self._absence(error.code, waited) from None
-            time.sleep(pause)
+            self._impatient.wait(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    def stop_waiting(self) -> None:
+        """From now on `retry` tries once."""
+        self._impatient.set()
 
     def close(self) -> None:
         """Disconnect."""

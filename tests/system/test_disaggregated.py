@@ -48,13 +48,13 @@ def nothing_is_left(folder):
 
 
 @contextmanager
-def started(folder: Path, *arguments: str):
+def started(folder: Path, *arguments: str, variables: dict[str, str] | None = None):
     """A command in the background, with its output in a file; killed if it is still there at the end."""
     with open(folder / "output.txt", "w+") as output:
         process = subprocess.Popen(
             [sys.executable, TRAIN, *arguments],
             cwd=folder,
-            env=environment(),
+            env=environment() | (variables or {}),
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -229,6 +229,22 @@ def test_a_supervisor_that_is_killed_leaves_nothing(folder):
         wait_until(lambda: "it/s" in process.shown(), 60, process.shown)
         process.kill()
         wait_until(lambda: not processes_in(folder), 20, lambda: f"left: {processes_in(folder)}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_a_trainer_that_waits_for_its_first_sample_ends_with_its_supervisor(folder, prefetch, tmp_path_factory):
+    """The producer stands still before its first put."""
+    name = f"waits-{prefetch}"
+    settings = (*DISAGG, f"data.prefetch_windows={prefetch}", f"run_name={name}", "imports=[tests.system.chaos.faults]")
+    stop = {"part": "producer-0", "moment": "before put", "count": 1, "action": "stop", "seconds": 60}
+    chaos = tmp_path_factory.mktemp("chaos")
+    (chaos / "faults.json").write_text(json.dumps([stop]))
+    with started(folder, *settings, variables={"CHAOS": str(chaos)}) as process:
+        wait_until((chaos / "happened-0").exists, 60, process.shown)
+        wait_until(lambda: "waiting for" in str(status(folder, name)), 60, process.shown)
+        process.kill()
+        wait_until(lambda: not processes_in(folder), 15, lambda: f"left: {processes_in(folder)}")
 
 
 def keys(mooncake: LocalMooncake) -> str:

@@ -332,6 +332,20 @@ def test_the_master_dies_and_comes_back(tmp_path, client):
         store.close()
 
 
+def test_who_stops_waiting_is_told_at_once(tmp_path):
+    with LocalMooncake(capacity_bytes=32 << 20, log_dir=tmp_path) as mooncake:
+        store = attach(mooncake, unavailable_timeout_s=60)
+        ref = store.put(sample(1), origin())
+        mooncake.processes["mooncake_master"].kill()
+        with ThreadPoolExecutor(1) as pool:
+            began, waiting = time.monotonic(), pool.submit(timed, lambda: store.get(ref))
+            time.sleep(1.0)
+            store.stop_waiting()
+            assert isinstance(waiting.result()[0], StoreUnavailableError)
+        assert time.monotonic() - began < 12  # calls of 4.3 s in the library
+        store.close()
+
+
 def test_a_wait_bridges_a_restart_of_the_master(tmp_path):
     with LocalMooncake(capacity_bytes=32 << 20, log_dir=tmp_path) as mooncake:
         store = attach(mooncake)

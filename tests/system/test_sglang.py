@@ -265,12 +265,14 @@ def test_losses_are_those_of_hf(tmp_path, strategy):
     wait_until(lambda: not processes_in(tmp_path), 10, lambda: f"processes left: {processes_in(tmp_path)}")
 
 
-def test_ctrl_c_ends_the_server_too(tmp_path):
+def test_ctrl_c_ends_the_server_too_and_a_resume_goes_on(tmp_path):
+    """With the losses of a run that was not interrupted."""
     flags = ",".join(f"'{part}'" for part in ARGUMENTS)
     served = ("target.engine=sglang_server", f"target.server_python={sglang_python()}", f"target.server_args=[{flags}]")
+    options = (*TINY, "topology=disagg_online", "trainer.max_steps=40", "run_name=served", *served)
     with open(tmp_path / "output.txt", "w+") as output:
         run = subprocess.Popen(
-            [sys.executable, TRAIN, *TINY, "topology=disagg_online", "trainer.max_steps=400", *served],
+            [sys.executable, TRAIN, *options],
             cwd=tmp_path,
             env=VARIABLES,
             stdout=output,
@@ -278,10 +280,16 @@ def test_ctrl_c_ends_the_server_too(tmp_path):
             preexec_fn=heed_ctrl_c,
         )
         shown = (tmp_path / "output.txt").read_text
-        wait_until(lambda: "waiting for the trainer to begin" in shown() or run.poll() is not None, 300, shown)
+        checkpoints = tmp_path / "runs" / "served" / "checkpoints"
+        wait_until(lambda: any(checkpoints.glob("step-000008*")) or run.poll() is not None, 300, shown)
         run.send_signal(signal.SIGINT)
         assert run.wait(60) == 130, shown()
     wait_until(lambda: not processes_in(tmp_path), 10, lambda: f"processes left: {processes_in(tmp_path)}")
+    python(TRAIN, *options, "ckpt_path=last", cwd=tmp_path, timeout_s=300, variables=VARIABLES)
+    python(TRAIN, *TINY, "trainer.max_steps=40", "run_name=hf", cwd=tmp_path)
+    found, expected = result(tmp_path, "served"), result(tmp_path, "hf")
+    assert found["samples_trained"] == expected["samples_trained"] == 320
+    torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(expected["losses"]), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("topology", ["online", "interleaved"])

@@ -65,6 +65,25 @@ def test_optuna(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("launcher", [("sweep=joblib",), ("sweep=slurm", "hydra/launcher=submitit_local")])
+def test_launchers(tmp_path, launcher):
+    """Jobs side by side, or by submitit, here with its executor for one machine, in an environment as SLURM makes it."""
+    (tmp_path / "mine" / "optimizer").mkdir(parents=True)
+    (tmp_path / "mine" / "optimizer" / "fast.yaml").write_text("defaults: [adamw]\nweight_decay: 0.25\n")
+    cluster = {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "sweep", "SLURM_JOB_ID": "1", "SLURM_NTASKS_PER_NODE": "1"}
+    jobs = (*launcher, "optimizer=adamw,fast", "trainer=ddp", "trainer.devices=2")
+    shown = python(
+        *(TRAIN, "--config-dir=mine", "-m", *SHORT, *jobs),
+        cwd=tmp_path,
+        variables=cluster if "sweep=slurm" in launcher else None,
+    ).stdout
+    sweep, found = results(tmp_path)
+    assert [job["settings"]["optimizer"]["weight_decay"] for job in found] == [0.0, 0.25]
+    assert [job["world_size"] for job in found] == [2, 2]
+    assert f"results in {sweep.relative_to(tmp_path)}" in shown
+
+
+@pytest.mark.slow
 def test_a_job_that_fails_is_named(tmp_path):
     shown = python(TRAIN, "-m", *SHORT, "data.global_batch_size=8,7", cwd=tmp_path, status=1)
     assert "ended with status 1, see its messages above" in shown.stderr

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "lightning_dataflow"
 ALLOWED = {
     "contracts": set(),
     "stores": {"contracts", "leash"},
-    "channels": {"contracts"},
+    "channels": {"contracts", "leash"},
     "control": {"contracts", "channels", "stores"},
     "prompts": {"contracts"},
     "sglang_plugin": {"contracts", "stores"},
@@ -47,6 +47,7 @@ LIBRARIES = {
     "lightning": {"data", "checkpoints", "strategies", "callbacks", "app"},
     "sglang": {"sglang_plugin", "targets"},
     "mooncake": {"stores"},
+    "redis": {"channels"},
     "transformers": {"prompts", "targets", "app"},
     "matplotlib": {"app"},
 }
@@ -83,6 +84,7 @@ def test_dependencies_point_one_way(path: Path):
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
+        ("lightning_dataflow.channels", ["torch", "redis"]),
         ("lightning_dataflow", ["torch", "lightning", "transformers", "hydra"]),
         ("lightning_dataflow.contracts", ["torch", "numpy"]),
         ("lightning_dataflow.app.checkpoints", ["torch", "lightning"]),

@@ -26,8 +26,7 @@ SETTINGS = (
 )  # fmt: skip
 MAX_STARTS = 5
 RUN_TIMEOUT_S = 240
-END_TIMEOUT_S = 35
-"""A trainer whose supervisor is killed while it waits for its first data ends when its store gives up: 26 s at most."""
+END_TIMEOUT_S = 15
 
 
 @dataclass

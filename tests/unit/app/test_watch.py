@@ -62,7 +62,7 @@ def running(name: str) -> StandIn:
 
 def run(tmp_path, ledger, producers, trainer, limit: int) -> Restarts:
     restarts = Restarts(limit)
-    Watch(producers, trainer, None, ledger, tmp_path, restarts).run()
+    Watch(producers, trainer, [], ledger, tmp_path, restarts).run()
     return restarts
 
 
@@ -130,7 +130,7 @@ def test_a_producer_that_ended_with_a_failed_trainer_starts_with_the_next(tmp_pa
         trainer.looks = 50
 
     trainer.start = start_slowly
-    watch = Watch([producer], trainer, None, ledger, tmp_path, restarts := Restarts(1))
+    watch = Watch([producer], trainer, [], ledger, tmp_path, restarts := Restarts(1))
     watch._trainer_started = 0.0
     watch.run()
     assert len(producer.starts) >= 2

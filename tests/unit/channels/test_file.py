@@ -1,17 +1,14 @@
 """The log in a folder: what any number of writers append, every reader sees once, whole and in order."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from lightning_dataflow.channels import FileChannel
 from lightning_dataflow.channels.lines import seal
 from lightning_dataflow.contracts import LogRecord, PeerTimeoutError, UserError, ref_to_json
-from lightning_dataflow.contracts.log import replaces
-from tests.streams import forked, make_ref
+from tests.streams import make_ref
 
 RUN = {"run_id": "run", "settings": {"seed": 0, "layers": [1, 3]}}
 
@@ -33,42 +30,6 @@ def refs(*seqs: int) -> list[LogRecord]:
 
 def segments(channel: FileChannel) -> list[str]:
     return sorted(path.name for path in channel.folder.glob("log-*.jsonl"))
-
-
-def test_every_kind_of_record_comes_back(channel):
-    records = [
-        LogRecord(kind="begin", seq=0),
-        LogRecord(kind="ref", seq=0, ref=make_ref(0)),
-        LogRecord(kind="supersede", seq=0, ref=make_ref(0, attempt=2, metadata={"pass": 1}, draft_weight_version="d")),
-        LogRecord(kind="skip", seq=1, reason="it failed"),
-        LogRecord(kind="end", seq=2),
-    ]
-    channel.publish(records)
-    assert reader(channel).poll() == records
-    assert channel.poll() == records
-    assert channel.poll() == []
-
-
-def test_a_long_reason_is_cut(channel):
-    channel.publish([LogRecord(kind="skip", seq=1, reason="x" * 10_000)])
-    (record,) = channel.poll()
-    assert record.reason == "x" * 500
-
-
-def test_polls_are_bounded_and_lose_nothing(channel):
-    channel.publish(refs(*range(10)))
-    assert [[one.seq for one in channel.poll(4)] for _ in range(4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9], []]
-
-
-def test_a_reader_that_starts_late_or_again(channel):
-    channel.publish(refs(0, 1))
-    assert [one.seq for one in channel.poll()] == [0, 1]
-    channel.publish(refs(2))
-    late = reader(channel)
-    assert [one.seq for one in late.poll()] == [0, 1, 2]
-    assert [one.seq for one in channel.poll()] == [2]
-    channel.rewind()
-    assert [one.seq for one in channel.poll()] == [0, 1, 2]
 
 
 def test_a_torn_line_is_waited_for_then_closed_by_the_next_writer_and_counted(channel):
@@ -145,28 +106,6 @@ def test_damage_is_told_with_its_place(channel, change, reason):
     assert str(error.value).startswith(f"{path} is damaged in the line at byte {len(first) + 1}: {reason}; put back")
 
 
-def write(folder: Path, first: int) -> None:
-    channel = FileChannel(folder, segment_bytes=65536)
-    for start in range(first, first + 500, 5):
-        channel.publish(refs(*range(start, start + 5)))
-
-
-def test_concurrent_writers_of_several_processes(tmp_path):
-    channel = FileChannel(tmp_path, segment_bytes=65536)
-    channel.announce({"run_id": "run"})
-    writers = [forked(write, tmp_path, first) for first in range(0, 2000, 500)]
-    seqs: list[int] = []
-    while any(writer.is_alive() for writer in writers):
-        seqs += [one.seq for one in channel.poll()]
-    while found := channel.poll():
-        seqs += [one.seq for one in found]
-    assert [writer.exitcode for writer in writers] == [0] * 4
-    assert sorted(seqs) == list(range(2000))
-    assert channel.num_torn == 0
-    assert all(seqs[at : at + 5] == list(range(seqs[at], seqs[at] + 5)) for at in range(0, 2000, 5))
-    assert len(segments(channel)) > 3
-
-
 def test_a_writer_that_is_stopped_inside_a_write_blocks_for_a_bounded_time(channel, monkeypatch):
     monkeypatch.setattr("lightning_dataflow.channels.file.LOCK_TIMEOUT_S", 0.1)
     other = reader(channel)
@@ -209,32 +148,6 @@ def test_files_stay_bounded_when_trimmed_as_they_are_read(channel):
     assert most < 4 * 4096
 
 
-def test_a_reader_behind_another_that_trims(channel):
-    behind = reader(channel)
-    channel.publish(refs(*range(8)))
-    assert len(behind.poll(4)) == 4
-    for seq in range(8, 60):
-        channel.publish(refs(seq))
-    while channel.poll():
-        pass
-    channel.trim(40)
-    seqs = [one.seq for one in behind.poll()]
-    assert seqs == sorted(set(seqs))
-    assert seqs[-20:] == list(range(40, 60))
-    assert reader(channel).poll()[-1].seq == 59
-
-
-def test_announcing_twice(channel):
-    reader(channel).announce(RUN)
-    other = {"run_id": "run", "settings": {"seed": 0, "layers": [1, 2]}}
-    with pytest.raises(UserError, match=r"another settings\.layers \(\[1, 3\], here \[1, 2\]\): give all processes"):
-        reader(channel).announce(other)
-    assert channel.card() == RUN
-    assert not list(channel.folder.glob(".run*"))
-    with pytest.raises(TypeError, match=r"card\['weights'\] is a Tensor"):
-        channel.announce(RUN | {"weights": torch.zeros(1)})
-
-
 def test_cards_of_another_schema_or_damaged(channel):
     card = channel.folder / "run.json"
     card.write_text(json.dumps(RUN | {"schema_version": 7}))
@@ -244,12 +157,6 @@ def test_cards_of_another_schema_or_damaged(channel):
         card.write_text(damaged)
         with pytest.raises(UserError, match=r"run\.json is damaged .* another run_name"):
             reader(channel)
-
-
-def test_references_of_another_run(channel):
-    channel.publish([LogRecord(kind="ref", seq=0, ref=make_ref(0, run_id="other"))])
-    with pytest.raises(UserError, match=r"holds references of run other, run\.json is of run run"):
-        channel.poll()
 
 
 def line(**changes: Any) -> str:
@@ -292,50 +199,7 @@ def test_what_others_write_is_checked(channel, content, message):
     assert "log-00000000.jsonl" in str(error.value)
 
 
-def test_tensors_are_refused_by_the_path_to_them(channel):
-    record = LogRecord(kind="ref", seq=0, ref=make_ref(0, metadata={"extra": [{"logits": torch.zeros(2)}]}))
-    with pytest.raises(TypeError, match=r"record\.ref\.origin\.metadata\['extra'\]\[0\]\['logits'\] is a Tensor"):
-        channel.publish([*refs(1), record])
-    assert channel.poll() == []
-    with pytest.raises(TypeError, match="a set cannot be logged"):
-        channel.publish([LogRecord(kind="ref", seq=0, ref=make_ref(0, metadata={"extra": {1}}))])
-
-
-def test_a_record_that_no_reader_would_take_is_not_written(channel):
-    with pytest.raises(UserError, match=r"the record of seq 3 has 2\d{6} bytes, the limit is 1048576"):
-        channel.publish([LogRecord(kind="ref", seq=3, ref=make_ref(3, metadata={"text": "x" * 2_000_000}))])
-    assert channel.poll() == []
-
-
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write to .*file/log: .*choose another channel\.path"):
         FileChannel(tmp_path / "file" / "log")
-
-
-def test_a_stream_ends_or_names_the_folder(channel):
-    channel.publish([*refs(0, 1), LogRecord(kind="end", seq=2)])
-    assert [one.seq for one in channel.stream(idle_timeout_s=1)] == [0, 1, 2]
-    late = reader(channel)
-    channel.close(2)
-    with pytest.raises(PeerTimeoutError, match=f"no record came in 0 s from the producers of {channel.folder}"):
-        list(FileChannel(channel.folder / "empty").stream(idle_timeout_s=0.02))
-    assert [one.kind for one in late.stream(idle_timeout_s=1)] == ["ref", "ref", "end"]
-
-
-def test_waiting_for_a_card(tmp_path, channel):
-    assert channel.wait_for_card(0.0, "a producer") == RUN
-    with pytest.raises(PeerTimeoutError, match=r"waited 0 s for a producer to announce the run in .*/other"):
-        FileChannel(tmp_path / "other").wait_for_card(0.02, "a producer")
-
-
-def test_which_record_of_a_seq_counts():
-    first, again = LogRecord(kind="ref", seq=0, ref=make_ref(0)), LogRecord(kind="ref", seq=0, ref=make_ref(0))
-    second = LogRecord(kind="supersede", seq=0, ref=make_ref(0, attempt=1))
-    skip = LogRecord(kind="skip", seq=0, reason="r")
-    assert not replaces(again, first)
-    assert replaces(second, first)
-    assert not replaces(first, second)
-    assert replaces(skip, second)
-    assert not replaces(second, skip)
-    assert not replaces(skip, skip)

@@ -2,10 +2,12 @@
 
 import random
 import time
-from pathlib import Path
+from collections.abc import Callable
+
+import pytest
 
 from lightning_dataflow.contracts import LogRecord
-from lightning_dataflow.control import RunPlan, reconcile_on_restart, resolve_control_plane
+from lightning_dataflow.control import ControlPlane, RunPlan, reconcile_on_restart, resolve_control_plane
 from lightning_dataflow.data import StreamingRefQueue
 from lightning_dataflow.stores import MemoryFeatureStore
 from tests.streams import WIDE, forked, make_ref
@@ -13,8 +15,8 @@ from tests.streams import WIDE, forked, make_ref
 NUM_SAMPLES, WINDOW, LEASE_S = 600, 8, 0.2
 
 
-def produce(folder: Path, name: str) -> None:
-    plane = resolve_control_plane("disaggregated", "run", path=folder)
+def produce(opener: Callable[[], ControlPlane], name: str) -> None:
+    plane = opener()
     while plane.ledger.finished() is None:
         lease = plane.lease(name, group=4, num_bytes=lambda seq: 8, watermarks=WIDE, lease_s=LEASE_S)
         if lease is None:
@@ -34,22 +36,30 @@ def counted(records: list[LogRecord]) -> dict[tuple[int, int], int]:
     return found
 
 
-def test_producers_come_and_go(tmp_path):
+@pytest.fixture(params=["sqlite", "redis"])
+def opener(request, tmp_path) -> Callable[[], ControlPlane]:
+    if request.param == "sqlite":
+        return lambda: resolve_control_plane("disaggregated", "run", path=tmp_path)
+    server = request.getfixturevalue("redis_run")
+    return lambda: resolve_control_plane("disaggregated", server.run_id, redis=server.where)
+
+
+def test_producers_come_and_go(opener):
     draw = random.Random(0)
-    plane = resolve_control_plane("disaggregated", "run", path=tmp_path)
+    plane = opener()
     plane.log.announce({"run_id": "run"})
     queue = StreamingRefQueue(plane, idle_timeout_s=20)
     plan = RunPlan(start=0, stop=NUM_SAMPLES, window=WINDOW)
     reconcile_on_restart(plane, MemoryFeatureStore(), plan, queue.catch_up)
     names = iter(f"producer-{index}" for index in range(10_000))
-    workers = [forked(produce, tmp_path, next(names)) for _ in range(3)]
+    workers = [forked(produce, opener, next(names)) for _ in range(3)]
     kills, slowest, trained = 0, 0.0, []
     for start in range(0, NUM_SAMPLES, WINDOW):
         if draw.random() < 0.15:
             victim = draw.randrange(3)
             workers[victim].kill()
             workers[victim].join()
-            workers[victim] = forked(produce, tmp_path, next(names))
+            workers[victim] = forked(produce, opener, next(names))
             kills += 1
         seqs = range(start, start + WINDOW)
         since = time.monotonic()

@@ -3,17 +3,21 @@
 import os
 import random
 import signal
+import socket
 import sqlite3
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lightning_dataflow.contracts import PeerTimeoutError, UserError
+from lightning_dataflow.channels import FileChannel
+from lightning_dataflow.contracts import LogRecord, PeerTimeoutError, UserError
 from lightning_dataflow.control import (
     MAX_ATTEMPTS,
+    Captured,
     Lease,
     MetadataStore,
     NoOpMetadataStore,
@@ -23,9 +27,10 @@ from lightning_dataflow.control import (
     sqlite_tables,
 )
 from lightning_dataflow.control.heartbeat import Heartbeat, why_over
-from tests.streams import WIDE, forked
+from tests.streams import WIDE, forked, log_of, make_ref
 
 SIZE = 10
+HOST = socket.gethostname()
 
 
 def begin(ledger: MetadataStore, start: int = 0, stop: int = 100, window: int = 4, **known: Any) -> None:
@@ -37,25 +42,35 @@ def lease(ledger: MetadataStore, worker: str = "a", group: int = 4, marks: Water
     return ledger.lease(worker, group=group, num_bytes=lambda seq: SIZE, watermarks=marks, lease_s=lease_s)
 
 
-def generations(found: Lease, size: int = SIZE) -> dict[int, tuple[str, int]]:
-    return {seq: (f"{found.attempt}-{seq:016x}", size) for seq in found.wanted}
+def generation(found: Lease, seq: int) -> str:
+    return f"{found.attempt}-{seq:016x}"
 
 
-def commit(ledger: MetadataStore, found: Lease, size: int = SIZE) -> list[int]:
-    with ledger.commit(found, generations(found, size)) as accepted:
-        pass
-    return accepted
+def commit(
+    ledger: MetadataStore, found: Lease, size: int | Sequence[int] = SIZE, seqs: Sequence[int] | None = None
+) -> list[int]:
+    log = log_of(ledger)
+    captured = {
+        seq: Captured(
+            generation=generation(found, seq),
+            num_bytes=size if isinstance(size, int) else size[seq],
+            line=log.encode(LogRecord(kind="ref", seq=seq, ref=make_ref(seq, found.attempt))),
+        )
+        for seq in (found.wanted if seqs is None else seqs)
+    }
+    return ledger.commit(found, captured, log)
 
 
 def give_back(ledger: MetadataStore, found: Lease, **options: bool) -> list[int]:
-    with ledger.give_back(found, **options) as given_up:
-        pass
-    return given_up
+    log = log_of(ledger)
+    skips = {seq: log.encode(LogRecord(kind="skip", seq=seq, reason="it failed")) for seq in found.wanted}
+    return ledger.give_back(found, skips, log, **options)
 
 
 def in_flight(ledger: MetadataStore) -> tuple[int, int]:
     status = ledger.status()
-    return status["refs_in_flight"], status["bytes_in_flight"]
+    assert ledger.in_flight() == (status["refs_in_flight"], status["bytes_in_flight"])
+    return ledger.in_flight()
 
 
 def marks(refs: int, low: int = 0) -> Watermarks:
@@ -155,23 +170,30 @@ def test_a_failure_that_does_not_count(ledger):
     assert in_flight(ledger) == (4, 40)
 
 
-def test_an_exception_while_giving_back_undoes_it(ledger):
-    begin(ledger)
-    found = lease(ledger)
-    with pytest.raises(OSError), ledger.give_back(found, retryable=False) as given_up:
-        assert given_up == [0, 1, 2, 3]
-        raise OSError
-    assert commit(ledger, found) == [0, 1, 2, 3]
+@pytest.fixture
+def failing_log(tmp_path, monkeypatch):
+    """A log whose file cannot be written."""
+    log = FileChannel(tmp_path / "failing")
+
+    def fail(lines):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(log, "append", fail)
+    return log
 
 
-def test_an_exception_while_publishing_undoes_the_commit(ledger):
+@pytest.mark.parametrize("path", [None, "ledger.sqlite"])
+def test_a_log_that_cannot_be_written_undoes_what_goes_with_it(tmp_path, failing_log, path):
+    ledger = SqliteMetadataStore(path and tmp_path / path)
     begin(ledger)
     found = lease(ledger)
-    with pytest.raises(OSError), ledger.commit(found, generations(found)) as accepted:
-        assert accepted == [0, 1, 2, 3]
-        raise OSError
-    assert ledger.status()["published"] == 0
-    assert commit(ledger, found) == [0, 1, 2, 3]
+    captured = {seq: Captured(generation="0-0", num_bytes=1, line=b"") for seq in found.wanted}
+    with pytest.raises(OSError, match="No space left"):
+        ledger.commit(found, captured, failing_log)
+    with pytest.raises(OSError, match="No space left"):
+        ledger.give_back(found, dict.fromkeys(found.wanted, b""), failing_log, retryable=False)
+    assert ledger.status()["published"] == ledger.status()["given_up"] == 0
+    ledger.commit(found, captured, FileChannel(tmp_path))
     assert ledger.status()["published"] == 4
 
 
@@ -187,12 +209,11 @@ def test_an_expired_lease_is_a_failed_try(ledger):
 
 def test_only_samples_that_failed_too_often_themselves_are_given_up(ledger):
     begin(ledger)
-    commit(ledger, found := lease(ledger))
-    generation = generations(found)
-    assert ledger.want(2, generation[2][0])
+    commit(ledger, first := lease(ledger))
+    assert ledger.want(2, generation(first, 2))
     for tries in range(1, MAX_ATTEMPTS):
         assert lease(ledger, lease_s=-1).tries == tries
-    assert ledger.want(3, generation[3][0])
+    assert ledger.want(3, generation(first, 3))
     found = lease(ledger)
     assert (found.wanted, found.tries) == ((2, 3), MAX_ATTEMPTS)
     assert give_back(ledger, found, counts=False) == [2]
@@ -212,8 +233,7 @@ def test_the_leases_of_a_worker_that_is_known_to_be_dead_end_at_once(ledger):
 def test_a_part_of_a_group_may_be_committed(ledger):
     begin(ledger)
     found = lease(ledger)
-    with ledger.commit(found, {seq: ("0-0", SIZE) for seq in (1, 2)}) as accepted:
-        assert accepted == [1, 2]
+    assert commit(ledger, found, seqs=(1, 2)) == [1, 2]
     assert commit(ledger, found) == [0, 3]
 
 
@@ -235,15 +255,15 @@ def test_a_lost_sample_is_captured_again_with_its_group(ledger):
     begin(ledger)
     found = lease(ledger)
     commit(ledger, found)
-    generation = generations(found)[2][0]
-    assert ledger.want(2, generation)
-    assert ledger.want(2, generation)  # the other rank noticed too
+    lost = generation(found, 2)
+    assert ledger.want(2, lost)
+    assert ledger.want(2, lost)  # the other rank noticed too
     again = lease(ledger, "b")
     assert (again.seqs, again.wanted, again.attempt) == ((0, 1, 2, 3), (2,), 1)
-    assert ledger.want(2, generation)
+    assert ledger.want(2, lost)
     assert lease(ledger).seqs == (4, 5, 6, 7)
     assert commit(ledger, again) == [2]
-    assert ledger.want(2, generation)  # of the generation before
+    assert ledger.want(2, lost)  # of the generation before
     assert lease(ledger).seqs == (8, 9, 10, 11)
     assert in_flight(ledger) == (12, 120)
     assert ledger.status()["recaptured"] == 1
@@ -254,11 +274,11 @@ def test_wanting_is_bounded(ledger):
     found = lease(ledger)
     commit(ledger, found)
     for _ in range(MAX_ATTEMPTS - 1):
-        assert ledger.want(0, generations(found)[0][0])
+        assert ledger.want(0, generation(found, 0))
         found = lease(ledger)
         commit(ledger, found)
-    assert not ledger.want(0, generations(found)[0][0])
-    assert not ledger.want(0, generations(found)[0][0])
+    assert not ledger.want(0, generation(found, 0))
+    assert not ledger.want(0, generation(found, 0))
     assert not ledger.want(55, "0-0")
     assert in_flight(ledger) == (3, 30)
     assert ledger.status()["given_up"] == 1
@@ -270,7 +290,7 @@ def test_a_finished_run_gives_nothing_up(ledger):
     found = lease(ledger)
     commit(ledger, found)
     ledger.finish("failed")
-    assert ledger.want(0, generations(found)[0][0])
+    assert ledger.want(0, generation(found, 0))
 
 
 def test_low_watermarks_must_be_lower():
@@ -365,9 +385,9 @@ def test_a_random_walk_never_exceeds_the_marks_and_never_starves(ledger, seed):
             held += [found] if found else []
         elif action < 0.8 and held:
             found = held.pop(draw.randrange(len(held)))
-            with ledger.commit(found, {seq: (f"{found.attempt}-0", size[seq]) for seq in found.wanted}) as accepted:
-                assert not published & set(accepted)
-                published |= set(accepted)
+            accepted = set(commit(ledger, found, size))
+            assert not published & accepted
+            published |= accepted
         elif action < 0.85 and held:
             give_back(ledger, held.pop(), counts=False)
         elif published >= set(range(trained, trained + window)):
@@ -403,7 +423,7 @@ def test_a_fence_voids_leases_until_the_next_begin(ledger):
     begin(ledger)
     old, other = lease(ledger), lease(ledger)
     commit(ledger, other)
-    ledger.want(5, generations(other)[5][0])
+    ledger.want(5, generation(other, 5))
     assert ledger.fence() == {0: 1, 1: 1, 2: 1, 3: 1, 5: 1}
     assert ledger.fence() == {0: 1, 1: 1, 2: 1, 3: 1, 5: 1}
     assert commit(ledger, old) == []
@@ -416,10 +436,10 @@ def test_a_finished_run_is_over_until_it_begins_again(ledger):
     begin(ledger)
     old = lease(ledger)
     assert ledger.finished() is None
-    before = time.time()
+    before = ledger.now()
     ledger.finish("completed")
     assert ledger.finished() == ledger.finished(since=before) == "completed"
-    assert ledger.finished(since=time.time() + 1) is None
+    assert ledger.finished(since=ledger.now() + 1) is None
     assert lease(ledger) is None
     assert commit(ledger, old) == []
     assert give_back(ledger, old) == []
@@ -450,7 +470,7 @@ def test_a_run_is_over_when_no_producer_is_left(ledger, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("os.getpid", lambda: gone)
         ledger.report("producer-1", "capturing seq 4")
-    assert why_over(ledger) == ["producer-0: CUDA out of memory", f"producer-1: its process {gone} is gone"]
+    assert why_over(ledger) == ["producer-0: CUDA out of memory", f"producer-1: its process {gone} on {HOST} is gone"]
     ledger.report("supervisor", "watching")
     assert why_over(ledger) == []  # it starts one again, or ends the run
     ledger.report("producer-2", "another seed", failed=True, fatal=True)
@@ -572,10 +592,11 @@ def test_a_process_that_is_stopped_inside_a_write_is_named(tmp_path, monkeypatch
     found = lease(ledger)
     with (
         pytest.raises(PeerTimeoutError, match=r"could not use the ledger .*locked.* is a process of the run stopped"),
-        ledger.commit(found, {}),
+        ledger._tables.transaction(),
     ):
         other.ack(1, 1)
     assert other.finished() is None
+    assert commit(ledger, found) == [0, 1, 2, 3]
 
 
 def hold_and_stop(path: Path, number: int) -> None:

@@ -20,9 +20,18 @@ def store():
     return MemoryFeatureStore()
 
 
+@pytest.fixture(params=["memory", "redis"])
+def opener(request, tmp_path):
+    """Opens the run once more: with the ledger that survives a crash of everything else, if one does."""
+    if request.param == "memory":
+        return lambda: memory_plane(tmp_path)
+    server = request.getfixturevalue("redis_run")
+    return lambda: resolve_control_plane("disaggregated", server.run_id, redis=server.where)
+
+
 @pytest.fixture
-def plane(tmp_path):
-    made = memory_plane(tmp_path)
+def plane(opener):
+    made = opener()
     made.log.announce({"run_id": "run"})
     return made
 
@@ -99,7 +108,8 @@ def test_what_is_not_accepted_is_not_published(plane, store):
     assert plane.publish(new, capture(store, new)) == [0, 1, 2, 3]
 
 
-def test_a_log_that_cannot_be_written_undoes_the_commit(plane, store, monkeypatch):
+def test_a_log_that_cannot_be_written_undoes_the_commit(tmp_path, store, monkeypatch):
+    plane = memory_plane(tmp_path)
     begin(plane)
     found = lease(plane)
     with monkeypatch.context() as patch:
@@ -156,27 +166,23 @@ def test_doing_it_twice_changes_nothing(plane, store):
     assert lease(plane).attempt == 1
 
 
-def test_without_the_ledger_the_log_is_enough(tmp_path, store):
-    plane = memory_plane(tmp_path)
-    plane.log.announce({"run_id": "run"})
+def test_without_the_ledger_the_log_is_enough(opener, plane, store):
     begin(plane)
     refs = produce(plane, store, groups=2)
     plane.ledger.want(4, refs[4].generation)
     produce(plane, store)
-    fresh = memory_plane(tmp_path)
+    fresh = opener()
     assert restart(fresh, store).num_live == 8
     assert fresh.ledger.status()["refs_in_flight"] == 8
     assert lease(fresh).seqs == (8, 9, 10, 11)
 
 
-def test_gaps_are_captured_and_skips_stay(tmp_path, store):
-    plane = memory_plane(tmp_path)
-    plane.log.announce({"run_id": "run"})
+def test_gaps_are_captured_and_skips_stay(opener, plane, store):
     begin(plane)
     lease(plane)  # of a worker that dies
     produce(plane, store)
     plane.skip([5], "too long")
-    fresh = memory_plane(tmp_path)
+    fresh = opener()
     assert restart(fresh, store).num_live == 3
     assert lease(fresh).wanted == (0, 1, 2, 3)
     assert lease(fresh).wanted == (8, 9, 10, 11)
@@ -224,8 +230,10 @@ def test_a_publish_while_the_log_is_being_read(plane, store):
     assert (again.seqs, again.attempt) == (late.seqs, 1)
 
 
-def test_a_crash_between_append_and_commit(plane, store, monkeypatch):
+def test_a_crash_between_append_and_commit(tmp_path, store, monkeypatch):
     """The log has the refs, the ledger does not: the next attempt supersedes them."""
+    plane = memory_plane(tmp_path)
+    plane.log.announce({"run_id": "run"})
     begin(plane)
     found = lease(plane, lease_s=-1)
     append = plane.log.append

@@ -1,0 +1,75 @@
+"""Runs in a Redis, for the commands that look at them from outside."""
+
+import argparse
+import re
+from pathlib import Path
+
+from lightning_dataflow.channels import RedisAddress
+from lightning_dataflow.channels.redis_local import ADDRESS, SECRET
+from lightning_dataflow.channels.redis_server import PREFIX, RedisServer
+from lightning_dataflow.contracts import UserError
+
+PATIENCE_S = 2.0
+_CARD = re.compile(rf"{PREFIX}:\{{(.*)\}}:card")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """How to reach a Redis."""
+    parser.add_argument("--redis", metavar="HOST:PORT", help="the run is in the Redis there")
+    parser.add_argument("--redis-username", metavar="NAME", help="its user; the default one if left out")
+    parser.add_argument("--redis-secret-file", metavar="FILE", help="holds the password")
+    parser.add_argument("--redis-tls", action="store_true", help="it speaks TLS")
+    for what, text in (("ca", "authorities that signed its certificate"), ("cert", "own certificate"), ("key", "own key")):
+        parser.add_argument(f"--redis-{what}-file", metavar="FILE", help=f"with TLS: {text}")
+
+
+def address(options: argparse.Namespace) -> RedisAddress:
+    """What the arguments say."""
+    return RedisAddress(
+        address=options.redis,
+        username=options.redis_username,
+        password=read_secret_file(options.redis_secret_file, "--redis-secret-file"),
+        tls=options.redis_tls,
+        ca_file=options.redis_ca_file,
+        cert_file=options.redis_cert_file,
+        key_file=options.redis_key_file,
+    )
+
+
+def local_address(folder: Path) -> RedisAddress | None:
+    """Of the Redis that a run started in `folder`, its channel.path; None where it has none."""
+    try:
+        return RedisAddress(address=(folder / ADDRESS).read_text(), password=(folder / SECRET).read_text())
+    except FileNotFoundError:
+        return None
+
+
+def runs_at(where: RedisAddress) -> list[str]:
+    """Ids of all runs there."""
+    server, cursor, found = RedisServer(where, "", patience_s=PATIENCE_S), b"0", set[str]()
+    while True:
+        cursor, names = server.ask("SCAN", cursor, "MATCH", f"{PREFIX}:*:card", "COUNT", 1000)
+        found |= {match[1] for name in names if (match := _CARD.fullmatch(name.decode()))}
+        if cursor == b"0":
+            return sorted(found)
+
+
+def open_run(where: RedisAddress, run: str) -> RedisServer:
+    """The run there. Raises UserError where there is none; names those that are."""
+    there = runs_at(where)
+    if run not in there:
+        raise UserError(
+            f"no run {run} in Redis at {where.address}: it has ended well and left nothing, or not begun; there are "
+            f"{', '.join(there) or 'none'}"
+        )
+    return RedisServer(where, run, patience_s=PATIENCE_S)
+
+
+def read_secret_file(path: str | None, setting: str) -> str | None:
+    """The content of a secret's file, without white space around it."""
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text().strip()
+    except OSError as error:
+        raise UserError(f"cannot read {setting}={path}: {error.strerror}") from error

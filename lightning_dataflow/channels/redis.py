@@ -1,0 +1,221 @@
+"""A channel in Redis: any number of machines, no folder that they share."""
+
+import json
+import secrets
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning_dataflow.channels.base import MAX_LINE_BYTES, StreamingRefChannel, check_card
+from lightning_dataflow.channels.redis_records import RecordHead, pack, unpack
+from lightning_dataflow.channels.redis_server import RedisServer, change_script
+from lightning_dataflow.contracts import SCHEMA_VERSION, LogRecord, UserError, assert_no_tensors
+from lightning_dataflow.contracts.log import record_from_json
+
+INDEX_ENTRIES = 64
+"""Appends whose heads are asked for at a time."""
+READ_BYTES = 8 << 20
+"""Lines that are asked for at a time."""
+NONCE_BITS = 48
+
+
+class RedisChannel(StreamingRefChannel):
+    """Two streams: `log` has an entry for the line of each record, `index` one for the heads of each append.
+
+    The id of an entry is `number-nonce`. Trimming drops both streams up to a number.
+
+    Raises:
+        UserError: the run's card is damaged or of another schema.
+    """
+
+    def __init__(self, server: RedisServer):
+        self.server = server
+        self.name = f"{server.name}, run {server.run_id}"
+        self._append = change_script()
+        self._run_id: str | None = None
+        self._position = (0, 0)  # of the last entry of the index that was read
+        self._last_number = 0
+        self._heads: deque[RecordHead] = deque()  # read, not handed out
+        self._read: deque[tuple[int, int]] = deque()  # by entry of the index: the number after it, its highest seq
+        self._connections = server.num_connections
+        self.card()
+
+    def announce(self, card: Mapping[str, Any]) -> None:
+        """See StreamingRefChannel."""
+        assert_no_tensors(card, "card")
+        plain = json.loads(json.dumps({**card, "schema_version": SCHEMA_VERSION}))
+        self.server.ask("SET", self.server.key("card"), json.dumps(plain), "NX")
+        check_card(json.loads(self.server.ask("GET", self.server.key("card")) or "{}"), plain, self.name)
+
+    def card(self) -> dict[str, Any] | None:
+        """See StreamingRefChannel."""
+        text = self.server.ask("GET", self.server.key("card"))
+        if text is None:
+            return None
+        try:
+            card = json.loads(text)
+            version, self._run_id = card.pop("schema_version"), card["run_id"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"the card of {self.name} is damaged ({error!r}): start again under another run_name, or remove the run "
+                "with lightning-dataflow clean"
+            ) from error
+        if version != SCHEMA_VERSION:
+            raise UserError(
+                f"{self.name} has schema version {version}, this release reads {SCHEMA_VERSION}: start the run again under "
+                "another run_name"
+            )
+        return card
+
+    def encode(self, record: LogRecord) -> bytes:
+        """See StreamingRefChannel."""
+        return pack(record, super().encode(record).removesuffix(b"\n"))
+
+    def append(self, lines: Sequence[bytes]) -> None:
+        """See StreamingRefChannel."""
+        if lines:
+            self.server.change(self._append, "append", new_nonce(), *lines)
+
+    def poll(self, max_records: int = 1024) -> list[LogRecord]:
+        """See StreamingRefChannel."""
+        return [record for record in self._load(self.poll_heads(max_records)) if record is not None]
+
+    def poll_heads(self, max_records: int = 1024) -> list[RecordHead]:
+        """The heads of the next records after this reader's position."""
+        while len(self._heads) < max_records and self._fill():
+            pass
+        return [self._heads.popleft() for _ in range(min(max_records, len(self._heads)))]
+
+    def load(self, heads: Sequence[RecordHead]) -> list[LogRecord]:
+        """The records of these heads. Raises UserError where one was dropped before it was read."""
+        records = self._load(heads)
+        for head, record in zip(heads, records, strict=True):
+            if record is None:
+                raise UserError(
+                    f"record {head.number} of {self.name} (seq {head.seq}) was dropped before it was read: do two trainers "
+                    "share this run_name?"
+                )
+        return [record for record in records if record is not None]
+
+    def rewind(self) -> None:
+        """See StreamingRefChannel."""
+        self._position, self._last_number = (0, 0), 0
+        self._heads.clear()
+        self._read.clear()
+
+    def trim(self, seq: int) -> None:
+        """See StreamingRefChannel. The last entry that was read stays: by it a server that lost some is found out."""
+        handed_out = self._heads[0].number if self._heads else self._last_number
+        following = None
+        while len(self._read) > 1 and self._read[0][1] < seq and self._read[0][0] <= handed_out:
+            following, _ = self._read.popleft()
+        if following is not None:
+            keys = (self.server.key("log"), self.server.key("index"))
+            self.server.ask_all([("XTRIM", key, "MINID", f"{following}-0") for key in keys])
+
+    def _fill(self) -> bool:
+        """Read more of the index; False when there is no more yet."""
+        self._check_position()
+        command = ("XRANGE", self.server.key("index"), f"({_id(self._position)}", "+", "COUNT", INDEX_ENTRIES)
+        entries = self.server.ask(*command)
+        for name, fields in entries:
+            number, _, nonce = name.decode().partition("-")
+            first = int(number)
+            heads = list(self._unpacked(fields[1], first))
+            self._heads.extend(heads)
+            self._position, self._last_number = (first, int(nonce)), first + len(heads)
+            self._read.append((self._last_number, max((head.seq for head in heads), default=-1)))
+        return bool(entries)
+
+    def _unpacked(self, heads: bytes, first: int) -> Sequence[RecordHead]:
+        try:
+            return list(unpack(heads, first))
+        except UserError as error:
+            raise self._damaged(first, error) from error
+
+    def _check_position(self) -> None:
+        """After a new connection, which may lead to a server that does not know what was read from the one before."""
+        if self._connections == self.server.num_connections:
+            return
+        connections, key, mine = self.server.num_connections, self.server.key("index"), _id(self._position)
+        if self._position != (0, 0) and not self.server.ask("XRANGE", key, mine, mine):
+            oldest = self.server.ask("XRANGE", key, "-", "+", "COUNT", 1)
+            if not oldest or _position(oldest[0][0]) < self._position:
+                raise self.server.lost(f"record {self._position[0]} of run {self.server.run_id}, which was read")
+        self._connections = connections
+
+    def _load(self, heads: Sequence[RecordHead]) -> list[LogRecord | None]:
+        """None for those that were dropped."""
+        found: dict[int, bytes] = {}
+        for piece in _pieces(heads):
+            ranges = _ranges(piece)
+            key = self.server.key("log")
+            replies = self.server.ask_all([("XRANGE", key, f"{first}-0", f"({last + 1}-0") for first, last in ranges])
+            for entries in replies:
+                found.update((int(name.partition(b"-")[0]), fields[1]) for name, fields in entries)
+        return [self._parse(head, found[head.number]) if head.number in found else None for head in heads]
+
+    def _parse(self, head: RecordHead, line: bytes) -> LogRecord:
+        try:
+            if len(line) > MAX_LINE_BYTES:
+                raise UserError(f"it has over {MAX_LINE_BYTES} bytes")
+            record = record_from_json(json.loads(line))
+        except ValueError as error:  # UserError is one
+            raise self._damaged(head.number, error) from error
+        if (record.kind, record.seq) != (head.kind, head.seq):
+            raise self._damaged(head.number, UserError(f"it is the {record.kind} of seq {record.seq}"))
+        if (ref := record.ref) is not None:
+            told = (ref.num_bytes, ref.num_tokens, ref.origin.attempt)
+            if told != (head.num_bytes, head.num_tokens, head.attempt):
+                raise self._damaged(head.number, UserError(f"its head tells {told}"))
+            if ref.origin.run_id != self._known_run_id():
+                raise UserError(
+                    f"{self.name} holds references of run {ref.origin.run_id}, its card is of run {self._run_id}: two runs "
+                    "were mixed, start again under another run_name"
+                )
+        return record
+
+    def _damaged(self, number: int, error: Exception) -> UserError:
+        return UserError(f"{self.name} is damaged in record {number}: {error}; start again under another run_name")
+
+    def _known_run_id(self) -> str | None:
+        if self._run_id is None:
+            self.card()
+        return self._run_id
+
+
+def new_nonce() -> int:
+    """For the ids of one append."""
+    return secrets.randbits(NONCE_BITS)
+
+
+def _id(position: tuple[int, int]) -> str:
+    return f"{position[0]}-{position[1]}"
+
+
+def _position(name: bytes) -> tuple[int, int]:
+    number, _, nonce = name.decode().partition("-")
+    return int(number), int(nonce)
+
+
+def _pieces(heads: Sequence[RecordHead]) -> list[list[RecordHead]]:
+    pieces: list[list[RecordHead]] = []
+    size = READ_BYTES
+    for head in heads:
+        if size + head.size > READ_BYTES:
+            pieces.append([])
+            size = 0
+        pieces[-1].append(head)
+        size += head.size
+    return pieces
+
+
+def _ranges(heads: Sequence[RecordHead]) -> list[tuple[int, int]]:
+    """(first, last) of numbers that follow each other."""
+    ranges: list[tuple[int, int]] = []
+    for number in sorted(head.number for head in heads):
+        if ranges and ranges[-1][1] + 1 == number:
+            ranges[-1] = ranges[-1][0], number
+        else:
+            ranges.append((number, number))
+    return ranges

@@ -1,0 +1,43 @@
+-- The log of a run in Redis, and what every script of a run begins with. All scripts get the same KEYS.
+local CARD, LOG, INDEX, TOTALS, CLIENTS, ROWS, WANTED, LEASED, PUBLISHED, HOLDERS, PARTS, FAILED = unpack(KEYS)
+local MOST = 4000  -- arguments that fit on Lua's stack
+local HEAD = 32  -- bytes of a record's head: see redis_records.py
+local ops = {}
+
+local function now()
+  local time = redis.call('TIME')
+  return tonumber(time[1]) + tonumber(time[2]) / 1e6
+end
+
+local function int(number)  -- concatenation would round above 1e14
+  return string.format('%.0f', number)
+end
+
+local function total(name)
+  return tonumber(redis.call('HGET', TOTALS, name) or 0)
+end
+
+-- command KEY all of list, in pieces
+local function many(command, key, list)
+  for first = 1, #list, MOST do
+    redis.call(command, key, unpack(list, first, math.min(first + MOST - 1, #list)))
+  end
+end
+
+-- Each record is its head and its line. Their numbers in the log count up from 1, one entry of the index holds the heads of
+-- one append; the nonce tells apart what two histories of one server wrote under one number.
+local function append(nonce, records)
+  local last = redis.call('HINCRBY', TOTALS, 'records', #records)
+  local first = last - #records + 1
+  local heads = {}
+  for i, record in ipairs(records) do
+    heads[i] = string.sub(record, 1, HEAD)
+    redis.call('XADD', LOG, int(first + i - 1) .. '-' .. nonce, 'r', string.sub(record, HEAD + 1))
+  end
+  redis.call('XADD', INDEX, int(first) .. '-' .. nonce, 'h', table.concat(heads))
+end
+
+ops.append = function(nonce, ...)
+  append(nonce, {...})
+  return true
+end

@@ -1,0 +1,49 @@
+"""Records as Redis holds them: a head of fixed size, which every reader of the log gets, and the line, which few need."""
+
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from lightning_dataflow.contracts import LogRecord, UserError
+from lightning_dataflow.contracts.log import MAX_SEQ
+
+_HEAD = struct.Struct("<QQIIIB3x")
+HEAD_BYTES = _HEAD.size
+assert HEAD_BYTES == 32, "redis_log.lua cuts heads off by it"
+KINDS = ("begin", "ref", "supersede", "skip", "end")
+
+
+class RecordHead(NamedTuple):
+    """What every reader needs of a record.
+
+    Attributes:
+        number: of the record in the log, from 1.
+        size: of its line in bytes.
+        attempt, num_tokens, num_bytes: of its ref; 0 without one.
+    """
+
+    number: int
+    seq: int
+    num_bytes: int
+    num_tokens: int
+    attempt: int
+    size: int
+    kind: str
+
+
+def pack(record: LogRecord, line: bytes) -> bytes:
+    """A record's head and its line."""
+    kind, ref = KINDS.index(record.kind), record.ref
+    if ref is None:
+        return _HEAD.pack(record.seq, 0, 0, 0, len(line), kind) + line
+    return _HEAD.pack(record.seq, ref.num_bytes, ref.num_tokens, ref.origin.attempt, len(line), kind) + line
+
+
+def unpack(heads: bytes, first: int) -> Iterator[RecordHead]:
+    """The heads of one append, the first of which has the number `first`. Raises UserError for something else."""
+    if len(heads) % HEAD_BYTES:
+        raise UserError(f"{len(heads)} bytes of heads are no whole number of them")
+    for number, (seq, num_bytes, num_tokens, attempt, size, kind) in enumerate(_HEAD.iter_unpack(heads), first):
+        if kind >= len(KINDS) or seq > MAX_SEQ:
+            raise UserError(f"record {number} has kind {kind} and seq {seq}")
+        yield RecordHead(number, seq, num_bytes, num_tokens, attempt, size, KINDS[kind])

@@ -1,0 +1,320 @@
+"""A connection to Redis for one run: patient while the server is away, and certain that each change happens once."""
+
+import contextlib
+import hashlib
+import json
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from lightning_dataflow.contracts import CapacityError, PeerFailedError, PeerTimeoutError, UserError
+
+PREFIX = "ldf"
+KEYS = (
+    "card",
+    "log",
+    "index",
+    "totals",
+    "clients",
+    "rows",
+    "wanted",
+    "leased",
+    "published",
+    "holders",
+    "parts",
+    "failed",
+)
+OLDEST = (7, 0)
+"""Scripts say in their first line that they may run while memory is full, or that they write nothing."""
+PATIENCE_S = 60.0
+PAUSE_S = (0.01, 0.5)
+CONNECT_S, ANSWER_S = 5.0, 10.0
+ALLOW_OOM, NO_WRITES = "allow-oom", "no-writes"
+INSTALL = "pip install 'lightning-dataflow[redis]'"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RedisAddress:
+    """Where a Redis is, and how to be let in.
+
+    Attributes:
+        address: `host:port`.
+        username: of an ACL; None for the default user.
+        tls: encrypt, and check the server's certificate by `ca_file` or the system's authorities.
+        cert_file, key_file: of this client, where the server asks for one.
+    """
+
+    address: str
+    username: str | None = None
+    password: str | None = field(default=None, repr=False)
+    tls: bool = False
+    ca_file: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
+
+    @property
+    def host_and_port(self) -> tuple[str, int]:
+        """Raises UserError for something else."""
+        host, _, port = self.address.rpartition(":")
+        if not host or not port.isdigit():
+            raise UserError(f"channel.address={self.address} is no host:port: give both, for example 10.0.0.1:6379")
+        return host.strip("[]"), int(port)
+
+
+class RedisServer:
+    """Keys of one run, `ldf:{RUN}:…`, on one server. Safe for threads.
+
+    A call waits while the server cannot be reached, for `patience_s` at most, and then goes on: a change that it had made
+    before the connection broke is not made twice.
+
+    Args:
+        patience_s: how long a call waits for a server that went away. At the start nothing is waited for.
+
+    Raises:
+        UserError: nobody, or something else, answers at the address; or the server is too old or evicts keys.
+        PermissionError: it does not let us in.
+    """
+
+    def __init__(self, where: RedisAddress, run_id: str, *, patience_s: float = PATIENCE_S):
+        self.where = where
+        self.run_id = run_id
+        self.patience_s = patience_s
+        self.name = f"Redis at {where.address}"
+        self.num_connections = 0
+        self._redis = _library()
+        self._pool = self._make_pool()
+        self._lock = threading.Lock()
+        self._client = secrets.token_hex(8)
+        self._acked = self._request = 0
+        self._lost: PeerFailedError | None = None
+        self.check()
+
+    def key(self, name: str) -> str:
+        """A key of the run. The braces keep all of them in one slot of a cluster."""
+        return f"{PREFIX}:{{{self.run_id}}}:{name}"
+
+    @property
+    def keys(self) -> list[str]:
+        """All keys that a run can have."""
+        return [self.key(name) for name in KEYS]
+
+    def change(self, script: "Script", operation: str, *arguments: str | bytes | int | float) -> Any:
+        """Run an operation of `script` once; returns its result.
+
+        Raises:
+            PeerTimeoutError: the server stayed away; whether the change was made is not known.
+            PeerFailedError: the server lost what this process had written.
+            CapacityError: its memory is full.
+        """
+        with self._lock:
+            self._request += 1
+            command = (*self.keys, self._client, self._acked, self._request, operation, *arguments)
+            reply = self.patiently(lambda: self._evaluate(script, command))
+            self._acked = self._request
+            return json.loads(reply)
+
+    def ask(self, *command: str | bytes | int | float) -> Any:
+        """Send a command that may be sent twice; returns the reply as it comes."""
+        return self.patiently(lambda: self._send(*command))
+
+    def ask_all(self, commands: Sequence[Sequence[str | bytes | int]]) -> list[Any]:
+        """Send such commands at once."""
+        return self.patiently(lambda: self._send_all(commands))
+
+    def ask_script(self, script: "Script", *arguments: str | int) -> Any:
+        """Run a script that writes nothing."""
+        return self.patiently(lambda: self._evaluate(script, (*self.keys, *arguments)))
+
+    def leave(self) -> None:
+        """Say that this process is done with the run, and disconnect. The last that leaves a completed run removes it."""
+        if self._request and self._lost is None:
+            with contextlib.suppress(PeerTimeoutError, PeerFailedError):
+                self.patiently(lambda: self._evaluate(_LEAVE, (*self.keys, self._client)), at_most_s=CONNECT_S)
+        self._pool.disconnect()
+
+    def check(self) -> None:
+        """Raise UserError unless this is a Redis that can be used, PermissionError if it refuses us."""
+        errors = self._redis.exceptions
+        try:
+            text = self._send("INFO")
+        except errors.AuthenticationError as error:
+            raise self._refused(error) from error
+        except (errors.ConnectionError, errors.TimeoutError, errors.InvalidResponse, OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"no Redis answers at {self.where.address} ({_first_line(error)}): start one there, or correct "
+                f"channel.address or channel.tls={str(self.where.tls).lower()}; see docs/redis.md"
+            ) from error
+        except errors.ResponseError as error:
+            raise self._explained(error) from error
+        lines = text.decode(errors="replace").splitlines() if isinstance(text, bytes) else []
+        info = dict(line.split(":", 1) for line in lines if ":" in line)
+        version = info.get("redis_version", "")
+        try:
+            parts = tuple(int(part) for part in version.split(".")[:2])
+        except ValueError:
+            parts = ()
+        if parts < OLDEST:
+            oldest = ".".join(map(str, OLDEST))
+            raise UserError(f"{self.name} has version {version or 'unknown'}, needed is {oldest} or newer: upgrade it")
+        if info.get("redis_mode") == "cluster":
+            raise UserError(f"{self.name} is a node of a cluster: use one server, with a replica for failover if you like")
+        policy = info.get("maxmemory_policy", "noeviction")
+        if policy.startswith("allkeys"):
+            raise UserError(
+                f"{self.name} drops keys when its memory is full (maxmemory-policy {policy}), which would lose samples: "
+                "set maxmemory-policy noeviction"
+            )
+
+    def patiently(self, action: Callable[[], Any], *, at_most_s: float | None = None) -> Any:
+        """Do it, again and again while the server is away."""
+        errors, pause, patience = self._redis.exceptions, PAUSE_S[0], at_most_s or self.patience_s
+        deadline = time.monotonic() + patience
+        while True:
+            if self._lost is not None:
+                raise self._lost
+            try:
+                return action()
+            except (errors.AuthenticationError, errors.AuthorizationError) as error:
+                raise self._refused(error) from error
+            except (errors.ConnectionError, errors.TimeoutError, errors.ReadOnlyError, OSError) as error:
+                if time.monotonic() > deadline:
+                    raise PeerTimeoutError(
+                        f"{self.name} could not be used for {patience:.0f} s ({_first_line(error)}): is it running, and "
+                        "can this machine reach it? Start it, then resume with ckpt_path=last"
+                    ) from error
+            except errors.ResponseError as error:
+                raise self._explained(error) from error
+            time.sleep(pause)
+            pause = min(2 * pause, PAUSE_S[1])
+
+    def lost(self, what: str) -> PeerFailedError:
+        """The error of every call from now on: the server is not the one that it was."""
+        self._lost = PeerFailedError(
+            f"{self.name} lost {what}: it restarted without its append-only file, or failed over to a replica that was "
+            "behind. Set appendonly yes (docs/redis.md), then resume with ckpt_path=last"
+        )
+        return self._lost
+
+    def _make_pool(self) -> Any:
+        host, port = self.where.host_and_port
+        options: dict[str, Any] = {
+            "host": host,
+            "port": port,
+            "username": self.where.username,
+            "password": self.where.password,
+            "socket_connect_timeout": CONNECT_S,
+            "socket_timeout": ANSWER_S,
+            "socket_keepalive": True,
+            "retry": self._redis.retry.Retry(self._redis.backoff.NoBackoff(), 0),
+            "protocol": 2,
+            "client_name": f"{PREFIX}-{self.run_id}",
+            "redis_connect_func": self._connected,
+        }
+        if self.where.tls:
+            options |= {
+                "connection_class": self._redis.SSLConnection,
+                "ssl_ca_certs": self.where.ca_file,
+                "ssl_certfile": self.where.cert_file,
+                "ssl_keyfile": self.where.key_file,
+            }
+        return self._redis.ConnectionPool(**options)
+
+    def _connected(self, connection: Any) -> None:
+        connection.on_connect()
+        self.num_connections += 1
+
+    @contextlib.contextmanager
+    def _connection(self) -> Iterator[Any]:
+        connection = self._pool.get_connection()
+        try:
+            yield connection
+        finally:
+            self._pool.release(connection)
+
+    def _send(self, *command: str | bytes | int | float) -> Any:
+        with self._connection() as connection:
+            connection.send_command(*command)
+            return connection.read_response()
+
+    def _send_all(self, commands: Sequence[Sequence[str | bytes | int]]) -> list[Any]:
+        with self._connection() as connection:
+            connection.send_packed_command(connection.pack_commands(commands))
+            return [connection.read_response() for _ in commands]
+
+    def _evaluate(self, script: "Script", arguments: Sequence[Any]) -> Any:
+        try:
+            return self._send("EVALSHA", script.sha, len(KEYS), *arguments)
+        except self._redis.exceptions.NoScriptError:
+            return self._send("EVAL", script.text, len(KEYS), *arguments)
+
+    def _explained(self, error: Exception) -> Exception:
+        text = _first_line(error)
+        if text.startswith("LOST"):
+            return self.lost("what this process had written there")
+        if isinstance(error, self._redis.exceptions.OutOfMemoryError) or text.startswith("OOM"):
+            return CapacityError(
+                f"{self.name} has no memory left: raise its maxmemory, write checkpoints more often (what is behind them "
+                "is dropped), or remove runs that nobody resumes with lightning-dataflow clean"
+            )
+        if isinstance(error, self._redis.exceptions.NoPermissionError) or text.startswith(("NOPERM", "NOAUTH")):
+            return self._refused(error)
+        return PeerFailedError(f"{self.name} answers: {text}")
+
+    def _refused(self, error: Exception) -> PermissionError:
+        return PermissionError(
+            f"{self.name} refuses this user ({_first_line(error)}): check channel.username and the password in "
+            "channel.secret_file; docs/redis.md lists what the user must be allowed"
+        )
+
+
+class Script:
+    """Lua that the server runs without anybody else in between.
+
+    Args:
+        flags: of Redis; ALLOW_OOM for what must work while memory is full, because it frees some.
+    """
+
+    def __init__(self, text: str, flags: str = ""):
+        self.text = f"#!lua flags={flags}\n{text}" if flags else f"#!lua\n{text}"
+        self.sha = hashlib.sha1(self.text.encode()).hexdigest()
+
+
+_LEAVE = Script(
+    """
+local totals, clients = KEYS[4], KEYS[5]
+redis.call('HDEL', clients, ARGV[1])
+if redis.call('HGET', totals, 'finished') == 'completed' and redis.call('HLEN', clients) == 0 then
+  redis.call('DEL', unpack(KEYS))
+end
+""",
+    ALLOW_OOM,
+)
+
+
+@cache
+def change_script(*names: str, package: str = __package__, flags: str = "") -> Script:
+    """A script of operations for `RedisServer.change`: the log's, and those of the files `names` of `package`."""
+    texts = [read_script("redis_log.lua"), *(read_script(name, package) for name in names), read_script("redis_tail.lua")]
+    return Script("\n".join(texts), flags)
+
+
+def read_script(name: str, package: str = __package__) -> str:
+    """A Lua file of a package."""
+    return (resources.files(package) / name).read_text()
+
+
+def _library() -> Any:
+    try:
+        import redis
+    except ImportError as error:
+        raise UserError(f"channel=redis needs redis-py: {INSTALL}") from error
+    return redis
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).split("\n")[0].rstrip(".")[:200]

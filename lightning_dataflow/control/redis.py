@@ -1,0 +1,211 @@
+"""MetadataStore `redis`: for the processes of any number of machines."""
+
+import json
+import os
+import socket
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from lightning_dataflow.channels import StreamingRefChannel
+from lightning_dataflow.channels.redis import RedisChannel, new_nonce
+from lightning_dataflow.channels.redis_server import ALLOW_OOM, NO_WRITES, RedisServer, Script, change_script, read_script
+from lightning_dataflow.control.base import MAX_ATTEMPTS, TOTALS, Captured, Lease, MetadataStore, RunPlan, Watermarks
+from lightning_dataflow.control.processes import pid_space
+
+FATAL = 2
+"""In a part's `failed`: 0 is alive, 1 failed."""
+KEEP_S = 3600
+"""A completed run that a dead process keeps from being removed is removed by Redis after this long."""
+
+
+class RedisMetadataStore(MetadataStore):
+    """The ledger in Redis: every call is one script, which nobody else gets in between of, and the clock is the server's.
+
+    Rows exist only for samples in flight. What frees something works while memory is full; leases and commits do not.
+
+    Args:
+        server: the log of the run must be a RedisChannel on the same.
+    """
+
+    def __init__(self, server: RedisServer):
+        self.server = server
+        package = __package__
+        self._growing = change_script("redis_ledger.lua", package=package)
+        self._freeing = change_script("redis_ledger.lua", package=package, flags=ALLOW_OOM)
+        self._status = Script(read_script("redis_status.lua", package), NO_WRITES)
+        self._expected = range(0)  # what this process leases next, if nobody else does
+        self._totals = server.key("totals")
+
+    def fence(self) -> dict[int, int]:
+        """See MetadataStore."""
+        found = self._run("fence") or []
+        return {int(seq): int(attempt) for seq, attempt in zip(found[::2], found[1::2], strict=True)}
+
+    def begin(
+        self, plan: RunPlan, *, published: Mapping[int, tuple[str, int]], wanted: Mapping[int, int], frontier: int
+    ) -> None:
+        """See MetadataStore."""
+        live = [
+            (str(seq), int(generation.partition("-")[0]), generation, size) for seq, (generation, size) in published.items()
+        ]
+        lost = [(str(seq), attempt) for seq, attempt in wanted.items()]
+        self._run(
+            "begin",
+            json.dumps(asdict(plan)),
+            plan.start,
+            plan.start // plan.window,
+            frontier,
+            json.dumps(live),
+            json.dumps(lost),
+        )
+
+    def plan(self) -> RunPlan | None:
+        """See MetadataStore."""
+        text = self.server.ask("HGET", self._totals, "plan")
+        return None if text is None else RunPlan(**json.loads(text))
+
+    def lease(
+        self, worker: str, *, group: int, num_bytes: Callable[[int], int], watermarks: Watermarks, lease_s: float
+    ) -> Lease | None:
+        """See MetadataStore."""
+        marks = (watermarks.high_bytes, watermarks.high_refs, watermarks.low_bytes, watermarks.low_refs)
+        while True:
+            sizes = [num_bytes(seq) for seq in self._expected]
+            found = self.server.change(self._growing, "lease", worker, group, lease_s, *marks, self._expected.start, *sizes)
+            if not found:
+                return None
+            low, high, stop = int(found["low"]), int(found["high"]), int(found["stop"])
+            if "wanted" in found:
+                self._expected = range(high, min(high + group, stop))
+                return Lease(
+                    worker=worker,
+                    seqs=tuple(range(low, high)),
+                    wanted=tuple(map(int, found["wanted"])),
+                    attempt=found["attempt"],
+                    tries=found["tries"],
+                )
+            self._expected = range(low, high)
+
+    def renew(self, worker: str, lease_s: float) -> None:
+        """See MetadataStore."""
+        self._run("renew", worker, lease_s)
+
+    def give_back(
+        self,
+        lease: Lease,
+        skips: Mapping[int, bytes],
+        log: StreamingRefChannel,
+        *,
+        retryable: bool = True,
+        counts: bool = True,
+    ) -> list[int]:
+        """See MetadataStore."""
+        self._check_log(log)
+        samples = [part for seq in lease.wanted for part in (seq, skips[seq])]
+        how = (lease.worker, lease.attempt, int(retryable), int(counts), MAX_ATTEMPTS)
+        return [int(seq) for seq in self._run("give_back", new_nonce(), *how, *samples)]
+
+    def commit(self, lease: Lease, captured: Mapping[int, Captured], log: StreamingRefChannel) -> list[int]:
+        """See MetadataStore."""
+        self._check_log(log)
+        samples = [part for seq, one in captured.items() for part in (seq, one.generation, one.num_bytes, one.line)]
+        accepted = self.server.change(self._growing, "commit", new_nonce(), lease.worker, lease.attempt, *samples)
+        return [int(seq) for seq in accepted]
+
+    def want(self, seq: int, generation: str) -> bool:
+        """See MetadataStore."""
+        return self._run("want", seq, generation, MAX_ATTEMPTS)
+
+    def free(self, seqs: Iterable[int]) -> None:
+        """See MetadataStore."""
+        self._run("ack", 0, *seqs)
+
+    def ack(self, next_seq: int, global_step: int, freed: Iterable[int] = ()) -> None:
+        """See MetadataStore."""
+        self._run("ack", 2, "trained_seq", next_seq, "trained_step", global_step, *freed)
+
+    def ack_durable(self, next_seq: int, global_step: int) -> None:
+        """See MetadataStore."""
+        self._run("ack", 2, "durable_seq", next_seq, "durable_step", global_step)
+
+    def count_wait(self) -> None:
+        """See MetadataStore."""
+        self._run("count_wait")
+
+    def finish(self, status: str) -> None:
+        """See MetadataStore."""
+        self._run("finish", status, KEEP_S)
+
+    def finished(self, since: float = 0.0) -> str | None:
+        """See MetadataStore."""
+        status, at = self.server.ask("HMGET", self._totals, "finished", "finished_at")
+        return status.decode() if status is not None and float(at) >= since else None
+
+    def now(self) -> float:
+        """See MetadataStore."""
+        seconds, micros = self.server.ask("TIME")
+        return int(seconds) + int(micros) / 1e6
+
+    def report(self, name: str, state: str, *, failed: bool = False, fatal: bool = False) -> None:
+        """See MetadataStore."""
+        how = FATAL if fatal else int(failed)
+        self._run("report", name, socket.gethostname(), os.getpid(), pid_space(), state, how)
+
+    def failures(self) -> Sequence[str]:
+        """See MetadataStore."""
+        found = [part.decode() for part in self.server.ask("HGETALL", self.server.key("failed"))]
+        return sorted(f"{name}: {state}" for name, state in zip(found[::2], found[1::2], strict=True))
+
+    def in_flight(self) -> tuple[int, int]:
+        """See MetadataStore."""
+        commands = [("HLEN", self.server.key("rows")), ("HGET", self._totals, "bytes_in_flight")]
+        num_refs, num_bytes = self.server.ask_all(commands)
+        return num_refs, int(num_bytes or 0)
+
+    def status(self) -> dict[str, Any]:
+        """See MetadataStore."""
+        found = json.loads(self.server.ask_script(self._status))
+        now, totals, parts = float(found["time"]), _pairs(found["totals"]), _pairs(found["parts"])
+        numbers = {name: int(totals.get(name, 0)) for name in TOTALS} | {"refs_in_flight": found["refs"]}
+        return {
+            "plan": json.loads(totals["plan"]) if "plan" in totals else None,
+            "finished": totals.get("finished"),
+            **numbers,
+            "leased": found["leased"],
+            "wanted_again": found["wanted"],
+            "waiting_to_be_trained": found["published"] - found["kept"],
+            "kept_refs": found["kept"],
+            "kept_bytes": int(found["kept_bytes"]),
+            "parts": [_part(name, json.loads(text), now) for name, text in sorted(parts.items())],
+        }
+
+    def close(self) -> None:
+        """See MetadataStore. The last process that leaves a completed run removes what it kept in Redis."""
+        self.server.leave()
+
+    def _run(self, operation: str, *arguments: str | bytes | int | float) -> Any:
+        return self.server.change(self._freeing, operation, *arguments)
+
+    def _check_log(self, log: StreamingRefChannel) -> None:
+        same = (
+            isinstance(log, RedisChannel)
+            and log.server.where == self.server.where
+            and log.server.run_id == self.server.run_id
+        )
+        assert same, "one script writes both, so both are in one place"
+
+
+def _pairs(flat: Any) -> dict[str, str]:
+    return dict(zip(flat[::2], flat[1::2], strict=True)) if flat else {}
+
+
+def _part(name: str, part: dict[str, Any], now: float) -> dict[str, Any]:
+    failed = part.pop("failed")
+    return {
+        "name": name,
+        **part,
+        "seen_s_ago": now - float(part.pop("seen")),
+        "failed": failed > 0,
+        "fatal": failed == FATAL,
+    }

@@ -1,0 +1,369 @@
+-- The ledger's operations; what they mean is MetadataStore's contract. rows: seq → "state attempt tries bytes rest", where
+-- rest is the worker of a leased sample and the generation of a published one. wanted and published: seqs by seq; leased: seqs
+-- by when their lease ends. holders: worker → all seqs that it may hold.
+
+local function parse(text)
+  local state, attempt, tries, bytes, rest = string.match(text, '^(%a+) (%d+) (%d+) (%d+) (.*)$')
+  return {state = state, attempt = tonumber(attempt), tries = tonumber(tries), bytes = tonumber(bytes), rest = rest}
+end
+
+-- rows of seqs, in their order; false where there is none
+local function rows_of(seqs)
+  local rows = {}
+  for first = 1, #seqs, MOST do
+    for _, text in ipairs(redis.call('HMGET', ROWS, unpack(seqs, first, math.min(first + MOST - 1, #seqs)))) do
+      rows[#rows + 1] = text and parse(text)
+    end
+  end
+  return rows
+end
+
+local function put(seqs, rows)
+  local pairs = {}
+  for i, row in ipairs(rows) do
+    pairs[2 * i - 1] = seqs[i]
+    pairs[2 * i] = string.format('%s %.0f %.0f %.0f %s', row.state, row.attempt, row.tries, row.bytes, row.rest)
+  end
+  many('HSET', ROWS, pairs)
+end
+
+-- a sorted set by seq
+local function add(key, seqs)
+  local pairs = {}
+  for i, seq in ipairs(seqs) do
+    pairs[2 * i - 1], pairs[2 * i] = seq, seq
+  end
+  many('ZADD', key, pairs)
+end
+
+local function drop(seqs)
+  local freed = 0
+  for _, row in ipairs(rows_of(seqs)) do
+    freed = freed + (row and row.bytes or 0)
+  end
+  many('HDEL', ROWS, seqs)
+  many('ZREM', WANTED, seqs)
+  many('ZREM', LEASED, seqs)
+  many('ZREM', PUBLISHED, seqs)
+  redis.call('HINCRBY', TOTALS, 'bytes_in_flight', 0 - freed)
+end
+
+local function give_up(seqs)
+  if #seqs > 0 then
+    drop(seqs)
+    redis.call('HINCRBY', TOTALS, 'given_up', #seqs)
+  end
+end
+
+local function is_held(row, worker, attempt)
+  return row and row.state == 'leased' and row.rest == worker and row.attempt == attempt
+end
+
+local function finished()
+  return redis.call('HGET', TOTALS, 'finished')
+end
+
+-- seq and value of each, one after the other
+local function flat(seqs, value)
+  local list = {}
+  for i, seq in ipairs(seqs) do
+    list[2 * i - 1], list[2 * i] = seq, value(i)
+  end
+  return list
+end
+
+local function forget_samples()
+  redis.call('DEL', ROWS, WANTED, LEASED, PUBLISHED, HOLDERS)
+end
+
+ops.fence = function()
+  local seqs = redis.call('ZRANGE', LEASED, 0, -1)
+  local rows = rows_of(seqs)
+  for _, row in ipairs(rows) do
+    row.state, row.attempt, row.rest = 'wanted', row.attempt + 1, ''
+  end
+  put(seqs, rows)
+  add(WANTED, seqs)
+  redis.call('DEL', LEASED, HOLDERS)
+  redis.call('HDEL', TOTALS, 'plan')
+  local wanted = redis.call('ZRANGE', WANTED, 0, -1)
+  local found = rows_of(wanted)
+  return flat(wanted, function(i) return int(found[i].attempt) end)
+end
+
+-- published: lists of seq, attempt, generation, bytes; wanted: of seq, attempt
+ops.begin = function(plan, start, step, frontier, published, wanted)
+  forget_samples()
+  local bytes, seqs, rows = 0, {}, {}
+  for i, sample in ipairs(cjson.decode(published)) do
+    seqs[i], rows[i] = sample[1], {state = 'published', attempt = sample[2], tries = 0, bytes = sample[4], rest = sample[3]}
+    bytes = bytes + sample[4]
+  end
+  put(seqs, rows)
+  add(PUBLISHED, seqs)
+  seqs, rows = {}, {}
+  for i, sample in ipairs(cjson.decode(wanted)) do
+    seqs[i], rows[i] = sample[1], {state = 'wanted', attempt = sample[2], tries = 0, bytes = 0, rest = ''}
+  end
+  put(seqs, rows)
+  add(WANTED, seqs)
+  local failed = redis.call('HKEYS', FAILED)
+  many('HDEL', PARTS, failed)
+  redis.call('DEL', FAILED)
+  redis.call('HDEL', TOTALS, 'finished', 'finished_at')
+  redis.call('HSET', TOTALS, 'plan', plan, 'frontier', frontier, 'bytes_in_flight', bytes, 'trained_seq', start,
+    'trained_step', step, 'paused', 0)
+  for _, key in ipairs(KEYS) do
+    redis.call('PERSIST', key)
+  end
+  return true
+end
+
+local function first_open(time)
+  local first = redis.call('ZRANGE', WANTED, 0, 0)[1]
+  local lowest = first and tonumber(first)
+  for _, seq in ipairs(redis.call('ZRANGEBYSCORE', LEASED, '-inf', '(' .. time)) do
+    if not lowest or tonumber(seq) < lowest then
+      lowest = tonumber(seq)
+    end
+  end
+  return lowest
+end
+
+local function must_wait(seq, bytes, num_new, window, high_bytes, high_refs, low_bytes, low_refs)
+  local in_bytes, in_refs = total('bytes_in_flight'), redis.call('HLEN', ROWS)
+  local fits = in_bytes + bytes <= high_bytes and in_refs + num_new <= high_refs
+  local low = in_bytes <= low_bytes and in_refs <= low_refs
+  local was_paused = total('paused') == 1
+  local paused = not fits or (was_paused and not low)
+  if paused ~= was_paused then
+    redis.call('HINCRBY', TOTALS, 'capture_waits', paused and 1 or 0)
+    redis.call('HSET', TOTALS, 'paused', paused and 1 or 0)
+  end
+  if seq < total('trained_seq') + window then  -- the trainer waits for it
+    local lost = num_new == 0  -- of a resumed run; what survived must not keep it out
+    return not fits and not lost
+  end
+  return paused
+end
+
+-- sizes: of the seqs of the group that the caller expects, the first of which is `expected`. Another group's are asked for.
+ops.lease = function(worker, group, lease_s, high_bytes, high_refs, low_bytes, low_refs, expected, ...)
+  local plan = redis.call('HGET', TOTALS, 'plan')
+  if not plan or finished() then
+    return {}
+  end
+  plan = cjson.decode(plan)
+  local time, frontier = now(), total('frontier')
+  local seq = first_open(string.format('%.6f', time))
+  if not seq then
+    seq = frontier
+    if seq >= plan.stop then
+      return {}
+    end
+  end
+  group = tonumber(group)
+  local low = math.floor(seq / group) * group
+  local high = math.min(low + group, plan.stop)
+  local group_seqs, expiries = {}, {}
+  for one = low, high - 1 do
+    group_seqs[#group_seqs + 1] = int(one)
+  end
+  local rows, sizes = rows_of(group_seqs), {...}
+  local seqs, taken, bytes, num_new, num_unreserved, attempt = {}, {}, 0, 0, 0, 0
+  for i, name in ipairs(group_seqs) do
+    local row, is_open = rows[i], false
+    if low + i - 1 >= frontier then
+      row, is_open = {state = 'wanted', attempt = 0, tries = 0, bytes = 0, rest = ''}, true
+      num_new = num_new + 1
+    elseif row and row.state == 'leased' then
+      is_open = tonumber(redis.call('ZSCORE', LEASED, name)) < time
+    elseif row then
+      is_open = row.state == 'wanted'
+    end
+    if is_open then
+      seqs[#seqs + 1], taken[#taken + 1] = name, row
+      if row.bytes == 0 then
+        num_unreserved = num_unreserved + 1
+        row.unreserved, bytes = true, bytes + (tonumber(sizes[i]) or 0)
+        row.size = tonumber(sizes[i])
+      end
+    end
+  end
+  if num_unreserved > 0 then
+    if tonumber(expected) ~= low or #sizes ~= high - low then
+      return {low = int(low), high = int(high), stop = int(plan.stop)}
+    end
+    if must_wait(seq, bytes, num_new, plan.window, tonumber(high_bytes), tonumber(high_refs), tonumber(low_bytes),
+        tonumber(low_refs)) then
+      return {}
+    end
+    redis.call('HINCRBY', TOTALS, 'bytes_in_flight', bytes)
+    if num_new > 0 then
+      redis.call('HSET', TOTALS, 'frontier', high)
+    end
+  end
+  local first, last = tonumber(seqs[1]), tonumber(seqs[#seqs])
+  for i, row in ipairs(rows) do  -- those in between that another worker holds count too
+    if row and row.state ~= 'published' and low + i - 1 >= first and low + i - 1 <= last then
+      attempt = math.max(attempt, row.attempt + (row.state == 'leased' and 1 or 0))
+    end
+  end
+  local tries, ends = 0, string.format('%.6f', time + lease_s)
+  for i, row in ipairs(taken) do
+    row.tries = row.tries + (row.state == 'leased' and 1 or 0)
+    tries = math.max(tries, row.tries)
+    row.state, row.attempt, row.rest, row.bytes = 'leased', attempt, worker, row.size or row.bytes
+    expiries[2 * i - 1], expiries[2 * i] = ends, seqs[i]
+  end
+  put(seqs, taken)
+  many('ZREM', WANTED, seqs)
+  many('ZADD', LEASED, expiries)
+  local held = table.concat(seqs, ' ')
+  for one in string.gmatch(redis.call('HGET', HOLDERS, worker) or '', '%d+') do
+    local text = redis.call('HGET', ROWS, one)
+    local row = text and parse(text)
+    if row and row.state == 'leased' and row.rest == worker and not (tonumber(one) >= low and tonumber(one) < high) then
+      held = held .. ' ' .. one
+    end
+  end
+  redis.call('HSET', HOLDERS, worker, held)
+  return {low = int(low), high = int(high), stop = int(plan.stop), wanted = seqs, attempt = attempt, tries = tries}
+end
+
+ops.renew = function(worker, lease_s)
+  local ends = string.format('%.6f', now() + lease_s)
+  for seq in string.gmatch(redis.call('HGET', HOLDERS, worker) or '', '%d+') do
+    local text = redis.call('HGET', ROWS, seq)
+    local row = text and parse(text)
+    if row and row.state == 'leased' and row.rest == worker then
+      redis.call('ZADD', LEASED, ends, seq)
+    end
+  end
+  return true
+end
+
+-- then seq and skip record of each sample of the lease
+ops.give_back = function(nonce, worker, attempt, retryable, counts, most, ...)
+  local given, lost, records, again, rows = {...}, {}, {}, {}, {}
+  local seqs = {}
+  for i = 1, #given, 2 do
+    seqs[#seqs + 1] = given[i]
+  end
+  for i, row in ipairs(rows_of(seqs)) do
+    if is_held(row, worker, tonumber(attempt)) then
+      row.tries = row.tries + tonumber(counts)
+      if retryable == '1' and row.tries < tonumber(most) then
+        row.state, row.attempt, row.rest = 'wanted', row.attempt + 1, ''
+        again[#again + 1], rows[#rows + 1] = seqs[i], row
+      else
+        lost[#lost + 1], records[#records + 1] = seqs[i], given[2 * i]
+      end
+    end
+  end
+  put(again, rows)
+  many('ZREM', LEASED, again)
+  add(WANTED, again)
+  give_up(lost)
+  if #records > 0 then
+    append(nonce, records)
+  end
+  return lost
+end
+
+-- then seq, generation, bytes and record of each sample
+ops.commit = function(nonce, worker, attempt, ...)
+  if finished() then
+    return {}
+  end
+  local given, seqs, accepted, records, rows = {...}, {}, {}, {}, {}
+  for i = 1, #given, 4 do
+    seqs[#seqs + 1] = given[i]
+  end
+  local more = 0
+  for i, row in ipairs(rows_of(seqs)) do
+    if is_held(row, worker, tonumber(attempt)) then
+      local bytes = tonumber(given[4 * i - 1])
+      more = more + bytes - row.bytes
+      row.state, row.rest, row.bytes = 'published', given[4 * i - 2], bytes
+      accepted[#accepted + 1], rows[#rows + 1], records[#records + 1] = seqs[i], row, given[4 * i]
+    end
+  end
+  if #accepted == 0 then
+    return {}
+  end
+  append(nonce, records)
+  put(accepted, rows)
+  many('ZREM', LEASED, accepted)
+  add(PUBLISHED, accepted)
+  redis.call('HINCRBY', TOTALS, 'bytes_in_flight', more)
+  redis.call('HINCRBY', TOTALS, 'published', #accepted)
+  if tonumber(attempt) > 0 then
+    redis.call('HINCRBY', TOTALS, 'recaptured', #accepted)
+  end
+  return accepted
+end
+
+ops.want = function(seq, generation, most)
+  if finished() then
+    return true
+  end
+  local row = rows_of({seq})[1]
+  if not row then
+    return false
+  end
+  if row.state ~= 'published' or row.rest ~= generation then
+    return true  -- asked before
+  end
+  row.tries = row.tries + 1
+  if row.tries >= tonumber(most) then
+    give_up({seq})
+    return false
+  end
+  row.state, row.attempt, row.rest = 'wanted', row.attempt + 1, ''
+  put({seq}, {row})
+  redis.call('ZREM', PUBLISHED, seq)
+  add(WANTED, {seq})
+  return true
+end
+
+-- names and values of totals to set, then the seqs to drop
+ops.ack = function(num_totals, ...)
+  local given = {...}
+  for i = 1, 2 * tonumber(num_totals), 2 do
+    redis.call('HSET', TOTALS, given[i], given[i + 1])
+  end
+  local seqs = {unpack(given, 2 * tonumber(num_totals) + 1)}
+  if #seqs > 0 then
+    drop(seqs)
+  end
+  return true
+end
+
+ops.count_wait = function()
+  redis.call('HINCRBY', TOTALS, 'train_waits', 1)
+  return true
+end
+
+ops.finish = function(status, keep_s)
+  forget_samples()
+  redis.call('HSET', TOTALS, 'finished', status, 'finished_at', string.format('%.6f', now()), 'bytes_in_flight', 0)
+  if status == 'completed' then  -- the last to leave removes everything; should one have died, the server does
+    for _, key in ipairs(KEYS) do
+      redis.call('EXPIRE', key, keep_s)
+    end
+  end
+  return true
+end
+
+ops.report = function(name, host, pid, pids, state, failed)
+  local part = {host = host, pid = tonumber(pid), pids = pids, seen = string.format('%.6f', now()), state = state,
+    failed = tonumber(failed)}
+  redis.call('HSET', PARTS, name, cjson.encode(part))
+  if failed == '0' then
+    redis.call('HDEL', FAILED, name)
+  else
+    redis.call('HSET', FAILED, name, state)
+  end
+  return true
+end

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 from lightning_dataflow.app.capture_servers import read_api_key
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.evaluation import AcceptanceReport, SGLangDecoder, VLLMDecoder, evaluate_acceptance
-from lightning_dataflow.evaluation.vllm import Decoded, find_python
+from lightning_dataflow.evaluation.vllm_process import Decoded, find_python
 from lightning_dataflow.exports import export_draft
 from lightning_dataflow.formats import is_published, read_draft
 from lightning_dataflow.strategies.checkpoint import load_module

@@ -106,6 +106,7 @@ def table(measurements: Sequence[dict[str, Any]]) -> str:
 def _read_prompts(parts: "Builder") -> list[list[int]]:
     """Of `evaluate.data`, else the held-out ones, checked against the target."""
     from lightning_dataflow.app.build import read_chat_template
+    from lightning_dataflow.evaluation.vllm_process import room_for
     from lightning_dataflow.prompts import load_questions
     from lightning_dataflow.targets import read_target_info
 
@@ -121,11 +122,11 @@ def _read_prompts(parts: "Builder") -> list[list[int]]:
     for number, prompt in enumerate(prompts, start=1):
         if unknown := [token for token in prompt if not 0 <= token < info.vocab_size]:
             raise UserError(f"prompt {number} has token id {unknown[0]}, the target's vocabulary has {info.vocab_size}")
-        needed = len(prompt) + options.max_new_tokens + options.num_draft_tokens + 1
+        needed = len(prompt) + options.max_new_tokens + room_for(options.num_draft_tokens)
         if needed > info.max_position_embeddings:
             raise UserError(
-                f"prompt {number} has {len(prompt)} tokens: with evaluate.max_new_tokens={options.max_new_tokens} and a "
-                f"proposal that is {needed}, and the target reads {info.max_position_embeddings}; generate fewer"
+                f"prompt {number} has {len(prompt)} tokens: with evaluate.max_new_tokens={options.max_new_tokens} and two "
+                f"proposals that is {needed}, and the target reads {info.max_position_embeddings}; generate fewer"
             )
     return prompts
 

@@ -5,7 +5,7 @@ from lightning_dataflow.evaluation.block import BlockDrafter, DominoDrafter
 from lightning_dataflow.evaluation.chain import ChainDrafter
 from lightning_dataflow.evaluation.sglang_server import SGLangDecoder
 from lightning_dataflow.evaluation.speculative import Drafter, Generation, NoDrafter, Proposal, SpeculativeDecoder
-from lightning_dataflow.evaluation.vllm import VLLMDecoder
+from lightning_dataflow.evaluation.vllm_process import VLLMDecoder
 
 __all__ = [
     "AcceptanceReport",

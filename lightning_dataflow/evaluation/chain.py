@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_dataflow.contracts import UserError
 from lightning_dataflow.evaluation.speculative import Drafter, Proposal
 from lightning_dataflow.models.eagle3 import DraftCache, Eagle3Draft
 
@@ -15,10 +16,15 @@ class ChainDrafter(Drafter):
     Args:
         draft: unsharded, in evaluation.
         embedding: the target's table [V, H]; None when the draft trained its own.
-        num_draft_tokens: K.
+        num_draft_tokens: K, at least 1.
+
+    Raises:
+        UserError: K is less.
     """
 
     def __init__(self, draft: Eagle3Draft, embedding: Tensor | None, *, num_draft_tokens: int = 4):
+        if num_draft_tokens < 1:
+            raise UserError(f"evaluate.num_draft_tokens={num_draft_tokens}: a proposal has at least 1 token")
         self.draft = draft
         self.embedding = embedding
         self.num_draft_tokens = num_draft_tokens

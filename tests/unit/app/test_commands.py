@@ -186,7 +186,7 @@ def test_train_then_resume_then_evaluate(run, tmp_path, capsys):
     checkpoint = folder / "checkpoints" / "step-000004.ckpt"
     options = (f"evaluate.checkpoint='{checkpoint}'", "evaluate.output=report.json")
     assert run(evaluate.main, *options) == 0
-    report = json.loads(Path("report.json").read_text())
+    (report,) = json.loads(Path("report.json").read_text())["measurements"]
     assert report["num_identical"] == report["num_prompts"] == 8
     assert "acceptance_length" in capsys.readouterr().out
     assert run(train.main, "trainer.max_steps=4", "ckpt_path=last") == 1

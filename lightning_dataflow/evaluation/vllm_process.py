@@ -21,6 +21,7 @@ VARIABLES = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
+    "PYTHONSAFEPATH": "1",  # modules beside the worker's file are none of its business
 }
 """Set for the worker unless they are set already."""
 
@@ -90,7 +91,7 @@ class VLLMDecoder:
             "model": self.target,
             "dtype": self.dtype,
             "max_num_seqs": self.batch_size,
-            "max_model_len": max(map(len, prompts)) + self.max_new_tokens + num_draft_tokens + 1,
+            "max_model_len": max(map(len, prompts)) + self.max_new_tokens + room_for(num_draft_tokens),
             "disable_log_stats": False,
             "enable_prefix_caching": False,  # a prompt that is in the cache but for its last token is counted as a draft
             "skip_tokenizer_init": True,
@@ -178,6 +179,12 @@ class VLLMDecoder:
         if "error" in result:
             raise UserError(f"vLLM: {result['error']} (see {log})")
         return result
+
+
+def room_for(num_draft_tokens: int) -> int:
+    """Positions behind the last token without which vLLM 0.32 proposes token 0 in the last drafts: a proposal that is being
+    verified, and one more."""
+    return 2 * (num_draft_tokens + 1)
 
 
 def find_python(path: str | None) -> str:

@@ -1,0 +1,158 @@
+"""vLLM serves exported drafts: its counters are our evaluator's, and its output is the target's own."""
+
+import json
+
+import pytest
+
+from lightning_dataflow.evaluation import VLLMDecoder, evaluate_acceptance
+from lightning_dataflow.exports import export_draft
+from lightning_dataflow.prompts import load_questions
+from lightning_dataflow.strategies.checkpoint import load_module
+from lightning_dataflow.targets import HFTargetEngine, load_tokenizer
+from tests.processes import TRAIN, python
+from tests.vllm.environment import vllm_python
+from tests.vllm.targets import write_questions, write_target
+
+pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(900)]
+
+MAX_NEW_TOKENS = 32
+DRAFTS = {
+    "eagle3-reduced": ("strategy=eagle3", "strategy.draft_vocab_size=96"),
+    "eagle3-full": ("strategy=eagle3", "strategy.draft_vocab_size=320"),
+    "dflash": ("strategy=dflash", "optimizer.lr=1e-2"),
+}
+NUM_DRAFT_TOKENS = {"eagle3": 4, "dflash": 7}
+
+
+@pytest.fixture(scope="module")
+def vllm():
+    return str(vllm_python())
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory, vllm):
+    """folder_of(kind) → folder with a `target` that has learnt its `conversations.jsonl`, and `questions.jsonl`."""
+    made = {}
+
+    def make(kind):
+        if kind not in made:
+            folder = tmp_path_factory.mktemp(kind)
+            write_target(folder, kind)
+            write_questions(folder / "questions.jsonl")
+            made[kind] = folder
+        return made[kind]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def checkpoint_of(folder_of):
+    """checkpoint_of(kind, draft) → a checkpoint of a draft trained for its target."""
+    made = {}
+
+    def make(kind, draft):
+        if (kind, draft) not in made:
+            folder = folder_of(kind)
+            parts = ("target.path=target", "data.path=conversations.jsonl", "logger=none", "callbacks=no_evaluation")
+            steps = ("trainer.max_steps=80", "callbacks.checkpoint.every_n_train_steps=80", f"run_name={draft}")
+            python(TRAIN, "experiment=tiny", *parts, *steps, *DRAFTS[draft], cwd=folder)
+            made[kind, draft] = folder / "runs" / draft / "checkpoints" / "step-000080.ckpt"
+        return made[kind, draft]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def served(folder_of, vllm):
+    """served(kind, batch_size) → what vLLM decodes, the prompts, and what it generates with the target alone."""
+    made = {}
+
+    def make(kind, batch_size=1):
+        folder = folder_of(kind)
+        target = HFTargetEngine(folder / "target", dtype="float32", device="cpu")
+        decoder = VLLMDecoder(
+            python=vllm,
+            target=str(folder / "target"),
+            dtype="float32",
+            folder=folder,
+            max_new_tokens=MAX_NEW_TOKENS,
+            stop_token_ids=target.eos_token_ids,
+            batch_size=batch_size,
+            timeout_s=600,
+        )
+        prompts = load_questions(str(folder / "questions.jsonl"), load_tokenizer(folder / "target"))
+        if kind not in made:
+            made[kind] = decoder.decode(prompts)
+        return target, decoder, prompts, made[kind]
+
+    return make
+
+
+@pytest.mark.parametrize("form", ["plain", "speculators"])
+@pytest.mark.parametrize("draft", DRAFTS)
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_vllm_counts_what_we_count(checkpoint_of, served, tmp_path, kind, draft, form):
+    checkpoint = checkpoint_of(kind, draft)
+    compare(checkpoint, served(kind), tmp_path / "exported", form)
+
+
+def test_vllm_counts_what_we_count_in_batches(checkpoint_of, served, tmp_path):
+    """Shorter proposals, three sequences at a time."""
+    checkpoint = checkpoint_of("llama", "dflash")
+    compare(checkpoint, served("llama", batch_size=3), tmp_path / "exported", "plain", num_draft_tokens=3)
+
+
+def compare(checkpoint, served, folder, form, num_draft_tokens=None):
+    target, decoder, prompts, alone = served
+    module = load_module(checkpoint, target=decoder.target)
+    num_draft_tokens = num_draft_tokens or NUM_DRAFT_TOKENS[module.strategy_name]
+    target.set_capture_layers(module.layer_ids)
+    module.load_frozen_target(target.device)
+    drafter = module.drafter(num_draft_tokens=num_draft_tokens)
+    options = {"max_new_tokens": MAX_NEW_TOKENS, "batch_size": decoder.batch_size}
+    ours = evaluate_acceptance(target, drafter, prompts, baseline=True, **options)
+    export_draft(checkpoint, folder, engine="vllm", format=form, dtype="float32", target=decoder.target)
+    theirs = decoder.evaluate(str(folder), module.strategy_name, prompts, num_draft_tokens=num_draft_tokens, plain=alone)
+    print(f"{checkpoint.parent.parent.name} {form}: {theirs.num_drafts} drafts, accepted {theirs.accepted_per_position}")
+    for name in ("num_tokens", "num_drafts", "num_draft_tokens", "num_accepted_tokens", "accepted_per_position"):
+        assert getattr(theirs, name) == getattr(ours, name), name
+    assert theirs.num_identical == ours.num_identical == len(prompts)
+    assert alone.num_tokens == ours.plain_tokens
+    assert theirs.num_accepted_tokens > 10, "a draft that is worth comparing"
+
+
+def test_the_command(checkpoint_of, folder_of, vllm):
+    """Both backends on one checkpoint; vLLM's is exported on the way. Sampled, too."""
+    folder, checkpoint = folder_of("llama"), checkpoint_of("llama", "eagle3-reduced")
+    parts = (
+        "experiment=tiny",
+        "strategy=eagle3",
+        "target.path=target",
+        "data.path=conversations.jsonl",
+        "run_name=measured",
+    )
+    options = ("evaluate.data=questions.jsonl", "evaluate.num_draft_tokens=3", f"evaluate.python={vllm}")
+    found = {}
+    for backend, temperature in (("hf", 0), ("vllm", 0), ("vllm", 0.8)):
+        settings = (f"evaluate.backend={backend}", f"evaluate.temperature={temperature}", "evaluate.output=out.json")
+        command = ("evaluate", *parts, *options, *settings, f"evaluate.checkpoint={checkpoint}")
+        python("-m", "lightning_dataflow", *command, cwd=folder, timeout_s=600)
+        (found[backend, temperature],) = json.loads((folder / "out.json").read_text())["measurements"]
+    assert (folder / "out.png").stat().st_size > 1000
+    ours, theirs, sampled = found.values()
+    for name in ("num_drafts", "accepted_per_position", "acceptance_length", "tokens_per_target_forward", "num_identical"):
+        assert ours[name] == theirs[name], name
+    assert theirs["speed_up"] > 0 and theirs["backend"] == "vllm"
+    assert sampled["num_accepted_tokens"] > 0 and sampled["num_identical"] is None
+
+
+def test_what_vllm_refuses_is_one_line(checkpoint_of, served, tmp_path):
+    from lightning_dataflow.contracts import UserError
+
+    checkpoint = checkpoint_of("llama", "dflash")
+    _, decoder, prompts, _ = served("llama")
+    export_draft(checkpoint, tmp_path / "exported", engine="vllm", dtype="float32", target=decoder.target)
+    (tmp_path / "exported" / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(UserError, match=r"^vLLM: .* \(see .*vllm.log\)$") as raised:
+        decoder.evaluate(str(tmp_path / "exported"), "dflash", prompts, num_draft_tokens=7)
+    assert "\n" not in str(raised.value)

@@ -1,0 +1,165 @@
+"""The evaluate command, and callbacks that follow what it measures."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from lightning_dataflow.app import evaluate, train
+from lightning_dataflow.app.evaluate import table
+
+TINY = ("experiment=tiny", "logger=none")
+VLLM = ("evaluate.backend=vllm", f"evaluate.python={sys.executable}")
+SERVER = ("evaluate.backend=sglang_server", "evaluate.checkpoint=null")
+
+
+@pytest.fixture(scope="module")
+def run_in(tmp_path_factory, target_path, conversations):
+    """run_in(folder)(command, *overrides) → exit status, on the session's tiny target."""
+
+    def make(folder: Path):
+        def call(main, *overrides: str) -> int:
+            GlobalHydra.instance().clear()
+            parts = (
+                f"target.path={target_path}",
+                f"data.path={conversations}",
+                f"hydra.run.dir={folder}/runs/${{run_name}}",
+            )
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(folder)
+                patch.setattr(sys, "argv", ["lightning-dataflow", *TINY, *parts, "run_name=test", *overrides])
+                try:
+                    main()
+                except SystemExit as error:
+                    return int(error.code or 0)
+            return 0
+
+        return call
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def trained(run_in, tmp_path_factory):
+    """A run of four steps, measured at each, that kept its best checkpoint."""
+    folder = tmp_path_factory.mktemp("trained")
+    settings = (
+        "callbacks=best",
+        "trainer.max_steps=4",
+        "evaluate.every_n_steps=1",
+        "callbacks.checkpoint.every_n_train_steps=2",
+    )
+    assert run_in(folder)(train.main, *settings, "data.num_eval_samples=4") == 0
+    return folder / "runs" / "test"
+
+
+@pytest.fixture
+def run(run_in, tmp_path):
+    return run_in(tmp_path)
+
+
+def one_line(capsys: pytest.CaptureFixture) -> str:
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_every_checkpoint_of_a_run_on_prompts_of_a_file(run, trained, tmp_path, capsys):
+    lines = ({"turns": ["Repeat: red cat", "More"]}, {"question": "Repeat: one dog"}, {"prompt": "Repeat: old tree"})
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = ("evaluate.data=questions.jsonl", "evaluate.batch_size=2", "evaluate.output=report.json")
+    assert run(evaluate.main, f"evaluate.checkpoint={trained}", *options) == 0
+    result = json.loads((tmp_path / "report.json").read_text())
+    steps = [one["step"] for one in result["measurements"]]
+    assert steps[-2:] == [2, 4] and len(steps) == len(set(steps))
+    for one in result["measurements"]:
+        assert one["num_identical"] == one["num_prompts"] == 3
+        assert one["num_draft_tokens"] == 3 * one["num_drafts"]
+        assert one["speed_up"] == pytest.approx(one["tokens_per_second"] / one["plain_tokens_per_second"])
+    assert result["settings"]["batch_size"] == 2
+    assert (tmp_path / "report.png").stat().st_size > 1000
+    shown = capsys.readouterr().out
+    for row in ("acceptance_length ", "accepted_1 ", "tokens_per_target_forward ", "speed_up "):
+        assert row in shown
+
+
+def test_the_best_checkpoint_and_the_log_follow_the_acceptance_length(trained):
+    result = json.loads((trained / "result.json").read_text())
+    history = {one["step"]: one["acceptance_length"] for one in result["acceptance"]}
+    assert list(history) == [0, 1, 2, 3, 4]
+    best = max((step for step in history if step), key=lambda step: (history[step], -step))
+    assert [path.name for path in (trained / "checkpoints").glob("best-*.ckpt")] == [f"best-step-{best:06d}.ckpt"]
+    last = result["acceptance"][-1]
+    assert result["metrics"]["val/acceptance_length"] == pytest.approx(last["acceptance_length"])
+    assert result["metrics"]["val/tokens_per_target_forward"] == pytest.approx(last["tokens_per_target_forward"])
+    assert result["metrics"]["val/accepted_0"] == pytest.approx(last["acceptance_per_position"][0])
+
+
+def test_training_stops_when_the_acceptance_length_no_longer_grows(run, tmp_path):
+    settings = ("callbacks=best", "trainer.max_steps=40", "evaluate.every_n_steps=2", "data.num_eval_samples=2")
+    stopping = ("callbacks.early_stopping.patience=2", "optimizer.lr=0", "evaluate.max_new_tokens=4")
+    assert run(train.main, *settings, *stopping) == 0
+    result = json.loads((tmp_path / "runs/test/result.json").read_text())
+    assert (result["status"], result["optimizer_steps"]) == ("completed", 6), "one measurement to beat, two that did not"
+    assert "did not improve in the last 2 records" in result["stopped_early"]
+    assert (tmp_path / "runs/test/checkpoints/step-000006.ckpt.complete").is_file()
+    assert (tmp_path / "runs/test/checkpoints/best-step-000002.ckpt.complete").is_file()
+
+
+def test_callbacks_that_follow_nothing_are_refused(run, capsys):
+    assert run(train.main, "callbacks=best") == 1
+    assert "callbacks.best follows val/acceptance_length, which is measured before and after training only: set " in (
+        line := one_line(capsys)
+    )
+    assert "evaluate.every_n_steps" in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["evaluate.checkpoint=null"], "evaluate needs a draft: set evaluate.checkpoint"),
+        (["evaluate.checkpoint=nowhere"], "evaluate.checkpoint=nowhere does not exist"),
+        (["evaluate.checkpoint=EMPTY"], "no complete checkpoint in"),
+        (["evaluate.backend=tpu"], "evaluate.backend=tpu is unknown: use one of hf, vllm, sglang_server"),
+        (["evaluate.output=nowhere/report.json"], "evaluate.output=nowhere/report.json: there is no such folder"),
+        (["evaluate.data=nowhere.jsonl"], "no prompt file nowhere.jsonl: set evaluate.data"),
+        (["evaluate.data=BAD"], "line 2: keys ['answer'] have no question"),
+        (["evaluate.num_prompts=0"], "evaluate.num_prompts=0: ask at least 1 prompt"),
+        (["data.num_eval_samples=0"], "no held-out prompts: set data.num_eval_samples, or evaluate.data"),
+        (["evaluate.max_new_tokens=2000"], "the target reads 1024; generate fewer"),
+        (["evaluate.data=UNKNOWN"], "prompt 1 has token id 320, the target's vocabulary has 320"),
+        (["evaluate.batch_size=0"], "evaluate.batch_size=0"),
+        (["evaluate.temperature=-1"], "evaluate.temperature=-1"),
+        (["evaluate.num_draft_tokens=0"], "evaluate.num_draft_tokens=0"),
+        (["evaluate.backend=vllm"], "backend vllm needs the Python of an environment with vLLM: set evaluate.python"),
+        ([*VLLM], "has no vLLM: install it there"),
+        (["evaluate.backend=sglang_server"], "evaluate.checkpoint with backend sglang_server: the server was started with"),
+        ([*SERVER], "backend sglang_server needs a server that speculates: set evaluate.url"),
+        ([*SERVER, "evaluate.url=127.0.0.1:9"], "127.0.0.1:9 is no address of a server"),
+        ([*SERVER, "evaluate.url=http://127.0.0.1:9"], "the server at http://127.0.0.1:9 does not answer"),
+        ([*SERVER, "evaluate.url=http://127.0.0.1:9", "target.api_key_file=nowhere"], "cannot read target.api_key_file"),
+    ],
+)
+def test_bad_input_is_one_line(run, trained, tmp_path, capsys, overrides, message):
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "bad.jsonl").write_text('{"question": "fine"}\n{"answer": 4}\n')
+    (tmp_path / "unknown.jsonl").write_text('{"input_ids": [320]}\n')
+    for name, path in (("EMPTY", "empty"), ("BAD", "bad.jsonl"), ("UNKNOWN", "unknown.jsonl")):
+        overrides = [override.replace(f"={name}", f"={path}") for override in overrides]
+    checkpoint = trained / "checkpoints" / "step-000004.ckpt"
+    assert run(evaluate.main, f"evaluate.checkpoint={checkpoint}", *overrides) == 1
+    assert message in one_line(capsys)
+
+
+def test_the_table_has_a_column_for_each_draft():
+    one = {"name": "a", "step": 1, "speed_up": None, "acceptance_per_position": (0.5, 0.25), "num_drafts": 4}
+    other = {"name": "longer", "step": 20, "speed_up": None, "acceptance_per_position": (1.0, 0.75), "num_drafts": 4}
+    assert table([one, other]).splitlines() == [
+        "name                        a      longer",
+        "step                        1      20",
+        "accepted_1                  0.500  1.000",
+        "accepted_2                  0.250  0.750",
+        "num_drafts                  4      4",
+    ]

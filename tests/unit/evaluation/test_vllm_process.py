@@ -1,0 +1,58 @@
+"""The process in which vLLM would run, where it does not."""
+
+import os
+import stat
+import sys
+
+import pytest
+
+from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
+from lightning_dataflow.evaluation import VLLMDecoder
+from lightning_dataflow.evaluation.vllm_process import find_python
+
+
+def decoder(folder, **options):
+    defaults = {"python": sys.executable, "target": "nowhere", "dtype": "float32", "folder": folder}
+    return VLLMDecoder(**{**defaults, "max_new_tokens": 4, "stop_token_ids": (), **options})
+
+
+def script(folder, text):
+    path = folder / "python"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (None, "set evaluate.python"),
+        ("nowhere/python", "evaluate.python=nowhere/python is no executable"),
+        ("/", "evaluate.python=/ is no executable"),
+        (sys.executable, "has no vLLM: install it there"),
+    ],
+)
+def test_a_python_without_vllm(path, message):
+    with pytest.raises(UserError, match=message):
+        find_python(path)
+
+
+def test_an_error_is_one_line_and_its_log_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"vLLM: ModuleNotFoundError: No module named 'vllm' \(see .*vllm-plain.log\)"):
+        decoder(tmp_path).decode([[1]])
+    assert "Traceback" in (tmp_path / "vllm-plain.log").read_text()
+
+
+def test_a_process_that_dies_or_takes_too_long(tmp_path):
+    with pytest.raises(PeerFailedError, match=r"vLLM ended with status 7 and no result: see .*vllm-plain.log"):
+        decoder(tmp_path, python=script(tmp_path, "exit 7")).decode([[1]])
+    sleeper = script(tmp_path, f"echo $$ > {tmp_path}/pid; exec sleep 60")
+    with pytest.raises(PeerTimeoutError, match=r"within 1 s: see .*, or raise evaluate.timeout_s"):
+        decoder(tmp_path, python=sleeper, timeout_s=1.0).decode([[1]])
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_settings_are_checked_before_it_starts(tmp_path):
+    with pytest.raises(UserError, match=r"evaluate.batch_size=0"):
+        decoder(tmp_path, batch_size=0)

@@ -1,0 +1,74 @@
+"""Prompts of benchmarks: shapes, rendering, and bad files in one line."""
+
+import json
+
+import pytest
+
+from lightning_dataflow.contracts import UserError
+from lightning_dataflow.prompts import load_questions
+
+
+@pytest.fixture
+def write(tmp_path):
+    def lines(*records) -> str:
+        file = tmp_path / "questions.jsonl"
+        file.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return str(file)
+
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("record", "text"),
+    [
+        ({"question_id": 81, "category": "writing", "turns": ["Write.", "Again."]}, "Write."),
+        ({"prompt": ["Write.", "Again."]}, "Write."),
+        ({"question": "2 + 2?", "answer": "#### 4"}, "2 + 2?"),
+        ({"task_id": "HumanEval/0", "prompt": "def f():\n", "test": "assert f()"}, "def f():\n"),
+    ],
+)
+def test_a_question_is_asked_by_the_user(write, tokenizer, record, text):
+    (ids,) = load_questions(write(record), tokenizer)
+    assert tokenizer.decode(ids) == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_template_of_ones_own_and_none(write, tokenizer):
+    path = write({"question": "2 + 2?"})
+    (ids,) = load_questions(path, tokenizer, chat_template="Q: {{ messages[0]['content'] }} A:")
+    assert tokenizer.decode(ids) == "Q: 2 + 2? A:"
+    template, tokenizer.chat_template = tokenizer.chat_template, None
+    try:
+        assert tokenizer.decode(load_questions(path, tokenizer)[0]) == "2 + 2?"
+    finally:
+        tokenizer.chat_template = template
+
+
+def test_the_first_so_many(write, tokenizer):
+    path = write(*({"input_ids": [number, 7]} for number in range(5)))
+    assert load_questions(path, tokenizer, num_prompts=2) == [[0, 7], [1, 7]]
+    assert len(load_questions(path, tokenizer)) == 5
+
+
+@pytest.mark.parametrize(
+    ("records", "num_prompts", "message"),
+    [
+        ([{"answer": "4"}], None, r"line 1: keys \['answer'\] have no question; expected turns \(MT-Bench\)"),
+        ([{"question": "fine"}, {"question": 4}], None, "line 2: question is not text"),
+        ([{"turns": []}], None, "line 1: turns is not text, or a list that begins with text"),
+        ([{"input_ids": ["a"]}], None, "line 1: input_ids is not a list of integers"),
+        ([{"input_ids": []}], None, "line 1: an empty prompt"),
+        ([["question"]], None, "line 1: a JSON list"),
+        ([], None, "has 0 prompts"),
+        ([{"question": "one"}], 2, "has 1 prompts, asked for is evaluate.num_prompts=2"),
+        ([{"question": "one"}], 0, "evaluate.num_prompts=0: ask at least 1 prompt"),
+    ],
+)
+def test_bad_files_are_one_line(write, tokenizer, records, num_prompts, message):
+    with pytest.raises(UserError, match=message) as raised:
+        load_questions(write(*records), tokenizer, num_prompts=num_prompts)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_missing_file_names_its_own_setting(tokenizer):
+    with pytest.raises(UserError, match=r"no prompt file nowhere.jsonl: set evaluate.data"):
+        load_questions("nowhere.jsonl", tokenizer)

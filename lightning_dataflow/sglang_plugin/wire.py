@@ -156,10 +156,12 @@ def longest_prompt(args: Mapping[str, Any], who: str) -> int:
     return limit - 1  # SGLang takes less than this
 
 
-def server_command(model_path: str, layer_ids: Sequence[int], *, python: str = "python") -> list[str]:
+def server_command(
+    model_path: str, layer_ids: Sequence[int], *, python: str = "python", module: str = "sglang.launch_server"
+) -> list[str]:
     """How to start a capture server; address and sizes are the user's to add."""
     return [
-        *(python, "-m", "sglang.launch_server", "--model-path", model_path),
+        *(python, "-m", module, "--model-path", model_path),
         *("--enable-return-aux-hidden-states", "--speculative-algorithm", CONVENTION),
         *("--return-aux-hidden-state-layer-ids", *map(str, layer_ids)),
         *("--disable-radix-cache", "--chunked-prefill-size", "-1", "--disable-prefill-cuda-graph"),

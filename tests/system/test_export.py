@@ -66,7 +66,7 @@ def test_a_folder_is_measured_like_the_checkpoint_it_came_from(folder):
     for source in ("runs/measured/checkpoints/step-000003.ckpt", str(draft)):
         options = (f"evaluate.checkpoint={source}", "evaluate.output=report.json", "data.num_eval_samples=4")
         python("-m", "lightning_dataflow", "evaluate", *SETTINGS, *options, cwd=folder)
-        report = json.loads((folder / "report.json").read_text())
+        (report,) = json.loads((folder / "report.json").read_text())["measurements"]
         reports.append({name: report[name] for name in ("accepted_per_position", "num_drafts", "num_tokens")})
     assert reports[0] == reports[1]
 

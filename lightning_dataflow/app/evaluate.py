@@ -117,9 +117,15 @@ def _read_prompts(parts: "Builder") -> list[list[int]]:
         template = read_chat_template(config.data)
         prompts = load_questions(options.data, parts.tokenizer, num_prompts=options.num_prompts, chat_template=template)
     else:
-        prompts = [list(prompt.question) for prompt in parts.prompts[1]][: options.num_prompts]
+        prompts = [list(prompt.question) for prompt in parts.prompts[1]]
         if not prompts:
             raise UserError("no held-out prompts: set data.num_eval_samples, or evaluate.data to a file of prompts")
+        if options.num_prompts is not None and not 1 <= options.num_prompts <= len(prompts):
+            raise UserError(
+                f"evaluate.num_prompts={options.num_prompts}: {len(prompts)} prompts are held out "
+                "(data.num_eval_samples), ask 1 up to that, or null for all"
+            )
+        prompts = prompts[: options.num_prompts]
     info = read_target_info(config.target.path)
     for number, prompt in enumerate(prompts, start=1):
         if unknown := [token for token in prompt if not 0 <= token < info.vocab_size]:

@@ -126,7 +126,7 @@ def test_callbacks_that_follow_nothing_are_refused(run, capsys):
         (["evaluate.output=nowhere/report.json"], "evaluate.output=nowhere/report.json: there is no such folder"),
         (["evaluate.data=nowhere.jsonl"], "no prompt file nowhere.jsonl: set evaluate.data"),
         (["evaluate.data=BAD"], "line 2: keys ['answer'] have no question"),
-        (["evaluate.num_prompts=0"], "evaluate.num_prompts=0: ask at least 1 prompt"),
+        (["evaluate.num_prompts=0"], "evaluate.num_prompts=0: 8 prompts are held out"),
         (["data.num_eval_samples=0"], "no held-out prompts: set data.num_eval_samples, or evaluate.data"),
         (["evaluate.max_new_tokens=2000"], "the target reads 1024; generate fewer"),
         (["evaluate.data=UNKNOWN"], "prompt 1 has token id 320, the target's vocabulary has 320"),

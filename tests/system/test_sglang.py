@@ -29,7 +29,7 @@ from tests.processes import TINY, TRAIN, environment, heed_ctrl_c, processes_in,
 from tests.sglang.environment import ARGUMENTS, VARIABLES, sglang_python
 
 KEY = "the'key"
-pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.engine, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -20,19 +20,18 @@ def check_start(start: PublishedDraft, strategy: str, target: TargetInfo) -> Non
         raise UserError(
             f"{start.folder} holds a {start.strategy} draft, not one of {strategy}: set strategy={start.strategy}"
         )
+    highest = max(start.layer_ids or (0,))
     for what, found, wanted in (
         ("hidden size", start.target_hidden_size, target.hidden_size),
         ("hidden size of the draft", start.hidden_size, target.hidden_size),
         ("vocabulary", start.vocab_size, target.vocab_size),
         ("number of layers", start.num_target_layers or target.num_layers, target.num_layers),
-        ("highest layer", max((*(start.layer_ids or ()), 0)), None),
+        ("highest layer", highest, min(highest, target.num_layers - 1)),
     ):
-        unfit = found >= target.num_layers if wanted is None else found != wanted
-        if unfit:
-            limit = f"{target.num_layers} layers, counted from 0" if wanted is None else wanted
+        if found != wanted:
             raise UserError(
-                f"{start.folder} is a draft of another target ({what} {found}, {target.path} has {limit}): name the target "
-                "that it was made for"
+                f"{start.folder} is a draft of another target ({what} {found}, {target.path} has {wanted}): name the "
+                "target that it was made for"
             )
 
 

@@ -19,7 +19,14 @@ MAX_NEW_TOKENS = 32
 DRAFTS = {
     "eagle3-reduced": ("strategy=eagle3", "strategy.draft_vocab_size=96"),
     "eagle3-full": ("strategy=eagle3", "strategy.draft_vocab_size=320"),
+    "eagle3-own-embedding": ("strategy=eagle3", "strategy.draft_vocab_size=96", "strategy.train_embeddings=true"),
     "dflash": ("strategy=dflash", "optimizer.lr=1e-2"),
+    "dflash-sliding": (
+        "strategy=dflash",
+        "optimizer.lr=1e-2",
+        "strategy.layer_types=[sliding_attention,sliding_attention]",
+        "strategy.sliding_window=6",
+    ),
 }
 NUM_DRAFT_TOKENS = {"eagle3": 4, "dflash": 7}
 

@@ -33,6 +33,8 @@ def write_target(folder: Path, kind: str) -> None:
                 num_key_value_heads=1,
                 head_dim=32,
                 max_position_embeddings=1024,
+                rms_norm_eps=1e-4,
+                rope_parameters={"rope_type": "default", "rope_theta": 3e4},
                 initializer_range=0.05,
                 tie_word_embeddings=kind == "qwen3",
                 bos_token_id=None,

@@ -134,7 +134,12 @@ def test_the_command(checkpoint_of, folder_of, vllm):
         "data.path=conversations.jsonl",
         "run_name=measured",
     )
-    options = ("evaluate.data=questions.jsonl", "evaluate.num_draft_tokens=3", f"evaluate.python={vllm}")
+    options = (
+        "evaluate.data=questions.jsonl",
+        "evaluate.num_draft_tokens=3",
+        f"evaluate.python={vllm}",
+        "evaluate.vllm_args={max_num_batched_tokens:512}",
+    )
     found = {}
     for backend, temperature in (("hf", 0), ("vllm", 0), ("vllm", 0.8)):
         settings = (f"evaluate.backend={backend}", f"evaluate.temperature={temperature}", "evaluate.output=out.json")

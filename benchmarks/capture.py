@@ -33,7 +33,13 @@ def main() -> None:
                 "bench", master_address=mooncake.master_address, metrics_address=mooncake.metrics_address
             )
             target = SGLangServerTarget(
-                path, urls=[server.url], store_id="bench", layer_ids=layer_ids, store_uri=store.uri, in_flight=IN_FLIGHT
+                path,
+                urls=[server.url],
+                store_id="bench",
+                layer_ids=layer_ids,
+                store_uri=store.uri,
+                api_key=server.api_key,
+                in_flight=IN_FLIGHT,
             )
             measure(target, store, info.vocab_size)
             store.close()

@@ -23,7 +23,11 @@ def served_target(parts: "Builder") -> SGLangServerTarget:
     """Connect to the servers that are given, or start one here."""
     config = parts.config
     target, store = config.target, parts.shared_store
-    urls = list(target.urls) or [start_server(parts).url]
+    if target.urls:
+        urls, api_key = list(target.urls), read_api_key(target)
+    else:
+        server = start_server(parts)
+        urls, api_key = [server.url], server.api_key
     return SGLangServerTarget(
         target.path,
         urls=urls,
@@ -31,7 +35,7 @@ def served_target(parts: "Builder") -> SGLangServerTarget:
         layer_ids=parts.layer_ids,
         store_uri=store.uri,
         reader=store,
-        api_key=read_api_key(target),
+        api_key=api_key,
         in_flight=target.requests_in_flight,
     )
 
@@ -46,6 +50,7 @@ def start_server(parts: "Builder") -> LocalSGLang:
         python=config.target.server_python or sys.executable,
         store=server_settings(config.store, config.channel.path),
         folder=config.run_dir,
+        api_key=read_api_key(config.target),
         arguments=config.target.server_args,
     )
     parts.resources.callback(server.close)
@@ -83,9 +88,13 @@ def server_settings(store: StoreConfig, channel_path: str) -> dict[str, Any]:
 
 def read_api_key(target: TargetConfig) -> str | None:
     """The content of the key's file, without white space around it."""
-    if target.api_key_file is None:
+    name = target.api_key_file
+    if name is None:
         return None
     try:
-        return Path(target.api_key_file).read_text().strip()
+        key = Path(name).read_text(errors="replace").strip()
     except OSError as error:
-        raise UserError(f"cannot read target.api_key_file={target.api_key_file}: {error.strerror}") from error
+        raise UserError(f"cannot read target.api_key_file={name}: {error.strerror}") from error
+    if not key or not key.isascii() or not key.isprintable():
+        raise UserError(f"target.api_key_file={name} holds no key: it must be one line of printable ASCII")
+    return key

@@ -1,6 +1,7 @@
 """`role=producer`: capture until the trainer has finished."""
 
 import threading
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from lightning_dataflow.producers import RolloutWorker
 
 POLL_S = 0.1
+END_S = 10.0
+"""For workers to give their leases back when the run is being ended."""
 
 
 def produce(config: TrainConfig, settings: dict[str, Any]) -> None:
@@ -51,12 +54,17 @@ def run_all(workers: "Sequence[RolloutWorker]") -> None:
         return workers[0].run()
     stopping, errors = threading.Event(), []
 
+    def end() -> None:
+        stopping.set()
+        for worker in workers:
+            worker.stop_waiting()
+
     def run(worker: "RolloutWorker") -> None:
         try:
             worker.run(stopping.is_set)
         except BaseException as error:  # the main thread raises it
             errors.append(error)
-            stopping.set()
+            end()
 
     threads = [threading.Thread(target=run, args=(worker,), name=worker.name, daemon=True) for worker in workers]
     try:
@@ -66,8 +74,11 @@ def run_all(workers: "Sequence[RolloutWorker]") -> None:
             while thread.is_alive():
                 thread.join(POLL_S)  # not for ever: Ctrl-C must find us
     finally:
-        stopping.set()
-        for thread in threads:
-            thread.join()
+        end()
+        deadline = time.monotonic() + END_S
+        for thread, worker in zip(threads, workers, strict=True):
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                print(f"gave up on {worker.name} after {END_S:.0f} s: it was {worker.state}", flush=True)
     if errors:
         raise errors[0]

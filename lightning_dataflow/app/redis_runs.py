@@ -65,6 +65,19 @@ def open_run(where: RedisAddress, run: str) -> RedisServer:
     return RedisServer(where, run, patience_s=PATIENCE_S)
 
 
+def open_local_run(where: RedisAddress, folder: Path) -> RedisServer:
+    """The run that started the Redis there. Raises UserError where that does not run."""
+    names = {folder.absolute().name, folder.absolute().parent.name}
+    try:
+        there = runs_at(where)
+    except UserError as error:
+        raise UserError(
+            f"the Redis of this run, {where.address}, is not running: the run was killed; resume it with ckpt_path=last, "
+            f"or delete {folder}"
+        ) from error
+    return RedisServer(where, next((one for one in there if one in names), (*there, "")[0]), patience_s=PATIENCE_S)
+
+
 def read_secret_file(path: str | None, setting: str) -> str | None:
     """The content of a secret's file, without white space around it."""
     if path is None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_dataflow.app.redis_runs import add_arguments, address, local_address, open_run, runs_at
+from lightning_dataflow.app.redis_runs import add_arguments, address, local_address, open_local_run, open_run, runs_at
 from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
 from lightning_dataflow.control import MetadataStore, RedisMetadataStore, SqliteMetadataStore
 from lightning_dataflow.control.plane import LEDGER
@@ -44,8 +44,7 @@ def open_ledger(options: argparse.Namespace) -> MetadataStore:
         if (folder / LEDGER).is_file():
             return SqliteMetadataStore(folder / LEDGER)
         if (where := local_address(folder)) is not None:
-            (own,) = runs_at(where) or [run.absolute().name]
-            return RedisMetadataStore(open_run(where, own))
+            return RedisMetadataStore(open_local_run(where, run))
     raise UserError(
         f"no ledger in {run} or {run}/control: give the folder of a disaggregated run that has started (other topologies "
         "keep theirs in memory, and print their progress)"

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from lightning_dataflow.app.ranks import rank_from_environment
+from lightning_dataflow.app.ranks import num_processes, rank_from_environment
 from lightning_dataflow.app.redis_runs import read_secret_file
 from lightning_dataflow.app.schema import StoreConfig, TopologyConfig, TrainConfig
 from lightning_dataflow.channels import RedisAddress
@@ -199,6 +199,7 @@ def make_source(parts: "Builder") -> RefSource:
         source = OfflineSource(parts.offline_folder(), secret=read_secret(store))
         parts.check_prompts(source.card, str(source.folder))
         return source
+    _check_one_engine(config)
     if name == "online" and config.control.kind == "noop":
         return OnlineSource(
             parts.prompts[0],
@@ -227,6 +228,16 @@ def make_source(parts: "Builder") -> RefSource:
     streaming = (ManifestSource if retain else StreamingSource)(plane, shared_store(config, retain=retain), **options)
     parts.check_prompts(streaming.card, streaming.plane.log.name)
     return streaming
+
+
+def _check_one_engine(config: TrainConfig) -> None:
+    """SGLang's engine takes the first GPUs, and ends every child of its process, other ranks too, with itself."""
+    ranks = num_processes(config.trainer) // (config.trainer.get("num_nodes") or 1)
+    if config.target.engine == "sglang" and not is_disaggregated(config) and ranks > 1:
+        raise UserError(
+            f"target.engine=sglang shares a machine with one trainer process, not {ranks}: set trainer.devices=1, or use "
+            "target.engine=sglang_server with topology=disagg_online"
+        )
 
 
 def make_workers(parts: "Builder", name: str) -> list[RolloutWorker]:

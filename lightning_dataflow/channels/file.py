@@ -1,6 +1,7 @@
 """A channel in a folder: one machine, or a mount that several machines share."""
 
 import fcntl
+import itertools
 import json
 import os
 import secrets
@@ -44,6 +45,7 @@ class FileChannel(StreamingRefChannel):
         self.name = str(self.folder)
         self.segment_bytes = segment_bytes
         self.num_torn = 0
+        self._numbers = itertools.count(1)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock_file = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)

@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_dataflow.channels.base import MAX_LINE_BYTES, StreamingRefChannel, check_card
-from lightning_dataflow.channels.redis_records import RecordHead, pack, unpack
+from lightning_dataflow.channels.base import MAX_LINE_BYTES, RecordHead, StreamingRefChannel, check_card
+from lightning_dataflow.channels.redis_records import pack, unpack
 from lightning_dataflow.channels.redis_server import RedisServer, change_script
 from lightning_dataflow.contracts import SCHEMA_VERSION, LogRecord, UserError, assert_no_tensors
 from lightning_dataflow.contracts.log import record_from_json
@@ -81,13 +81,13 @@ class RedisChannel(StreamingRefChannel):
         return [record for record in self._load(self.poll_heads(max_records)) if record is not None]
 
     def poll_heads(self, max_records: int = 1024) -> list[RecordHead]:
-        """The heads of the next records after this reader's position."""
+        """See StreamingRefChannel."""
         while len(self._heads) < max_records and self._fill():
             pass
         return [self._heads.popleft() for _ in range(min(max_records, len(self._heads)))]
 
     def load(self, heads: Sequence[RecordHead]) -> list[LogRecord]:
-        """The records of these heads. Raises UserError where one was dropped before it was read."""
+        """See StreamingRefChannel. Raises UserError where one was dropped before it was read."""
         records = self._load(heads)
         for head, record in zip(heads, records, strict=True):
             if record is None:
@@ -115,9 +115,11 @@ class RedisChannel(StreamingRefChannel):
 
     def _fill(self) -> bool:
         """Read more of the index; False when there is no more yet."""
-        self._check_position()
         command = ("XRANGE", self.server.key("index"), f"({_id(self._position)}", "+", "COUNT", INDEX_ENTRIES)
         entries = self.server.ask(*command)
+        while self._connections != self.server.num_connections:
+            self._check_position()
+            entries = self.server.ask(*command)
         for name, fields in entries:
             number, _, nonce = name.decode().partition("-")
             first = int(number)
@@ -135,8 +137,6 @@ class RedisChannel(StreamingRefChannel):
 
     def _check_position(self) -> None:
         """After a new connection, which may lead to a server that does not know what was read from the one before."""
-        if self._connections == self.server.num_connections:
-            return
         connections, key, mine = self.server.num_connections, self.server.key("index"), _id(self._position)
         if self._position != (0, 0) and not self.server.ask("XRANGE", key, mine, mine):
             oldest = self.server.ask("XRANGE", key, "-", "+", "COUNT", 1)

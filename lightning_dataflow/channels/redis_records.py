@@ -2,33 +2,15 @@
 
 import struct
 from collections.abc import Iterator
-from typing import NamedTuple
 
+from lightning_dataflow.channels.base import RecordHead
 from lightning_dataflow.contracts import LogRecord, UserError
-from lightning_dataflow.contracts.log import MAX_SEQ
+from lightning_dataflow.contracts.log import MAX_SEQ, Kind
 
 _HEAD = struct.Struct("<QQIIIB3x")
 HEAD_BYTES = _HEAD.size
 assert HEAD_BYTES == 32, "redis_log.lua cuts heads off by it"
-KINDS = ("begin", "ref", "supersede", "skip", "end")
-
-
-class RecordHead(NamedTuple):
-    """What every reader needs of a record.
-
-    Attributes:
-        number: of the record in the log, from 1.
-        size: of its line in bytes.
-        attempt, num_tokens, num_bytes: of its ref; 0 without one.
-    """
-
-    number: int
-    seq: int
-    num_bytes: int
-    num_tokens: int
-    attempt: int
-    size: int
-    kind: str
+KINDS: tuple[Kind, ...] = ("begin", "ref", "supersede", "skip", "end")
 
 
 def pack(record: LogRecord, line: bytes) -> bytes:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import secrets
 import threading
 import time
@@ -216,6 +217,9 @@ class RedisServer:
             "redis_connect_func": self._connected,
         }
         if self.where.tls:
+            for name in ("ca_file", "cert_file", "key_file"):
+                if (path := getattr(self.where, name)) is not None and not os.path.isfile(path):
+                    raise UserError(f"channel.{name}={path}: there is no such file")
             options |= {
                 "connection_class": self._redis.SSLConnection,
                 "ssl_ca_certs": self.where.ca_file,

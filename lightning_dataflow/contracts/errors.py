@@ -24,5 +24,10 @@ class PeerTimeoutError(TimeoutError):
     """Nothing came from another process for too long. The message names who was waited for, for what, and how long."""
 
 
+class PeerGoneError(ConnectionError):
+    """Another process does not answer, or not for now. No fault of what it was asked, which may be asked again. The message
+    names it."""
+
+
 class PeerFailedError(RuntimeError):
     """Another process of the run ended with an error, which the message repeats."""

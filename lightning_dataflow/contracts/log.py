@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, Protocol, cast, get_args
 
 from lightning_dataflow.contracts.errors import UserError
 from lightning_dataflow.contracts.guard import assert_no_tensors
@@ -32,15 +32,37 @@ class LogRecord:
     ref: SampleRef | None = None
     reason: str | None = None
 
+    @property
+    def has_ref(self) -> bool:
+        """Whether there are features to read."""
+        return self.ref is not None
 
-def replaces(record: LogRecord, known: LogRecord) -> bool:
+    @property
+    def attempt(self) -> int:
+        """Of its ref; 0 without one."""
+        return 0 if self.ref is None else self.ref.origin.attempt
+
+
+class OfAttempt(Protocol):
+    """A record, or its head."""
+
+    @property
+    def has_ref(self) -> bool:
+        """Whether there are features to read."""
+
+    @property
+    def attempt(self) -> int:
+        """Of its ref; 0 without one."""
+
+
+def replaces(record: OfAttempt, known: OfAttempt) -> bool:
     """Whether `record` counts instead of `known`, an earlier record of its seq, for every reader of the log.
 
     A later attempt does, and so does giving up, which is final. A second record of one attempt does not.
     """
-    if record.ref is None or known.ref is None:
-        return known.ref is not None
-    return record.ref.origin.attempt > known.ref.origin.attempt
+    if not record.has_ref or not known.has_ref:
+        return known.has_ref
+    return record.attempt > known.attempt
 
 
 def record_to_line(record: LogRecord) -> str:

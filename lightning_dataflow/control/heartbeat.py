@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from lightning_dataflow.contracts import PeerTimeoutError, UserError
+from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
 from lightning_dataflow.control.base import MetadataStore
 from lightning_dataflow.control.processes import is_running, pid_space
 
@@ -39,12 +39,12 @@ class Heartbeat:
         """End the thread and leave a last state; see MetadataStore.report."""
         self._stop.set()
         self._thread.join()
-        with suppress(PeerTimeoutError):
+        with suppress(PeerTimeoutError, PeerFailedError):
             self._ledger.report(self._name, last_words, failed=failed, fatal=fatal)
 
     def _run(self) -> None:
         while True:
-            with suppress(PeerTimeoutError):  # the ledger is blocked: the part itself will say so, if it needs it
+            with suppress(PeerTimeoutError, PeerFailedError):  # the part itself will say so, if it needs the ledger
                 self._ledger.report(self._name, self._describe())
                 if self._renew_s is not None:
                     self._ledger.renew(self._name, self._renew_s)

@@ -37,7 +37,7 @@ class ManifestSource(StreamingSource):
         """See RefSource; the first call waits until all samples are there."""
         self._order = order
         self._wait_for_all()
-        refs = [self.queue.entry(order.locate(seq)[0]).ref for seq in seqs]
+        refs = [entry.ref for entry in self.queue.entries([order.locate(seq)[0] for seq in seqs])]
         return RefWindow(
             entries=[WindowEntry(seq=seq, ref=refs[seq - seqs.start]) for seq in share],
             num_tokens=sum(ref.num_tokens for ref in refs if ref is not None),

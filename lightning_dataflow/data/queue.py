@@ -5,7 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 
-from lightning_dataflow.channels.base import POLL_S
+from lightning_dataflow.channels.base import POLL_S, RecordHead, head_of
 from lightning_dataflow.contracts import LogRecord, PeerFailedError, PeerTimeoutError, SampleRef, UserError
 from lightning_dataflow.contracts.log import replaces
 from lightning_dataflow.control import ControlPlane
@@ -13,6 +13,8 @@ from lightning_dataflow.control.heartbeat import why_over
 from lightning_dataflow.data.source import RefWindow, WindowEntry
 
 CHECK_PEERS_S = 0.5
+NOT_READ = 0
+"""Number of a record that this reader made itself."""
 
 
 class QueueCancelledError(Exception):
@@ -26,6 +28,8 @@ class StreamingRefQueue:
     of batches. Which of several records of a seq counts is `contracts.log.replaces`; the refs of others are unwanted.
     Memory holds what is in flight: a window is kept until it is acknowledged, so that a later record of it is noticed.
 
+    What is read of most records is their heads; the refs are loaded that are handed out, or that are to be freed.
+
     One thread reads; `ack`, `cancel` and the counts may be used from another.
 
     Args:
@@ -33,6 +37,7 @@ class StreamingRefQueue:
         skip_ids: sample ids that are not trained: they keep their places with zero loss weight.
         idle_timeout_s: wait this long for a record at most.
         pump: where this process captures by itself, called instead of waiting; returns whether it got further.
+        frees: whether unwanted refs are kept for their features to be freed; one rank does that for all.
     """
 
     def __init__(
@@ -43,16 +48,18 @@ class StreamingRefQueue:
         skip_ids: Collection[str] = (),
         idle_timeout_s: float = 600.0,
         pump: Callable[[], bool] | None = None,
+        frees: bool = True,
     ):
         self._plane = plane
         self._start = start
         self._skip_ids = frozenset(skip_ids)
         self._idle_timeout_s = idle_timeout_s
         self._pump = pump
-        self._records: dict[int, LogRecord] = {}  # the one that counts
+        self._frees = frees
+        self._records: dict[int, RecordHead] = {}  # the one that counts
         self._num_tokens: dict[int, int] = {}  # by the first record of a seq, so that all ranks count alike
         self._num_bytes: dict[int, int] = {}
-        self._handed_out: dict[int, SampleRef | None] = {}
+        self._handed_out: dict[int, int] = {}  # seq → number of the record
         self._lost: set[int] = set()  # their records are void; waiting for the next
         self._unwanted: list[tuple[int, SampleRef]] = []
         self._end: int | None = None
@@ -66,10 +73,16 @@ class StreamingRefQueue:
     def catch_up(self) -> list[LogRecord]:
         """Take in all that the log holds now, and return it."""
         seen: list[LogRecord] = []
-        while records := self._plane.log.poll():
-            self._take_in(records)
+        while heads := self._plane.log.poll_heads():
+            records = self._plane.log.load(heads)
+            self._take_in([head._replace(record=record) for head, record in zip(heads, records, strict=True)])
             seen += records
         return seen
+
+    def skim(self) -> None:
+        """Take in all that the log holds now, and read no more of it than is needed."""
+        while heads := self._plane.log.poll_heads():
+            self._take_in(heads)
 
     def forget(self, seqs: Iterable[int]) -> None:
         """What was published of these seqs is lost: wait for it to be captured again."""
@@ -89,13 +102,22 @@ class StreamingRefQueue:
             UserError: the log has ended before this window.
         """
         self._wait(seqs)
-        self._handed_out.update({seq: self._records[seq].ref for seq in seqs})
-        return RefWindow(entries=[self.entry(seq) for seq in share], num_tokens=sum(self._num_tokens[seq] for seq in seqs))
+        self._handed_out.update({seq: self._records[seq].number for seq in seqs})
+        return RefWindow(entries=self.entries(share), num_tokens=sum(self._num_tokens[seq] for seq in seqs))
+
+    def entries(self, seqs: Sequence[int]) -> list[WindowEntry]:
+        """What is known of seqs of complete windows."""
+        self._load([self._records[seq] for seq in seqs])
+        found = []
+        for seq in seqs:
+            record = self._records[seq].record
+            ref = None if record is None else record.ref
+            found.append(WindowEntry(seq=seq, ref=None if ref is None or ref.sample_id in self._skip_ids else ref))
+        return found
 
     def entry(self, seq: int) -> WindowEntry:
-        """What is known of a seq of a complete window."""
-        ref = self._records[seq].ref
-        return WindowEntry(seq=seq, ref=None if ref is None or ref.sample_id in self._skip_ids else ref)
+        """As `entries`, of one."""
+        return self.entries([seq])[0]
 
     def num_bytes(self, seqs: range) -> int:
         """Payload of a complete window, the same on every rank."""
@@ -109,7 +131,7 @@ class StreamingRefQueue:
                 self._num_tokens.pop(seq, None)
                 self._recaptured.pop(seq, None)
                 self._num_bytes.pop(seq, None)
-                if record is not None and record.ref != handed_out:  # came after its window was handed out
+                if record is not None and record.number != handed_out:  # came after its window was handed out
                     self._discard(record)
             self._start = max(self._start, next_seq)
             return self._take_unwanted(next_seq)
@@ -127,8 +149,8 @@ class StreamingRefQueue:
                 self._wait(range(seq, seq + 1))
             else:
                 self._plane.skip([seq], reason)
-                self._take_in([LogRecord(kind="skip", seq=seq, reason=reason)])
-        self._handed_out[seq] = self._records[seq].ref
+                self._take_in([head_of(LogRecord(kind="skip", seq=seq, reason=reason), NOT_READ)])
+        self._handed_out[seq] = self._records[seq].number
         return self.entry(seq)
 
     def num_recaptured_before(self, next_seq: int) -> int:
@@ -138,7 +160,9 @@ class StreamingRefQueue:
 
     def unread(self) -> list[SampleRef]:
         """Refs that were not acknowledged."""
-        return [record.ref for record in self._records.values() if record.ref is not None] + self.take_unwanted()
+        seqs = [seq for seq, head in self._records.items() if head.has_ref]
+        records = self._plane.log.load([self._records[seq] for seq in seqs])
+        return [record.ref for record in records if record.ref is not None] + self.take_unwanted()
 
     def take_unwanted(self) -> list[SampleRef]:
         """Refs so far that do not count."""
@@ -154,53 +178,63 @@ class StreamingRefQueue:
         self._unwanted = [(seq, ref) for seq, ref in self._unwanted if below is not None and seq >= below]
         return taken
 
-    def _take_in(self, records: Iterable[LogRecord]) -> None:
+    def _take_in(self, heads: Iterable[RecordHead]) -> None:
         with self._lock:
-            for record in records:
-                if record.kind == "begin":
+            for head in heads:
+                if head.kind == "begin":
                     self._end = None
-                elif record.kind == "end":
-                    self._end = record.seq
+                elif head.kind == "end":
+                    self._end = head.seq
                 else:
-                    self._take(record)
+                    self._take(head)
 
-    def _take(self, record: LogRecord) -> None:
-        seq, ref = record.seq, record.ref
+    def _take(self, head: RecordHead) -> None:
+        seq = head.seq
         known = self._records.get(seq)
-        if seq < self._start or (known is not None and not replaces(record, known)):
-            self._discard(record)
+        if seq < self._start or (known is not None and not replaces(head, known)):
+            self._discard(head)
             return
         if known is not None:
             self._discard(known)
-            if ref is not None:
+            if head.has_ref:
                 self.num_recaptured += 1
                 self._recaptured[seq] += 1
-        self._records[seq] = record
-        self._num_tokens.setdefault(seq, 0 if ref is None else ref.num_tokens)
-        self._num_bytes.setdefault(seq, 0 if ref is None else ref.num_bytes)
+        self._records[seq] = head
+        self._num_tokens.setdefault(seq, head.num_tokens)
+        self._num_bytes.setdefault(seq, head.num_bytes)
         self._lost.discard(seq)
-        if ref is None:
-            self.skipped[seq] = str(record.reason)
-        elif ref.sample_id in self._skip_ids:
+        if not head.has_ref:
+            self.skipped[seq] = str(self._load([head])[0].reason)
+        elif self._skip_ids and (ref := self._load([head])[0].ref) is not None and ref.sample_id in self._skip_ids:
             self.skipped[seq] = "skip_ids"
-            self._discard(record)
+            self._discard(head)
 
-    def _discard(self, record: LogRecord) -> None:
-        if record.ref is not None:
-            self._unwanted.append((record.seq, record.ref))
+    def _load(self, heads: Sequence[RecordHead]) -> list[LogRecord]:
+        """Their records, which stay with the heads that count."""
+        missing = [head for head in heads if head.record is None]
+        for head, loaded in zip(missing, self._plane.log.load(missing), strict=True):
+            if self._records[head.seq].number == head.number:
+                self._records[head.seq] = head._replace(record=loaded)
+        return [record for head in heads if (record := self._records[head.seq].record) is not None]
+
+    def _discard(self, head: RecordHead) -> None:
+        if self._frees and head.has_ref:
+            (record,) = self._plane.log.load([head])
+            assert record.ref is not None, "it has one"
+            self._unwanted.append((head.seq, record.ref))
 
     def _wait(self, seqs: range) -> None:
         """Until every one of `seqs` has its entry."""
         waited, last_news, last_check, pause = False, time.monotonic(), 0.0, POLL_S[0]
         while True:
-            records = self._plane.log.poll()
-            self._take_in(records)
+            heads = self._plane.log.poll_heads()
+            self._take_in(heads)
             missing = [seq for seq in seqs if seq not in self._records or seq in self._lost]
             if not missing:
                 self.waiting_for = ""
                 return
             now = time.monotonic()
-            if records:
+            if heads:
                 last_news, pause = now, POLL_S[0]
                 continue
             if self._cancelled.is_set():

@@ -105,12 +105,12 @@ class StreamingSource(RefSource):
                 self._watermarks, window=plan.window, group=self._group, largest_bytes=self._largest_bytes
             )
         self.plane.log.rewind()
-        self.queue = self._make_queue(plan.start)
+        self.queue = self._make_queue(plan.start, frees=rank == 0)
         if rank == 0:
             self.reconciliation = reconcile_on_restart(self.plane, self.store, plan, self.queue.catch_up)
             self.queue.forget(self.reconciliation.lost)
         else:
-            self.queue.catch_up()
+            self.queue.skim()
         self.queue.take_unwanted()  # from before: swept
         self._heartbeat = Heartbeat(self.plane.ledger, f"trainer-{rank}", self._describe)
 
@@ -200,9 +200,14 @@ class StreamingSource(RefSource):
         for ref in refs:
             self.store.free(ref)
 
-    def _make_queue(self, start: int) -> StreamingRefQueue:
+    def _make_queue(self, start: int, *, frees: bool = True) -> StreamingRefQueue:
         return StreamingRefQueue(
-            self.plane, start=start, skip_ids=self._skip_ids, idle_timeout_s=self._idle_timeout_s, pump=self._pump
+            self.plane,
+            start=start,
+            skip_ids=self._skip_ids,
+            idle_timeout_s=self._idle_timeout_s,
+            pump=self._pump,
+            frees=frees,
         )
 
     def _describe(self) -> str:

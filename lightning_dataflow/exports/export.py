@@ -10,7 +10,7 @@ from lightning_dataflow.checkpoints.reading import HEADER, read_header
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.exports.card import model_card
 from lightning_dataflow.exports.training import TrainingRecord
-from lightning_dataflow.formats import DraftFormat, DraftSpec, is_published, resolve_format, write_draft
+from lightning_dataflow.formats import DraftSpec, is_published, read_draft, resolve_format, write_draft
 from lightning_dataflow.formats.folder import check_destination
 from lightning_dataflow.strategies import DraftModule
 from lightning_dataflow.strategies.checkpoint import load_module
@@ -57,9 +57,13 @@ def export_draft(
     form, folder = resolve_format(engine, format), Path(folder)
     check_destination(folder)
     checkpoint = find_checkpoint(Path(source), on_skip)
+    training = read_training(checkpoint)
+    strategy = read_draft(checkpoint).strategy if training is None else training.strategy
+    if strategy not in form.strategies:  # before a target's folder is looked at, or a strategy that nobody imported
+        raise UserError(form.refusal(strategy))
     module = load_module(checkpoint, target=target)
-    spec = describe(module, form)
-    card = model_card(form, spec, read_training(checkpoint), folder=folder.name, dtype=dtype)
+    spec = describe(module)
+    card = model_card(form, spec, training, folder=folder.name, dtype=dtype)
     files = [Path(spec.target) / name for name in TOKENIZER_FILES] if tokenizer else []
     copies = [file for file in files if file.is_file()]
     if tokenizer and not copies:
@@ -78,10 +82,8 @@ def find_checkpoint(source: Path, on_skip: Callable[[str], None] = print) -> Pat
     return found
 
 
-def describe(module: DraftModule, form: DraftFormat) -> DraftSpec:
-    """What a folder says of the draft of a module. Raises UserError for a strategy that `form` cannot express."""
-    if module.strategy_name not in form.strategies:
-        raise UserError(form.refusal(module.strategy_name))
+def describe(module: DraftModule) -> DraftSpec:
+    """What a folder says of the draft of a module, which is one of this package's strategies."""
     network: Any = module.draft.config
     info = module.target_info
     config = json.loads((Path(info.path) / "config.json").read_text())

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 _NOT_SETTINGS = ("target", "init_from", "network", "layer_ids", "_instantiator")
@@ -39,6 +40,7 @@ class TrainingRecord:
         measured = result.get("acceptance") or callbacks.get("AcceptanceEvaluation", {}).get("history", [])
         settings = {name: value for name, value in checkpoint["hyper_parameters"].items() if name not in _NOT_SETTINGS}
         configured = result.get("settings", {}).get("data", {})
+        path = str(configured["path"]) if isinstance(configured, dict) and "path" in configured else None
         return cls(
             strategy=checkpoint["strategy"],
             steps=steps,
@@ -46,7 +48,7 @@ class TrainingRecord:
             samples=data.get("next_seq"),
             global_batch_size=data.get("global_batch_size"),
             tokens=callbacks.get("RunMetrics", {}).get("num_tokens"),
-            data=configured.get("path") if isinstance(configured, dict) else None,
+            data=path if path is None or not PurePath(path).is_absolute() else PurePath(path).name,
             precision=result.get("precision"),
             settings=settings,
             acceptance=[one for one in measured if one["step"] <= steps],

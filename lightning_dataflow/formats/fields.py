@@ -67,10 +67,10 @@ class Fields:
                 return place[name]
         return default
 
-    def count(self, name: str, default: int | None = None) -> int:
+    def count(self, name: str, default: int | None = None, *, least: int = 1) -> int:
         """A field that is a size."""
         value = self.own(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise UserError(f"{self.path}: {name}={value!r} is no size")
         return value
 
@@ -90,7 +90,9 @@ class Fields:
                 f"{self.path}: draft_vocab_size={self.values['draft_vocab_size']}, DFlash here uses the target's"
             )
         num_layers = self.count("num_hidden_layers")
-        types = list(self.values.get("layer_types") or [FULL] * num_layers)
+        types = self.values.get("layer_types") or [FULL] * num_layers
+        if not isinstance(types, list):
+            raise UserError(f"{self.path}: layer_types={types!r} is no list")
         windowed = SLIDING in types
         for name in ("is_causal", "causal"):
             causal = self.own(name)
@@ -99,12 +101,13 @@ class Fields:
         sizes = self._layers() | {
             "num_layers": num_layers,
             "block_size": self.count("block_size", 16),
-            "mask_token_id": self.count("mask_token_id"),
+            "mask_token_id": self.count("mask_token_id", least=0),
             "layer_types": types if windowed else [],
             "sliding_window": self.count("sliding_window") if windowed else None,
         }
         if domino:
-            sizes |= {name: self.count(name) for name in ("gru_hidden_dim", "emb_dim", "pure_draft_prefix_len")}
+            sizes |= {name: self.count(name) for name in ("gru_hidden_dim", "emb_dim")}
+            sizes["pure_draft_prefix_len"] = self.count("pure_draft_prefix_len", least=0)
             sizes["shift_label"] = bool(self.own("shift_label"))
         ids = self._ids("target_layer_ids")
         if ids is None:
@@ -121,7 +124,7 @@ class Fields:
             "intermediate_size": self.count("intermediate_size"),
             "num_attention_heads": heads,
             "num_key_value_heads": self.count("num_key_value_heads", heads),
-            "head_dim": self.count("head_dim", self.count("hidden_size") // max(heads, 1)),
+            "head_dim": self.count("head_dim", self.count("hidden_size") // heads),
             "rms_norm_eps": self._real("rms_norm_eps", self.values.get("rms_norm_eps", 1e-6)),
             "rope_theta": self._rope_theta(),
         }

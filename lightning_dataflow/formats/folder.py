@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -66,6 +67,9 @@ def write_draft(
         for file in copies:
             shutil.copyfile(file, part / file.name)
         os.rename(part, folder)
+    except SafetensorError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise OSError(f"cannot write {folder}: {error}") from error
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise

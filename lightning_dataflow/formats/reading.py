@@ -104,7 +104,9 @@ def _read_config(folder: Path) -> Config:
 
 
 def _strategy(folder: Path, fields: Fields) -> str:
-    classes = fields.values.get("architectures") or ["none"]
+    classes = fields.values.get("architectures")
+    if not isinstance(classes, list) or not classes:
+        raise UserError(f"{folder / CONFIG} names no class of a draft (architectures)")
     if classes[0] in EAGLE3_CLASSES:
         return "eagle3"
     if classes[0] in BLOCK_CLASSES:

@@ -23,13 +23,13 @@ class DominoConfig(DFlashConfig):
         gru_hidden_dim: G, the state that sums up a block's tokens so far.
         emb_dim: E, rank of the correction.
         shift_label: the label at offset k is token k + 1 of the block, instead of token k.
-        pure_draft_prefix_len: drafted tokens at the start of a block that are not corrected.
+        pure_draft_prefix_len: drafted tokens at the start of a block that are not corrected; SGLang serves 1 only.
     """
 
     gru_hidden_dim: int = 512
     emb_dim: int = 256
     shift_label: bool = False
-    pure_draft_prefix_len: int = 0
+    pure_draft_prefix_len: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,6 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -13,8 +14,16 @@ from lightning_dataflow.data import FeatureCard, OfflineSource, PassOrder
 from lightning_dataflow.producers.capture import capture_prompts, sample_origin, verify_capture_spec
 from lightning_dataflow.producers.online import feature_card
 from lightning_dataflow.prompts import PromptDataset
+from lightning_dataflow.stores import FeatureStore
 from lightning_dataflow.stores.base import Tensors
 from lightning_dataflow.targets import ReferenceEngine, TargetEngine
+
+PUT_PAUSE_S, CAPTURE_PAUSE_S = 0.1, 2.0
+"""The longest between two tries where the store is full; a server reads the prompt again for each."""
+
+
+Patience = Callable[[Callable[[], SampleRef], float], SampleRef]
+"""Repeats what fails with CapacityError, after pauses that grow to so many seconds, for as long as room is waited for."""
 
 
 class Feed(ABC):
@@ -52,16 +61,20 @@ class Feed(ABC):
         seqs: Sequence[int],
         attempt: int,
         wanted: Collection[int],
-        put: Callable[[Tensors, SampleOrigin], SampleRef],
+        store: FeatureStore,
+        patiently: Patience,
     ) -> Iterator[tuple[int, SampleRef]]:
-        """Capture one group and store those that are wanted, with `put` or otherwise; yields each as soon as it is there.
+        """Capture one group and have those that are wanted in the store; yields each as soon as it is there.
 
         Raises:
             CaptureMismatchError: they are not what the card says.
         """
         for seq, (origin, tensors) in zip(seqs, self.capture(seqs, attempt), strict=True):
             if seq in wanted:
-                yield seq, put(tensors, origin)
+                yield seq, patiently(partial(store.put, tensors, origin), PUT_PAUSE_S)
+
+    def stop_waiting(self) -> None:  # noqa: B027
+        """The run is being ended: calls, those that wait already among them, no longer wait for another process."""
 
     @abstractmethod
     def token_counts(self) -> torch.Tensor:
@@ -137,14 +150,19 @@ class ServedFeed(PromptFeed):
         seqs: Sequence[int],
         attempt: int,
         wanted: Collection[int],
-        put: Callable[[Tensors, SampleOrigin], SampleRef],
+        store: FeatureStore,
+        patiently: Patience,
     ) -> Iterator[tuple[int, SampleRef]]:
         """See Feed; a server batches as it likes, so the others of a group are not captured again."""
         verify_capture_spec(self.target.capture_spec, self.card)
         for seq, task in zip(seqs, self.tasks(seqs, attempt), strict=True):
             if seq in wanted:
-                origin = sample_origin(task, self.target)
-                yield seq, self.target.capture_ref(task.payload["input_ids"], task.payload["loss_mask"], origin)
+                prompt = (task.payload["input_ids"], task.payload["loss_mask"], sample_origin(task, self.target))
+                yield seq, patiently(partial(self.target.capture_ref, *prompt), CAPTURE_PAUSE_S)
+
+    def stop_waiting(self) -> None:
+        """See Feed."""
+        self.target.stop_waiting()
 
 
 class FolderFeed(Feed):

@@ -1,5 +1,6 @@
 """The drive loop of a producer: lease a group, capture it, put it into the store, publish its refs."""
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Literal
@@ -8,8 +9,8 @@ from lightning_dataflow.contracts import (
     CapacityError,
     CaptureMismatchError,
     PeerFailedError,
+    PeerGoneError,
     PeerTimeoutError,
-    SampleOrigin,
     SampleRef,
     UserError,
 )
@@ -18,7 +19,6 @@ from lightning_dataflow.control.heartbeat import Heartbeat
 from lightning_dataflow.data.streaming import announcement_to_json
 from lightning_dataflow.producers.feeds import Feed
 from lightning_dataflow.stores import FeatureStore, StoreUnavailableError
-from lightning_dataflow.stores.base import Tensors
 
 State = Literal["captured", "failed", "idle", "finished"]
 IDLE_S = (0.002, 0.1)
@@ -64,6 +64,7 @@ class RolloutWorker:
         # A run that finished before this process existed is one that its next trainer resumes.
         self._since = plane.ledger.now() - (time.monotonic() - LOADED_AT)
         self._failures_in_a_row = 0
+        self._ending = threading.Event()
         self._checked: RunPlan | None = None
         plane.log.announce(
             {
@@ -93,6 +94,12 @@ class RolloutWorker:
             heartbeat.stop(str(error) or type(error).__name__, failed=not interrupted, fatal=settings)
             raise
         heartbeat.stop("finished")
+
+    def stop_waiting(self) -> None:
+        """The run is being ended: `run`, in another thread, no longer waits for a server, the store, or room in it."""
+        self._ending.set()
+        self.feed.stop_waiting()
+        self.store.stop_waiting()
 
     def run_once(self) -> State:
         """Lease and capture one group at most."""
@@ -132,7 +139,7 @@ class RolloutWorker:
     def _capture(self, lease: Lease) -> State:
         refs: dict[int, SampleRef] = {}
         try:
-            for seq, ref in self.feed.store(lease.seqs, lease.attempt, lease.wanted, self._put):
+            for seq, ref in self.feed.store(lease.seqs, lease.attempt, lease.wanted, self.store, self._patiently):
                 refs[seq] = ref
             accepted = self.plane.publish(lease, refs)
         except StoreUnavailableError as error:
@@ -147,6 +154,9 @@ class RolloutWorker:
             if isinstance(error, PeerFailedError):  # no fault of the prompts: somebody else may capture them
                 self.plane.give_back(lease, str(error), counts=False)
                 raise
+            if isinstance(error, PeerGoneError):  # neither; the next attempt finds its features stale, if it left any
+                self.plane.give_back(lease, str(error), counts=False)
+                return "failed"
             reason = f"capture failed: {str(error) or type(error).__name__}"
             self.plane.give_back(lease, reason, counts=isinstance(error, Exception))  # Ctrl-C is no fault of the prompts
             if isinstance(error, CaptureMismatchError) or not isinstance(error, Exception):
@@ -161,18 +171,18 @@ class RolloutWorker:
         self._failures_in_a_row = 0
         return "captured"
 
-    def _put(self, tensors: Tensors, origin: SampleOrigin) -> SampleRef:
-        """Put, and while the store is full wait for the trainer to free some of it, for at most one lease."""
+    def _patiently(self, action: Callable[[], SampleRef], longest_pause_s: float) -> SampleRef:
+        """Store, and while the store is full wait for the trainer to free some of it, for at most one lease."""
         deadline, pause = time.monotonic() + self.lease_s, IDLE_S[0]
         while True:
             try:
-                return self.store.put(tensors, origin)
+                return action()
             except CapacityError:
-                if time.monotonic() > deadline or self.plane.ledger.finished() is not None:
+                if time.monotonic() > deadline or self._ending.is_set() or self.plane.ledger.finished() is not None:
                     raise
                 self.state = "waiting for room in the store"
-                time.sleep(pause)
-                pause = min(2 * pause, IDLE_S[1])
+                self._ending.wait(pause)
+                pause = min(2 * pause, longest_pause_s)
 
     def _check_windows(self, plan: RunPlan) -> None:
         """The largest window that the order of any pass can make must fit below the watermarks."""

@@ -38,7 +38,7 @@ from lightning_dataflow.sglang_plugin.wire import (
     start_advice,
     token_digest,
 )
-from lightning_dataflow.stores import StoreUnavailableError
+from lightning_dataflow.stores import FeatureStore, StoreUnavailableError
 from lightning_dataflow.stores.base import dtype_name
 
 APPEND = (
@@ -49,10 +49,6 @@ COPY = "sglang.srt.managers.utils.GenerationBatchResult.copy_to_cpu"
 MAX_NEW_TOKENS = 1
 
 logger = logging.getLogger(__name__)
-
-
-class IncompleteError(Exception):
-    """The forward pass did not hold every token of the prompt."""
 
 
 def register() -> None:
@@ -99,11 +95,15 @@ def moved_hook_points() -> list[str]:
 
 
 def copy_to_cpu(original: Callable[..., Any], result: Any, *args: Any, **call: Any) -> Any:
-    """Copy the last hidden states too, behind the forward pass, on the stream and before the event of the other copies."""
+    """Copy the last hidden states too, behind the forward pass, on the stream and before the event of the other copies.
+
+    Also at decode steps of requests that want their hidden states: one row a request, nothing here tells them apart.
+    """
     from sglang.srt.managers.utils import _async_d2h
 
     output = result.logits_output
-    if call.get("return_hidden_states", True) and output is not None and output.last_hidden_states is not None:
+    wanted = call.get("return_hidden_states", True) and _writes()
+    if wanted and output is not None and output.last_hidden_states is not None:
         output.last_hidden_states = _async_d2h(output.last_hidden_states)
     return original(result, *args, **call)
 
@@ -112,11 +112,10 @@ def append_prefill_hidden_states(original: Callable[..., int], processor: Any, *
     """Store instead of converting, for a request that asks for capture; another is SGLang's own business."""
     req = call["req"]
     asked = req.sampling_params.custom_params
-    if not isinstance(asked, dict) or PARAM not in asked:
+    wanted = isinstance(asked, dict) and PARAM in asked and req.return_hidden_states is True
+    if not wanted or not call["capture_hidden_mode"].is_full():
         return original(processor, **call)
     offset = call["hidden_state_offset"]
-    if not call["capture_hidden_mode"].is_full():
-        return original(processor, **call)
     end = offset + call["extend_input_len"]
     if call.get("store", True) and _writes():
         req.hidden_states.append(_answer(asked[PARAM], req, call["logits_output"], range(offset, end), processor))
@@ -128,33 +127,48 @@ def _answer(text: Any, req: Any, output: Any, rows: range, processor: Any) -> st
     try:
         return json.dumps(_serve(text, req, output, rows, processor), separators=(",", ":"))
     except Exception as error:
-        kind: ErrorKind = "store"
-        if isinstance(error, CapacityError):
-            kind = "full"
-        elif isinstance(error, CaptureMismatchError):
-            kind = "mismatch"
-        elif isinstance(error, IncompleteError):
-            kind = "incomplete"
-        elif isinstance(error, UserError):
-            kind = "refused"
-        elif not isinstance(error, StoreUnavailableError):
-            logger.exception("capture failed")
-        message = (str(error) or type(error).__name__).splitlines()[0]
-        return json.dumps({"error": kind, "message": message[: MAX_ANSWER_BYTES // 2]})
+        return error_to_text(error)
+
+
+def error_to_text(error: Exception) -> str:
+    """The answer that tells of `error`, below MAX_ANSWER_BYTES."""
+    kind: ErrorKind = "failed"
+    if isinstance(error, CapacityError):
+        kind = "full"
+    elif isinstance(error, CaptureMismatchError):
+        kind = "mismatch"
+    elif isinstance(error, (UserError, PermissionError)):
+        kind = "refused"
+    elif isinstance(error, StoreUnavailableError):
+        kind = "store"
+    else:
+        logger.exception("capture failed")
+    message = (str(error).strip() or type(error).__name__).splitlines()[0]
+    while len(json.dumps(message)) > MAX_ANSWER_BYTES // 2:
+        message = message[: len(message) * 3 // 4]
+    return json.dumps({"error": kind, "message": message})
 
 
 def _serve(text: Any, req: Any, output: Any, rows: range, processor: Any) -> dict[str, Any]:
     token_ids = list(req.origin_input_ids)
     request = request_from_text(text, len(token_ids))
+    if req.sampling_params.n != 1:
+        raise UserError(f"a prompt is captured once, not n={req.sampling_params.n} times: set n=1")
     server = _server(processor.model_config)
-    store = server.stores.get(request.store_id)
+    with server.stores.use(request.store_id) as store:
+        return _capture(server, store, request, req, output, rows)
+
+
+def _capture(
+    server: "Server", store: FeatureStore, request: CaptureRequest, req: Any, output: Any, rows: range
+) -> dict[str, Any]:
+    token_ids = list(req.origin_input_ids)
     if request.loss_mask is None:
-        description = server.describe(store.uri, _dtype(output))
-        return {"server": description_to_json(description)}
+        return {"server": description_to_json(server.describe(store.uri, _dtype(output)))}
     if len(rows) != len(token_ids):
-        raise IncompleteError(
+        raise RuntimeError(
             f"the server computed {len(rows)} of the {len(token_ids)} tokens of {request.sample_id} in this pass (prefix "
-            "cache or chunked prefill): capture again"
+            "cache or chunked prefill)"
         )
     if req.sampling_params.max_new_tokens != MAX_NEW_TOKENS:
         raise UserError(f"a capture generates {MAX_NEW_TOKENS} token: set max_new_tokens={MAX_NEW_TOKENS}")

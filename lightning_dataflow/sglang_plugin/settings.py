@@ -2,19 +2,25 @@
 
 import json
 import os
+import threading
+import time
 import tomllib
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.sglang_plugin.wire import SERVER_FILE
-from lightning_dataflow.stores import FeatureStore, MooncakeFeatureStore, SharedDirFeatureStore
+from lightning_dataflow.stores import FeatureStore, MooncakeFeatureStore, SharedDirFeatureStore, StoreUnavailableError
 
 MAX_STORES = 4
 """Runs that one server captures for at a time without connecting anew."""
 PATIENCE_S = 3.0
 """For a store that is gone: the scheduler waits with the request."""
+REST_S = 5.0
+"""After that, what is asked of this store fails at once for so long: other requests are served meanwhile."""
 _MOONCAKE = {
     "address": "master_address",
     "client_address": "client_address",
@@ -49,9 +55,27 @@ class ServerStores:
             raise UserError(f"the server's file names no {needed}, which store={kind} needs")
         self._kind, self._settings = kind, settings
         self._open: OrderedDict[str, FeatureStore] = OrderedDict()
+        self._lost: tuple[float, str] = (-REST_S, "")  # all stores are behind one address
 
-    def get(self, store_id: str) -> FeatureStore:
-        """The store of a run. Raises UserError or StoreUnavailableError when it cannot be reached."""
+    @contextmanager
+    def use(self, store_id: str) -> Iterator[FeatureStore]:
+        """The store of a run, connected anew after it was lost.
+
+        Raises:
+            StoreUnavailableError: it cannot be reached, or could not a moment ago.
+        """
+        since, reason = self._lost
+        if time.monotonic() - since < REST_S:
+            raise StoreUnavailableError(reason)
+        try:
+            yield self._get(store_id)
+        except StoreUnavailableError as error:
+            self._lost = (time.monotonic(), str(error))
+            while self._open:  # connections to a Mooncake that is started again may be of no use
+                threading.Thread(target=self._open.popitem()[1].close, daemon=True).start()  # may wait for it
+            raise
+
+    def _get(self, store_id: str) -> FeatureStore:
         if store_id not in self._open:
             store = self._connect(store_id)
             if len(self._open) == MAX_STORES:
@@ -64,7 +88,10 @@ class ServerStores:
         if self._kind == "shared_dir":
             return SharedDirFeatureStore(**self._settings)
         arguments = {_MOONCAKE[name]: value for name, value in self._settings.items()}
-        return MooncakeFeatureStore(store_id, owner_timeout_s=PATIENCE_S, unavailable_timeout_s=PATIENCE_S, **arguments)
+        try:
+            return MooncakeFeatureStore(store_id, owner_timeout_s=PATIENCE_S, unavailable_timeout_s=PATIENCE_S, **arguments)
+        except UserError as error:  # nobody listens: no fault of the prompt, and somebody may later
+            raise StoreUnavailableError(str(error)) from error
 
 
 def read_settings() -> ServerStores:

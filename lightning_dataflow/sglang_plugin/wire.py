@@ -29,7 +29,8 @@ MAX_ANSWER_BYTES = 4096
 CONVENTION = "DFLASH"
 """Names how SGLang counts layers, as we do; no draft is loaded. EAGLE3's counting depends on the model."""
 
-ErrorKind = Literal["refused", "full", "store", "incomplete", "mismatch"]
+ErrorKind = Literal["refused", "full", "store", "failed", "mismatch"]
+"""`store`: it is gone, for whatever prompt. `failed`: this prompt, of which nothing was stored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,24 +142,43 @@ def flag_problems(args: Mapping[str, Any]) -> list[str]:
             ("--disable-radix-cache", args.get("disable_radix_cache")),
             ("--chunked-prefill-size -1", chunk is None or chunk <= 0),
             ("--pp-size 1", args.get("pp_size", 1) == 1),
+            ("--disable-prefill-cuda-graph", _prefill_graphs(args) == "disabled"),
         )
         if not given
     ]
 
 
-def server_command(model_path: str, layer_ids: Sequence[int], *, python: str = "python") -> list[str]:
+def longest_prompt(args: Mapping[str, Any], who: str) -> int:
+    """Tokens that a server takes; `args` are what it says of itself. Raises UserError when it does not say."""
+    limit: Any = args.get("max_req_input_len")
+    if not _is_count(limit, 1 << 62) or limit < 2:
+        raise UserError(f"{who} does not say what it takes (max_req_input_len={limit!r}): is it a stock SGLang server?")
+    return limit - 1  # SGLang takes less than this
+
+
+def server_command(
+    model_path: str, layer_ids: Sequence[int], *, python: str = "python", module: str = "sglang.launch_server"
+) -> list[str]:
     """How to start a capture server; address and sizes are the user's to add."""
     return [
-        *(python, "-m", "sglang.launch_server", "--model-path", model_path),
+        *(python, "-m", module, "--model-path", model_path),
         *("--enable-return-aux-hidden-states", "--speculative-algorithm", CONVENTION),
         *("--return-aux-hidden-state-layer-ids", *map(str, layer_ids)),
-        *("--disable-radix-cache", "--chunked-prefill-size", "-1"),
+        *("--disable-radix-cache", "--chunked-prefill-size", "-1", "--disable-prefill-cuda-graph"),
     ]
 
 
 def start_advice(model_path: str, layer_ids: Sequence[int]) -> str:
     """The command line for people."""
     return f"start it with: {SERVER_FILE}=server.json {shlex.join(server_command(model_path, layer_ids))}"
+
+
+def _prefill_graphs(args: Mapping[str, Any]) -> Any:
+    """Replays of a graph write to the same memory, from which an earlier batch may still be on its way to the host."""
+    try:
+        return args["cuda_graph_config"]["prefill"]["backend"]
+    except (KeyError, TypeError):
+        return None
 
 
 def _is_count(value: Any, limit: int) -> bool:

@@ -12,18 +12,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_dataflow.callbacks.defaults import default_callbacks
-from lightning_dataflow.contracts import CaptureSpec, StepContext, UserError
+from lightning_dataflow.contracts import StepContext, UserError
 from lightning_dataflow.data import DataFlowDataModule, FeatureCard
 from lightning_dataflow.data.collate import Batch, SampleRows
 from lightning_dataflow.evaluation import Drafter
 from lightning_dataflow.formats import read_draft
 from lightning_dataflow.models import FrozenTarget
 from lightning_dataflow.objectives import ObjectiveSums
+from lightning_dataflow.strategies.features import check_features
 from lightning_dataflow.strategies.optimisation import adamw, scale_gradients, warmup_cosine
 from lightning_dataflow.strategies.registry import StrategySpec, resolve_strategy
 from lightning_dataflow.strategies.sharding import fsdp1_root, full_state_dict, shard_draft
 from lightning_dataflow.strategies.streaming import align_loops, check_trainer
-from lightning_dataflow.strategies.warm_start import check_settings, check_start, check_tensors, choose_layers, load_start
+from lightning_dataflow.strategies.warm_start import check_settings, check_start, choose_layers, load_start
 from lightning_dataflow.strategies.window import WindowSums
 from lightning_dataflow.targets.info import read_target_info, tensor_names
 
@@ -80,9 +81,8 @@ class DraftModule(L.LightningModule):
         self._start = None if init_from is None else read_draft(init_from)
         if self._start is not None:
             check_start(self._start, self.strategy_name, self.target_info)
-            layer_ids = list(choose_layers(self._start, layer_ids) or ()) or None
-            # A checkpoint is read without the folder.
-            self.hparams["network"], self.hparams["layer_ids"] = dict(self._start.network), layer_ids
+            layer_ids = choose_layers(self._start, layer_ids)
+            self.hparams.update(network=dict(self._start.network), layer_ids=layer_ids)  # checkpoints need no folder
         self.layer_ids = tuple(layer_ids or self.spec.default_layer_ids(self.target_info.num_layers))
         self.step_losses: list[Tensor | float] = []
         self._frozen: FrozenTarget | None = None
@@ -126,10 +126,7 @@ class DraftModule(L.LightningModule):
 
     def network_sizes(self, defaults: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
         """Sizes of the draft's network: what a draft to start from has, else settings that are not None, else defaults.
-
-        Raises:
-            UserError: settings and the draft to start from differ.
-        """
+        Raises UserError when settings and the draft to start from differ."""
         if self._start is not None:
             check_settings(self._start, settings)
         chosen = {name: value for name, value in settings.items() if value is not None}
@@ -138,7 +135,6 @@ class DraftModule(L.LightningModule):
     def load_start(self) -> None:
         """Take over the weights of the draft to start from; done by the first fit."""
         assert self._start is not None, "nothing to start from"
-        check_tensors(self._start, self.draft)
         load_start(self._start, self.draft, self.frozen_target)
         self._initialised = True
 
@@ -181,31 +177,7 @@ class DraftModule(L.LightningModule):
 
     def check_features(self, card: FeatureCard) -> None:
         """Raise UserError naming the first way in which features do not fit this draft."""
-        info = self.target_info
-        expected = CaptureSpec(layer_ids=self.layer_ids, norm="post", hidden_size=info.hidden_size)
-        missing = set(self.spec.features) - set(card.features)
-        if missing:
-            raise UserError(
-                f"the features lack {', '.join(sorted(missing))}, which {self.strategy_name} needs: capture again"
-            )
-        for what, found, wanted in (
-            ("hidden size", card.capture.hidden_size, expected.hidden_size),
-            ("norm of the last hidden state", card.capture.norm, expected.norm),
-            ("tokenizer", card.tokenizer_version, info.tokenizer_version),
-            ("target weights", card.target_model_version, info.model_version),
-        ):
-            if found != wanted:
-                raise UserError(
-                    f"the features were captured with another {what} ({found}, this draft's target {info.path} has "
-                    f"{wanted}): capture again with this target, or train with the one they came from"
-                )
-        if card.capture.layer_ids != expected.layer_ids:
-            layers = list(card.capture.layer_ids)
-            raise UserError(
-                f"the features hold the target's layers {layers}, this {self.strategy_name} draft reads "
-                f"{list(expected.layer_ids)}: capture again with strategy={self.strategy_name}, or set "
-                f"'strategy.layer_ids={layers}'"
-            )
+        check_features(card, self.spec, self.target_info, self.layer_ids)
 
     def configure_model(self) -> None:
         """Lightning's hook: shard under ModelParallelStrategy; other strategies wrap the module themselves."""

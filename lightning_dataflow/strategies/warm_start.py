@@ -36,17 +36,18 @@ def check_start(start: PublishedDraft, strategy: str, target: TargetInfo) -> Non
             )
 
 
-def choose_layers(start: PublishedDraft | None, chosen: Sequence[int] | None) -> Sequence[int] | None:
-    """Layers that the settings name, else those of the published draft; None where neither says."""
-    if start is None or start.layer_ids is None or not chosen:
-        return chosen or (None if start is None else start.layer_ids)
-    if sorted(chosen) != sorted(start.layer_ids):
+def choose_layers(start: PublishedDraft, chosen: list[int] | None) -> list[int] | None:
+    """Layers that the settings name, else those of the published draft; None where neither says. Raises UserError where
+    they differ."""
+    if start.layer_ids is None:
+        return chosen
+    if chosen and sorted(chosen) != sorted(start.layer_ids):
         layers = sorted(start.layer_ids)
         raise UserError(
             f"{start.folder} reads the target's layers {layers}, these settings say {sorted(chosen)}: set "
             f"'strategy.layer_ids={layers}', or leave it out"
         )
-    return chosen
+    return list(start.layer_ids)
 
 
 def check_settings(start: PublishedDraft, settings: Mapping[str, Any]) -> None:
@@ -81,8 +82,10 @@ def load_start(start: PublishedDraft, draft: nn.Module, target: FrozenTarget) ->
     """Copy a published draft's tensors into `draft`. What it leaves to the target comes from there.
 
     Raises:
-        UserError: it has an embedding or head of its own where this draft uses the target's, or no sensible vocabulary map.
+        UserError: it is not whole, or another network; it has an embedding or head of its own where this draft uses the
+            target's; or no sensible vocabulary map.
     """
+    check_tensors(start, draft)
     state = draft.state_dict()
     for name, ours in (EMBEDDING, target.embedding), (HEAD, target.head):
         if name in start.shapes and name not in state and not same_tensor(start.tensor(name), ours):

@@ -70,10 +70,15 @@ class ReferenceEngine(TargetEngine):
         """Have one prompt captured and stored, and the answer checked. Thread-safe.
 
         Raises:
+            PeerGoneError: the answer did not come, and features may be stored all the same: ask for the next attempt.
             PeerFailedError: nobody is left to ask.
-            CapacityError: the store is full.
+            CapacityError: the store is full, and nothing is stored.
             CaptureMismatchError: what was captured is not what this run was announced with.
         """
+
+    @abstractmethod
+    def stop_waiting(self) -> None:
+        """The run is being ended: calls, those that wait already among them, raise PeerGoneError at once."""
 
 
 def check_layer_ids(layer_ids: Sequence[int], num_layers: int) -> tuple[int, ...]:

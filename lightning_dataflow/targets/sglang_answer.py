@@ -5,7 +5,14 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_dataflow.contracts import CapacityError, CaptureMismatchError, SampleRef, UserError, ref_from_json
+from lightning_dataflow.contracts import (
+    CapacityError,
+    CaptureMismatchError,
+    PeerGoneError,
+    SampleRef,
+    UserError,
+    ref_from_json,
+)
 from lightning_dataflow.sglang_plugin.wire import (
     PARAM,
     CaptureRequest,
@@ -16,8 +23,12 @@ from lightning_dataflow.sglang_plugin.wire import (
 )
 
 
-class ServerGoneError(ConnectionError):
-    """A server does not answer, or not for now; another one may. The message names it."""
+class CaptureFailedError(RuntimeError):
+    """This prompt was not captured, though the server and its store are there."""
+
+
+class ServerRefusalError(UserError):
+    """A server cannot be used as it is, whatever it is asked."""
 
 
 def fresh_rid() -> str:
@@ -43,23 +54,28 @@ def read_answer(output: Mapping[str, Any], who: str) -> dict[str, Any]:
     """What the plugin says.
 
     Raises:
-        ServerGoneError: it could not this time.
+        PeerGoneError: it lost its store, or dropped the request.
         CapacityError: the store is full.
         CaptureMismatchError: it captured something else.
-        UserError: it refuses, or is not there.
+        CaptureFailedError: it failed with this prompt.
+        ServerRefusalError: it is not there.
+        UserError: it refuses.
     """
     try:
+        finish = output["meta_info"].get("finish_reason") or {}
+        if finish.get("type") == "abort":
+            raise PeerGoneError(f"{who} aborted the request: {finish.get('message')}")
         (answer,) = output["meta_info"]["hidden_states"]
         found = dict(json.loads(answer))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ServerRefusalError(
             f"{who} does not capture: run `pip install lightning-dataflow` in its environment, and look for "
             "'lightning_dataflow' in its log"
         ) from error
     if "error" not in found:
         return found
-    kinds = {"full": CapacityError, "mismatch": CaptureMismatchError, "refused": UserError}
-    raise kinds.get(found["error"], ServerGoneError)(f"{who}: {found.get('message')}")
+    kinds = {"full": CapacityError, "mismatch": CaptureMismatchError, "refused": UserError, "store": PeerGoneError}
+    raise kinds.get(found["error"], CaptureFailedError)(f"{who}: {found.get('message')}")
 
 
 def read_description(answer: Mapping[str, Any]) -> ServerDescription:

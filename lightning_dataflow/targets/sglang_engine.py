@@ -7,21 +7,29 @@ features into a folder in shared memory, from which they are read and removed at
 import os
 import secrets
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from lightning_dataflow.contracts import CaptureMismatchError, UserError
+from lightning_dataflow.contracts import CaptureMismatchError, SampleRef, UserError
 from lightning_dataflow.contracts.validation import DTYPE_BYTES
-from lightning_dataflow.sglang_plugin.wire import CaptureRequest, check_version, flag_problems, server_command
+from lightning_dataflow.sglang_plugin.wire import (
+    CaptureRequest,
+    check_version,
+    flag_problems,
+    longest_prompt,
+    server_command,
+)
 from lightning_dataflow.targets.base import FeatureReader, TargetEngine
 from lightning_dataflow.targets.info import read_target_info
 from lightning_dataflow.targets.sglang_answer import generate_arguments, read_answer, read_description, read_ref
 
 SHARED_MEMORY = Path("/dev/shm")
 WHO = "the SGLang engine"
+T = TypeVar("T")
 
 
 class SGLangTarget(TargetEngine):
@@ -57,13 +65,11 @@ class SGLangTarget(TargetEngine):
             )
         except SystemExit as error:  # of its command line parser, which has said why
             raise UserError(f"SGLang does not take target.server_args={list(arguments)}") from error
-        problems = flag_problems(self._engine.get_server_info())
-        if problems:
-            raise UserError(f"target.server_args={list(arguments)} take away {', '.join(problems)}: leave those out")
-        description = read_description(self._ask([[0]], [CaptureRequest(store_id="engine", sample_id="describe")])[0])
-        if description.capture != self.capture_spec or description.dtype not in DTYPE_BYTES:
-            raise CaptureMismatchError(f"{WHO} captures {description.capture}, expected {self.capture_spec}")
-        self._dtype = description.dtype
+        try:
+            self._dtype = self._check(arguments)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def dtype(self) -> str:
@@ -76,29 +82,59 @@ class SGLangTarget(TargetEngine):
             CaptureRequest(store_id="engine", sample_id=f"capture-{secrets.token_hex(8)}", loss_mask=(1,) * len(ids))
             for ids in batch
         ]
-        found = []
-        for token_ids, answer in zip(batch, self._ask(batch, requests), strict=True):
-            ref = read_ref(answer, token_ids, WHO)
-            tensors, handle = self._store.get(ref)
-            self._store.release(handle)
-            if ref.origin.capture != self.capture_spec or tensors["input_ids"].tolist() != list(token_ids):
-                raise CaptureMismatchError(f"{WHO} captured something else than was asked for: {ref.origin.capture}")
-            found.append({name: tensors[name] for name in ("aux_hidden_states", "last_hidden_state")})
-        return found
+        return take_all(self._ask(batch, requests), batch, self._take)
 
     def close(self) -> None:
         """End the engine's processes."""
         self._engine.shutdown()
 
+    def _check(self, arguments: Sequence[str]) -> str:
+        """The features' dtype; raises UserError unless the engine captures what it should."""
+        args = self._engine.get_server_info()
+        problems = flag_problems(args)
+        if problems:
+            raise UserError(f"target.server_args={list(arguments)} take away {', '.join(problems)}: leave those out")
+        longest = min(self.info.max_position_embeddings, longest_prompt(args, WHO))
+        self.info = replace(self.info, max_position_embeddings=longest)
+        (output,) = self._ask([[0]], [CaptureRequest(store_id="engine", sample_id="describe")])
+        description = read_description(read_answer(output, WHO))
+        if description.capture != self.capture_spec or description.dtype not in DTYPE_BYTES:
+            raise CaptureMismatchError(f"{WHO} captures {description.capture}, expected {self.capture_spec}")
+        return description.dtype
+
+    def _take(self, ref: SampleRef, token_ids: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Out of the store."""
+        tensors, handle = self._store.get(ref)
+        self._store.release(handle)
+        if ref.origin.capture != self.capture_spec or tensors["input_ids"].tolist() != list(token_ids):
+            raise CaptureMismatchError(f"{WHO} captured something else than was asked for: {ref.origin.capture}")
+        return {name: tensors[name] for name in ("aux_hidden_states", "last_hidden_state")}
+
     def _ask(self, batch: Sequence[Sequence[int]], requests: Sequence[CaptureRequest]) -> list[dict[str, Any]]:
         asked = [generate_arguments(ids, request) for ids, request in zip(batch, requests, strict=True)]
-        outputs = self._engine.generate(
+        outputs: list[dict[str, Any]] = self._engine.generate(
             input_ids=[one["input_ids"] for one in asked],
             sampling_params=[one["sampling_params"] for one in asked],
             rid=[one["rid"] for one in asked],
             return_hidden_states=True,
         )
-        return [read_answer(output, WHO) for output in outputs]
+        return outputs
+
+
+def take_all(
+    outputs: Sequence[Mapping[str, Any]], batch: Sequence[Sequence[int]], take: Callable[[SampleRef, Sequence[int]], T]
+) -> list[T]:
+    """`take` for each answer to `batch`, also where another prompt failed: what is not taken stays in memory. Raises the
+    first error then."""
+    found, errors = [], []
+    for token_ids, output in zip(batch, outputs, strict=True):
+        try:
+            found.append(take(read_ref(read_answer(output, WHO), token_ids, WHO), token_ids))
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+    return found
 
 
 def exchange_folder() -> tempfile.TemporaryDirectory[str]:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import secrets
 import shutil
 import signal
 import socket
@@ -21,6 +23,7 @@ from lightning_dataflow.sglang_plugin.wire import SERVER_FILE, server_command
 HOST = "127.0.0.1"
 POLL_S = 0.2
 STOP_S = 3.0
+LAUNCHER = "lightning_dataflow.sglang_plugin.launch"
 
 
 class LocalSGLang:
@@ -29,11 +32,15 @@ class LocalSGLang:
     Args:
         python: of the environment that SGLang and this package are installed in.
         store: what the server's file says; see ServerStores.
+        api_key: who has it may ask the server; a random one where None.
         folder: for the server's file and its log.
         arguments: further flags of the server.
 
+    Attributes:
+        api_key: in this process and the server's, in no file, command line or log.
+
     Raises:
-        UserError: it did not start; names its log and repeats its last error.
+        UserError: it did not start; names its log and repeats its last error. Or `arguments` hold a key.
     """
 
     def __init__(
@@ -44,11 +51,15 @@ class LocalSGLang:
         python: str,
         store: Mapping[str, Any],
         folder: str | Path,
+        api_key: str | None = None,
         arguments: Sequence[str] = (),
         start_timeout_s: float = 900.0,
     ):
         if shutil.which(python) is None:
             raise UserError(f"target.server_python={python} is no program: name the Python of SGLang's environment")
+        if any(re.match(r"--(admin-)?api", argument) for argument in arguments):
+            raise UserError("target.server_args hold an API key, which the log would show: set target.api_key_file instead")
+        self.api_key = api_key or secrets.token_hex(16)
         self.log_path = Path(folder) / "sglang.log"
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         settings = self.log_path.with_name("sglang_server.json")
@@ -58,23 +69,24 @@ class LocalSGLang:
         port = _free_port()
         self.url = f"http://{HOST}:{port}"
         command = [
-            *server_command(str(Path(path).absolute()), layer_ids, python=python),
-            "--host",
-            HOST,
-            "--port",
-            str(port),
+            *server_command(str(Path(path).absolute()), layer_ids, python=python, module=LAUNCHER),
+            *("--host", HOST, "--port", str(port)),
             *arguments,
         ]
         try:
-            with self.log_path.open("w") as log:
+            with os.fdopen(os.open(self.log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as log:
+                os.fchmod(log.fileno(), 0o600)  # it may be there already
                 self._process = subprocess.Popen(
                     leashed_command(command, signal.SIGKILL),  # on SIGTERM it would first serve what is asked for
                     env={**os.environ, SERVER_FILE: str(settings.absolute())},
-                    stdin=subprocess.DEVNULL,
+                    stdin=subprocess.PIPE,
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                 )
+            assert self._process.stdin is not None, "a pipe"
+            with suppress(BrokenPipeError), self._process.stdin as stdin:  # it may have ended: _wait says so
+                stdin.write(f"{self.api_key}\n".encode())
             self._wait(time.monotonic() + start_timeout_s)
         except BaseException:
             self.close()

@@ -1,18 +1,17 @@
 """Target engine `sglang_server`: stock SGLang servers with our plugin. Features go into the run's store without us."""
 
 import secrets
-import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from lightning_dataflow.contracts import (
+    CapacityError,
     CaptureMismatchError,
-    PeerFailedError,
+    PeerGoneError,
     SampleOrigin,
     SampleRef,
     UserError,
@@ -21,24 +20,19 @@ from lightning_dataflow.contracts.validation import DTYPE_BYTES
 from lightning_dataflow.sglang_plugin.wire import CaptureRequest, ServerDescription, start_advice
 from lightning_dataflow.targets.base import FeatureReader, ReferenceEngine
 from lightning_dataflow.targets.info import read_target_info
-from lightning_dataflow.targets.sglang_answer import ServerGoneError
+from lightning_dataflow.targets.sglang_answer import CaptureFailedError, ServerRefusalError
 from lightning_dataflow.targets.sglang_http import CaptureServer
+from lightning_dataflow.targets.sglang_pool import Member, ServerPool
 
-PROBE_S = 1.0
+PROBE_TIMEOUT_S = 10.0
 ABSENCE_S = 20.0
 """How long all servers may be gone before the run fails."""
-
-
-@dataclass
-class _Member:
-    server: CaptureServer
-    in_flight: int = 0
-    gone: str | None = None
-    last_look: float = 0.0
+MAX_FREE_TRIES = 10
+"""A prompt that loses so many servers is at fault itself."""
 
 
 class SGLangServerTarget(ReferenceEngine):
-    """Several servers of one target, each asked for several prompts at a time; a prompt of one that dies goes to another.
+    """Several servers of one target, each asked for several prompts at a time.
 
     Args:
         path: the target's folder here; the servers must have the same weights in theirs.
@@ -74,21 +68,32 @@ class SGLangServerTarget(ReferenceEngine):
             raise UserError("target.engine=sglang_server needs target.urls=[http://HOST:PORT,...] or target.server_python")
         if in_flight < 1:
             raise UserError(f"target.requests_in_flight={in_flight}: a server needs at least one")
-        self.store_id, self.in_flight, self.absence_s = store_id, in_flight, absence_s
+        self.store_id = store_id
         self.num_requests = len(urls) * in_flight
         self.info = read_target_info(path)
         self._path, self._store_uri, self._reader = path, store_uri, reader
-        self._members = [_Member(CaptureServer(url, api_key=api_key, timeout_s=timeout_s)) for url in urls]
-        self._changed = threading.Condition()
+        members = [
+            Member(
+                CaptureServer(url, api_key=api_key, timeout_s=timeout_s),
+                CaptureServer(url, api_key=api_key, timeout_s=min(timeout_s, PROBE_TIMEOUT_S)),
+            )
+            for url in urls
+        ]
+        self._pool = ServerPool(members, admit=self._admit, in_flight=in_flight, absence_s=absence_s)
         self.set_capture_layers(layer_ids)
         if self.layer_ids[-1] == self.info.num_layers - 1:
             raise UserError(f"layers {list(self.layer_ids)}: SGLang does not capture the last layer: choose lower ones")
-        descriptions = [self._describe(member) for member in self._members]
+        descriptions = [self._describe(server) for server in self.servers]
         self._dtype = descriptions[0].dtype
-        for member, found in zip(self._members, descriptions, strict=True):
-            self._check(member.server.url, found)
+        for server, found in zip(self.servers, descriptions, strict=True):
+            self._check(server.url, found)
         longest = min(server.max_tokens for server in self.servers)
         self.info = replace(self.info, max_position_embeddings=min(self.info.max_position_embeddings, longest))
+        for server in self.servers:
+            try:
+                self._check_store(server)
+            except PeerGoneError as error:
+                raise UserError(f"{error}: correct the server's file, or start what it names") from error
 
     @property
     def dtype(self) -> str:
@@ -98,7 +103,7 @@ class SGLangServerTarget(ReferenceEngine):
     @property
     def servers(self) -> list[CaptureServer]:
         """All servers, also those that are gone."""
-        return [member.server for member in self._members]
+        return [member.server for member in self._pool.members]
 
     def capture(self, batch: Sequence[Sequence[int]]) -> list[dict[str, torch.Tensor]]:
         """See TargetEngine; by way of the store."""
@@ -108,30 +113,46 @@ class SGLangServerTarget(ReferenceEngine):
 
     def capture_ref(self, token_ids: Sequence[int], loss_mask: Sequence[int], origin: SampleOrigin) -> SampleRef:
         """See ReferenceEngine."""
+        member = self._pool.take()
+        try:
+            ref = self._capture_at(member.server, token_ids, loss_mask, origin)
+        except (PeerGoneError, ServerRefusalError) as error:
+            self._pool.give_back(member, lost=str(error))
+            if origin.attempt >= MAX_FREE_TRIES:
+                raise CaptureFailedError(f"{origin.sample_id} lost {origin.attempt} servers in a row: {error}") from error
+            raise PeerGoneError(str(error)) from error
+        except BaseException:
+            self._pool.give_back(member)
+            raise
+        self._pool.give_back(member)
+        return ref
+
+    def stop_waiting(self) -> None:
+        """See ReferenceEngine."""
+        self._pool.stop_waiting()
+
+    def _capture_at(
+        self, server: CaptureServer, token_ids: Sequence[int], loss_mask: Sequence[int], origin: SampleOrigin
+    ) -> SampleRef:
         request = CaptureRequest(
             store_id=self.store_id, sample_id=origin.sample_id, attempt=origin.attempt, loss_mask=tuple(loss_mask)
         )
-        failing_since: float | None = None
-        while True:
-            member = self._take()
-            try:
-                ref = member.server.capture(token_ids, request)
-            except ServerGoneError as error:
-                self._give_back(member, gone=str(error))
-                failing_since = failing_since or time.monotonic()
-                if time.monotonic() - failing_since > self.absence_s:  # servers that come back and fail again
-                    raise PeerFailedError(f"no capture server stored {origin.sample_id}: {error}") from error
-                continue
-            except BaseException:
-                self._give_back(member)
-                raise
-            self._give_back(member)
-            return self._verified(ref, origin, member.server.url)
+        return self._verified(server.capture(token_ids, request), origin, server.url)
 
     def _capture_and_read(self, token_ids: Sequence[int]) -> dict[str, torch.Tensor]:
-        assert self._reader is not None, "checked"
+        origin = self._own_origin(len(token_ids))
+        while True:
+            try:
+                return self._read(self.capture_ref(token_ids, [1] * len(token_ids), origin), token_ids)
+            except PeerGoneError:
+                if origin.attempt >= MAX_FREE_TRIES:
+                    raise
+                origin = replace(origin, attempt=origin.attempt + 1)
+
+    def _own_origin(self, num_tokens: int) -> SampleOrigin:
+        """Of features that are for this process alone."""
         name = f"capture-{secrets.token_hex(8)}"
-        origin = SampleOrigin(
+        return SampleOrigin(
             sample_id=name,
             run_id=self.store_id,
             source_task_id=name,
@@ -139,67 +160,55 @@ class SGLangServerTarget(ReferenceEngine):
             capture=self.capture_spec,
             target_model_version=self.info.model_version,
             tokenizer_version=self.info.tokenizer_version,
-            num_tokens=len(token_ids),
+            num_tokens=num_tokens,
         )
-        ref = self.capture_ref(token_ids, [1] * len(token_ids), origin)
+
+    def _read(self, ref: SampleRef, token_ids: Sequence[int]) -> dict[str, torch.Tensor]:
+        """And free."""
+        assert self._reader is not None, "an engine for references only"
         tensors, handle = self._reader.get(ref)
         self._reader.release(handle)
         if tensors["input_ids"].tolist() != list(token_ids):
             raise CaptureMismatchError(f"the store holds other tokens than the {len(token_ids)} that were sent")
         return {feature: tensors[feature] for feature in ("aux_hidden_states", "last_hidden_state")}
 
-    def _take(self) -> _Member:
-        """The least busy server that is there; waits for a place, and looks after those that are gone."""
-        gone_since: float | None = None
-        while True:
-            with self._changed:
-                there = [member for member in self._members if member.gone is None]
-                free = [member for member in there if member.in_flight < self.in_flight]
-                if free:
-                    member = min(free, key=lambda one: one.in_flight)
-                    member.in_flight += 1
-                    return member
-                if there:
-                    gone_since = None
-                    self._changed.wait(PROBE_S)
-            if len(there) < len(self._members):
-                self._look_again()
-            if not there:
-                gone_since = gone_since or time.monotonic()
-                if time.monotonic() - gone_since > self.absence_s:
-                    reasons = "; ".join(member.gone or "back" for member in self._members)
-                    raise PeerFailedError(f"no capture server is left: {reasons}")
-                time.sleep(PROBE_S / 10)
+    def _admit(self, server: CaptureServer) -> None:
+        """A server that was gone is back, and still the same. Raises PeerGoneError or UserError where it is not."""
+        self._check(server.url, server.check(self.store_id, str(self._path), self.layer_ids))
+        if server.max_tokens < self.info.max_position_embeddings:
+            raise UserError(
+                f"the server at {server.url} came back and takes {server.max_tokens} tokens, this run may send "
+                f"{self.info.max_position_embeddings}: start it with the --context-length that it had"
+            )
+        self._check_store(server)
 
-    def _give_back(self, member: _Member, gone: str | None = None) -> None:
-        with self._changed:
-            member.in_flight -= 1
-            if gone is not None and member.gone is None:
-                member.gone, member.last_look = gone, time.monotonic()
-                print(f"lost a capture server: {gone}", flush=True)
-            self._changed.notify_all()
+    def _check_store(self, server: CaptureServer) -> None:
+        """Capture one token and read it back: the name of a store does not tell which Mooncake it is in.
 
-    def _look_again(self) -> None:
-        """Whether a server that was gone is back, and still the same."""
-        with self._changed:
-            due = [one for one in self._members if one.gone and time.monotonic() - one.last_look > PROBE_S]
-            for member in due:
-                member.last_look = time.monotonic()
-        for member in due:
-            try:
-                found = member.server.check(self.store_id, self.info.path, self.layer_ids)
-            except ServerGoneError:
-                continue
-            self._check(member.server.url, found)
-            with self._changed:
-                member.gone = None
-                self._changed.notify_all()
-            print(f"the capture server at {member.server.url} is back", flush=True)
-
-    def _describe(self, member: _Member) -> ServerDescription:
+        Raises:
+            PeerGoneError: the server does not answer, or its store does not.
+            UserError: what it stores is not found.
+        """
+        if self._reader is None:
+            return
         try:
-            return member.server.check(self.store_id, str(self._path), self.layer_ids)
-        except ServerGoneError as error:
+            ref = self._capture_at(server, [0], [1], self._own_origin(1))
+        except CapacityError:
+            return  # the run waits for room; what is full may be full of this run's features
+        except CaptureFailedError as error:
+            raise PeerGoneError(str(error)) from error
+        try:
+            self._read(ref, [0])
+        except KeyError as error:
+            raise UserError(
+                f"the server at {server.url} stores into another {ref.uri} than this run reads (nothing arrived): give "
+                "its file the address of this run's store"
+            ) from error
+
+    def _describe(self, server: CaptureServer) -> ServerDescription:
+        try:
+            return server.check(self.store_id, str(self._path), self.layer_ids)
+        except PeerGoneError as error:
             raise UserError(f"{error}: {start_advice(str(self._path), self.layer_ids)}") from error
 
     def _check(self, url: str, found: ServerDescription) -> None:

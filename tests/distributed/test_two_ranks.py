@@ -27,7 +27,7 @@ def test_losses_are_those_of_one_process(folder, trainer, topology):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["dflash", "domino"])
+@pytest.mark.parametrize("strategy", [pytest.param("dflash", marks=pytest.mark.long), "domino"])
 def test_losses_of_other_strategies_are_those_of_one_process(folder, strategy):
     """24 steps go over the prompts twice: anchors do not depend on the rank that draws them."""
     tiny = (*with_strategy(TINY, strategy), "trainer.max_steps=24")

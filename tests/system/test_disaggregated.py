@@ -29,7 +29,7 @@ from tests.processes import (
 pytestmark = pytest.mark.system
 
 DISAGG = (*TINY, "topology=disagg_online", "store.capacity_bytes=64000000")
-OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("dflash", "domino")]
+OTHERS = [pytest.param(name, marks=[pytest.mark.slow, pytest.mark.long]) for name in ("dflash", "domino")]
 EVERYWHERE = ("losses", "samples_trained", "samples_skipped", "samples_recaptured", "global_batch_size", "optimizer_steps")
 
 
@@ -120,7 +120,7 @@ def test_a_strategy_from_outside_the_package(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["dflash", "domino"])
+@pytest.mark.parametrize("strategy", [pytest.param("dflash", marks=pytest.mark.long), "domino"])
 def test_other_strategies_stream_to_the_bit(folder, strategy):
     """24 steps go over the prompts twice: anchors are drawn anew in each pass, the same in every topology."""
     options = ("trainer.max_steps=24",)

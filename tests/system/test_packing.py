@@ -24,8 +24,8 @@ def run(folder, strategy, topology, *more):
 @pytest.mark.parametrize(
     ("strategy", "topologies"),
     [
-        ("eagle3", ("offline", "interleaved", "disagg_online", "disagg_offline")),
-        ("dflash", ("disagg_online",)),
+        ("eagle3", ("interleaved", "disagg_offline")),
+        pytest.param("dflash", ("disagg_online",), marks=pytest.mark.long),
         ("domino", ("disagg_online",)),
     ],
 )

@@ -8,16 +8,18 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from contextlib import contextmanager
 
 import pytest
 import torch
 
-from lightning_dataflow.contracts import CapacityError, PeerFailedError, SampleOrigin, UserError
+from lightning_dataflow.contracts import CapacityError, PeerFailedError, PeerGoneError, SampleOrigin, UserError
 from lightning_dataflow.evaluation import SGLangDecoder
 from lightning_dataflow.evaluation.sglang_server import read_counts, sampling_params
 from lightning_dataflow.evaluation.speculative import greedy_decode
+from lightning_dataflow.sglang_plugin.settings import REST_S
 from lightning_dataflow.sglang_plugin.wire import MAX_ANSWER_BYTES, CaptureRequest
 from lightning_dataflow.stores import LocalMooncake, MooncakeFeatureStore
 from lightning_dataflow.targets import HFTargetEngine, SGLangServerTarget
@@ -29,7 +31,8 @@ from tests.conftest import LAYER_IDS
 from tests.processes import TINY, TRAIN, environment, heed_ctrl_c, processes_in, python, result, wait_until
 from tests.sglang.environment import ARGUMENTS, VARIABLES, sglang_python
 
-pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(900)]
+KEY = "the'key"
+pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.engine, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,6 +55,7 @@ def start(target_path, tmp_path_factory, mooncake):
 
     @contextmanager
     def run(*arguments: str, layer_ids=LAYER_IDS, store=None):
+        """The key of all of them is KEY."""
         server = LocalSGLang(
             target_path,
             layer_ids,
@@ -59,6 +63,7 @@ def start(target_path, tmp_path_factory, mooncake):
             store=store
             or {"store": "mooncake", "address": mooncake.master_address, "client_address": mooncake.client_address},
             folder=tmp_path_factory.mktemp("server"),
+            api_key=KEY,
             arguments=[*ARGUMENTS, "--context-length", "512", *arguments],
         )
         try:
@@ -71,7 +76,7 @@ def start(target_path, tmp_path_factory, mooncake):
 
 @pytest.fixture(scope="module")
 def server(start):
-    with start("--api-key", "the key") as running:
+    with start() as running:
         yield running
 
 
@@ -87,7 +92,7 @@ def store(mooncake):
 def connect(target_path, store):
     def make(*servers: LocalSGLang, **options) -> SGLangServerTarget:
         urls = [server.url for server in servers]
-        defaults = {"layer_ids": LAYER_IDS, "api_key": "the key", "absence_s": 1.0}
+        defaults = {"layer_ids": LAYER_IDS, "api_key": KEY, "absence_s": 1.0}
         return SGLangServerTarget(
             target_path, urls=urls, store_id="test", store_uri=store.uri, reader=store, **{**defaults, **options}
         )
@@ -116,6 +121,16 @@ def test_a_request_costs_the_same_bytes_whatever_its_length(server, connect, sto
     assert store.health()["num_bytes"] == 0, "captures that were read are freed"
 
 
+def test_the_key_is_in_no_log_and_on_no_command_line(server):
+    log = server.log_path.read_text()
+    assert "api_key=***" in log.replace("'", "").replace('"', "").replace(": ", "=") and "the" + "'key" not in log
+    assert server.log_path.stat().st_mode & 0o777 == 0o600
+    shown = subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert server.url.rpartition(":")[2] in shown and KEY not in shown
+    with pytest.raises(UserError, match=r"refuses our key \(401\)"):
+        CaptureServer(server.url).check("test", "", LAYER_IDS)
+
+
 def test_other_requests_get_what_stock_sglang_answers(server):
     states = stock_answer(server, [5, 6, 7])
     assert (len(states), len(states[0])) == (3, 64 * len(LAYER_IDS))
@@ -123,7 +138,7 @@ def test_other_requests_get_what_stock_sglang_answers(server):
 
 def test_an_evaluation_tells_a_server_that_does_not_speculate(server, target):
     """A capture server names an algorithm for speculation, and has no draft."""
-    decoder = SGLangDecoder(url=server.url, api_key="the key")
+    decoder = SGLangDecoder(url=server.url, api_key=KEY)
     with pytest.raises(UserError, match="does not speculate: start it with --speculative-algorithm and a draft") as raised:
         decoder.evaluate([[5, 6, 7]], max_new_tokens=4, stop_token_ids=[])
     assert "\n" not in str(raised.value)
@@ -142,7 +157,7 @@ def test_an_evaluation_tells_a_server_that_does_not_speculate(server, target):
 
 def stock_answer(server: LocalSGLang, token_ids: list[int]) -> list[list[float]]:
     body = {"input_ids": token_ids, "return_hidden_states": True, "sampling_params": {"max_new_tokens": 1}}
-    headers = {"Content-Type": "application/json", "Authorization": "Bearer the key"}
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
     request = urllib.request.Request(f"{server.url}/generate", json.dumps(body).encode(), headers)
     (states,) = json.load(urllib.request.urlopen(request, timeout=60))["meta_info"]["hidden_states"]
     return states
@@ -167,13 +182,13 @@ def test_another_target(server, connect, tmp_path, target_path):
 
     other = write_tiny_target(tmp_path / "other")
     (other / "config.json").write_text((other / "config.json").read_text().replace("1e-06", "1e-05"))
-    options = {"urls": [server.url], "store_id": "test", "layer_ids": LAYER_IDS, "api_key": "the key"}
+    options = {"urls": [server.url], "store_id": "test", "layer_ids": LAYER_IDS, "api_key": KEY}
     with pytest.raises(UserError, match="has other weights"):
         SGLangServerTarget(other, **options)
 
 
 def test_a_request_without_what_it_needs_is_refused_and_the_server_lives(server):
-    http = CaptureServer(server.url, api_key="the key")
+    http = CaptureServer(server.url, api_key=KEY)
     with pytest.raises(UserError, match="the loss mask of x has 2 entries, the server read 3 tokens"):
         http.capture([1, 2, 3], CaptureRequest(store_id="test", sample_id="x", loss_mask=(0, 1)))
     with pytest.raises(UserError, match="not a valid id"):
@@ -182,26 +197,26 @@ def test_a_request_without_what_it_needs_is_refused_and_the_server_lives(server)
 
 
 def test_a_server_that_was_started_otherwise(start, connect):
-    flags = ("--chunked-prefill-size", "64", "--api-key", "the key")
-    with start(*flags, store={"address": "127.0.0.1:1"}) as wrong:
+    with start("--chunked-prefill-size", "64", store={"address": "127.0.0.1:1"}) as wrong:
         with pytest.raises(
             UserError, match="runs without --chunked-prefill-size -1: start it with: LIGHTNING_DATAFLOW_SERVER"
         ):
             connect(wrong)
         request = CaptureRequest(store_id="test", sample_id="x", loss_mask=(0, 1))
         with pytest.raises(UserError, match="does not run with --chunked-prefill-size -1: start it with"):
-            CaptureServer(wrong.url, api_key="the key").capture([1, 2], request)
+            CaptureServer(wrong.url, api_key=KEY).capture([1, 2], request)
 
 
 def test_a_store_that_comes_and_goes(start, target_path, tmp_path):
     port = LocalMooncake(capacity_bytes=16 << 20, log_dir=tmp_path)
     port.close()
     master = port.master_address
-    options = {"store_id": "test", "layer_ids": LAYER_IDS, "api_key": "the key", "absence_s": 4.0}
-    with start("--api-key", "the key", store={"address": master}) as server:
+    options = {"store_id": "test", "layer_ids": LAYER_IDS, "api_key": KEY, "absence_s": 4.0}
+    with start(store={"address": master}) as server:
         with pytest.raises(UserError, match=f"no Mooncake master listens at {master}"):
             SGLangServerTarget(target_path, urls=[server.url], **options)
         with LocalMooncake(capacity_bytes=16 << 20, log_dir=tmp_path, master_port=int(master.rpartition(":")[2])):
+            time.sleep(REST_S)
             store = MooncakeFeatureStore("test", master_address=master)
             engine = SGLangServerTarget(target_path, urls=[server.url], store_uri=store.uri, reader=store, **options)
             assert len(engine.capture([[1, 2, 3]])[0]["last_hidden_state"]) == 3
@@ -210,9 +225,20 @@ def test_a_store_that_comes_and_goes(start, target_path, tmp_path):
                     engine.capture_ref([index % 300] * 500, [1] * 500, origin(engine, f"x{index}", 500))
             store.clear()
             assert len(engine.capture([[1, 2, 3]])[0]["last_hidden_state"]) == 3
-        with pytest.raises(PeerFailedError, match="Mooncake master"):
-            engine.capture_ref([1, 2], [1, 1], origin(engine, "y", 2))
+        for kind in (PeerGoneError, PeerFailedError):
+            with pytest.raises(kind, match="Mooncake master"):
+                engine.capture_ref([1, 2], [1, 1], origin(engine, "y", 2))
         assert stock_answer(server, [5, 6, 7]), "other requests are served all the same"
+
+
+def test_a_server_of_another_mooncake_is_refused(start, connect, tmp_path):
+    """Its store has the same name there."""
+    with (
+        LocalMooncake(capacity_bytes=16 << 20, log_dir=tmp_path) as other,
+        start(store={"address": other.master_address}) as server,
+        pytest.raises(UserError, match="stores into another mooncake://test than this run reads"),
+    ):
+        connect(server)
 
 
 def origin(engine: SGLangServerTarget, name: str, num_tokens: int) -> SampleOrigin:
@@ -230,7 +256,7 @@ def origin(engine: SGLangServerTarget, name: str, num_tokens: int) -> SampleOrig
 
 def test_two_servers_one_killed_half_way(server, start, connect):
     prompts = [list(range(1, 20 + index % 30)) for index in range(200)]
-    with start("--api-key", "the key") as other:
+    with start() as other:
         engine = connect(server, other)
         victim = engine.servers[1]
 
@@ -249,7 +275,7 @@ def test_two_servers_one_killed_half_way(server, start, connect):
 def test_two_ranks_give_the_features_of_one_and_one_of_them_writes(start, connect, target_path, store, monkeypatch):
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1")
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # the stand-ins are nothing to compile
-    with start("--api-key", "the key", "--tp-size", "2") as server:
+    with start("--tp-size", "2") as server:
         engine = connect(server)
         every = HFTargetEngine(target_path, layer_ids=range(8), dtype="float32", device="cpu")
         found = compare_engines(every, engine, make_prompts(320, 300))
@@ -260,7 +286,7 @@ def test_two_ranks_give_the_features_of_one_and_one_of_them_writes(start, connec
 
 
 def test_bfloat16(start, connect, target_path):
-    with start("--api-key", "the key", "--dtype", "bfloat16") as server:
+    with start("--dtype", "bfloat16") as server:
         engine = connect(server)
         every = HFTargetEngine(target_path, layer_ids=range(8), dtype="float32", device="cpu")
         found = compare_engines(every, engine, make_prompts(320, 300))

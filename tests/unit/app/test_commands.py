@@ -80,6 +80,23 @@ def broken_file(folder: Path) -> str:
         (["topology=disagg_online", "store.capacity_bytes=1000"], "1000"),
         (["topology=disagg_online", "role=trainer"], "needs the address of a Mooncake master: store.address=host:port"),
         (["role=producer"], "topology=online has no parts of its own, so role=producer has no meaning"),
+        (
+            ["topology=disagg_online", "channel=redis"],
+            "channel=redis does not work with control=sqlite: one transaction writes log and ledger, so set both to redis",
+        ),
+        (
+            ["topology=disagg_online", "control=redis"],
+            "channel=file does not work with control=redis: one transaction writes log and ledger, so set both to redis",
+        ),
+        ([*BY_HAND, "channel=redis", "control=redis"], "with channel=redis needs the address of a Redis"),
+        (
+            [*BY_HAND, "channel=redis", "control=redis", "channel.address=127.0.0.1:1"],
+            "no Redis answers at 127.0.0.1:1 (",
+        ),
+        (
+            [*BY_HAND, "channel=redis", "control=redis", "channel.address=127.0.0.1:1", "channel.secret_file=nowhere"],
+            "cannot read channel.secret_file=nowhere: No such file",
+        ),
         ([*BY_HAND, "channel.path=/proc/nowhere"], "cannot write to /proc/nowhere"),
         ([*BY_HAND, "store.root=/proc/nowhere"], "cannot use /proc/nowhere as a store"),
         ([*BY_HAND, "role=trainer", "store=mooncake", "store.address=127.0.0.1:9"], "127.0.0.1:9"),

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from lightning_dataflow.channels import FileChannel
+from lightning_dataflow.channels.redis_server import RedisServer
 from lightning_dataflow.contracts import LogRecord, PeerTimeoutError, UserError
 from lightning_dataflow.control import (
     MAX_ATTEMPTS,
@@ -21,12 +22,13 @@ from lightning_dataflow.control import (
     Lease,
     MetadataStore,
     NoOpMetadataStore,
+    RedisMetadataStore,
     RunPlan,
     SqliteMetadataStore,
     Watermarks,
     sqlite_tables,
 )
-from lightning_dataflow.control.heartbeat import Heartbeat, why_over
+from lightning_dataflow.control.heartbeat import Heartbeat, check_no_other_trainer, why_over
 from tests.streams import WIDE, forked, log_of, make_ref
 
 SIZE = 10
@@ -686,3 +688,50 @@ def test_the_file_stays_small(tmp_path):
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 64 << 10
     rows = sqlite3.connect(tmp_path / "ledger.sqlite").execute("SELECT COUNT(*) FROM samples").fetchone()
     assert rows == (0,)
+
+
+def test_clocks_of_other_hosts_do_not_matter(redis_run, monkeypatch):
+    """Leases, ends and signs of life are told by the server's clock."""
+    here = RedisMetadataStore(redis_run)
+    begin(here)
+    mine = lease(here, "a", lease_s=60.0)
+    for shift in (-86400.0, 86400.0):
+        with monkeypatch.context() as patch:
+            now = time.time() + shift
+            patch.setattr("time.time", lambda now=now: now)
+            there = RedisMetadataStore(RedisServer(redis_run.where, redis_run.run_id))
+            assert set(lease(there, "b").seqs).isdisjoint(mine.seqs)
+            there.renew("a", 60.0)
+            there.report("trainer-0", "training")
+            assert abs(there.now() - here.now()) < 5
+            there.finish("interrupted")
+            assert there.finished(since=here.now() - 5) == here.finished(since=there.now() - 5) == "interrupted"
+            assert here.finished(since=there.now() + 1) is None
+        assert 0 <= here.status()["parts"][0]["seen_s_ago"] < 5
+        begin(here)
+        mine = lease(here, "a", lease_s=60.0)
+
+
+def test_another_trainer_on_another_host(redis_run, monkeypatch):
+    """One that gives signs of life is refused, one that gives none is waited for and then is none."""
+    ledger = RedisMetadataStore(redis_run)
+    begin(ledger)
+    monkeypatch.setattr("lightning_dataflow.control.heartbeat.FRESH_S", 1.0)
+    monkeypatch.setattr("lightning_dataflow.control.heartbeat.CLOSE_S", 0.1)
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning_dataflow.control.redis.pid_space", lambda: "another host's")
+        ledger.report("trainer-0", "training")
+        start = time.monotonic()
+        check_no_other_trainer(ledger, "run")
+        assert 0.5 < time.monotonic() - start < 5
+        ledger.report("trainer-0", "training")
+        again = threading.Timer(0.4, ledger.report, ["trainer-0", "training"])
+        again.start()
+        with pytest.raises(UserError, match=rf"process {os.getpid()} on {HOST} trains run run \(training\): end it first"):
+            check_no_other_trainer(ledger, "run")
+        again.join()
+        ledger.report("producer-0", "it broke", failed=True)
+        ledger.report("producer-1", "capturing")
+    assert why_over(ledger) == []  # the other one was seen just now
+    monkeypatch.setattr("lightning_dataflow.control.heartbeat.SILENT_S", 0.0)
+    assert why_over(ledger) == ["producer-0: it broke", f"producer-1: its process {os.getpid()} on {HOST} is gone"]

@@ -26,7 +26,7 @@ NETWORKS = {
     "dflash-mixed": DFlashConfig(**BLOCK, layer_types=("full_attention", "sliding_attention"), sliding_window=4),
     "domino": DominoConfig(**BLOCK, gru_hidden_dim=10, emb_dim=6, pure_draft_prefix_len=1),
     "domino-shifted": DominoConfig(**BLOCK, gru_hidden_dim=10, emb_dim=6, pure_draft_prefix_len=1, shift_label=True),
-    "domino-corrected": DominoConfig(**BLOCK, gru_hidden_dim=10, emb_dim=6),
+    "domino-corrected": DominoConfig(**BLOCK, gru_hidden_dim=10, emb_dim=6, pure_draft_prefix_len=0),
 }
 CLASSES = {Eagle3Config: Eagle3Draft, DFlashConfig: DFlashDraft, DominoConfig: DominoDraft}
 

@@ -25,6 +25,7 @@ RIGHT = {
     "disable_radix_cache": True,
     "chunked_prefill_size": -1,
     "pp_size": 1,
+    "cuda_graph_config": {"decode": {"backend": "full"}, "prefill": {"backend": "disabled"}},
 }
 
 

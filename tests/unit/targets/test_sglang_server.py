@@ -2,7 +2,10 @@
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -14,7 +17,9 @@ from lightning_dataflow.contracts import (
     CapacityError,
     CaptureMismatchError,
     PeerFailedError,
+    PeerGoneError,
     SampleOrigin,
+    SampleRef,
     UserError,
     ref_to_json,
 )
@@ -26,7 +31,8 @@ from lightning_dataflow.sglang_plugin.wire import (
     token_digest,
 )
 from lightning_dataflow.stores import MemoryFeatureStore
-from lightning_dataflow.targets import SGLangServerTarget
+from lightning_dataflow.targets import SGLangServerTarget, sglang_pool, sglang_server
+from lightning_dataflow.targets.sglang_answer import CaptureFailedError, ServerRefusalError
 from tests.conftest import LAYER_IDS
 from tests.unit.sglang_plugin.test_wire import RIGHT
 
@@ -40,7 +46,10 @@ class Server(ThreadingHTTPServer):
     Attributes:
         alter: what becomes of an answer.
         info: of the server's flags.
-        dead: it drops connections.
+        dead: it drops connections, once it has read a request.
+        hung: it does not answer while this is set.
+        requests: for capture, in the order of their arrival.
+        looks: at once at this server, and the most there were.
     """
 
     daemon_threads = True
@@ -50,9 +59,14 @@ class Server(ThreadingHTTPServer):
         self.target, self.store = target, store
         self.alter: Alter = dict
         self.info = {**RIGHT, "version": "0.5.23", "max_req_input_len": 501}
-        self.dead, self.num_captures, self.rids = False, 0, []
+        self.dead, self.num_captures, self.rids, self.requests = False, 0, [], []
+        self.num_looks = self.most_looks = 0
+        self.hung = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up is what a test wants."""
 
     def answer(self, body: dict[str, Any]) -> dict[str, Any]:
         self.rids.append(body["rid"])
@@ -63,13 +77,15 @@ class Server(ThreadingHTTPServer):
             server = ServerDescription(capture=spec, dtype="float32", uri=self.store.uri, sglang="0.5.23", **versions)
             return self.alter({"server": description_to_json(server)})
         self.num_captures += 1
+        self.requests.append(request)
         with ONE_AT_A_TIME:
             (features,) = self.target.capture([body["input_ids"]])
         tensors = {
             "input_ids": torch.tensor(body["input_ids"]),
             "loss_mask": torch.tensor(request.loss_mask, dtype=torch.uint8),
         }
-        ref = self.store.put({**tensors, **features}, origin(self.target, body["input_ids"], request.sample_id))
+        mine = replace(origin(self.target, body["input_ids"], request.sample_id), attempt=request.attempt)
+        ref = self.store.put({**tensors, **features}, mine)
         return self.alter({"ref": ref_to_json(ref), "tokens": token_digest(body["input_ids"])})
 
 
@@ -78,15 +94,26 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_GET(self):
-        self.reply(self.server.info)
+        self.server.num_looks += 1
+        self.server.most_looks = max(self.server.most_looks, self.server.num_looks)
+        try:
+            if self.may_answer():
+                self.reply(self.server.info)
+        finally:
+            self.server.num_looks -= 1
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.may_answer():
+            self.reply({"text": "", "meta_info": {"hidden_states": [json.dumps(self.server.answer(body))]}})
+
+    def may_answer(self) -> bool:
+        while self.server.hung.is_set():
+            time.sleep(0.01)
         if self.server.dead:
             self.close_connection = True
             self.connection.close()
-            return
-        self.reply({"text": "", "meta_info": {"hidden_states": [json.dumps(self.server.answer(body))]}})
+        return not self.server.dead
 
     def reply(self, data: dict[str, Any]) -> None:
         text = json.dumps(data).encode()
@@ -127,7 +154,10 @@ def servers(target, store) -> Iterator[list[Server]]:
 
 
 @pytest.fixture
-def connect(servers, store, target_path):
+def connect(servers, store, target_path, monkeypatch):
+    monkeypatch.setattr(sglang_pool, "LOOK_S", 0.1)
+    monkeypatch.setattr(sglang_server, "PROBE_TIMEOUT_S", 1.0)
+
     def make(**options: Any) -> SGLangServerTarget:
         defaults = {"urls": [server.url for server in servers], "store_id": "run", "layer_ids": LAYER_IDS}
         return SGLangServerTarget(
@@ -140,7 +170,7 @@ def connect(servers, store, target_path):
 PROMPTS = [list(range(1, length)) for length in range(5, 25)]
 
 
-def test_features_come_by_way_of_the_store(connect, servers, target):
+def test_features_come_by_way_of_the_store(connect, servers, store, target):
     engine = connect()
     assert (engine.dtype, engine.info.max_position_embeddings) == ("float32", 500)
     for found, want in zip(engine.capture(PROMPTS), target.capture(PROMPTS), strict=True):
@@ -148,26 +178,27 @@ def test_features_come_by_way_of_the_store(connect, servers, target):
             torch.testing.assert_close(found[name], tensor, atol=1e-4, rtol=1e-4)
     assert all(server.num_captures for server in servers)
     rids = [rid for server in servers for rid in server.rids]
-    assert len(rids) == len(set(rids)) == len(PROMPTS) + 2
+    assert len(rids) == len(set(rids)) == len(PROMPTS) + 4
+    assert store.health()["num_samples"] == 0
 
 
 def test_a_dead_servers_prompts_go_to_another_and_it_is_taken_back(connect, servers, capsys):
     engine = connect()
     servers[0].dead = True
     assert len(engine.capture(PROMPTS)) == len(PROMPTS)
-    assert (servers[0].num_captures, servers[1].num_captures) == (0, len(PROMPTS))
+    assert (servers[0].num_captures, servers[1].num_captures) == (1, 1 + len(PROMPTS))
     assert capsys.readouterr().out.count("lost a capture server") == 1
     servers[0].dead, servers[1].dead = False, True
     assert len(connect(urls=[servers[0].url]).capture(PROMPTS[:2])) == 2
 
 
 def test_a_server_that_comes_back_with_another_model(connect, servers):
-    engine = connect(urls=[servers[0].url], absence_s=10.0)
-    servers[0].dead = True
-    threading.Timer(0.5, lambda: setattr(servers[0], "dead", False)).start()
+    """It counts against no prompt, and ends the run where it was the only one."""
+    engine = connect(urls=[servers[0].url])
+    lose(engine, servers[0])
     servers[0].alter = described(model_version="0" * 16)
-    with pytest.raises(CaptureMismatchError, match="has other weights"):
-        engine.capture(PROMPTS[:1])
+    with pytest.raises(PeerFailedError, match=r"no capture server is left: .* has other weights"):
+        ask(engine)
 
 
 def test_all_gone(connect, servers):
@@ -176,6 +207,17 @@ def test_all_gone(connect, servers):
         server.dead = True
     with pytest.raises(PeerFailedError, match=r"no capture server is left: the server at http://.* does not answer.*; the"):
         engine.capture(PROMPTS[:1])
+
+
+def ask(engine, name: str = "run:1") -> SampleRef:
+    return engine.capture_ref([1, 2, 3], [0, 1, 1], origin(engine, [1, 2, 3], name))
+
+
+def lose(engine, server: Server) -> None:
+    server.dead = True
+    with pytest.raises(PeerGoneError):
+        ask(engine)
+    server.dead = False
 
 
 def ref_with(**changes: Any) -> Alter:
@@ -209,22 +251,23 @@ CAPTURE = {"layer_ids": [1, 3, 5], "norm": "post", "hidden_size": 64}
         (ref_with(num_bytes=7), UserError, "says 7 bytes"),
         (answer_with(error="full", message="no room"), CapacityError, "no room"),
         (answer_with(error="refused", message="flags"), UserError, "flags"),
-        (answer_with(error="store", message="gone"), PeerFailedError, "no capture server is left: .*gone"),
-        (answer_with(error="incomplete", message="1 of 6"), PeerFailedError, "1 of 6"),
+        (answer_with(error="store", message="gone"), PeerGoneError, "gone"),
+        (answer_with(error="failed", message="1 of 6"), CaptureFailedError, "1 of 6"),
+        (answer_with(error="of tomorrow", message="something"), CaptureFailedError, "something"),
     ],
 )
 def test_an_answer_is_input_not_truth(connect, servers, alter, kind, message):
     engine = connect(urls=[servers[0].url])
     servers[0].alter = alter
     with pytest.raises(kind, match=message):
-        engine.capture_ref([1, 2, 3], [0, 1, 1], origin(engine, [1, 2, 3]))
+        ask(engine)
 
 
 def test_features_of_another_shape(connect, servers, monkeypatch, target):
     engine = connect(urls=[servers[0].url])
     monkeypatch.setattr(servers[0], "target", _Short(target))
     with pytest.raises(UserError, match="its first size must be the 3 tokens"):
-        engine.capture_ref([1, 2, 3], [0, 1, 1], origin(engine, [1, 2, 3]))
+        ask(engine)
 
 
 class _Short:
@@ -250,6 +293,10 @@ def described(**changes: Any) -> Alter:
         (lambda answer: {"error": "store", "message": "no Mooncake"}, {}, "no Mooncake"),
         (dict, {"version": "0.5.10"}, r"SGLang 0\.5\.10 is not supported"),
         (dict, {"disable_radix_cache": False}, "runs without --disable-radix-cache: start it with"),
+        (dict, {"cuda_graph_config": {"prefill": {"backend": "breakable"}}}, "runs without --disable-prefill-cuda-graph"),
+        (dict, {"max_req_input_len": None}, "does not say what it takes"),
+        (answer_with(error="store", message="no room to breathe"), {}, "no room to breathe: correct the server's file"),
+        (answer_with(error="failed", message="CUDA"), {}, "CUDA: correct the server's file"),
     ],
 )
 def test_what_a_server_lacks_is_said_at_the_start(connect, servers, alter, info, message):
@@ -271,6 +318,7 @@ def test_servers_that_compute_in_different_types(connect, servers):
     [
         ({"urls": []}, "needs target.urls"),
         ({"urls": ["localhost:30000"]}, "is no address of a server"),
+        ({"urls": ["http://h:abc"]}, "has no valid port"),
         ({"urls": ["http://127.0.0.1:1"]}, "does not answer .*: start it with"),
         ({"layer_ids": (1, 7)}, "SGLang does not capture the last layer"),
     ],
@@ -312,3 +360,146 @@ def test_refs_carry_our_names(connect):
     engine = connect()
     mine = replace(origin(engine, [1, 2, 3]), source_id="prompt-7", metadata={"pass": 2})
     assert engine.capture_ref([1, 2, 3], [0, 1, 1], mine).origin == mine
+
+
+def test_a_server_whose_store_is_another_of_the_same_name(connect, servers, store):
+    elsewhere = MemoryFeatureStore()
+    elsewhere.uri, servers[1].store = store.uri, elsewhere
+    with pytest.raises(UserError, match=f"{servers[1].url} stores into another {store.uri} than this run reads"):
+        connect()
+    servers[1].store = store
+    engine = connect()
+    lose(engine, servers[0])
+    lose(engine, servers[1])
+    servers[1].store = elsewhere
+    assert {ask(engine, f"run:{index}").uri for index in range(9)} == {store.uri}
+    assert store.health()["num_samples"] == 9, "in the store of the first alone"
+
+
+def test_a_full_store_keeps_no_server_away(connect, servers, store):
+    servers[0].alter = answer_with(error="full", message="no room")
+    engine = connect(urls=[servers[0].url])
+    servers[0].alter = dict
+    assert ask(engine).uri == store.uri
+
+
+def test_what_may_have_been_stored_is_not_asked_of_another(connect, servers):
+    """Not over a kept connection either: the server may have died after it stored the features."""
+    engine = connect()
+    for server in servers:
+        server.rids.clear()
+        server.dead = True
+    for _ in servers:
+        before = [server.num_captures for server in servers]
+        with pytest.raises(PeerGoneError, match="does not answer"):
+            ask(engine)
+        assert [server.num_captures for server in servers] == before
+    with pytest.raises(PeerFailedError, match="no capture server is left"):
+        ask(engine)
+
+
+def test_a_connection_that_the_server_closed_meanwhile_is_no_loss(connect, servers, monkeypatch, capsys):
+    monkeypatch.setattr(Handler, "timeout", 0.1)
+    engine = connect(urls=[servers[0].url])
+    time.sleep(0.5)
+    ask(engine)
+    assert "lost" not in capsys.readouterr().out
+
+
+def test_a_request_that_the_server_aborts(connect, servers, monkeypatch):
+    def abort(self, data, reply=Handler.reply):
+        if "meta_info" in data:
+            data = {"meta_info": {"finish_reason": {"type": "abort", "message": "weights are updated"}}}
+        reply(self, data)
+
+    engine = connect()
+    monkeypatch.setattr(Handler, "reply", abort)
+    with pytest.raises(PeerGoneError, match="aborted the request: weights are updated"):
+        ask(engine)
+
+
+@pytest.mark.parametrize(
+    ("info", "alter", "reason"),
+    [
+        ({"disable_radix_cache": False}, dict, "runs without --disable-radix-cache"),
+        ({"max_req_input_len": 200}, dict, "came back and takes 199 tokens, this run may send 500"),
+        ({}, lambda answer: {"error": "store", "message": "no Mooncake"}, "no Mooncake"),
+        ({}, lambda answer: answer if "server" in answer else {"error": "store", "message": "broken"}, "broken"),
+    ],
+)
+def test_a_server_that_comes_back_worse_stays_out_and_the_others_go_on(connect, servers, capsys, info, alter, reason):
+    engine = connect(absence_s=0.5)
+    lose(engine, servers[0])
+    servers[0].info |= info
+    servers[0].alter = alter
+    time.sleep(0.1)
+    before = servers[1].num_captures
+    assert len(engine.capture(PROMPTS)) == len(PROMPTS)
+    assert "is back" not in capsys.readouterr().out
+    assert servers[1].num_captures - before == len(PROMPTS)
+    servers[1].dead = True
+    with pytest.raises((PeerGoneError, PeerFailedError)):
+        ask(engine)
+    with pytest.raises(PeerFailedError, match=f"no capture server is left: .*{reason}"):
+        ask(engine)
+
+
+def test_a_server_that_lost_its_plugin_is_no_fault_of_the_prompt(connect, servers, monkeypatch):
+    engine = connect()
+    monkeypatch.setattr(Handler, "reply", lambda self, data, reply=Handler.reply: reply(self, _stock(data)))
+    with pytest.raises(PeerGoneError, match="does not capture") as raised:
+        ask(engine)
+    assert isinstance(raised.value.__cause__, ServerRefusalError)
+
+
+def test_a_server_that_hangs_keeps_one_worker_at_most(connect, servers):
+    engine = connect(in_flight=2)
+    lose(engine, servers[0])
+    servers[0].hung.set()
+    try:
+        time.sleep(0.1)
+        servers[0].most_looks = 0
+        assert len(engine.capture(PROMPTS)) == len(PROMPTS)
+        assert servers[0].most_looks <= 1
+    finally:
+        servers[0].hung.clear()
+
+
+def test_a_prompt_that_loses_every_server_is_at_fault_in_the_end(connect, servers):
+    engine = connect()
+    servers[0].alter = servers[1].alter = answer_with(error="store", message="codes [-600]")
+    late = replace(origin(engine, [1, 2, 3]), attempt=10)
+    with pytest.raises(CaptureFailedError, match=r"run:1 lost 10 servers in a row: .*codes \[-600\]"):
+        engine.capture_ref([1, 2, 3], [0, 1, 1], late)
+
+
+def test_servers_that_come_back_and_lose_everything_end_the_run(connect, servers):
+    engine = connect(absence_s=0.7)
+    for server in servers:
+        server.alter = lambda answer: (
+            {"error": "store", "message": "it flaps"}
+            if answer.get("ref", {}).get("origin", {}).get("sample_id") == "run:1"
+            else answer
+        )
+    with pytest.raises(PeerFailedError, match=r"no capture server answered for \d+ s: .*it flaps"):
+        for _ in range(20):
+            with suppress(PeerGoneError):
+                ask(engine)
+
+
+def test_who_waits_for_an_answer_is_freed_when_the_run_ends(connect, servers, capsys):
+    engine = connect(urls=[servers[0].url], in_flight=1)
+    servers[0].hung.set()
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            waiting = [pool.submit(ask, engine, f"run:{index}") for index in range(2)]
+            time.sleep(0.3)
+            began = time.monotonic()
+            engine.stop_waiting()
+            for one in waiting:
+                with pytest.raises(PeerGoneError):
+                    one.result()
+            assert time.monotonic() - began < 1.0
+    finally:
+        servers[0].hung.clear()
+    assert "lost" not in capsys.readouterr().out

@@ -1,0 +1,31 @@
+"""Whether captured features are those that a draft reads."""
+
+from lightning_dataflow.contracts import CaptureSpec, UserError
+from lightning_dataflow.data import FeatureCard
+from lightning_dataflow.strategies.registry import StrategySpec
+from lightning_dataflow.targets.info import TargetInfo
+
+
+def check_features(card: FeatureCard, spec: StrategySpec, target: TargetInfo, layer_ids: tuple[int, ...]) -> None:
+    """Raise UserError naming the first way in which features do not fit a draft of `target` that reads `layer_ids`."""
+    expected = CaptureSpec(layer_ids=layer_ids, norm="post", hidden_size=target.hidden_size)
+    missing = set(spec.features) - set(card.features)
+    if missing:
+        raise UserError(f"the features lack {', '.join(sorted(missing))}, which {spec.name} needs: capture again")
+    for what, found, wanted in (
+        ("hidden size", card.capture.hidden_size, expected.hidden_size),
+        ("norm of the last hidden state", card.capture.norm, expected.norm),
+        ("tokenizer", card.tokenizer_version, target.tokenizer_version),
+        ("target weights", card.target_model_version, target.model_version),
+    ):
+        if found != wanted:
+            raise UserError(
+                f"the features were captured with another {what} ({found}, this draft's target {target.path} has "
+                f"{wanted}): capture again with this target, or train with the one they came from"
+            )
+    if card.capture.layer_ids != expected.layer_ids:
+        layers = list(card.capture.layer_ids)
+        raise UserError(
+            f"the features hold the target's layers {layers}, this {spec.name} draft reads {list(expected.layer_ids)}: "
+            f"capture again with strategy={spec.name}, or set 'strategy.layer_ids={layers}'"
+        )

@@ -1,0 +1,132 @@
+"""Hosts of their own on one machine: network namespaces on one bridge, each with a folder that no other sees."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from lightning_dataflow.channels.redis_local import PROGRAM
+from lightning_dataflow.stores.mooncake_client import TRANSFER_SETTINGS
+from lightning_dataflow.stores.mooncake_local import find_program
+from tests.processes import TRAIN, environment
+
+NETWORK = "10.213.77"
+BRIDGE = "ldf-bridge"
+
+
+def why_not() -> str | None:
+    """Why hosts cannot be made here."""
+    if os.getuid() != 0 or shutil.which("ip") is None:
+        return "network namespaces need root and `ip` (Debian: apt-get install iproute2)"
+    if shutil.which(PROGRAM) is None:
+        return "redis-server is not installed (Debian: apt-get install redis-server)"
+    made = subprocess.run(["ip", "netns", "add", "ldf-probe"], capture_output=True).returncode == 0
+    subprocess.run(["ip", "netns", "delete", "ldf-probe"], capture_output=True)
+    return None if made else "network namespaces cannot be made here"
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+class Host:
+    """One host, with everything that was started on it."""
+
+    def __init__(self, name: str, number: int, folder: Path):
+        self.name, self.address, self.folder = name, f"{NETWORK}.{number}", folder
+        self.space, self.link = f"ldf-{name}", f"ldf-{name}"
+        self.started: list[subprocess.Popen[bytes]] = []
+        self._files: list[IO[bytes]] = []
+        folder.mkdir(parents=True)
+        ip("netns", "add", self.space)
+        ip("link", "add", self.link, "type", "veth", "peer", "name", "eth0", "netns", self.space)
+        ip("link", "set", self.link, "master", BRIDGE, "up")
+        for command in (f"addr add {self.address}/24 dev eth0", "link set eth0 up", "link set lo up"):
+            ip("-n", self.space, *command.split())
+
+    def start(self, *command: str, output: str = "output.txt", text: str = "") -> subprocess.Popen[bytes]:
+        """A command in the background, its output in a file."""
+        self._files.append((self.folder / output).open("ab"))
+        process = subprocess.Popen(
+            ["ip", "netns", "exec", self.space, *command],
+            cwd=self.folder,
+            env=TRANSFER_SETTINGS | environment(),
+            stdin=subprocess.PIPE,
+            stdout=self._files[-1],
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        assert process.stdin is not None
+        process.stdin.write(text.encode())
+        process.stdin.close()
+        self.started.append(process)
+        return process
+
+    def train(self, *settings: str, ranks: int = 1) -> subprocess.Popen[bytes]:
+        """A part of a run."""
+        launcher = () if ranks == 1 else ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}")
+        return self.start(sys.executable, *launcher, TRAIN, *settings, f"store.hostname={self.address}")
+
+    def cut(self) -> None:
+        ip("link", "set", self.link, "down")
+
+    def heal(self) -> None:
+        ip("link", "set", self.link, "up")
+
+    def shown(self) -> str:
+        return "\n".join(f"{path.name}: {path.read_text(errors='replace')}" for path in self.folder.glob("*.txt"))
+
+    def remove(self) -> None:
+        for process in self.started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        for file in self._files:
+            file.close()
+        for command in (("link", "delete", self.link), ("netns", "delete", self.space)):
+            subprocess.run(["ip", *command], capture_output=True)
+
+
+@contextmanager
+def hosts(folder: Path, names: Sequence[str]) -> Iterator[list[Host]]:
+    """Hosts on one network, removed at the end."""
+    ip("link", "add", BRIDGE, "type", "bridge")
+    made: list[Host] = []
+    try:
+        ip("link", "set", BRIDGE, "up")
+        for number, name in enumerate(names, 1):
+            made.append(Host(name, number, folder / name))
+        yield made
+    finally:
+        for host in made:
+            host.remove()
+        subprocess.run(["ip", "link", "delete", BRIDGE], capture_output=True)
+
+
+def start_services(host: Host, secret: str) -> tuple[str, ...]:
+    """A Mooncake and a Redis on `host`; returns the settings by which parts find them."""
+    host.start(
+        find_program("mooncake_master"), f"--rpc_address={host.address}", "--rpc_port=50051",
+        f"--metrics_host={host.address}", "--metrics_port=9003", "--put_start_discard_timeout_sec=5",
+        "--put_start_release_timeout_sec=15", output="master.txt",
+    )  # fmt: skip
+    host.start(
+        find_program("mooncake_client"), f"--host={host.address}", "--port=50052", "--global_segment_size=64MB",
+        f"--master_server_address={host.address}:50051", "--metadata_server=P2PHANDSHAKE", "--protocol=tcp", "--threads=2",
+        output="client.txt",
+    )  # fmt: skip
+    settings = f"bind {host.address}\nport 6379\nrequirepass {secret}\nappendonly yes\ndir {host.folder}\n"
+    host.start(str(shutil.which(PROGRAM)), "-", output="redis.txt", text=settings)
+    return (
+        f"store.address={host.address}:50051",
+        f"store.metrics_address={host.address}:9003",
+        "channel=redis",
+        "control=redis",
+        f"channel.address={host.address}:6379",
+        "channel.secret_file=secret",
+    )

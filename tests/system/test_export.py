@@ -1,0 +1,78 @@
+"""The export command on runs of every kind, and the commands that take a folder back."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.processes import TINY, TRAIN, python, result, torchrun, with_strategy
+
+pytestmark = [pytest.mark.system, pytest.mark.slow]
+
+SETTINGS = (*TINY, "trainer.max_steps=3", "data.micro_batch_size=4")
+STRATEGIES = ("eagle3", "dflash", "domino")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("export")
+
+
+def export(folder, run, *arguments, status=0):
+    out = f"{run}-{'-'.join(arguments)}".replace("--", "")
+    command = ("-m", "lightning_dataflow", "export", f"runs/{run}", "--out", f"drafts/{out}", *arguments)
+    shown = python(*command, cwd=folder, status=status)
+    return (folder / "drafts" / out) if status == 0 else shown.stderr
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_sharded_and_ddp_runs_give_the_folder_of_one_process(folder, strategy):
+    settings = with_strategy(SETTINGS, strategy)
+    python(TRAIN, *settings, f"run_name=one-{strategy}", cwd=folder)
+    one = load_file(export(folder, f"one-{strategy}", "--engine", "sglang", "--dtype", "float32") / "model.safetensors")
+    assert len(one) > 10
+    for trainer in ("ddp", "fsdp2") if strategy == "eagle3" else ("fsdp2",):
+        run = f"{trainer}-{strategy}"
+        torchrun(TRAIN, *settings, f"trainer={trainer}", "trainer.devices=2", f"run_name={run}", cwd=folder)
+        checkpoint = folder / "runs" / run / "checkpoints" / "step-000003.ckpt"
+        assert checkpoint.is_dir() == (trainer == "fsdp2")
+        two = load_file(export(folder, run, "--engine", "sglang", "--dtype", "float32") / "model.safetensors")
+        assert two.keys() == one.keys()
+        for name, tensor in one.items():
+            torch.testing.assert_close(two[name], tensor, atol=1e-3, rtol=1e-3, msg=name)
+
+
+def test_a_warm_start_goes_on_where_the_export_was(folder):
+    """Also on two ranks, sharded: the first loss is that of the draft that was exported."""
+    python(TRAIN, *SETTINGS, "run_name=first", cwd=folder)
+    draft = export(folder, "first", "--engine", "vllm", "--format", "speculators", "--dtype", "float32")
+    common = (*SETTINGS, f"strategy.init_from={draft}", "strategy.layer_ids=[1,3,4]", "trainer.max_steps=2")
+    python(TRAIN, *common, "run_name=warm", cwd=folder)
+    torchrun(TRAIN, *common, "trainer=fsdp2", "trainer.devices=2", "run_name=warm-fsdp2", cwd=folder)
+    cold, warm, sharded = (result(folder, name)["losses"] for name in ("first", "warm", "warm-fsdp2"))
+    assert warm[0] < cold[0] - 0.05, "the same samples, by a draft that has seen them"
+    assert sharded == pytest.approx(warm, rel=1e-4)
+    shown = python(TRAIN, *common, "run_name=x", "strategy.draft_vocab_size=32", cwd=folder, status=1).stderr
+    errors = [line for line in shown.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "other sizes than these settings say (draft_vocab_size=32): set strategy.draft_vocab_size=96" in errors[0]
+
+
+def test_a_folder_is_measured_like_the_checkpoint_it_came_from(folder):
+    python(TRAIN, *SETTINGS, "run_name=measured", cwd=folder)
+    draft = export(folder, "measured", "--engine", "vllm", "--dtype", "float32")
+    reports = []
+    for source in ("runs/measured/checkpoints/step-000003.ckpt", str(draft)):
+        options = (f"evaluate.checkpoint={source}", "evaluate.output=report.json", "data.num_eval_samples=4")
+        python("-m", "lightning_dataflow", "evaluate", *SETTINGS, *options, cwd=folder)
+        (report,) = json.loads((folder / "report.json").read_text())["measurements"]
+        reports.append({name: report[name] for name in ("accepted_per_position", "num_drafts", "num_tokens")})
+    assert reports[0] == reports[1]
+
+
+def test_refusals_are_one_line(folder):
+    python(TRAIN, *with_strategy(SETTINGS, "domino"), "run_name=domino", cwd=folder)
+    shown = export(folder, "domino", "--engine", "vllm", status=1)
+    errors = [line for line in shown.splitlines() if line]
+    assert errors == ["error: vLLM does not serve domino drafts, only eagle3, dflash"]

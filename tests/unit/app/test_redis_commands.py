@@ -1,0 +1,71 @@
+"""What `status` and `clean` say of runs in a Redis."""
+
+import json
+
+import pytest
+
+from lightning_dataflow.app import clean, status
+from lightning_dataflow.channels import RedisChannel
+from lightning_dataflow.channels.redis_server import RedisServer
+from lightning_dataflow.control import RedisMetadataStore, RunPlan
+
+
+@pytest.fixture
+def there(redis_server):
+    """Arguments that say where the Redis is."""
+    return ["--redis", redis_server.where.address, "--redis-secret-file", str(redis_server.secret_file)]
+
+
+@pytest.fixture
+def ledger(redis_run: RedisServer):
+    RedisChannel(redis_run).announce({"run_id": redis_run.run_id})
+    made = RedisMetadataStore(redis_run)
+    made.begin(RunPlan(start=0, stop=8, window=4), published={}, wanted={}, frontier=0)
+    return made
+
+
+def fails(command, capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as error:
+        command.main(arguments)
+    assert error.value.code in (1, 2)
+    return capsys.readouterr().err
+
+
+def test_runs_are_listed_shown_and_removed(redis_run, ledger, there, capsys):
+    name = redis_run.run_id
+    status.main(there)
+    assert name in capsys.readouterr().out.split()
+    ledger.report("trainer-0", "training")
+    status.main([name, *there, "--json", "--interval=0"])
+    assert json.loads(capsys.readouterr().out)["parts"][0]["state"] == "training"
+    status.main([name, *there, "--interval=0"])
+    assert "prompts     8 from seq 0, 4 a step" in capsys.readouterr().out
+    assert f"run {name} is alive: trainer-0 on" in fails(clean, capsys, name, *there)
+    ledger.finish("interrupted")
+    clean.main([name, *there])
+    assert capsys.readouterr().out.startswith(f"removed run {name}: 5 keys, 0.0 MB")
+    assert f"no run {name} in Redis at" in fails(clean, capsys, name, *there)
+    assert f"no run {name} in Redis at" in fails(status, capsys, name, *there)
+
+
+def test_what_is_missing_is_said(redis_server, tmp_path, there, capsys):
+    address = redis_server.where.address
+    assert "say which run" in fails(status, capsys)
+    assert "--redis HOST:PORT says where the run is" in fails(clean, capsys, "a")
+    assert f"error: Redis at {address} refuses this user" in fails(status, capsys, "a", "--redis", address)
+    assert "error: cannot read --redis-secret-file=nowhere" in fails(
+        status, capsys, "a", "--redis", address, "--redis-secret-file", "nowhere"
+    )
+    assert "error: no Redis answers at 127.0.0.1:1 " in fails(clean, capsys, "a", "--redis", "127.0.0.1:1")
+
+
+def test_a_run_with_a_redis_of_its_own_is_shown_by_its_folder(redis_server, redis_run, ledger, tmp_path, capsys):
+    folder = tmp_path / redis_run.run_id / "control"
+    folder.mkdir(parents=True)
+    for name in ("redis-address", "redis-secret"):
+        (folder / name).write_bytes((redis_server.folder / name).read_bytes())
+    for run in (folder, folder.parent):
+        status.main([str(run), "--json", "--interval=0"])
+        assert json.loads(capsys.readouterr().out)["plan"]["stop"] == 8
+    (folder / "redis-address").write_text("127.0.0.1:1")
+    assert "error: the Redis of this run, 127.0.0.1:1, is not running" in fails(status, capsys, str(folder.parent))

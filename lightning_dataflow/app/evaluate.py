@@ -111,8 +111,6 @@ def _read_prompts(parts: "Builder") -> list[list[int]]:
     from lightning_dataflow.targets import read_target_info
 
     config, options = parts.config, parts.config.evaluate
-    if options.num_prompts is not None and options.num_prompts < 1:
-        raise UserError(f"evaluate.num_prompts={options.num_prompts}: ask at least 1 prompt, or null for all")
     if options.data is not None:
         template = read_chat_template(config.data)
         prompts = load_questions(options.data, parts.tokenizer, num_prompts=options.num_prompts, chat_template=template)

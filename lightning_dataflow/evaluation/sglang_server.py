@@ -63,8 +63,7 @@ class SGLangDecoder:
             )
         if plain is not None and plain.num_draft_tokens() is not None:
             raise UserError(f"the server at {plain.url} speculates: evaluate.baseline_url is of one without a draft")
-        sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-        sampling |= {"ignore_eos": True, "stop_token_ids": list(stop_token_ids)}
+        sampling = sampling_params(max_new_tokens, temperature, stop_token_ids)
         answers, seconds = self.generate(prompts, sampling, batch_size)
         own, plain_seconds = plain.generate(prompts, sampling, batch_size) if plain is not None else ([], None)
         tokens = [_output_ids(answer, self.url) for answer in answers]
@@ -139,6 +138,12 @@ class SGLangDecoder:
             ) from None
         except ValueError as error:
             raise UserError(f"what answers at {self.url} is no SGLang server ({error})") from error
+
+
+def sampling_params(max_new_tokens: int, temperature: float, stop_token_ids: Sequence[int]) -> dict[str, Any]:
+    """As SGLang takes them. The end tokens are those that are given, and no others."""
+    params: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "ignore_eos": True}
+    return params | ({"stop_token_ids": list(stop_token_ids)} if stop_token_ids else {})
 
 
 def read_counts(answer: dict[str, Any], num_draft_tokens: int, who: str) -> tuple[int, list[int]]:

@@ -16,6 +16,9 @@ import pytest
 import torch
 
 from lightning_dataflow.contracts import CapacityError, PeerFailedError, PeerGoneError, SampleOrigin, UserError
+from lightning_dataflow.evaluation import SGLangDecoder
+from lightning_dataflow.evaluation.sglang_server import read_counts, sampling_params
+from lightning_dataflow.evaluation.speculative import greedy_decode
 from lightning_dataflow.sglang_plugin.settings import REST_S
 from lightning_dataflow.sglang_plugin.wire import MAX_ANSWER_BYTES, CaptureRequest
 from lightning_dataflow.stores import LocalMooncake, MooncakeFeatureStore
@@ -131,6 +134,25 @@ def test_the_key_is_in_no_log_and_on_no_command_line(server):
 def test_other_requests_get_what_stock_sglang_answers(server):
     states = stock_answer(server, [5, 6, 7])
     assert (len(states), len(states[0])) == (3, 64 * len(LAYER_IDS))
+
+
+def test_an_evaluation_tells_a_server_that_does_not_speculate(server, target):
+    """A capture server names an algorithm for speculation, and has no draft."""
+    decoder = SGLangDecoder(url=server.url, api_key=KEY)
+    with pytest.raises(UserError, match="does not speculate: start it with --speculative-algorithm and a draft") as raised:
+        decoder.evaluate([[5, 6, 7]], max_new_tokens=4, stop_token_ids=[])
+    assert "\n" not in str(raised.value)
+    with pytest.raises(UserError, match=r"refuses our key \(401\)"):
+        SGLangDecoder(url=server.url, api_key="wrong").evaluate([[5]], max_new_tokens=4, stop_token_ids=[])
+    # What it does as the server of the target alone.
+    prompts = [[5, 6, 7], list(range(40, 60)), [9]]
+    own = [greedy_decode(target, prompt, 12) for prompt in prompts]
+    stop = own[1][5]
+    answers, seconds = decoder.generate(prompts, sampling_params(12, 0.0, [stop]), batch_size=2)
+    cut = [tokens[: tokens.index(stop) + 1] if stop in tokens else tokens for tokens in own]
+    assert [answer["output_ids"] for answer in answers] == cut and seconds > 0
+    with pytest.raises(UserError, match="generated without speculation, its answer has no spec_verify_ct"):
+        read_counts(answers[0], 3, "the server")
 
 
 def stock_answer(server: LocalSGLang, token_ids: list[int]) -> list[list[float]]:

@@ -7,6 +7,9 @@ import pytest
 
 from tests.processes import ROOT
 
+VARIABLES = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+"""Threads that vLLM binds to cores wait for each other, and for whatever else runs there."""
+
 
 def vllm_python() -> Path:
     """The environment's Python. Skips the test where there is none."""

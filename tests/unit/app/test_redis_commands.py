@@ -43,7 +43,7 @@ def test_runs_are_listed_shown_and_removed(redis_run, ledger, there, capsys):
     assert f"run {name} is alive: trainer-0 on" in fails(clean, capsys, name, *there)
     ledger.finish("interrupted")
     clean.main([name, *there])
-    assert capsys.readouterr().out.startswith(f"removed run {name}: 5 keys, 0.0 MB")
+    assert capsys.readouterr().out.startswith(f"removed run {name}: 4 keys, 0.0 MB")
     assert f"no run {name} in Redis at" in fails(clean, capsys, name, *there)
     assert f"no run {name} in Redis at" in fails(status, capsys, name, *there)
 

@@ -71,7 +71,7 @@ def run_all(workers: "Sequence[RolloutWorker]") -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            while thread.is_alive():
+            while thread.is_alive() and not stopping.is_set():
                 thread.join(POLL_S)  # not for ever: Ctrl-C must find us
     finally:
         end()

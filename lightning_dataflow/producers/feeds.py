@@ -21,7 +21,6 @@ from lightning_dataflow.targets import ReferenceEngine, TargetEngine
 PUT_PAUSE_S, CAPTURE_PAUSE_S = 0.1, 2.0
 """The longest between two tries where the store is full; a server reads the prompt again for each."""
 
-
 Patience = Callable[[Callable[[], SampleRef], float], SampleRef]
 """Repeats what fails with CapacityError, after pauses that grow to so many seconds, for as long as room is waited for."""
 

@@ -6,9 +6,10 @@ import time
 
 import pytest
 
+from lightning_dataflow.app import producer
 from lightning_dataflow.app.producer import run_all
 from lightning_dataflow.producers import ServedFeed, rollout
-from tests.streams import begin, make_worker, memory_plane
+from tests.streams import SeqFeed, begin, make_worker, memory_plane
 from tests.unit.targets.test_sglang_server import (  # noqa: F401 (fixtures)
     answer_with,
     connect,
@@ -117,3 +118,23 @@ def test_an_error_of_one_worker_does_not_wait_for_the_others_servers(start, serv
     finally:
         servers[0].hung.clear()
     assert plane.ledger.status()["leased"] == 0
+
+
+def test_a_worker_that_does_not_end_is_named(tmp_path, store, monkeypatch, capsys):
+    plane, stuck = memory_plane(tmp_path), threading.Event()
+    begin(plane)
+    monkeypatch.setattr(producer, "END_S", 0.3)
+
+    def wait_or_fail(seqs, attempt):
+        if not stuck.is_set():
+            stuck.set()
+            time.sleep(5)
+        raise ValueError("bad")
+
+    monkeypatch.setattr(rollout, "MAX_FAILURES", 1)
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="bad"):
+        run_all([make_worker(plane, store, SeqFeed(wait_or_fail), name=f"producer-{i}") for i in range(2)])
+    assert time.monotonic() - began < 4
+    shown = capsys.readouterr().out
+    assert shown.startswith("gave up on producer-") and ": it was capturing seq " in shown

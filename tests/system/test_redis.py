@@ -87,5 +87,5 @@ def test_a_redis_that_dies_ends_the_run(folder):
         wait_until(lambda: is_at_step(folder, "dead-redis", 5), 120, process.shown)
         os.kill(redis_of(control)[0], signal.SIGKILL)
         assert process.wait(timeout=60) == 1, process.shown()
-        assert "error: redis-server ended with status -9, see runs/dead-redis/control/redis.log" in process.shown()
+        assert f"error: redis-server ended with status -9, see {control / 'redis.log'}" in process.shown()
         assert "Traceback" not in process.shown()

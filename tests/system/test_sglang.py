@@ -380,7 +380,9 @@ def test_the_last_server_killed_is_a_clear_failure(start, target_path, tmp_path,
         *(TRAIN, *TINY, "topology=disagg_online", "target.engine=sglang_server", "run_name=lost", "trainer.max_steps=400"),
         *(f"store.address={mooncake.master_address}", f"store.metrics_address={mooncake.metrics_address}"),
         *(f"target.prepare={target_path}", "strategy.layer_ids=[1,3,4]", "store.capacity_bytes=60000000"),
+        f"target.api_key_file={tmp_path / 'key'}",
     )
+    (tmp_path / "key").write_text(KEY)
     with start() as server, open(tmp_path / "output.txt", "w+") as output:
         run = subprocess.Popen(
             [sys.executable, *command, f"target.urls=[{server.url}]"],

@@ -91,11 +91,13 @@ class VLLMBackend:
         folder = self._folder(draft)
         if options.baseline and self.plain is None:
             self.plain = self.decoder.decode(prompts)
+        published = read_draft(folder)
         return self.decoder.evaluate(
             str(folder.absolute()),
-            read_draft(folder).strategy,
+            published.strategy,
             prompts,
             num_draft_tokens=options.num_draft_tokens,
+            num_layers=published.network.get("num_layers", 1),
             plain=self.plain,
         )
 

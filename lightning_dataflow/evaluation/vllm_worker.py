@@ -12,6 +12,7 @@ The result:
     num_drafts, num_draft_tokens, accepted_per_position: how far vLLM's `spec_decode` counters went on; 0 and empty without
         a draft.
     version: vLLM's.
+    on_cpu: whether it ran there.
     error: one line, in place of all of these.
 """
 
@@ -66,6 +67,7 @@ def decode(job: dict[str, Any]) -> dict[str, Any]:
             new - old for new, old in zip(after["accepted_per_position"], before["accepted_per_position"], strict=True)
         ],
         "version": vllm.__version__,
+        "on_cpu": current_platform.is_cpu(),
     }
 
 

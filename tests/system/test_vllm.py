@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from lightning_dataflow.evaluation import VLLMDecoder, evaluate_acceptance
 from lightning_dataflow.exports import export_draft
@@ -104,8 +106,10 @@ def served(folder_of, vllm):
 
 
 @pytest.mark.parametrize("form", ["plain", "speculators"])
-@pytest.mark.parametrize("draft", DRAFTS)
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize(
+    ("kind", "draft"),
+    [*(("llama", draft) for draft in DRAFTS), *(("qwen3", draft) for draft in ("eagle3-reduced", "eagle3-full", "dflash"))],
+)
 def test_vllm_counts_what_we_count(checkpoint_of, served, tmp_path, kind, draft, form):
     checkpoint = checkpoint_of(kind, draft)
     compare(checkpoint, served(kind), tmp_path / "exported", form)
@@ -117,16 +121,24 @@ def test_vllm_counts_what_we_count_in_batches(checkpoint_of, served, tmp_path):
     compare(checkpoint, served("llama", batch_size=3), tmp_path / "exported", "plain", num_draft_tokens=3)
 
 
-def compare(checkpoint, served, folder, form, num_draft_tokens=None):
+@pytest.mark.xfail(reason="vLLM 0.32's CPU kernel norms the context's keys of all layers by the first layer's", strict=True)
+def test_layers_that_norm_keys_differently(checkpoint_of, served, tmp_path):
+    """As every trained DFlash draft of several layers does. The warning of the vllm backend goes when this passes."""
+    compare(checkpoint_of("llama", "dflash"), served("llama"), tmp_path / "exported", "plain", share_k_norm=False)
+
+
+def compare(checkpoint, served, folder, form, *, num_draft_tokens=None, share_k_norm=True):
     target, decoder, prompts, alone = served
+    export_draft(checkpoint, folder, engine="vllm", format=form, dtype="float32", target=decoder.target)
     module = load_module(checkpoint, target=decoder.target)
+    if module.strategy_name == "dflash" and share_k_norm:
+        use_first_k_norm(module.draft, folder / "model.safetensors")
     num_draft_tokens = num_draft_tokens or NUM_DRAFT_TOKENS[module.strategy_name]
     target.set_capture_layers(module.layer_ids)
     module.load_frozen_target(target.device)
     drafter = module.drafter(num_draft_tokens=num_draft_tokens)
     options = {"max_new_tokens": MAX_NEW_TOKENS, "batch_size": decoder.batch_size}
     ours = evaluate_acceptance(target, drafter, prompts, baseline=True, **options)
-    export_draft(checkpoint, folder, engine="vllm", format=form, dtype="float32", target=decoder.target)
     theirs = decoder.evaluate(str(folder), module.strategy_name, prompts, num_draft_tokens=num_draft_tokens, plain=alone)
     print(f"{checkpoint.parent.parent.name} {form}: {theirs.num_drafts} drafts, accepted {theirs.accepted_per_position}")
     for name in ("num_tokens", "num_drafts", "num_draft_tokens", "num_accepted_tokens", "accepted_per_position"):
@@ -134,6 +146,18 @@ def compare(checkpoint, served, folder, form, num_draft_tokens=None):
     assert theirs.num_identical == ours.num_identical == len(prompts)
     assert alone.num_tokens == ours.plain_tokens
     assert theirs.num_accepted_tokens > 10, "a draft that is worth comparing"
+
+
+def use_first_k_norm(draft, file):
+    """In the layers of a draft, and of its folder; see `test_layers_that_norm_keys_differently`."""
+    first, *others = (layer.self_attn.k_norm.weight.data for layer in draft.decoder_layers)
+    tensors = load_file(file)
+    for index, weight in enumerate(others, start=1):
+        weight.copy_(first)
+        name = f"layers.{index}.self_attn.k_norm.weight"
+        assert not torch.equal(tensors[name], first), "training has moved it"
+        tensors[name] = first.clone()
+    save_file(tensors, file)
 
 
 def test_the_command(checkpoint_of, folder_of, vllm):

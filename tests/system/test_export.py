@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from tests.processes import TINY, TRAIN, python, result, torchrun, with_strategy
 
-pytestmark = [pytest.mark.system, pytest.mark.slow]
+pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(900)]
 
 SETTINGS = (*TINY, "trainer.max_steps=3", "data.micro_batch_size=4")
 STRATEGIES = ("eagle3", "dflash", "domino")

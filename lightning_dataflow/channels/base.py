@@ -5,12 +5,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lightning_dataflow.contracts import LogRecord, PeerTimeoutError, UserError
-from lightning_dataflow.contracts.log import Kind, record_to_line
+import orjson
+
+from lightning_dataflow.contracts import LogRecord, PeerTimeoutError, UserError, assert_no_tensors
+from lightning_dataflow.contracts.log import Kind, record_to_json
 
 MAX_LINE_BYTES = 1 << 20
 POLL_S = (0.002, 0.05)
 """Waits between two looks at a log without news: they grow from the first to the second."""
+_AS_LINE = orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS | orjson.OPT_PASSTHROUGH_DATACLASS
 
 
 class RecordHead(NamedTuple):
@@ -63,13 +66,17 @@ class StreamingRefChannel(ABC):
         """Append encoded records at once: a reader sees them in this order, and none from another writer between them."""
 
     def encode(self, record: LogRecord) -> bytes:
-        """A record as `append` takes it.
+        """A record as `append` takes it: a line of JSON.
 
         Raises:
-            TypeError: it carries a tensor; names the path.
+            TypeError: it carries a tensor, whose path is named, or anything else that is no plain data.
             UserError: it is longer than readers accept.
         """
-        line = record_to_line(record).encode()
+        try:
+            line = orjson.dumps(record_to_json(record), _refuse, _AS_LINE)
+        except TypeError as error:
+            assert_no_tensors(record, "record")
+            raise (error.__cause__ or error) from None
         if len(line) > MAX_LINE_BYTES:
             raise UserError(
                 f"the record of seq {record.seq} has {len(line)} bytes, the limit is {MAX_LINE_BYTES}: give its sample "
@@ -146,6 +153,10 @@ def head_of(record: LogRecord, number: int) -> RecordHead:
     if ref is None:
         return RecordHead(number, record.seq, 0, 0, 0, 0, record.kind, record)
     return RecordHead(number, record.seq, ref.num_bytes, ref.num_tokens, ref.origin.attempt, 0, record.kind, record)
+
+
+def _refuse(value: Any) -> Any:
+    raise TypeError(f"a {type(value).__name__} cannot be logged: records hold plain data")
 
 
 def check_card(found: Mapping[str, Any], mine: Mapping[str, Any], where: str) -> None:

@@ -5,6 +5,8 @@ import re
 import zlib
 from typing import Any
 
+import orjson
+
 from lightning_dataflow.contracts import UserError
 
 _CHECKSUM = re.compile(rb',"crc32":"([0-9a-f]{8})"\}$')
@@ -31,7 +33,7 @@ def unseal(line: bytes) -> dict[str, Any] | None:
     if int(found[1], 16) != zlib.crc32(body):
         raise UserError("its checksum does not match")
     try:
-        return json.loads(body)
+        return orjson.loads(body)
     except ValueError as error:
         raise UserError("it is no JSON") from error
 

@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import orjson
+
 from lightning_dataflow.channels.base import MAX_LINE_BYTES, RecordHead, StreamingRefChannel, check_card
 from lightning_dataflow.channels.redis_records import pack, unpack
 from lightning_dataflow.channels.redis_server import RedisServer, change_script
@@ -159,7 +161,7 @@ class RedisChannel(StreamingRefChannel):
         try:
             if len(line) > MAX_LINE_BYTES:
                 raise UserError(f"it has over {MAX_LINE_BYTES} bytes")
-            record = record_from_json(json.loads(line))
+            record = record_from_json(orjson.loads(line))
         except ValueError as error:  # UserError is one
             raise self._damaged(head.number, error) from error
         if (record.kind, record.seq) != (head.kind, head.seq):

@@ -28,4 +28,4 @@ def unpack(heads: bytes, first: int) -> Iterator[RecordHead]:
     for number, (seq, num_bytes, num_tokens, attempt, size, kind) in enumerate(_HEAD.iter_unpack(heads), first):
         if kind >= len(KINDS) or seq > MAX_SEQ:
             raise UserError(f"record {number} has kind {kind} and seq {seq}")
-        yield RecordHead(number, seq, num_bytes, num_tokens, attempt, size, KINDS[kind])
+        yield tuple.__new__(RecordHead, (number, seq, num_bytes, num_tokens, attempt, size, KINDS[kind], None))

@@ -1,11 +1,9 @@
 """Records of the log that carries references from producers to trainers."""
 
-import json
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast, get_args
 
 from lightning_dataflow.contracts.errors import UserError
-from lightning_dataflow.contracts.guard import assert_no_tensors
 from lightning_dataflow.contracts.records import SampleRef
 from lightning_dataflow.contracts.validation import ref_from_json, ref_to_json
 
@@ -65,18 +63,14 @@ def replaces(record: OfAttempt, known: OfAttempt) -> bool:
     return record.attempt > known.attempt
 
 
-def record_to_line(record: LogRecord) -> str:
-    """One line of JSON, with its newline. Raises TypeError for a record that carries a tensor."""
+def record_to_json(record: LogRecord) -> dict[str, Any]:
+    """Containers fit for JSON, if the sample's metadata is."""
     data: dict[str, Any] = {"kind": record.kind, "seq": record.seq}
     if record.ref is not None:
         data["ref"] = ref_to_json(record.ref)
     if record.reason is not None:
         data["reason"] = record.reason[:MAX_REASON]
-    try:
-        return _encode(data) + "\n"
-    except TypeError:
-        assert_no_tensors(record, "record")  # names the path
-        raise
+    return data
 
 
 def record_from_json(data: Any) -> LogRecord:
@@ -90,10 +84,3 @@ def record_from_json(data: Any) -> LogRecord:
     if kind == "skip" and not (isinstance(reason, str) and 0 < len(reason) <= MAX_REASON):
         raise UserError(f"the skip of seq {seq} gives no reason: {str(reason)[:80]}")
     return LogRecord(kind=cast(Kind, kind), seq=seq, reason=reason if kind == "skip" else None)
-
-
-def _refuse(value: Any) -> Any:
-    raise TypeError(f"a {type(value).__name__} cannot be logged: records hold plain data")
-
-
-_encode = json.JSONEncoder(separators=(",", ":"), default=_refuse).encode

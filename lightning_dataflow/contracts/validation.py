@@ -56,13 +56,10 @@ def check_id(value: Any, what: str) -> str:
 def validate_ref(ref: SampleRef) -> SampleRef:
     """Return `ref` if every field is within bounds; raise UserError naming the field otherwise."""
     origin = ref.origin
-    for what, value in (
-        ("sample_id", origin.sample_id),
-        ("run_id", origin.run_id),
-        ("source_task_id", origin.source_task_id),
-        ("source_id", origin.source_id),
-    ):
-        check_id(value, what)
+    check_id(origin.sample_id, "sample_id")
+    check_id(origin.run_id, "run_id")
+    check_id(origin.source_task_id, "source_task_id")
+    check_id(origin.source_id, "source_id")
     if ref.schema_version != SCHEMA_VERSION:
         raise UserError(
             f"ref {origin.sample_id} has schema version {ref.schema_version}, this release reads {SCHEMA_VERSION}: "
@@ -73,18 +70,16 @@ def validate_ref(ref: SampleRef) -> SampleRef:
     _check_count(origin.num_tokens, MAX_TOKENS, f"num_tokens of {origin.sample_id}")
     if not 0 < len(ref.features) <= MAX_FEATURES:
         raise UserError(f"ref {origin.sample_id} has {len(ref.features)} features, expected 1 to {MAX_FEATURES}")
-    for name, spec in ref.features.items():
-        if not isinstance(spec.shape, tuple) or spec.shape[:1] != (origin.num_tokens,):
-            raise UserError(
-                f"feature {name} of {origin.sample_id} has shape {_short(spec.shape)}, its first size must be the "
-                f"{origin.num_tokens} tokens"
-            )
     _check_plain(ref)
+    total = 0
     try:
-        total = sum(
-            _feature_bytes(name, spec.name, spec.dtype, spec.target_repr, *spec.shape)
-            for name, spec in ref.features.items()
-        )
+        for name, spec in ref.features.items():
+            shape = spec.shape
+            if not isinstance(shape, tuple) or not shape or shape[0] != origin.num_tokens:
+                raise UserError(
+                    f"feature {name} has shape {_short(shape)}, its first size must be the {origin.num_tokens} tokens"
+                )
+            total += _feature_bytes(name, spec.name, spec.dtype, spec.target_repr, *shape)
     except (UserError, TypeError) as error:  # TypeError: a list where a name or number belongs
         raise UserError(f"ref {origin.sample_id}: {error}") from error
     if total != ref.num_bytes or total > MAX_SAMPLE_BYTES:
@@ -96,7 +91,7 @@ def validate_ref(ref: SampleRef) -> SampleRef:
 
 
 def ref_to_json(ref: SampleRef) -> dict[str, Any]:
-    """Plain containers, fit for `json.dumps`. Fields at their defaults are left out: the log holds one line a sample."""
+    """Containers fit for JSON. Fields at their defaults are left out: the log holds one line a sample."""
     origin = {name: value for name, value in vars(ref.origin).items() if value != _ORIGIN_DEFAULTS.get(name, _NO_DEFAULT)}
     capture = ref.origin.capture
     origin["capture"] = {"layer_ids": capture.layer_ids, "norm": capture.norm, "hidden_size": capture.hidden_size}
@@ -113,10 +108,9 @@ def ref_to_json(ref: SampleRef) -> dict[str, Any]:
 def ref_from_json(data: Any) -> SampleRef:
     """Rebuild and validate a ref from `json.loads` output. Raises UserError for anything malformed."""
     try:
-        origin = dict(data["origin"])
-        capture = dict(origin["capture"])
+        origin, capture = data["origin"], dict(data["origin"]["capture"])
         layer_ids = tuple(map(int, capture.pop("layer_ids")))
-        origin["capture"] = _capture(layer_ids, **capture)
+        origin = {**origin, "capture": _capture(layer_ids, **capture)}
         features = {name: _spec_from_json(spec) for name, spec in data["features"].items()}
         ref = SampleRef(**{**data, "origin": SampleOrigin(**origin), "features": features})
     except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -18,6 +18,21 @@ local function rows_of(seqs)
   return rows
 end
 
+-- seqs that a worker holds
+local function held_by(worker)
+  local seqs, held = {}, {}
+  for seq in string.gmatch(redis.call('HGET', HOLDERS, worker) or '', '%d+') do
+    seqs[#seqs + 1] = seq
+  end
+  local rows = rows_of(seqs)
+  for i, seq in ipairs(seqs) do
+    if rows[i] and rows[i].state == 'leased' and rows[i].rest == worker then
+      held[#held + 1] = seq
+    end
+  end
+  return held
+end
+
 local function put(seqs, rows)
   local pairs = {}
   for i, row in ipairs(rows) do
@@ -220,10 +235,8 @@ ops.lease = function(worker, group, lease_s, high_bytes, high_refs, low_bytes, l
   many('ZREM', WANTED, seqs)
   many('ZADD', LEASED, expiries)
   local held = table.concat(seqs, ' ')
-  for one in string.gmatch(redis.call('HGET', HOLDERS, worker) or '', '%d+') do
-    local text = redis.call('HGET', ROWS, one)
-    local row = text and parse(text)
-    if row and row.state == 'leased' and row.rest == worker and not (tonumber(one) >= low and tonumber(one) < high) then
+  for _, one in ipairs(held_by(worker)) do
+    if tonumber(one) < low or tonumber(one) >= high then
       held = held .. ' ' .. one
     end
   end
@@ -233,12 +246,8 @@ end
 
 ops.renew = function(worker, lease_s)
   local ends = string.format('%.6f', now() + lease_s)
-  for seq in string.gmatch(redis.call('HGET', HOLDERS, worker) or '', '%d+') do
-    local text = redis.call('HGET', ROWS, seq)
-    local row = text and parse(text)
-    if row and row.state == 'leased' and row.rest == worker then
-      redis.call('ZADD', LEASED, ends, seq)
-    end
+  for _, seq in ipairs(held_by(worker)) do
+    redis.call('ZADD', LEASED, ends, seq)
   end
   return true
 end

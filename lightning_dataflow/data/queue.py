@@ -57,8 +57,7 @@ class StreamingRefQueue:
         self._pump = pump
         self._frees = frees
         self._records: dict[int, RecordHead] = {}  # the one that counts
-        self._num_tokens: dict[int, int] = {}  # by the first record of a seq, so that all ranks count alike
-        self._num_bytes: dict[int, int] = {}
+        self._first: dict[int, RecordHead] = {}  # the first of a seq: its sizes count, so that all ranks count alike
         self._handed_out: dict[int, int] = {}  # seq → number of the record
         self._lost: set[int] = set()  # their records are void; waiting for the next
         self._unwanted: list[tuple[int, SampleRef]] = []
@@ -91,7 +90,7 @@ class StreamingRefQueue:
     def num_tokens(self, seq: int) -> int:
         """Length of the sample at `seq`, 0 where it was skipped, once it is there. Raises as `get` does."""
         self._wait(range(seq, seq + 1))
-        return self._num_tokens[seq]
+        return self._first[seq].num_tokens
 
     def get(self, seqs: range, share: Sequence[int]) -> RefWindow:
         """The window `seqs`, and of it the refs of `share`, once it is complete.
@@ -103,7 +102,7 @@ class StreamingRefQueue:
         """
         self._wait(seqs)
         self._handed_out.update({seq: self._records[seq].number for seq in seqs})
-        return RefWindow(entries=self.entries(share), num_tokens=sum(self._num_tokens[seq] for seq in seqs))
+        return RefWindow(entries=self.entries(share), num_tokens=sum(self._first[seq].num_tokens for seq in seqs))
 
     def entries(self, seqs: Sequence[int]) -> list[WindowEntry]:
         """What is known of seqs of complete windows."""
@@ -121,16 +120,15 @@ class StreamingRefQueue:
 
     def num_bytes(self, seqs: range) -> int:
         """Payload of a complete window, the same on every rank."""
-        return sum(self._num_bytes[seq] for seq in seqs)
+        return sum(self._first[seq].num_bytes for seq in seqs)
 
     def ack(self, next_seq: int) -> list[SampleRef]:
         """Everything before `next_seq` has been trained. Returns refs of it that nobody reads, to be freed."""
         with self._lock:
             for seq in range(self._start, next_seq):
                 record, handed_out = self._records.pop(seq, None), self._handed_out.pop(seq, None)
-                self._num_tokens.pop(seq, None)
+                self._first.pop(seq, None)
                 self._recaptured.pop(seq, None)
-                self._num_bytes.pop(seq, None)
                 if record is not None and record.number != handed_out:  # came after its window was handed out
                     self._discard(record)
             self._start = max(self._start, next_seq)
@@ -200,8 +198,7 @@ class StreamingRefQueue:
                 self.num_recaptured += 1
                 self._recaptured[seq] += 1
         self._records[seq] = head
-        self._num_tokens.setdefault(seq, head.num_tokens)
-        self._num_bytes.setdefault(seq, head.num_bytes)
+        self._first.setdefault(seq, head)
         self._lost.discard(seq)
         if not head.has_ref:
             self.skipped[seq] = str(self._load([head])[0].reason)
@@ -226,22 +223,27 @@ class StreamingRefQueue:
     def _wait(self, seqs: range) -> None:
         """Until every one of `seqs` has its entry."""
         waited, last_news, last_check, pause = False, time.monotonic(), 0.0, POLL_S[0]
+        first = seqs.start  # that may be missing
         while True:
             heads = self._plane.log.poll_heads()
             self._take_in(heads)
-            missing = [seq for seq in seqs if seq not in self._records or seq in self._lost]
-            if not missing:
+            while first < seqs.stop and self._is_here(first):
+                first += 1
+            if first >= seqs.stop:
                 self.waiting_for = ""
                 return
             now = time.monotonic()
             if heads:
                 last_news, pause = now, POLL_S[0]
+                if self._pump is None:
+                    time.sleep(pause)  # the rest is not there at once
                 continue
             if self._cancelled.is_set():
                 raise QueueCancelledError
             if now - last_check > CHECK_PEERS_S:
                 last_check = now
-                self.waiting_for = f"{len(missing)} of the {len(seqs)} samples of the window at seq {seqs.start}"
+                num_missing = sum(not self._is_here(seq) for seq in seqs)
+                self.waiting_for = f"{num_missing} of the {len(seqs)} samples of the window at seq {seqs.start}"
                 self._check_peers(seqs, now - last_news)
             if not waited:
                 waited = True
@@ -249,6 +251,9 @@ class StreamingRefQueue:
             if self._pump is None or not self._pump():
                 time.sleep(pause)
                 pause = min(2 * pause, POLL_S[1])
+
+    def _is_here(self, seq: int) -> bool:
+        return seq in self._records and seq not in self._lost
 
     def _check_peers(self, seqs: range, idle_s: float) -> None:
         if failures := why_over(self._plane.ledger):

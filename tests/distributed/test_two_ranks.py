@@ -14,7 +14,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("trainer", "topology"), [("ddp", "online"), ("fsdp2", "online"), ("ddp", "offline")])
+@pytest.mark.parametrize(
+    ("trainer", "topology"),
+    [("ddp", "online"), ("fsdp2", "online"), pytest.param("ddp", "offline", marks=pytest.mark.slow)],
+)
 def test_losses_are_those_of_one_process(folder, trainer, topology):
     name = f"{trainer}-{topology}"
     torchrun(
@@ -43,10 +46,8 @@ def test_losses_of_other_strategies_are_those_of_one_process(folder, strategy):
         assert two["samples_trained"] == one["samples_trained"] == 192
 
 
-STRATEGIES = ["eagle3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dflash", "domino"))]
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["eagle3", "dflash", "domino"])
 def test_gradients_and_a_clipped_sgd_step_are_those_of_one_process(tmp_path, target_path, conversations, strategy):
     """AdamW and losses alone would hide a gradient of the wrong scale. Gradients are those before clipping."""
     worker, saved = str(ROOT / "tests" / "distributed" / "sgd_worker.py"), {}
@@ -75,6 +76,7 @@ def test_one_process_resumes_what_two_ranks_began(folder):
     assert shrunk["samples_trained"] == one["samples_trained"]
 
 
+@pytest.mark.slow
 def test_fsdp2_resumes_from_a_sharded_checkpoint_which_evaluates(folder):
     """4 steps on two ranks, 4 more after a restart; the last draft is measured in one process."""
     common = (*TINY, "trainer=fsdp2", "trainer.devices=2", "run_name=resumed")
@@ -89,6 +91,7 @@ def test_fsdp2_resumes_from_a_sharded_checkpoint_which_evaluates(folder):
     assert "num_identical               8" in shown
 
 
+@pytest.mark.slow
 def test_lightnings_own_launcher_and_evaluation_over_ranks(folder):
     """`python train.py trainer.devices=2` starts the second rank itself; ranks share the held-out prompts."""
     options = ("trainer=fsdp2", "trainer.devices=2", "run_name=launched", "callbacks=default")

@@ -79,7 +79,7 @@ def status(folder: Path, run_name: str) -> dict:
         ("interleaved", ("topology=interleaved",)),
         ("colocated", ("topology=online", "control=memory")),
         ("disagg_online", DISAGG),
-        ("disagg_offline", (*DISAGG, "topology=disagg_offline")),
+        pytest.param("disagg_offline", (*DISAGG, "topology=disagg_offline"), marks=pytest.mark.slow),
     ],
 )
 def test_losses_are_those_of_online_to_the_bit(folder, name, options):
@@ -135,7 +135,8 @@ def test_other_strategies_stream_to_the_bit(folder, strategy):
     assert result(folder, f"{strategy}-ddp")["losses"] == pytest.approx(losses[0], rel=1e-4)
 
 
-@pytest.mark.parametrize("trainer", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp2"])
 def test_two_ranks(folder, trainer):
     python(TRAIN, *DISAGG, f"trainer={trainer}", "trainer.devices=2", f"run_name={trainer}", cwd=folder)
     found, expected = result(folder, trainer), result(folder, "online")
@@ -144,7 +145,9 @@ def test_two_ranks(folder, trainer):
     assert found["samples_trained"] == expected["samples_trained"]
 
 
-@pytest.mark.parametrize("moment", ["mooncake", "announced", pytest.param("import", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "moment", ["mooncake", *(pytest.param(name, marks=pytest.mark.slow) for name in ("announced", "import"))]
+)
 def test_ctrl_c_while_starting(folder, moment):
     signs = {"import": "", "mooncake": "Mooncake at", "announced": "waiting for the trainer to begin"}
     with started(folder, *DISAGG, f"run_name=early-{moment}") as process:
@@ -156,6 +159,7 @@ def test_ctrl_c_while_starting(folder, moment):
     assert not processes_in(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["eagle3", *OTHERS])
 def test_ctrl_c_while_training_and_an_exact_resume(folder, strategy):
     straight, stopped = f"straight-{strategy}", f"stopped-{strategy}"
@@ -224,6 +228,7 @@ def test_a_part_that_dies_ends_the_run(folder, part, message):
         assert "Traceback" not in process.shown()
 
 
+@pytest.mark.slow
 def test_a_supervisor_that_is_killed_leaves_nothing(folder):
     with started(folder, *DISAGG, "trainer.max_steps=1000", "run_name=orphaned") as process:
         wait_until(lambda: "it/s" in process.shown(), 60, process.shown)
@@ -292,12 +297,13 @@ def test_the_scripts_without_hydra(folder, tmp_path):
     assert plain["losses"] == result(folder, "same")["losses"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("topology.high_bytes=1000",), "error: producer-0: a window can have"),
-        pytest.param(("store.address=127.0.0.1:9",), "127.0.0.1:9", marks=pytest.mark.slow),
-        pytest.param(("target.path=nowhere",), "error: producer-0: ", marks=pytest.mark.slow),
+        (("store.address=127.0.0.1:9",), "127.0.0.1:9"),
+        (("target.path=nowhere",), "error: producer-0: "),
     ],
 )
 def test_a_part_with_bad_input_ends_the_run_with_its_message(folder, options, message):

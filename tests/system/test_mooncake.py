@@ -233,7 +233,7 @@ def read_newest(store: MooncakeFeatureStore, lines: "queue.SimpleQueue[str]") ->
     return verified, gone
 
 
-@pytest.mark.parametrize(("client", "rounds"), [("shared_memory", 100), ("tcp", 400)])
+@pytest.mark.parametrize(("client", "rounds"), [("shared_memory", 100), pytest.param("tcp", 400, marks=pytest.mark.slow)])
 def test_a_read_in_flight_never_returns_mixed_bytes(tmp_path, client, rounds):
     """The writer frees by force and puts into the same space while we read: room for two samples only.
 

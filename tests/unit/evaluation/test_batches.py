@@ -104,6 +104,7 @@ def test_sliding_windows_are_decoded_one_by_one(tmp_path, tokenizer):
         evaluate_acceptance(target, NoDrafter(), [[1, 2], [3]], max_new_tokens=4, batch_size=2)
 
 
+@pytest.mark.slow
 def test_sampling_over_a_tiny_vocabulary_is_the_targets(tmp_path):
     """The joint distribution of three tokens over five symbols, whatever the draft: chi-square against the exact one."""
     torch.manual_seed(1)

@@ -10,7 +10,8 @@ import orjson
 
 from lightning_dataflow.channels.base import MAX_LINE_BYTES, RecordHead, StreamingRefChannel, check_card
 from lightning_dataflow.channels.redis_records import pack, unpack
-from lightning_dataflow.channels.redis_server import RedisServer, change_script
+from lightning_dataflow.channels.redis_scripts import change_script
+from lightning_dataflow.channels.redis_server import RedisServer
 from lightning_dataflow.contracts import SCHEMA_VERSION, LogRecord, UserError, assert_no_tensors
 from lightning_dataflow.contracts.log import record_from_json
 

@@ -1,7 +1,6 @@
 """A connection to Redis for one run: patient while the server is away, and certain that each change happens once."""
 
 import contextlib
-import hashlib
 import json
 import os
 import secrets
@@ -9,10 +8,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from importlib import resources
 from typing import Any
 
+from lightning_dataflow.channels.redis_scripts import ALLOW_OOM, Script
 from lightning_dataflow.contracts import CapacityError, PeerFailedError, PeerTimeoutError, UserError
 
 PREFIX = "ldf"
@@ -31,11 +29,10 @@ KEYS = (
     "failed",
 )
 OLDEST = (7, 0)
-"""Scripts say in their first line that they may run while memory is full, or that they write nothing."""
+"""The first version of Redis whose scripts have flags."""
 PATIENCE_S = 60.0
 PAUSE_S = (0.01, 0.5)
 CONNECT_S, ANSWER_S = 5.0, 10.0
-ALLOW_OOM, NO_WRITES = "allow-oom", "no-writes"
 INSTALL = "pip install 'lightning-dataflow[redis]'"
 
 
@@ -104,7 +101,7 @@ class RedisServer:
         """All keys that a run can have."""
         return [self.key(name) for name in KEYS]
 
-    def change(self, script: "Script", operation: str, *arguments: str | bytes | int | float) -> Any:
+    def change(self, script: Script, operation: str, *arguments: str | bytes | int | float) -> Any:
         """Run an operation of `script` once; returns its result.
 
         Raises:
@@ -127,7 +124,7 @@ class RedisServer:
         """Send such commands at once."""
         return self.patiently(lambda: self._send_all(commands))
 
-    def ask_script(self, script: "Script", *arguments: str | int) -> Any:
+    def ask_script(self, script: Script, *arguments: str | int) -> Any:
         """Run a script that writes nothing."""
         return self.patiently(lambda: self._evaluate(script, (*self.keys, *arguments)))
 
@@ -250,7 +247,7 @@ class RedisServer:
             connection.send_packed_command(connection.pack_commands(commands))
             return [connection.read_response() for _ in commands]
 
-    def _evaluate(self, script: "Script", arguments: Sequence[Any]) -> Any:
+    def _evaluate(self, script: Script, arguments: Sequence[Any]) -> Any:
         try:
             return self._send("EVALSHA", script.sha, len(KEYS), *arguments)
         except self._redis.exceptions.NoScriptError:
@@ -276,18 +273,6 @@ class RedisServer:
         )
 
 
-class Script:
-    """Lua that the server runs without anybody else in between.
-
-    Args:
-        flags: of Redis; ALLOW_OOM for what must work while memory is full, because it frees some.
-    """
-
-    def __init__(self, text: str, flags: str = ""):
-        self.text = f"#!lua flags={flags}\n{text}" if flags else f"#!lua\n{text}"
-        self.sha = hashlib.sha1(self.text.encode()).hexdigest()
-
-
 _LEAVE = Script(
     """
 local totals, clients = KEYS[4], KEYS[5]
@@ -298,18 +283,6 @@ end
 """,
     ALLOW_OOM,
 )
-
-
-@cache
-def change_script(*names: str, package: str = __package__, flags: str = "") -> Script:
-    """A script of operations for `RedisServer.change`: the log's, and those of the files `names` of `package`."""
-    texts = [read_script("redis_log.lua"), *(read_script(name, package) for name in names), read_script("redis_tail.lua")]
-    return Script("\n".join(texts), flags)
-
-
-def read_script(name: str, package: str = __package__) -> str:
-    """A Lua file of a package."""
-    return (resources.files(package) / name).read_text()
 
 
 def _library() -> Any:

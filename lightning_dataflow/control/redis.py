@@ -9,7 +9,8 @@ from typing import Any
 
 from lightning_dataflow.channels import StreamingRefChannel
 from lightning_dataflow.channels.redis import RedisChannel, new_nonce
-from lightning_dataflow.channels.redis_server import ALLOW_OOM, NO_WRITES, RedisServer, Script, change_script, read_script
+from lightning_dataflow.channels.redis_scripts import ALLOW_OOM, NO_WRITES, Script, change_script, read_script
+from lightning_dataflow.channels.redis_server import RedisServer
 from lightning_dataflow.control.base import MAX_ATTEMPTS, TOTALS, Captured, Lease, MetadataStore, RunPlan, Watermarks
 from lightning_dataflow.control.processes import pid_space
 

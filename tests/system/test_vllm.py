@@ -72,7 +72,7 @@ def checkpoint_of(folder_of):
             folder = folder_of(kind)
             parts = ("target.path=target", "data.path=conversations.jsonl", "logger=none", "callbacks=no_evaluation")
             steps = ("callbacks.checkpoint.every_n_train_steps=1000", f"run_name={draft}")  # the last one is saved anyway
-            python(TRAIN, "experiment=tiny", *parts, *steps, *DRAFTS[draft], cwd=folder)
+            python(TRAIN, "experiment=tiny", *parts, *steps, *DRAFTS[draft], cwd=folder, timeout_s=600)
             made[kind, draft] = next((folder / "runs" / draft / "checkpoints").glob("*.ckpt"))
         return made[kind, draft]
 

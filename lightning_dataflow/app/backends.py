@@ -102,8 +102,9 @@ class VLLMBackend:
         )
 
     def _folder(self, draft: "Draft") -> Path:
-        """As vLLM reads it."""
+        """As vLLM reads it. Raises UserError where it is not whole or of another target, which vLLM may not notice."""
         if is_published(draft.path) and read_draft(draft.path).format in VLLM_FORMATS:
+            load_module(draft.path, target=self.parts.config.target.path)
             return draft.path
         folder = Path(self.parts.config.run_dir) / "exported" / draft.name
         if folder.exists():  # of an earlier evaluation under this run_name

@@ -38,9 +38,11 @@ def load_module(path: str | Path, *, target: str | None = None) -> DraftModule:
     if path.is_dir():
         from torch.distributed import checkpoint as dcp
 
-        state = {"state_dict": module.state_dict()}
+        saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        place = "model" if any(name.startswith("model.") for name in saved) else "state_dict"  # FSDP1's, or FSDP2's
+        state = {place: module.state_dict()}
         dcp.load(state, checkpoint_id=path, no_dist=True)
-        module.load_state_dict(state["state_dict"])
+        module.load_state_dict(state[place])
     else:
         module.load_state_dict(checkpoint["state_dict"])
     module.on_load_checkpoint(checkpoint)

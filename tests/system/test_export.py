@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.processes import TINY, TRAIN, python, result, torchrun, with_strategy
+from tests.processes import ROOT, TINY, TRAIN, python, result, torchrun, with_strategy
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -41,6 +41,24 @@ def test_sharded_and_ddp_runs_give_the_folder_of_one_process(folder, strategy):
         assert two.keys() == one.keys()
         for name, tensor in one.items():
             torch.testing.assert_close(two[name], tensor, atol=1e-3, rtol=1e-3, msg=name)
+
+
+def test_checkpoints_of_fsdp1(tmp_path, target_path, conversations):
+    """Sharded, and of the shape of a full one: with all tensors in the file."""
+    worker = str(ROOT / "tests" / "distributed" / "fsdp1_worker.py")
+    sharded, full = tmp_path / "sharded.ckpt", tmp_path / "full.ckpt"
+    torchrun(worker, str(target_path), str(conversations), str(sharded), str(tmp_path / "state.pt"), cwd=tmp_path)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert (sharded / ".metadata").is_file() and len(state) > 10
+    header = torch.load(sharded / "meta.pt", weights_only=True)
+    torch.save(header | {"state_dict": {f"draft.{name}": tensor for name, tensor in state.items()}}, full)
+    for checkpoint in (sharded, full):
+        out = tmp_path / f"draft-{checkpoint.stem}"
+        options = ("--engine", "sglang", "--dtype", "float32", "--out", str(out))
+        python("-m", "lightning_dataflow", "export", str(checkpoint), *options, cwd=tmp_path)
+        exported = load_file(out / "model.safetensors")
+        assert exported.keys() == state.keys()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in exported.items())
 
 
 def test_a_warm_start_goes_on_where_the_export_was(folder):

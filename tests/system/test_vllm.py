@@ -72,7 +72,7 @@ def checkpoint_of(folder_of):
             folder = folder_of(kind)
             parts = ("target.path=target", "data.path=conversations.jsonl", "logger=none", "callbacks=no_evaluation")
             steps = ("callbacks.checkpoint.every_n_train_steps=1000", f"run_name={draft}")  # the last one is saved anyway
-            python(TRAIN, "experiment=tiny", *parts, *steps, *DRAFTS[draft], cwd=folder)
+            python(TRAIN, "experiment=tiny", *parts, *steps, *DRAFTS[draft], cwd=folder, timeout_s=600)
             made[kind, draft] = next((folder / "runs" / draft / "checkpoints").glob("*.ckpt"))
         return made[kind, draft]
 
@@ -188,6 +188,36 @@ def test_the_command(checkpoint_of, folder_of, vllm):
         assert ours[name] == theirs[name], name
     assert theirs["speed_up"] > 0 and theirs["backend"] == "vllm"
     assert sampled["num_accepted_tokens"] > 0 and sampled["num_identical"] is None
+
+
+OTHER_TARGETS = {  # fields of an exported config.json, and what the command says of them
+    "hidden_size": ({"hidden_size": 32, "target_hidden_size": 32}, "is a draft of another target (hidden size 32, "),
+    "vocab_size": ({"vocab_size": 400}, "is a draft of another target (vocabulary 400, "),
+    "layers": (
+        {"eagle_aux_hidden_state_layer_ids": [2, 4, 30]},
+        "is a draft of another target (highest layer 29, ",
+    ),
+    "missing": ({}, "lacks fc.weight: it is not a whole eagle3 draft"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_TARGETS)
+def test_a_folder_that_does_not_fit_is_refused_before_vllm_starts(checkpoint_of, folder_of, vllm, tmp_path, kind):
+    fields, message = OTHER_TARGETS[kind]
+    checkpoint, folder = checkpoint_of("llama", "eagle3-reduced"), folder_of("llama")
+    draft = export_draft(checkpoint, tmp_path / "draft", engine="vllm", target=str(folder / "target"))
+    config = json.loads((draft / "config.json").read_text())
+    (draft / "config.json").write_text(json.dumps(config | fields))
+    if not fields:
+        tensors = load_file(draft / "model.safetensors")
+        del tensors["fc.weight"]
+        save_file(tensors, draft / "model.safetensors")
+    parts = ("experiment=tiny", "target.path=target", "data.path=conversations.jsonl", f"run_name={kind}")
+    options = ("evaluate.backend=vllm", f"evaluate.python={vllm}", f"evaluate.checkpoint={draft}")
+    shown = python("-m", "lightning_dataflow", "evaluate", *parts, *options, cwd=folder, status=1)
+    errors = [line for line in shown.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0]
+    assert "vLLM starts" not in shown.stdout
 
 
 def test_what_vllm_refuses_is_one_line(checkpoint_of, served, tmp_path):

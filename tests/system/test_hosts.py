@@ -1,5 +1,6 @@
 """Producer, trainer and store on hosts of their own, with no folder in common."""
 
+import os
 import subprocess
 import time
 
@@ -11,7 +12,8 @@ from tests.system.hosts import Host, hosts, start_services, why_not
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 
 SECRET = "not to be seen"
-LONG = (*TINY, "trainer.max_steps=24")
+NUM_STEPS = 24
+LONG = (*TINY, f"trainer.max_steps={NUM_STEPS}")
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +22,14 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hosts")
     python(TRAIN, *LONG, "topology=online", "run_name=online", cwd=folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    """No namespace and no link of this process."""
+    yield
+    listed = [subprocess.run(["ip", *what], capture_output=True, text=True).stdout for what in (("netns",), ("-o", "link"))]
+    assert f"ldf{os.getpid()}-" not in "".join(listed)
 
 
 @pytest.fixture
@@ -39,11 +49,31 @@ def ends_well(process: subprocess.Popen[bytes], host: Host, timeout_s: float = 2
     assert SECRET.replace(" ", "-") not in host.shown()
 
 
+def redis(services: Host, *command: str) -> str:
+    """What the Redis answers to `command`, asked on its own host: also while that is cut off."""
+    client = ("ip", "netns", "exec", services.space, "redis-cli", "-h", services.address, "--no-auth-warning", "-a")
+    shown = subprocess.run([*client, SECRET.replace(" ", "-"), *command], capture_output=True, text=True)
+    return shown.stdout.strip()
+
+
 def keys(services: Host) -> str:
     """What is left in the Redis."""
-    command = ("ip", "netns", "exec", services.space, "redis-cli", "-h", services.address, "--no-auth-warning", "-a")
-    shown = subprocess.run([*command, SECRET.replace(" ", "-"), "DBSIZE"], capture_output=True, text=True)
-    return shown.stdout.strip()
+    return redis(services, "DBSIZE")
+
+
+def steps(services: Host, name: str) -> int:
+    """Optimizer steps that the trainer has told the ledger of."""
+    return int(redis(services, "HGET", f"ldf:{{{name}}}:totals", "trained_step") or 0)
+
+
+def cut_for(host: Host, services: Host, name: str, seconds: float) -> tuple[int, int]:
+    """Cut a host off while training runs; returns the steps told at the cut and when it was healed."""
+    host.cut()
+    before = steps(services, name)
+    time.sleep(seconds)
+    after = steps(services, name)
+    host.heal()
+    return before, after
 
 
 def test_one_rank_has_the_losses_of_one_process(folder, three):
@@ -66,19 +96,42 @@ def test_two_ranks(folder, three):
     assert keys(services) == "0"
 
 
-def test_links_that_are_cut_and_healed(folder, three):
+def begin_narrow(three, name: str) -> tuple[subprocess.Popen[bytes], subprocess.Popen[bytes]]:
+    """A run in which capture is two windows ahead at most, so that whoever is cut off, training soon waits; at its step 2."""
     producer, trainer, services, settings = three
-    settings = (*settings, "run_name=cut")
+    settings = (*settings, f"run_name={name}", "topology.high_refs=16")
     producing = producer.train(*settings, "role=producer")
-    training = trainer.train(*settings, "role=trainer", "callbacks.checkpoint.every_n_train_steps=2")
-    checkpoints = trainer.folder / "runs" / "cut" / "checkpoints"
-    wait_until(lambda: list(checkpoints.glob("*.ckpt")), 180, trainer.shown)
+    training = trainer.train(*settings, "role=trainer")
+    wait_until(lambda: steps(services, name) >= 2, 180, trainer.shown)
+    return producing, training
+
+
+def test_links_that_are_cut_and_healed(folder, three):
+    producer, trainer, services, _ = three
+    producing, training = begin_narrow(three, "cut")
+    last = 2
     for host in (producer, trainer, services):
-        host.cut()
-        time.sleep(8)
-        host.heal()
-        time.sleep(1)
+        before, after = cut_for(host, services, "cut", 8)
+        assert last <= before <= after < NUM_STEPS, "the cut came too late"
+        wait_until(lambda seen=after: steps(services, "cut") > seen, 60, trainer.shown)
+        last = after + 1
     ends_well(training, trainer)
     ends_well(producing, producer)
     assert result(trainer.folder, "cut")["losses"] == result(folder, "online")["losses"]
+    assert keys(services) == "0"
+
+
+@pytest.mark.parametrize("cut_off", ["producer", "trainer", "services"])
+def test_a_link_that_is_cut_for_20_seconds(folder, three, cut_off):
+    hosts = dict(zip(("producer", "trainer", "services"), three, strict=False))
+    services, trainer = hosts["services"], hosts["trainer"]
+    producing, training = begin_narrow(three, cut_off)
+    before, after = cut_for(hosts[cut_off], services, cut_off, 20)
+    assert 2 <= before <= after < NUM_STEPS, "the cut came too late"
+    assert after - before <= (3 if cut_off == "producer" else 1), "what was there is trained, and no more"
+    ends_well(training, trainer)
+    ends_well(producing, hosts["producer"])
+    found = result(trainer.folder, cut_off)
+    assert found["losses"] == result(folder, "online")["losses"]
+    assert found["samples_recaptured"] == 0
     assert keys(services) == "0"

@@ -97,7 +97,7 @@ def test_two_ranks(folder, three):
 
 
 def begin_narrow(three, name: str) -> tuple[subprocess.Popen[bytes], subprocess.Popen[bytes]]:
-    """A run in which capture is two windows ahead at most, so that whoever is cut off, training soon waits; at its step 2."""
+    """A run at its step 2. Capture is two windows ahead at most, so whoever is cut off, training soon waits."""
     producer, trainer, services, settings = three
     settings = (*settings, f"run_name={name}", "topology.high_refs=16")
     producing = producer.train(*settings, "role=producer")

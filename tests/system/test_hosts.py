@@ -131,7 +131,5 @@ def test_a_link_that_is_cut_for_20_seconds(folder, three, cut_off):
     assert after - before <= (3 if cut_off == "producer" else 1), "what was there is trained, and no more"
     ends_well(training, trainer)
     ends_well(producing, hosts["producer"])
-    found = result(trainer.folder, cut_off)
-    assert found["losses"] == result(folder, "online")["losses"]
-    assert found["samples_recaptured"] == 0
+    assert result(trainer.folder, cut_off)["losses"] == result(folder, "online")["losses"]
     assert keys(services) == "0"

@@ -83,7 +83,7 @@ class Host:
         process = subprocess.Popen(
             ["ip", "netns", "exec", self.space, *command],
             cwd=self.folder,
-            env=TRANSFER_SETTINGS | environment(),
+            env=TRANSFER_SETTINGS | environment() | {"GLOO_SOCKET_IFNAME": "eth0"},
             stdin=subprocess.PIPE,
             stdout=self._files[-1],
             stderr=subprocess.STDOUT,
@@ -95,9 +95,9 @@ class Host:
         self.started.append(process)
         return process
 
-    def train(self, *settings: str, ranks: int = 1) -> subprocess.Popen[bytes]:
-        """A part of a run."""
-        launcher = () if ranks == 1 else ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}")
+    def train(self, *settings: str, torchrun: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+        """A part of a run; trainers by torchrun, where its options are given."""
+        launcher = ("-m", "torch.distributed.run", *torchrun) if torchrun else ()
         return self.start(sys.executable, *launcher, TRAIN, *settings, f"store.hostname={self.address}")
 
     def cut(self) -> None:

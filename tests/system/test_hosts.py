@@ -13,6 +13,7 @@ pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.skipif(why_not()
 
 SECRET = "not to be seen"
 NUM_STEPS = 24
+TWO_HERE = ("--standalone", "--nproc_per_node=2")
 LONG = (*TINY, f"trainer.max_steps={NUM_STEPS}")
 
 
@@ -89,10 +90,32 @@ def test_two_ranks(folder, three):
     producer, trainer, services, settings = three
     settings = (*settings, "run_name=two")
     producing = [producer.train(*settings, "role=producer") for _ in range(2)]
-    ends_well(trainer.train(*settings, "role=trainer", "trainer=ddp", "trainer.devices=2", ranks=2), trainer)
+    ends_well(trainer.train(*settings, "role=trainer", "trainer=ddp", "trainer.devices=2", torchrun=TWO_HERE), trainer)
     for one in producing:
         ends_well(one, producer)
     assert result(trainer.folder, "two")["losses"] == pytest.approx(result(folder, "online")["losses"], rel=1e-4)
+    assert keys(services) == "0"
+
+
+def test_two_ranks_on_two_hosts(folder, three):
+    first, second, services, settings = three  # the producer is where the store is
+    (services.folder / "secret").write_text(SECRET.replace(" ", "-"))
+    settings = (*settings, "run_name=nodes")
+    producing = services.train(*settings, "role=producer")
+    nodes = ("--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={first.address}:29400")
+    settings = (*settings, "role=trainer", "trainer=ddp", "trainer.devices=1", "trainer.num_nodes=2")
+    training = [
+        host.train(
+            *settings, torchrun=(*nodes, f"--local-addr={host.address}", f"--rdzv-conf=is_host={int(host is first)}")
+        )
+        for host in (first, second)
+    ]
+    for one, host in zip(training, (first, second), strict=True):
+        ends_well(one, host)
+    ends_well(producing, services)
+    found = result(first.folder, "nodes")
+    assert found["losses"] == pytest.approx(result(folder, "online")["losses"], rel=1e-4)
+    assert found["samples_trained"] == result(folder, "online")["samples_trained"]
     assert keys(services) == "0"
 
 

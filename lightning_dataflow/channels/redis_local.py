@@ -117,10 +117,13 @@ class LocalRedis:
         return self.folder / LOG
 
     def close(self) -> None:
-        """Stop it. What is in its append-only file stays, unless that is nothing. Does nothing the second time."""
+        """Stop it. What it holds stays in its append-only file, unless it would itself remove all of that in time.
+
+        Does nothing the second time.
+        """
         if PROGRAM not in self.processes:
             return
-        empty = self.processes[PROGRAM].poll() is None and self._is_empty()
+        empty = self.processes[PROGRAM].poll() is None and self._keeps_nothing()
         self._stop()
         if empty:
             shutil.rmtree(self.folder / DATA, ignore_errors=True)
@@ -161,10 +164,10 @@ class LocalRedis:
             return False
         return True
 
-    def _is_empty(self) -> bool:
+    def _keeps_nothing(self) -> bool:
         try:
             server = RedisServer(self.where, "end", patience_s=STOP_TIMEOUT_S)
-            return server.ask("DBSIZE") == 0
+            return all(left_s >= 0 for left_s in server.ask_all([("TTL", key) for key in server.ask("KEYS", "*")]))
         except (UserError, PermissionError, OSError):
             return False
 

@@ -223,6 +223,13 @@ class MetadataStore(ABC):
         """
 
     @abstractmethod
+    def claim(self, name: str, state: str, before: tuple[str, int] | None) -> bool:
+        """Report `name` as this process's, if the last to report it is still `before`, a (host, process id) or nobody.
+
+        One transaction, of which one caller alone has its way. It ends the plan before; nothing is leased until `begin`.
+        """
+
+    @abstractmethod
     def failures(self) -> Sequence[str]:
         """What failed processes reported, since the latest `begin`. Others may still go on: see `heartbeat.why_over`."""
 

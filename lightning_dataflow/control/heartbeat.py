@@ -16,6 +16,7 @@ FRESH_S = 10.0
 SILENT_S = 60.0
 CLOSE_S = 0.5
 SUPERVISOR = "supervisor"
+TRAINER = "trainer-0"
 
 
 class Heartbeat:
@@ -94,10 +95,26 @@ def check_no_other_trainer(ledger: MetadataStore, run_id: str) -> None:
         return
 
 
+def become_trainer(ledger: MetadataStore, run_id: str) -> None:
+    """Be the one process that trains this run. Of several at the same moment one is, the others are refused.
+
+    Raises:
+        UserError: see check_no_other_trainer.
+    """
+    while True:
+        last = _last_trainer(ledger.status())
+        check_no_other_trainer(ledger, run_id)
+        if ledger.claim(TRAINER, "beginning", None if last is None else (last["host"], last["pid"])):
+            return
+
+
 def _trainer(ledger: MetadataStore) -> Mapping[str, Any] | None:
     status = ledger.status()
-    parts = [] if status.get("finished") else status.get("parts", [])
-    return next((part for part in parts if part["name"] == "trainer-0"), None)
+    return None if status.get("finished") else _last_trainer(status)
+
+
+def _last_trainer(status: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    return next((part for part in status.get("parts", []) if part["name"] == TRAINER), None)
 
 
 def _is_alive(part: Mapping[str, Any]) -> bool:

@@ -79,6 +79,10 @@ class NoOpMetadataStore(MetadataStore):
     def report(self, name: str, state: str, *, failed: bool = False, fatal: bool = False) -> None:
         """See MetadataStore."""
 
+    def claim(self, name: str, state: str, before: tuple[str, int] | None) -> bool:
+        """See MetadataStore. Nobody else is there."""
+        return True
+
     def failures(self) -> Sequence[str]:
         """See MetadataStore."""
         return []

@@ -153,6 +153,10 @@ class RedisMetadataStore(MetadataStore):
         how = FATAL if fatal else int(failed)
         self._run("report", name, socket.gethostname(), os.getpid(), pid_space(), state, how)
 
+    def claim(self, name: str, state: str, before: tuple[str, int] | None) -> bool:
+        """See MetadataStore."""
+        return self._run("claim", name, socket.gethostname(), os.getpid(), pid_space(), state, *(before or ("", 0)))
+
     def failures(self) -> Sequence[str]:
         """See MetadataStore."""
         found = [part.decode() for part in self.server.ask("HGETALL", self.server.key("failed"))]

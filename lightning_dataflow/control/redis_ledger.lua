@@ -376,3 +376,14 @@ ops.report = function(name, host, pid, pids, state, failed)
   end
   return true
 end
+
+-- before_host, before_pid: of the last who reported that name; '' and 0 for nobody
+ops.claim = function(name, host, pid, pids, state, before_host, before_pid)
+  local text = redis.call('HGET', PARTS, name)
+  local part = text and cjson.decode(text) or {host = '', pid = 0}
+  if part.host ~= before_host or part.pid ~= tonumber(before_pid) then
+    return false
+  end
+  redis.call('HDEL', TOTALS, 'plan', 'finished', 'finished_at')
+  return ops.report(name, host, pid, pids, state, '0')
+end

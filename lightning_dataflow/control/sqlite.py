@@ -207,10 +207,17 @@ class SqliteMetadataStore(MetadataStore):
     def report(self, name: str, state: str, *, failed: bool = False, fatal: bool = False) -> None:
         """See MetadataStore."""
         with self._tables.transaction():
-            self._tables.db.execute(
-                "INSERT OR REPLACE INTO parts VALUES (?, ?, ?, ?, ?, ?)",
-                (name, self._host, os.getpid(), time.time(), state, FATAL if fatal else failed),
-            )
+            self._report(name, state, FATAL if fatal else failed)
+
+    def claim(self, name: str, state: str, before: tuple[str, int] | None) -> bool:
+        """See MetadataStore."""
+        with self._tables.transaction():
+            if self._tables.db.execute("SELECT host, pid FROM parts WHERE name = ?", (name,)).fetchone() != before:
+                return False
+            self._tables.set("plan", None)
+            self._tables.set("finished", None)
+            self._report(name, state, False)
+            return True
 
     def failures(self) -> Sequence[str]:
         """See MetadataStore."""
@@ -272,6 +279,10 @@ class SqliteMetadataStore(MetadataStore):
             lost = num_refs == 0  # of a resumed run; what survived must not keep it out
             return not fits and not lost
         return paused
+
+    def _report(self, name: str, state: str, failed: int) -> None:
+        row = (name, self._host, os.getpid(), time.time(), state, failed)
+        self._tables.db.execute("INSERT OR REPLACE INTO parts VALUES (?, ?, ?, ?, ?, ?)", row)
 
     def _give_up(self, seqs: Sequence[int]) -> None:
         self._tables.drop(seqs)

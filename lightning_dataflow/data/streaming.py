@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_dataflow.contracts import SampleRef, UserError
 from lightning_dataflow.control import ControlPlane, Reconciliation, RunPlan, Watermarks, reconcile_on_restart
-from lightning_dataflow.control.heartbeat import Heartbeat, check_no_other_trainer
+from lightning_dataflow.control.heartbeat import Heartbeat, become_trainer
 from lightning_dataflow.data.kept import KeptSamples
 from lightning_dataflow.data.offline import card_from_json
 from lightning_dataflow.data.queue import StreamingRefQueue
@@ -96,7 +96,7 @@ class StreamingSource(RefSource):
     def begin(self, plan: RunPlan, rank: int, world_size: int) -> None:
         """See RefSource. Rank 0 rebuilds the ledger from what the log and the store hold."""
         if rank == 0:
-            check_no_other_trainer(self.plane.ledger, self.plane.run_id)
+            become_trainer(self.plane.ledger, self.plane.run_id)
         self._rank = rank
         self._durable_seq = plan.start
         self._window_sizes.clear()
@@ -106,13 +106,13 @@ class StreamingSource(RefSource):
             )
         self.plane.log.rewind()
         self.queue = self._make_queue(plan.start, frees=rank == 0)
+        self._heartbeat = Heartbeat(self.plane.ledger, f"trainer-{rank}", self._describe)
         if rank == 0:
             self.reconciliation = reconcile_on_restart(self.plane, self.store, plan, self.queue.catch_up)
             self.queue.forget(self.reconciliation.lost)
         else:
             self.queue.skim()
         self.queue.take_unwanted()  # from before: swept
-        self._heartbeat = Heartbeat(self.plane.ledger, f"trainer-{rank}", self._describe)
 
     def num_tokens(self, seq: int, order: PassOrder) -> int:
         """See RefSource. Raises PeerTimeoutError, PeerFailedError; see StreamingRefQueue."""

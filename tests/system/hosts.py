@@ -1,22 +1,25 @@
 """Hosts of their own on one machine: network namespaces on one bridge, each with a folder that no other sees."""
 
+import itertools
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from lightning_dataflow.channels.redis_local import PROGRAM
+from lightning_dataflow.control.processes import is_running
 from lightning_dataflow.stores.mooncake_client import TRANSFER_SETTINGS
 from lightning_dataflow.stores.mooncake_local import find_program
 from tests.processes import TRAIN, environment
 
 NETWORK = "10.213.77"
-BRIDGE = "ldf-bridge"
+_numbers = itertools.count(1)
 
 
 def why_not() -> str | None:
@@ -25,27 +28,52 @@ def why_not() -> str | None:
         return "network namespaces need root and `ip` (Debian: apt-get install iproute2)"
     if shutil.which(PROGRAM) is None:
         return "redis-server is not installed (Debian: apt-get install redis-server)"
-    made = subprocess.run(["ip", "netns", "add", "ldf-probe"], capture_output=True).returncode == 0
-    subprocess.run(["ip", "netns", "delete", "ldf-probe"], capture_output=True)
+    probe = new_name()
+    made = subprocess.run(["ip", "netns", "add", probe], capture_output=True).returncode == 0
+    subprocess.run(["ip", "netns", "delete", probe], capture_output=True)
     return None if made else "network namespaces cannot be made here"
 
 
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+def ip(*arguments: str) -> str:
+    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def new_name() -> str:
+    """Of a namespace or a link: no other process makes it, and it tells whose it is."""
+    return f"ldf{os.getpid()}-{next(_numbers)}"
+
+
+def remove_space(name: str) -> None:
+    """Kill what runs in a namespace, and remove it."""
+    found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True)
+    for pid in found.stdout.split():
+        with suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+    subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+def remove_leftovers() -> None:
+    """What a process that was killed has left: namespaces with what runs in them, links and bridges."""
+    for name, owner in re.findall(r"^(ldf(\d+)-\d+)", ip("netns", "list"), re.MULTILINE):
+        if not is_running(int(owner)):
+            remove_space(name)
+    for name, owner in re.findall(r"^\d+: (ldf(\d+)-\d+)", ip("-o", "link"), re.MULTILINE):
+        if not is_running(int(owner)):
+            subprocess.run(["ip", "link", "delete", name], capture_output=True)
 
 
 class Host:
     """One host, with everything that was started on it."""
 
-    def __init__(self, name: str, number: int, folder: Path):
-        self.name, self.address, self.folder = name, f"{NETWORK}.{number}", folder
-        self.space, self.link = f"ldf-{name}", f"ldf-{name}"
+    def __init__(self, bridge: str, number: int, folder: Path):
+        self.address, self.folder = f"{NETWORK}.{number}", folder
+        self.space = self.link = new_name()
         self.started: list[subprocess.Popen[bytes]] = []
         self._files: list[IO[bytes]] = []
         folder.mkdir(parents=True)
         ip("netns", "add", self.space)
         ip("link", "add", self.link, "type", "veth", "peer", "name", "eth0", "netns", self.space)
-        ip("link", "set", self.link, "master", BRIDGE, "up")
+        ip("link", "set", self.link, "master", bridge, "up")
         for command in (f"addr add {self.address}/24 dev eth0", "link set eth0 up", "link set lo up"):
             ip("-n", self.space, *command.split())
 
@@ -55,7 +83,7 @@ class Host:
         process = subprocess.Popen(
             ["ip", "netns", "exec", self.space, *command],
             cwd=self.folder,
-            env=TRANSFER_SETTINGS | environment(),
+            env=TRANSFER_SETTINGS | environment() | {"GLOO_SOCKET_IFNAME": "eth0"},
             stdin=subprocess.PIPE,
             stdout=self._files[-1],
             stderr=subprocess.STDOUT,
@@ -67,9 +95,9 @@ class Host:
         self.started.append(process)
         return process
 
-    def train(self, *settings: str, ranks: int = 1) -> subprocess.Popen[bytes]:
-        """A part of a run."""
-        launcher = () if ranks == 1 else ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}")
+    def train(self, *settings: str, torchrun: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+        """A part of a run; trainers by torchrun, where its options are given."""
+        launcher = ("-m", "torch.distributed.run", *torchrun) if torchrun else ()
         return self.start(sys.executable, *launcher, TRAIN, *settings, f"store.hostname={self.address}")
 
     def cut(self) -> None:
@@ -82,30 +110,30 @@ class Host:
         return "\n".join(f"{path.name}: {path.read_text(errors='replace')}" for path in self.folder.glob("*.txt"))
 
     def remove(self) -> None:
+        remove_space(self.space)
+        subprocess.run(["ip", "link", "delete", self.link], capture_output=True)
         for process in self.started:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.wait()
         for file in self._files:
             file.close()
-        for command in (("link", "delete", self.link), ("netns", "delete", self.space)):
-            subprocess.run(["ip", *command], capture_output=True)
 
 
 @contextmanager
 def hosts(folder: Path, names: Sequence[str]) -> Iterator[list[Host]]:
-    """Hosts on one network, removed at the end."""
-    ip("link", "add", BRIDGE, "type", "bridge")
+    """Hosts on a network of their own, removed at the end."""
+    remove_leftovers()
+    bridge = new_name()
+    ip("link", "add", bridge, "type", "bridge")
     made: list[Host] = []
     try:
-        ip("link", "set", BRIDGE, "up")
+        ip("link", "set", bridge, "up")
         for number, name in enumerate(names, 1):
-            made.append(Host(name, number, folder / name))
+            made.append(Host(bridge, number, folder / name))
         yield made
     finally:
         for host in made:
             host.remove()
-        subprocess.run(["ip", "link", "delete", BRIDGE], capture_output=True)
+        subprocess.run(["ip", "link", "delete", bridge], capture_output=True)
 
 
 def start_services(host: Host, secret: str) -> tuple[str, ...]:

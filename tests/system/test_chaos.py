@@ -1,6 +1,7 @@
 """Faults at chosen moments: what survives equals an undisturbed run. `python -m tests.system.chaos` runs random trials."""
 
 import random
+import shutil
 
 import pytest
 
@@ -9,6 +10,7 @@ from tests.system.chaos.trial import compare, run_trial
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(900)]
 
+SEEDS_OVER_REDIS = (300, 304)
 FSDP2 = ("trainer=fsdp2", "trainer.devices=2")
 
 
@@ -22,7 +24,15 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.parametrize("seed", range(5))
 def test_random_faults(tmp_path, undisturbed, seed):
     schedule = random_schedule(random.Random(seed))
-    outcome = run_trial(tmp_path, schedule.faults, schedule.settings, own_mooncake=schedule.own_mooncake)
+    outcome = run_trial(tmp_path, schedule.faults, schedule.settings, own_services=schedule.own_services)
+    assert compare(outcome, undisturbed) == [], (schedule, outcome.errors)
+
+
+@pytest.mark.skipif(shutil.which("redis-server") is None, reason="redis-server is not installed")
+@pytest.mark.parametrize("seed", SEEDS_OVER_REDIS)
+def test_random_faults_over_redis(tmp_path, undisturbed, seed):
+    schedule = random_schedule(random.Random(seed), redis=True)
+    outcome = run_trial(tmp_path, schedule.faults, schedule.settings, own_services=schedule.own_services)
     assert compare(outcome, undisturbed) == [], (schedule, outcome.errors)
 
 

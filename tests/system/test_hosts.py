@@ -1,5 +1,6 @@
 """Producer, trainer and store on hosts of their own, with no folder in common."""
 
+import os
 import subprocess
 import time
 
@@ -11,7 +12,9 @@ from tests.system.hosts import Host, hosts, start_services, why_not
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 
 SECRET = "not to be seen"
-LONG = (*TINY, "trainer.max_steps=24")
+NUM_STEPS = 24
+TWO_HERE = ("--standalone", "--nproc_per_node=2")
+LONG = (*TINY, f"trainer.max_steps={NUM_STEPS}")
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +23,14 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hosts")
     python(TRAIN, *LONG, "topology=online", "run_name=online", cwd=folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    """No namespace and no link of this process."""
+    yield
+    listed = [subprocess.run(["ip", *what], capture_output=True, text=True).stdout for what in (("netns",), ("-o", "link"))]
+    assert f"ldf{os.getpid()}-" not in "".join(listed)
 
 
 @pytest.fixture
@@ -39,11 +50,31 @@ def ends_well(process: subprocess.Popen[bytes], host: Host, timeout_s: float = 2
     assert SECRET.replace(" ", "-") not in host.shown()
 
 
+def redis(services: Host, *command: str) -> str:
+    """What the Redis answers to `command`, asked on its own host: also while that is cut off."""
+    client = ("ip", "netns", "exec", services.space, "redis-cli", "-h", services.address, "--no-auth-warning", "-a")
+    shown = subprocess.run([*client, SECRET.replace(" ", "-"), *command], capture_output=True, text=True)
+    return shown.stdout.strip()
+
+
 def keys(services: Host) -> str:
     """What is left in the Redis."""
-    command = ("ip", "netns", "exec", services.space, "redis-cli", "-h", services.address, "--no-auth-warning", "-a")
-    shown = subprocess.run([*command, SECRET.replace(" ", "-"), "DBSIZE"], capture_output=True, text=True)
-    return shown.stdout.strip()
+    return redis(services, "DBSIZE")
+
+
+def steps(services: Host, name: str) -> int:
+    """Optimizer steps that the trainer has told the ledger of."""
+    return int(redis(services, "HGET", f"ldf:{{{name}}}:totals", "trained_step") or 0)
+
+
+def cut_for(host: Host, services: Host, name: str, seconds: float) -> tuple[int, int]:
+    """Cut a host off while training runs; returns the steps told at the cut and when it was healed."""
+    host.cut()
+    before = steps(services, name)
+    time.sleep(seconds)
+    after = steps(services, name)
+    host.heal()
+    return before, after
 
 
 def test_one_rank_has_the_losses_of_one_process(folder, three):
@@ -59,26 +90,69 @@ def test_two_ranks(folder, three):
     producer, trainer, services, settings = three
     settings = (*settings, "run_name=two")
     producing = [producer.train(*settings, "role=producer") for _ in range(2)]
-    ends_well(trainer.train(*settings, "role=trainer", "trainer=ddp", "trainer.devices=2", ranks=2), trainer)
+    ends_well(trainer.train(*settings, "role=trainer", "trainer=ddp", "trainer.devices=2", torchrun=TWO_HERE), trainer)
     for one in producing:
         ends_well(one, producer)
     assert result(trainer.folder, "two")["losses"] == pytest.approx(result(folder, "online")["losses"], rel=1e-4)
     assert keys(services) == "0"
 
 
-def test_links_that_are_cut_and_healed(folder, three):
+def test_two_ranks_on_two_hosts(folder, three):
+    first, second, services, settings = three  # the producer is where the store is
+    (services.folder / "secret").write_text(SECRET.replace(" ", "-"))
+    settings = (*settings, "run_name=nodes")
+    producing = services.train(*settings, "role=producer")
+    nodes = ("--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={first.address}:29400")
+    settings = (*settings, "role=trainer", "trainer=ddp", "trainer.devices=1", "trainer.num_nodes=2")
+    training = [
+        host.train(
+            *settings, torchrun=(*nodes, f"--local-addr={host.address}", f"--rdzv-conf=is_host={int(host is first)}")
+        )
+        for host in (first, second)
+    ]
+    for one, host in zip(training, (first, second), strict=True):
+        ends_well(one, host)
+    ends_well(producing, services)
+    found = result(first.folder, "nodes")
+    assert found["losses"] == pytest.approx(result(folder, "online")["losses"], rel=1e-4)
+    assert found["samples_trained"] == result(folder, "online")["samples_trained"]
+    assert keys(services) == "0"
+
+
+def begin_narrow(three, name: str) -> tuple[subprocess.Popen[bytes], subprocess.Popen[bytes]]:
+    """A run at its step 2. Capture is two windows ahead at most, so whoever is cut off, training soon waits."""
     producer, trainer, services, settings = three
-    settings = (*settings, "run_name=cut")
+    settings = (*settings, f"run_name={name}", "topology.high_refs=16")
     producing = producer.train(*settings, "role=producer")
-    training = trainer.train(*settings, "role=trainer", "callbacks.checkpoint.every_n_train_steps=2")
-    checkpoints = trainer.folder / "runs" / "cut" / "checkpoints"
-    wait_until(lambda: list(checkpoints.glob("*.ckpt")), 180, trainer.shown)
+    training = trainer.train(*settings, "role=trainer")
+    wait_until(lambda: steps(services, name) >= 2, 180, trainer.shown)
+    return producing, training
+
+
+def test_links_that_are_cut_and_healed(folder, three):
+    producer, trainer, services, _ = three
+    producing, training = begin_narrow(three, "cut")
+    last = 2
     for host in (producer, trainer, services):
-        host.cut()
-        time.sleep(8)
-        host.heal()
-        time.sleep(1)
+        before, after = cut_for(host, services, "cut", 8)
+        assert last <= before <= after < NUM_STEPS, "the cut came too late"
+        wait_until(lambda seen=after: steps(services, "cut") > seen, 60, trainer.shown)
+        last = after + 1
     ends_well(training, trainer)
     ends_well(producing, producer)
     assert result(trainer.folder, "cut")["losses"] == result(folder, "online")["losses"]
+    assert keys(services) == "0"
+
+
+@pytest.mark.parametrize("cut_off", ["producer", "trainer", "services"])
+def test_a_link_that_is_cut_for_20_seconds(folder, three, cut_off):
+    hosts = dict(zip(("producer", "trainer", "services"), three, strict=False))
+    services, trainer = hosts["services"], hosts["trainer"]
+    producing, training = begin_narrow(three, cut_off)
+    before, after = cut_for(hosts[cut_off], services, cut_off, 20)
+    assert 2 <= before <= after < NUM_STEPS, "the cut came too late"
+    assert after - before <= (3 if cut_off == "producer" else 1), "what was there is trained, and no more"
+    ends_well(training, trainer)
+    ends_well(producing, hosts["producer"])
+    assert result(trainer.folder, cut_off)["losses"] == result(folder, "online")["losses"]
     assert keys(services) == "0"

@@ -3,11 +3,14 @@
 import os
 import shutil
 import signal
+import socket
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from tests.processes import TRAIN, python, result, wait_until
+from lightning_dataflow.channels import LocalRedis
+from tests.processes import TINY, TRAIN, python, result, wait_until
 from tests.system.test_disaggregated import DISAGG, started, status
 from tests.system.test_disaggregated import folder as folder
 from tests.system.test_disaggregated import nothing_is_left as nothing_is_left
@@ -48,6 +51,36 @@ def test_losses_are_those_of_online_to_the_bit_and_nothing_is_left(folder):
     control = folder / "runs" / "redis" / "control"
     assert {path.name for path in control.iterdir()} == {"redis.log", "redis-lock"}
     assert not redis_of(control)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("control", ["redis", "sqlite"])
+def test_of_two_trainers_that_start_together_one_trains(folder, control, tmp_path):
+    """Each in a folder of its own, as on two machines."""
+    name = f"together-{control}"
+    settings = (*TINY, "topology=disagg_online", f"run_name={name}", "store=shared_dir", f"store.root={tmp_path / 'store'}")
+    with ExitStack() as stack:
+        if control == "redis":
+            server = stack.enter_context(LocalRedis(tmp_path / "redis"))
+            where = (f"channel.address={server.where.address}", f"channel.secret_file={server.secret_file}")
+            settings = (*settings, "channel=redis", "control=redis", *where)
+        else:
+            settings = (*settings, f"channel.path={tmp_path / 'control'}")
+        parts = {}
+        for part, role in (("producer", "producer"), ("one", "trainer"), ("other", "trainer")):
+            (tmp_path / part).mkdir()
+            parts[part] = stack.enter_context(started(tmp_path / part, *settings, f"role={role}"))
+        for process in parts.values():
+            process.wait(timeout=240)
+    trainers = {part: parts[part] for part in ("one", "other")}
+    shown = {part: process.shown() for part, process in parts.items()}
+    assert sorted(process.returncode for process in trainers.values()) == [0, 1], shown
+    won, lost = sorted(trainers, key=lambda part: trainers[part].returncode)
+    (error,) = [line for line in shown[lost].splitlines() if line.startswith("error: ")]
+    assert f"error: process {trainers[won].pid} on {socket.gethostname()} trains run {name}" in error
+    assert "Traceback" not in shown[lost]
+    assert (parts["producer"].returncode, "Traceback" in shown["producer"]) == (0, False), shown
+    assert result(tmp_path / won, name)["losses"] == result(folder, "online")["losses"]
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=60, help="no new trial starts after this long")
+    parser.add_argument("--redis", action="store_true", help="log and ledger in a Redis, with faults of its own")
     parser.add_argument("--keep", action="store_true", help="keep the folders of trials that went wrong")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
@@ -27,8 +28,8 @@ def main() -> int:
     for number in range(arguments.seed, arguments.seed + arguments.trials):
         if time.monotonic() > deadline:
             break
-        schedule = random_schedule(random.Random(number))
-        outcome = run_trial(folder / str(number), schedule.faults, schedule.settings, own_mooncake=schedule.own_mooncake)
+        schedule = random_schedule(random.Random(number), redis=arguments.redis)
+        outcome = run_trial(folder / str(number), schedule.faults, schedule.settings, own_services=schedule.own_services)
         wrong = compare(outcome, undisturbed)
         num_trials += 1
         num_wrong += bool(wrong)
@@ -51,7 +52,7 @@ def _shown(schedule: Schedule) -> str:
         f"{one['action']} {one.get('victim', one['part'])} at {one['part']}'s {one['count']}. '{one['moment']}'"
         for one in schedule.faults
     ]
-    return "; ".join([*faults, *schedule.settings, *["a Mooncake of its own"] * schedule.own_mooncake])
+    return "; ".join([*faults, *schedule.settings, *["services of its own"] * schedule.own_services])
 
 
 sys.exit(main())

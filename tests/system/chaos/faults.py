@@ -25,6 +25,7 @@ from lightning_dataflow.channels import FileChannel
 from lightning_dataflow.checkpoints.files import CheckpointFiles
 from lightning_dataflow.contracts import CapacityError, SampleOrigin
 from lightning_dataflow.control import ControlPlane
+from lightning_dataflow.control.redis import RedisMetadataStore
 from lightning_dataflow.data import DataFlowDataModule
 from lightning_dataflow.producers import feeds
 from lightning_dataflow.stores import MooncakeFeatureStore
@@ -37,11 +38,13 @@ MOMENTS: dict[str, dict[str, tuple[Any, str]]] = {
         "put": (MooncakeFeatureStore, "put"),
         "publish": (ControlPlane, "publish"),
         "append": (FileChannel, "append"),  # inside of publish: the ledger's transaction is open
+        "commit": (RedisMetadataStore, "commit"),
     },
     "trainer": {
         "read": (MooncakeFeatureStore, "get_many"),
         "optimizer step": (DraftModule, "on_before_optimizer_step"),
         "ack": (DataFlowDataModule, "mark_applied"),
+        "ledger ack": (RedisMetadataStore, "ack"),
         "checkpoint": (CheckpointFiles, "save_checkpoint"),
     },
 }
@@ -93,6 +96,20 @@ def _happen(fault: dict[str, Any], arguments: Sequence[Any]) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     elif fault["action"] == "store full":
         _fill(*arguments)
+    elif fault["action"] == "lose the reply of":
+        _lose_reply(arguments[0].server)
+
+
+def _lose_reply(server: Any) -> None:
+    """The connection breaks after the next request was answered and before the answer is here."""
+    inner = server._send
+
+    def send(*command: Any) -> Any:
+        server._send = inner
+        inner(*command)
+        raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+
+    server._send = send
 
 
 def _fill(store: MooncakeFeatureStore, tensors: Any, origin: SampleOrigin) -> None:
@@ -105,16 +122,18 @@ def _fill(store: MooncakeFeatureStore, tensors: Any, origin: SampleOrigin) -> No
 
 
 def _find(victim: str) -> int | None:
-    """A process of this run: its working folder is this one."""
+    """A process of this run: its working folder is this one, or a Redis's below it."""
     for entry in Path("/proc").iterdir():
         try:
-            if not entry.name.isdigit() or Path(os.readlink(entry / "cwd")) != Path.cwd():
+            if not entry.name.isdigit() or not Path(os.readlink(entry / "cwd")).is_relative_to(Path.cwd()):
                 continue
             arguments = (entry / "cmdline").read_text().split("\0")
         except OSError:
             continue
         if victim == "supervisor":
             found = any(one.endswith("train.py") for one in arguments)
+        elif victim == "redis-server":
+            found = victim in arguments[0] and entry.name != str(os.getpid())
         elif victim.startswith("mooncake"):
             found = any(one.endswith(victim) for one in arguments[:2])
         else:

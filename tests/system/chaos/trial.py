@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from lightning_dataflow.channels import LocalRedis
+from lightning_dataflow.channels.redis_server import RedisServer
 from lightning_dataflow.stores import LocalMooncake
 from tests.processes import TRAIN, environment, processes_in, wait_until
 
@@ -52,29 +54,32 @@ class Outcome:
 
 
 def run_trial(
-    folder: Path, faults: Sequence[Fault], settings: Sequence[str] = (), *, own_mooncake: bool = False
+    folder: Path, faults: Sequence[Fault], settings: Sequence[str] = (), *, own_services: bool = False
 ) -> Outcome:
     """Run until it ends well, checking that every end on the way is a clean one.
 
     Args:
         folder: empty.
         settings: beside those of every trial.
-        own_mooncake: a Mooncake of the trial's, which outlives the runs and must be empty in the end; else the run
-            starts its own.
+        own_services: a Mooncake of the trial's, and a Redis where `settings` say so, which outlive the runs and must be
+            empty in the end; else the run starts its own.
     """
     outcome, begun = Outcome(), time.monotonic()
     (folder / "chaos").mkdir(parents=True)
     (folder / "chaos" / "faults.json").write_text(json.dumps(list(faults)))
     work = folder / "work"
     work.mkdir()
-    more, mooncake = [], None
-    if own_mooncake:
+    more, mooncake, redis = [], None, None
+    if own_services:
         mooncake = LocalMooncake(capacity_bytes=64_000_000, log_dir=folder / "mooncake")
         more = [
             f"store.address={mooncake.master_address}",
             f"store.client_address={mooncake.client_address}",
             f"store.metrics_address={mooncake.metrics_address}",
         ]
+        if "control=redis" in settings:
+            redis = LocalRedis(folder / "redis")
+            more += [f"channel.address={redis.where.address}", f"channel.secret_file={redis.secret_file}"]
     try:
         while outcome.starts < MAX_STARTS and not outcome.losses:
             _start(work, folder / "chaos", [*SETTINGS, *settings, *more], outcome)
@@ -82,11 +87,16 @@ def run_trial(
             outcome.wrong.append(f"did not end well in {MAX_STARTS} starts: {outcome.errors}")
             return outcome
         _read_outcome(work, folder / "chaos", outcome)
+        if "control=redis" in settings:
+            _check_redis(work, redis, outcome)
+        else:
+            _check_ledger(work, outcome)
         if mooncake is not None and (left := _keys(mooncake)):
             outcome.wrong.append(f"left in the store: {left[:3]}, {len(left)} in all")
     finally:
-        if mooncake is not None:
-            mooncake.close()
+        for service in (mooncake, redis):
+            if service is not None:
+                service.close()
         outcome.seconds = time.monotonic() - begun
     return outcome
 
@@ -134,10 +144,10 @@ def _start(work: Path, chaos: Path, settings: Sequence[str], outcome: Outcome) -
     text = (chaos / f"output-{outcome.starts}.txt").read_text()
     errors = [line for line in text.splitlines() if line.startswith("error: ")]
     try:
-        wait_until(lambda: not processes_in(work), END_TIMEOUT_S, lambda: "")
+        wait_until(lambda: not _processes(work), END_TIMEOUT_S, lambda: "")
     except AssertionError:
-        outcome.wrong.append(f"start {outcome.starts} left processes: {list(processes_in(work).values())}")
-        for pid in processes_in(work):
+        outcome.wrong.append(f"start {outcome.starts} left processes: {list(_processes(work).values())}")
+        for pid in _processes(work):
             os.kill(pid, 9)
     if status == 0:
         result = json.loads((work / "runs" / RUN / "result.json").read_text())
@@ -171,6 +181,28 @@ def _read_outcome(work: Path, chaos: Path, outcome: Outcome) -> None:
     trained = [name for samples in outcome.samples.values() for name in samples]
     if len(set(trained)) != STEPS * WINDOW:
         outcome.wrong.append(f"{len(set(trained))} of {STEPS * WINDOW} samples were trained")
+
+
+def _processes(work: Path) -> dict[int, str]:
+    """Of a run; its Redis works in its own folder."""
+    return processes_in(work) | processes_in(work / "runs" / RUN / "control")
+
+
+def _check_redis(work: Path, own: LocalRedis | None, outcome: Outcome) -> None:
+    """A completed run leaves nothing there, or what Redis removes in an hour, where one of its processes was killed."""
+    left = {path.name for path in (work / "runs" / RUN / "control").glob("*")} - {"redis.log", "redis-lock"}
+    if left:
+        outcome.wrong.append(f"left of the run's Redis: {left}")
+    if own is not None:
+        server = RedisServer(own.where, RUN)
+        for key in server.ask("KEYS", "*"):
+            if server.ask("TTL", key) < 0:
+                outcome.wrong.append(f"left in Redis: {key.decode()}")
+        server.leave()
+
+
+def _check_ledger(work: Path, outcome: Outcome) -> None:
+    run = work / "runs" / RUN
     shown = subprocess.run(
         [sys.executable, "-m", "lightning_dataflow", "status", str(run), "--json", "--interval=0.1"],
         cwd=work, env=environment(), capture_output=True, text=True, check=True,

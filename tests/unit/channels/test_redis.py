@@ -317,6 +317,26 @@ def test_two_servers_do_not_share_a_folder(own, monkeypatch):
         LocalRedis(server.folder)
 
 
+def test_a_completed_run_that_a_dead_process_was_in_leaves_no_file(own):
+    server = own()
+    dead = channel(server)
+    dead.publish(refs(0))
+    ledger = begun(dead.server)
+    RedisServer(server.where, "run")
+    ledger.finish("completed")
+    server.close()
+    assert {path.name for path in server.folder.iterdir()} == {"redis.log", "redis-lock"}
+
+
+def test_an_interrupted_run_leaves_what_its_resume_needs(own):
+    server = own()
+    log = channel(server)
+    log.publish(refs(0))
+    begun(log.server).finish("interrupted")
+    server.close()
+    assert (server.folder / "appendonlydir").is_dir()
+
+
 def test_the_last_to_leave_a_completed_run_removes_it(own):
     server = own()
     log, other = channel(server), channel(server)

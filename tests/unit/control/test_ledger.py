@@ -28,7 +28,7 @@ from lightning_dataflow.control import (
     Watermarks,
     sqlite_tables,
 )
-from lightning_dataflow.control.heartbeat import Heartbeat, check_no_other_trainer, why_over
+from lightning_dataflow.control.heartbeat import Heartbeat, become_trainer, check_no_other_trainer, why_over
 from tests.streams import WIDE, forked, log_of, make_ref
 
 SIZE = 10
@@ -710,6 +710,36 @@ def test_clocks_of_other_hosts_do_not_matter(redis_run, monkeypatch):
         assert 0 <= here.status()["parts"][0]["seen_s_ago"] < 5
         begin(here)
         mine = lease(here, "a", lease_s=60.0)
+
+
+def test_one_of_several_claims(ledger):
+    """Also where a dead trainer was before, or the run is finished."""
+    assert ledger.claim("trainer-0", "beginning", None)
+    me = (HOST, os.getpid())
+    assert not ledger.claim("trainer-0", "beginning", None)
+    assert not ledger.claim("trainer-0", "beginning", (HOST, 1))
+    begin(ledger)
+    ledger.finish("completed")
+    assert ledger.claim("trainer-0", "beginning", me)
+    assert (ledger.plan(), ledger.finished()) == (None, None)
+    (part,) = ledger.status()["parts"]
+    assert (part["name"], part["host"], part["pid"], part["state"]) == ("trainer-0", *me, "beginning")
+
+
+def test_a_trainer_that_came_between_look_and_claim_is_found(redis_run, monkeypatch):
+    ledger, other = RedisMetadataStore(redis_run), RedisMetadataStore(RedisServer(redis_run.where, redis_run.run_id))
+    claim = ledger.claim
+
+    def late(*arguments):
+        monkeypatch.setattr(ledger, "claim", claim)
+        with monkeypatch.context() as patch:
+            patch.setattr("os.getpid", os.getppid)
+            assert other.claim("trainer-0", "beginning", None)
+        return claim(*arguments)
+
+    monkeypatch.setattr(ledger, "claim", late)
+    with pytest.raises(UserError, match=rf"process {os.getppid()} on {HOST} trains run run \(beginning\): end it first"):
+        become_trainer(ledger, "run")
 
 
 def test_another_trainer_on_another_host(redis_run, monkeypatch):

@@ -17,6 +17,7 @@ SILENT_S = 60.0
 CLOSE_S = 0.5
 SUPERVISOR = "supervisor"
 TRAINER = "trainer-0"
+CLAIM_TRIES = 10
 
 
 class Heartbeat:
@@ -101,11 +102,12 @@ def become_trainer(ledger: MetadataStore, run_id: str) -> None:
     Raises:
         UserError: see check_no_other_trainer.
     """
-    while True:
+    for _ in range(CLAIM_TRIES):
         last = _last_trainer(ledger.status())
         check_no_other_trainer(ledger, run_id)
         if ledger.claim(TRAINER, "beginning", None if last is None else (last["host"], last["pid"])):
             return
+    raise UserError(f"trainers of run {run_id} begin and end again and again: start one alone, or choose another run_name")
 
 
 def _trainer(ledger: MetadataStore) -> Mapping[str, Any] | None:

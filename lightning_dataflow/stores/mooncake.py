@@ -16,6 +16,7 @@ from lightning_dataflow.stores.base import FeatureStore, IsLive, Tensors, featur
 from lightning_dataflow.stores.buffers import MAX_IDLE_BYTES
 from lightning_dataflow.stores.mooncake_client import (
     NO_SPACE,
+    NOT_FOUND,
     OWNER_GONE,
     MooncakeAdmin,
     MooncakeClient,
@@ -313,6 +314,8 @@ class MooncakeFeatureStore(FeatureStore):
         return ref
 
     def _refusal(self, sample_id: str, size: int, codes: list[int]) -> Exception:
+        if NO_SPACE not in codes and NOT_FOUND in codes:
+            return TransientError(NOT_FOUND)
         if NO_SPACE not in codes:
             return StoreUnavailableError(f"Mooncake refused {sample_id} ({size} bytes, codes {codes}): see its logs")
         room = ""

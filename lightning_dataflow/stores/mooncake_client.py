@@ -18,6 +18,9 @@ T = TypeVar("T")
 
 NO_SPACE, REFUSED, LEASE_EXPIRED, OWNER_GONE = -200, -600, -707, -800
 UNREACHABLE = (-1, -900, -901)
+NOT_FOUND = -704
+"""To a put: the master threw away what was half written, for it took longer than `--put_start_discard_timeout_sec`."""
+PUT_TRIES = 3
 PROBE_TIMEOUT_S = 1.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 0.5
 
@@ -146,11 +149,15 @@ class MooncakeClient:
             StoreUnavailableError: master or mooncake_client stayed away for `unavailable_timeout_s`.
             OwnerGoneError: the storage process stayed away for `owner_timeout_s`.
         """
-        began, pause = time.monotonic(), FIRST_PAUSE_S
+        began, pause, num_thrown_away = time.monotonic(), FIRST_PAUSE_S, 0
         while True:
             try:
                 return action()
             except TransientError as error:
+                if error.code == NOT_FOUND:  # the master answers, however long the call took
+                    num_thrown_away, began = num_thrown_away + 1, time.monotonic()
+                    if num_thrown_away == PUT_TRIES:
+                        raise self._thrown_away() from None
                 patience = self.owner_timeout_s if error.code == OWNER_GONE else self.unavailable_timeout_s
                 waited = time.monotonic() - began
                 if waited + pause > patience or self._impatient.is_set():
@@ -184,6 +191,12 @@ class MooncakeClient:
         return StoreUnavailableError(
             f"mooncake_client {self.client_address} does not know the memory of this process: it was started again before "
             "this process missed it. Start this process again, and next time wait 8 s before starting mooncake_client"
+        )
+
+    def _thrown_away(self) -> StoreUnavailableError:
+        return StoreUnavailableError(
+            f"Mooncake master {self.master_address} threw a put away {PUT_TRIES} times before it was complete: the link is "
+            "cut again and again, or too slow for the master's --put_start_discard_timeout_sec"
         )
 
     def _absence(self, code: int, waited: float) -> StoreUnavailableError:

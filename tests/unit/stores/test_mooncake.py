@@ -12,7 +12,12 @@ import torch
 
 from lightning_dataflow.contracts import CapacityError, UserError
 from lightning_dataflow.stores import LocalMooncake, MooncakeFeatureStore
-from lightning_dataflow.stores.mooncake_client import MooncakeAdmin
+from lightning_dataflow.stores.mooncake_client import (
+    NOT_FOUND,
+    PUT_TRIES,
+    MooncakeAdmin,
+    StoreUnavailableError,
+)
 from lightning_dataflow.stores.mooncake_keys import _at_most
 from tests.unit.stores.conftest import VARIANTS, attach
 from tests.unit.stores.test_contract import origin, tensors
@@ -29,6 +34,25 @@ def store(request, mooncake_stores) -> Iterator[MooncakeFeatureStore]:
 def keys(mooncake, store):
     """The keys of this store now."""
     return lambda: sorted(key for key in MooncakeAdmin(mooncake.metrics_address).list_keys() if store.store_id in key)
+
+
+@pytest.mark.parametrize("times", [PUT_TRIES - 1, PUT_TRIES])
+def test_a_put_that_the_master_threw_away_is_tried_again(store, monkeypatch, times):
+    """As after a cut link: the call took longer than the master keeps what is half written."""
+    left, write = [True] * times, store._transfer.write
+
+    def cut(keys, staged):
+        codes = write(keys, staged)
+        return [NOT_FOUND for _ in codes] if left and left.pop() else codes
+
+    monkeypatch.setattr(store._transfer, "write", cut)
+    if times == PUT_TRIES:
+        with pytest.raises(StoreUnavailableError, match="threw a put away 3 times"):
+            store.put(tensors(), origin("a"))
+        return
+    ref = store.put(tensors(), origin("a"))
+    found, _ = store.get(ref)
+    assert all(torch.equal(found[name], value) for name, value in tensors().items())
 
 
 def lying(ref, **shape):

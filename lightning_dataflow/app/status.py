@@ -45,6 +45,8 @@ def open_ledger(options: argparse.Namespace) -> MetadataStore:
             return SqliteMetadataStore(folder / LEDGER)
         if (where := local_address(folder)) is not None:
             return RedisMetadataStore(open_local_run(where, run))
+    if (run / "result.json").is_file():
+        raise UserError(f"{run} has ended and left nothing to watch: its result is in {run / 'result.json'}")
     raise UserError(
         f"no ledger in {run} or {run}/control: give the folder of a disaggregated run that has started (other topologies "
         "keep theirs in memory, and print their progress)"

@@ -145,7 +145,7 @@ class RedisServer:
         except (errors.ConnectionError, errors.TimeoutError, errors.InvalidResponse, OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"no Redis answers at {self.where.address} ({_first_line(error)}): start one there, or correct "
-                f"channel.address or channel.tls={str(self.where.tls).lower()}; see docs/redis.md"
+                f"channel.address or channel.tls (now {str(self.where.tls).lower()}); see docs/redis.md"
             ) from error
         except errors.ResponseError as error:
             raise self._explained(error) from error

@@ -24,7 +24,7 @@ def model_card(form: DraftFormat, draft: DraftSpec, training: TrainingRecord | N
         "stays the target's own.",
         f"## Serve\n\n```\n{form.serve_command(draft, folder)}\n```",
         "## Network\n\n" + _table(_network(draft) | {"weights": dtype}),
-        *_training(training),
+        *_training(draft, training),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -48,10 +48,17 @@ def _network(draft: DraftSpec) -> dict[str, object]:
     return rows
 
 
-def _training(training: TrainingRecord | None) -> list[str]:
+def _training(draft: DraftSpec, training: TrainingRecord | None) -> list[str]:
     if training is None:
-        return ["## Training\n\nConverted from another folder, which does not say."]
+        text = "## Training\n\nConverted from another folder, which does not say how it was trained"
+        if draft.strategy == "eagle3":
+            text += (
+                f", nor how many tokens it is to draft at a time: {draft.num_draft_tokens} is lightning_dataflow's default"
+            )
+        return [f"{text}."]
     rows: dict[str, object] = {"optimizer steps": training.steps}
+    if training.init_from is not None:
+        rows["started from the draft"] = training.init_from
     if training.samples is not None:
         rows["samples"] = training.samples
     if training.global_batch_size is not None:
@@ -67,10 +74,12 @@ def _training(training: TrainingRecord | None) -> list[str]:
         parts.append("Trained with " + ", ".join(f"{name} {one}" for name, one in training.versions.items()) + ".")
     if not training.acceptance:
         return [*parts, "## Acceptance\n\nNot measured."]
-    lines = ["| step | acceptance length | accepted at least up to position 1, 2, … | prompts |", "|---|---|---|---|"]
+    lines = ["| step | drafted at a time | acceptance length | accepted at least up to position 1, 2, … | prompts |"]
+    lines.append("|---|---|---|---|---|")
     for one in training.acceptance:
         shares = ", ".join(f"{share:.3f}" for share in one["acceptance_per_position"])
-        lines.append(f"| {one['step']} | {one['acceptance_length']:.3f} | {shares} | {one['num_prompts']} |")
+        numbers = f"{len(one['acceptance_per_position'])} | {one['acceptance_length']:.3f}"
+        lines.append(f"| {one['step']} | {numbers} | {shares} | {one['num_prompts']} |")
     note = "Mean tokens per verification on held-out prompts, by lightning_dataflow's own speculative decoding."
     return [*parts, f"## Acceptance\n\n{note}\n\n" + "\n".join(lines)]
 

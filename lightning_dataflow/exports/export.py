@@ -47,7 +47,8 @@ def export_draft(
         engine: `sglang` or `vllm`.
         format: `plain`; for vLLM also `speculators`.
         dtype: of the weights: `bfloat16`, `float16`, or `float32` for those of the checkpoint.
-        target: where the target is now, if it moved. Serve commands and the speculators format name it as given here.
+        target: where the target is now, if it moved. Serve commands and the speculators format name it
+            as given here, and `folder` as given.
         tokenizer: copy the target's tokenizer files along.
         on_skip: told of newer checkpoints of a run that are not complete.
 
@@ -63,7 +64,7 @@ def export_draft(
         raise UserError(form.refusal(strategy))
     module = load_module(checkpoint, target=target)
     spec = describe(module)
-    card = model_card(form, spec, training, folder=folder.name, dtype=dtype)
+    card = model_card(form, spec, training, folder=str(folder), dtype=dtype)
     files = [Path(spec.target) / name for name in TOKENIZER_FILES] if tokenizer else []
     copies = [file for file in files if file.is_file()]
     if tokenizer and not copies:

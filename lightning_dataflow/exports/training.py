@@ -15,6 +15,7 @@ class TrainingRecord:
     Attributes:
         samples: read up to this step, those of later passes counted again.
         tokens: of these samples, over all ranks.
+        init_from: name of the draft that it began with.
         settings: of the LightningModule.
         acceptance: measurements up to this step, as in `result.json`.
     """
@@ -27,6 +28,7 @@ class TrainingRecord:
     tokens: int | None
     data: str | None
     precision: str | None
+    init_from: str | None
     settings: Mapping[str, Any]
     acceptance: Sequence[Mapping[str, Any]]
     versions: Mapping[str, str]
@@ -41,6 +43,7 @@ class TrainingRecord:
         settings = {name: value for name, value in checkpoint["hyper_parameters"].items() if name not in _NOT_SETTINGS}
         configured = result.get("settings", {}).get("data", {})
         path = str(configured["path"]) if isinstance(configured, dict) and "path" in configured else None
+        start = checkpoint["hyper_parameters"].get("init_from")
         return cls(
             strategy=checkpoint["strategy"],
             steps=steps,
@@ -50,6 +53,7 @@ class TrainingRecord:
             tokens=callbacks.get("RunMetrics", {}).get("num_tokens"),
             data=path if path is None or not PurePath(path).is_absolute() else PurePath(path).name,
             precision=result.get("precision"),
+            init_from=None if start is None else PurePath(str(start)).name,
             settings=settings,
             acceptance=[one for one in measured if one["step"] <= steps],
             versions=result.get("versions", {}),

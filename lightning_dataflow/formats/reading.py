@@ -95,7 +95,10 @@ def _read_config(folder: Path) -> Config:
     try:
         config = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"no draft in {folder} ({CONFIG} is missing): give a folder for SGLang or vLLM") from None
+        raise UserError(
+            f"no draft in {folder} ({CONFIG} is missing): give a folder for SGLang or vLLM, as lightning-dataflow export "
+            "writes of a run"
+        ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     if not isinstance(config, dict):

@@ -43,9 +43,10 @@ def load_questions(
         if not ids:
             raise UserError(f"{where}: an empty prompt, there is nothing to continue: remove the line")
         found.append(ids)
-    if not found or len(found) < (num_prompts or 0):
-        asked = "none" if num_prompts is None else f"evaluate.num_prompts={num_prompts}"
-        raise UserError(f"{path} has {len(found)} prompts, asked for is {asked}: give a file with more, or ask fewer")
+    if not found:
+        raise UserError(f"{path} has no prompts: give a file with some")
+    if len(found) < (num_prompts or 0):
+        raise UserError(f"{path} has {len(found)} prompts, evaluate.num_prompts={num_prompts}: give more, or ask fewer")
     return found
 
 

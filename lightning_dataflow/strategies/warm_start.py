@@ -18,7 +18,7 @@ def check_start(start: PublishedDraft, strategy: str, target: TargetInfo) -> Non
     """Raise UserError when a published draft is of another strategy or another target than this training."""
     if start.strategy != strategy:
         raise UserError(
-            f"{start.folder} holds a {start.strategy} draft, not one of {strategy}: set strategy={start.strategy}"
+            f"{start.folder} holds a draft of {start.strategy}, not one of {strategy}: set strategy={start.strategy}"
         )
     highest = max(start.layer_ids or (0,))
     for what, found, wanted in (
@@ -67,8 +67,8 @@ def check_tensors(start: PublishedDraft, draft: nn.Module) -> None:
     unknown = sorted(start.shapes.keys() - wanted.keys() - {EMBEDDING, HEAD, "d2t", "t2d"})
     if unknown:
         raise UserError(
-            f"{start.folder} has {_some(unknown)}, for which a {start.strategy} draft of its config.json has no place: it "
-            "is another network"
+            f"{start.folder} has {_some(unknown)}, for which a draft of {start.strategy} with that config.json has no "
+            "place: it is another network"
         )
     for name, shape in wanted.items():
         found = start.shapes.get(name, shape)

@@ -98,7 +98,7 @@ def test_the_status_command_after_a_run(folder):
     table = python("-m", "lightning_dataflow", "status", "runs/disagg_online", cwd=folder).stdout
     assert "trained     up to seq 64, step 8" in table
     wrong = python("-m", "lightning_dataflow", "status", "runs/online", cwd=folder, status=1)
-    assert wrong.stderr.startswith("error: no ledger in runs/online")
+    assert wrong.stderr.startswith("error: runs/online has ended and left nothing to watch: its result is in runs/online/")
 
 
 @pytest.mark.slow

@@ -71,6 +71,8 @@ def test_a_warm_start_goes_on_where_the_export_was(folder):
     cold, warm, sharded = (result(folder, name)["losses"] for name in ("first", "warm", "warm-fsdp2"))
     assert warm[0] < cold[0] - 0.05, "the same samples, by a draft that has seen them"
     assert sharded == pytest.approx(warm, rel=1e-4)
+    again = export(folder, "warm", "--engine", "sglang")
+    assert f"| started from the draft | {draft.name} |" in (again / "README.md").read_text()
     shown = python(TRAIN, *common, "run_name=x", "strategy.draft_vocab_size=32", cwd=folder, status=1).stderr
     errors = [line for line in shown.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1

@@ -271,7 +271,7 @@ def test_tls(own, tmp_path):
         replace(where, cert_file=None, key_file=None),
     )
     for one in wrong:
-        with pytest.raises(UserError, match=r"no Redis answers at .* or correct channel.address or channel.tls="):
+        with pytest.raises(UserError, match=r"no Redis answers at .* or correct channel.address or channel.tls "):
             RedisServer(one, "run")
     with pytest.raises(UserError, match=r"channel.ca_file=nowhere: there is no such file"):
         RedisServer(replace(where, ca_file="nowhere"), "run")

@@ -160,7 +160,7 @@ def test_a_run_gives_its_newest_complete_checkpoint(checkpoint, tmp_path, capsys
     assert "step=3.ckpt is skipped, it is not a complete checkpoint" in capsys.readouterr().out
     for told in (
         'base_model: "target"',
-        "--speculative-algorithm EAGLE3 --speculative-draft-model-path draft",
+        f"--speculative-algorithm EAGLE3 --speculative-draft-model-path {tmp_path / 'draft'}",
         "| optimizer steps | 2 |",
         "| samples | 4 |",
         "| data | chat.jsonl |",
@@ -168,10 +168,10 @@ def test_a_run_gives_its_newest_complete_checkpoint(checkpoint, tmp_path, capsys
         "| draft vocabulary | 64 of 320 |",
         "| lr | 0.01 |",
         "Trained with torch 9.9.",
-        "| 2 | 1.500 | 0.400, 0.100 | 7 |",
+        "| 2 | 2 | 1.500 | 0.400, 0.100 | 7 |",
     ):
         assert told in card, told
-    assert "| 4 | 1.500" not in card, "measured after this checkpoint"
+    assert "| 4 | 2 | 1.500" not in card, "measured after this checkpoint"
     assert "## Acceptance\n\nNot measured." in (export(checkpoint(), tmp_path / "other") / "README.md").read_text()
     for path in (newest, newest.with_name("step=1.ckpt")):
         path.with_name(path.name + ".complete").unlink()
@@ -261,11 +261,11 @@ def change_tensors(folder: Path, edit) -> None:
             {},
             "another target (highest layer 8, ",
         ),
-        ("dflash", {}, {"cls": Eagle3Module}, "holds a dflash draft, not one of eagle3: set strategy=dflash"),
+        ("dflash", {}, {"cls": Eagle3Module}, "holds a draft of dflash, not one of eagle3: set strategy=dflash"),
         ("eagle3", {}, {"layer_ids": [1, 2, 4]}, "these settings say [1, 2, 4]: set 'strategy.layer_ids=[1, 3, 4]'"),
         ("eagle3", {}, {"draft_vocab_size": 32}, "(draft_vocab_size=32): set strategy.draft_vocab_size=64"),
         ("dflash", {}, {"num_layers": 5, "block_size": 16}, "set strategy.num_layers=1 strategy.block_size=6"),
-        ("dflash", {}, {"cls": DominoModule}, "holds a dflash draft, not one of domino"),
+        ("dflash", {}, {"cls": DominoModule}, "holds a draft of dflash, not one of domino"),
     ],
 )
 def test_a_draft_of_another_training_is_refused_before_it_is_read(

@@ -58,8 +58,8 @@ def test_the_first_so_many(write, tokenizer):
         ([{"input_ids": ["a"]}], None, "line 1: input_ids is not a list of integers"),
         ([{"input_ids": []}], None, "line 1: an empty prompt"),
         ([["question"]], None, "line 1: a JSON list"),
-        ([], None, "has 0 prompts"),
-        ([{"question": "one"}], 2, "has 1 prompts, asked for is evaluate.num_prompts=2"),
+        ([], None, "has no prompts: give a file with some"),
+        ([{"question": "one"}], 2, "has 1 prompts, evaluate.num_prompts=2: give more"),
         ([{"question": "one"}], 0, "evaluate.num_prompts=0: ask at least 1 prompt"),
     ],
 )

@@ -1,5 +1,6 @@
 """One step under FullyShardedDataParallel: fsdp1_worker.py TARGET PROMPTS CHECKPOINT OUTPUT. Saves a sharded checkpoint,
-and, by rank 0, the draft's whole state. Saving a full checkpoint ends in torch with SIGSEGV on a CPU."""
+and, by rank 0, the draft's whole state; saving a full checkpoint on a CPU ended in SIGSEGV (torch 2.13.0).
+"""
 
 import sys
 

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -46,7 +47,12 @@ def command(function: Command) -> Callable[[], None]:
     @wraps(function)
     def checked() -> None:
         _check_choices(sys.argv[1:])
-        run()
+        try:
+            run()
+        except KeyboardInterrupt:  # a second one, while the first was answered
+            sys.exit(INTERRUPTED)
+        finally:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is left to be freed, nor anything to be told
 
     return checked
 

@@ -126,6 +126,18 @@ def test_a_killed_run_resumes_to_the_bit(folder, strategy):
     assert resumed["samples_trained"] == undisturbed["samples_trained"]
 
 
+def test_ctrl_c_while_a_command_exits_shows_no_traceback(folder):
+    """A part that failed is interrupted by its supervisor, however far it has come."""
+    command = [sys.executable, "-m", "tests.system.slow_exit", *TINY, "data.max_length=4", "run_name=exits"]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": heed_ctrl_c}
+    with subprocess.Popen(command, cwd=folder, env=environment(), **options) as process:
+        assert any(line == "exiting\n" for line in process.stdout)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=10)
+    assert "no prompts left" in errors
+    assert "Traceback" not in errors
+
+
 def test_bad_input_is_one_line_for_users_of_the_command(folder):
     shown = python(TRAIN, *TINY, "data.max_length=4", cwd=folder, status=1).stderr
     errors = [line for line in shown.splitlines() if "error" in line.lower()]

@@ -60,7 +60,9 @@ if [ ! -e "$venv/installed-$key" ]; then
   echo "installing into $venv" >&2
   [ -x "$venv/bin/pip" ] || "$python" -m venv "$venv"
   # torch first: alone, so that a CPU build that is at hand is taken rather than CUDA packages of several GB.
+  echo "1 of 2: torch and numpy (a few hundred MB without CUDA, some GB with)" >&2
   "$venv/bin/pip" install -q -c constraints.txt torch numpy
+  echo "2 of 2: lightning_dataflow and what it needs" >&2
   "$venv/bin/pip" install -q -c constraints.txt "setuptools>=77" -e '.[dev]'
   touch "$venv/installed-$key"
 elif [ -n "$cache" ]; then

@@ -19,6 +19,8 @@ from lightning_dataflow.stores.mooncake_local import find_program
 from tests.processes import TRAIN, environment
 
 NETWORK = "10.213.77"
+SECRET = "not-to-be-seen"
+"""Redis's password, which no output of a part may show."""
 _numbers = itertools.count(1)
 
 
@@ -136,7 +138,7 @@ def hosts(folder: Path, names: Sequence[str]) -> Iterator[list[Host]]:
         subprocess.run(["ip", "link", "delete", bridge], capture_output=True)
 
 
-def start_services(host: Host, secret: str) -> tuple[str, ...]:
+def start_services(host: Host) -> tuple[str, ...]:
     """A Mooncake and a Redis on `host`; returns the settings by which parts find them."""
     host.start(
         find_program("mooncake_master"), f"--rpc_address={host.address}", "--rpc_port=50051",
@@ -148,7 +150,7 @@ def start_services(host: Host, secret: str) -> tuple[str, ...]:
         f"--master_server_address={host.address}:50051", "--metadata_server=P2PHANDSHAKE", "--protocol=tcp", "--threads=2",
         output="client.txt",
     )  # fmt: skip
-    settings = f"bind {host.address}\nport 6379\nrequirepass {secret}\nappendonly yes\ndir {host.folder}\n"
+    settings = f"bind {host.address}\nport 6379\nrequirepass {SECRET}\nappendonly yes\ndir {host.folder}\n"
     host.start(str(shutil.which(PROGRAM)), "-", output="redis.txt", text=settings)
     return (
         f"store.address={host.address}:50051",
@@ -158,3 +160,24 @@ def start_services(host: Host, secret: str) -> tuple[str, ...]:
         f"channel.address={host.address}:6379",
         "channel.secret_file=secret",
     )
+
+
+def redis(services: Host, *command: str) -> str:
+    """What the Redis answers to `command`, asked on its own host: also while that is cut off."""
+    client = ("ip", "netns", "exec", services.space, "redis-cli", "-h", services.address, "--no-auth-warning", "-a")
+    return subprocess.run([*client, SECRET, *command], capture_output=True, text=True).stdout.strip()
+
+
+def steps(services: Host, name: str) -> int:
+    """Optimizer steps that the trainer of a run has told the ledger of."""
+    return int(redis(services, "HGET", f"ldf:{{{name}}}:totals", "trained_step") or 0)
+
+
+def stored(services: Host) -> list[str]:
+    """Keys in the Mooncake store."""
+    url = f"http://{services.address}:9003/get_all_keys"
+    asked = ip("netns", "exec", services.space, sys.executable, "-c", READ.format(url=url))
+    return asked.split()
+
+
+READ = "import urllib.request; print(urllib.request.urlopen({url!r}, timeout=5).read().decode())"

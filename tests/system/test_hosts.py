@@ -1,17 +1,18 @@
 """Producer, trainer and store on hosts of their own, with no folder in common."""
 
 import os
+import random
 import subprocess
 import time
 
 import pytest
 
 from tests.processes import TINY, TRAIN, python, result, wait_until
-from tests.system.hosts import Host, hosts, start_services, why_not
+from tests.system.chaos.links import random_cuts, run_trial
+from tests.system.hosts import SECRET, Host, hosts, redis, start_services, steps, why_not
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 
-SECRET = "not to be seen"
 NUM_STEPS = 24
 TWO_HERE = ("--standalone", "--nproc_per_node=2")
 LONG = (*TINY, f"trainer.max_steps={NUM_STEPS}")
@@ -38,8 +39,8 @@ def three(tmp_path):
     """(producers, trainer, services), and the settings of parts."""
     with hosts(tmp_path, ("producer", "trainer", "services")) as (producer, trainer, services):
         for host in (producer, trainer):
-            (host.folder / "secret").write_text(SECRET.replace(" ", "-"))
-        settings = start_services(services, SECRET.replace(" ", "-"))
+            (host.folder / "secret").write_text(SECRET)
+        settings = start_services(services)
         time.sleep(2)
         yield producer, trainer, services, (*LONG, "topology=disagg_online", *settings, "topology.idle_timeout_s=120")
 
@@ -47,24 +48,12 @@ def three(tmp_path):
 def ends_well(process: subprocess.Popen[bytes], host: Host, timeout_s: float = 240) -> None:
     wait_until(lambda: process.poll() is not None, timeout_s, host.shown)
     assert process.returncode == 0, host.shown()
-    assert SECRET.replace(" ", "-") not in host.shown()
-
-
-def redis(services: Host, *command: str) -> str:
-    """What the Redis answers to `command`, asked on its own host: also while that is cut off."""
-    client = ("ip", "netns", "exec", services.space, "redis-cli", "-h", services.address, "--no-auth-warning", "-a")
-    shown = subprocess.run([*client, SECRET.replace(" ", "-"), *command], capture_output=True, text=True)
-    return shown.stdout.strip()
+    assert SECRET not in host.shown()
 
 
 def keys(services: Host) -> str:
     """What is left in the Redis."""
     return redis(services, "DBSIZE")
-
-
-def steps(services: Host, name: str) -> int:
-    """Optimizer steps that the trainer has told the ledger of."""
-    return int(redis(services, "HGET", f"ldf:{{{name}}}:totals", "trained_step") or 0)
 
 
 def cut_for(host: Host, services: Host, name: str, seconds: float) -> tuple[int, int]:
@@ -99,7 +88,7 @@ def test_two_ranks(folder, three):
 
 def test_two_ranks_on_two_hosts(folder, three):
     first, second, services, settings = three  # the producer is where the store is
-    (services.folder / "secret").write_text(SECRET.replace(" ", "-"))
+    (services.folder / "secret").write_text(SECRET)
     settings = (*settings, "run_name=nodes")
     producing = services.train(*settings, "role=producer")
     nodes = ("--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={first.address}:29400")
@@ -156,3 +145,9 @@ def test_a_link_that_is_cut_for_20_seconds(folder, three, cut_off):
     ends_well(producing, hosts["producer"])
     assert result(trainer.folder, cut_off)["losses"] == result(folder, "online")["losses"]
     assert keys(services) == "0"
+
+
+@pytest.mark.parametrize("seed", [1, 4])
+def test_random_cuts_and_kills(folder, tmp_path, seed):
+    """Beside cuts, the trainer is killed behind one (seed 1)."""
+    assert run_trial(tmp_path, random_cuts(random.Random(seed)), result(folder, "online")) >= 1

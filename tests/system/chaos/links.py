@@ -20,9 +20,12 @@ from tests.processes import TINY, TRAIN, python, result, wait_until
 from tests.system.hosts import SECRET, Host, hosts, redis, start_services, steps, stored
 
 RUN, NUM_STEPS = "links", 24
+AHEAD = 2
+"""Windows of 8 samples that producers may be ahead of the trainer."""
 SETTINGS = (*TINY, f"trainer.max_steps={NUM_STEPS}", "callbacks.checkpoint.every_n_train_steps=2", f"run_name={RUN}")
-MORE = ("topology=disagg_online", "topology.high_refs=24", "topology.idle_timeout_s=120", "topology.lease_s=5")
+MORE = ("topology=disagg_online", f"topology.high_refs={AHEAD * 8}", "topology.idle_timeout_s=120", "topology.lease_s=5")
 START_TIMEOUT_S, END_TIMEOUT_S = 180, 240
+BEGUN = "announced"
 TRIES = 12
 """A trainer whose forerunner was killed is refused until that one has been silent for a lease."""
 
@@ -72,7 +75,7 @@ class Trial:
         time.sleep(2)  # a part waits for a store that is about to start, but says so
         self.producing = [self._produce() for _ in range(2)]
         self.training = self._train()
-        self.num_cuts = 0
+        self.num_cuts = self.num_kills = 0
 
     def _produce(self) -> subprocess.Popen[bytes]:
         return self.producer.train(*self.settings, "role=producer")
@@ -108,16 +111,26 @@ class Trial:
         self.num_cuts += 1
         host.cut()
         ends = time.monotonic() + cut.seconds
-        if cut.kill:
+        # A producer that begins when the run is over waits for the trainer of another.
+        kill = cut.kill and steps(self.services, RUN) < NUM_STEPS - AHEAD - 2
+        if kill:
             for process in self.producing if cut.host == "producer" else [self.training]:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
+            self.num_kills += 1
         time.sleep(max(0.0, ends - time.monotonic()))
         host.heal()
-        if cut.kill and cut.host == "producer":
-            self.producing = [self._produce() for _ in self.producing]
-        elif cut.kill:
+        if kill and cut.host == "producer":
+            self._produce_again()
+        elif kill:
             self._train_again()
+
+    def _produce_again(self) -> None:
+        """Return once they have begun: who starts while nothing answers says so and ends, rather than wait."""
+        before = self.producer.shown().count(BEGUN)
+        self.producing = [self._produce() for _ in self.producing]
+        wanted = before + len(self.producing)
+        self._until(lambda: self.producer.shown().count(BEGUN) >= wanted or self.training.poll() is not None)
 
     def _train_again(self) -> None:
         for _ in range(TRIES):
@@ -141,14 +154,14 @@ def undisturbed(folder: Path) -> dict[str, Any]:
     return result(folder, RUN)
 
 
-def run_trial(folder: Path, cuts: Sequence[Cut], expected: dict[str, Any]) -> int:
-    """Run one; returns how many cuts fell within training. AssertionError says what went wrong."""
+def run_trial(folder: Path, cuts: Sequence[Cut], expected: dict[str, Any]) -> tuple[int, int]:
+    """Run one; returns how many cuts and kills fell within training. AssertionError says what went wrong."""
     with hosts(folder, ("producer", "trainer", "services")) as (producer, trainer, services):
         trial = Trial(producer, trainer, services)
         found = trial.run(cuts)
     for name in ("losses", "samples_trained"):
         assert found[name] == expected[name], f"{name} {found[name]}, undisturbed {expected[name]}"
-    return trial.num_cuts
+    return trial.num_cuts, trial.num_kills
 
 
 def main() -> int:
@@ -167,7 +180,8 @@ def main() -> int:
         begun, cuts = time.monotonic(), random_cuts(random.Random(number))
         num_trials += 1
         try:
-            verdict = f"ok, {run_trial(folder / str(number), cuts, expected)} cuts"
+            num_cuts, num_kills = run_trial(folder / str(number), cuts, expected)
+            verdict = f"ok, {num_cuts} cuts, {num_kills} kills"
         except AssertionError as error:
             num_wrong += 1
             verdict = f"WRONG: {error}"

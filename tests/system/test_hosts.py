@@ -11,7 +11,12 @@ from tests.processes import TINY, TRAIN, python, result, wait_until
 from tests.system.chaos.links import random_cuts, run_trial
 from tests.system.hosts import SECRET, Host, hosts, redis, start_services, steps, why_not
 
-pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
+pytestmark = [
+    pytest.mark.system,
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
+]
 
 NUM_STEPS = 24
 TWO_HERE = ("--standalone", "--nproc_per_node=2")

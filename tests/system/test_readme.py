@@ -32,6 +32,7 @@ def checkout(tmp_path_factory):
     return folder
 
 
+@pytest.mark.timeout(1200)  # nine commands, each of which has its own
 def test_the_readme_runs_from_top_to_bottom(checkout):
     path = f"{(checkout / '.venv' / 'bin')}:{environment()['PATH']}"
     settings = {**environment(), "PATH": path, "PYTHONPATH": str(checkout)}

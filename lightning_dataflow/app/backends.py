@@ -71,6 +71,10 @@ class VLLMBackend:
         config, options = parts.config, parts.config.evaluate
         self.parts = parts
         self.plain: Decoded | None = None
+        if not isinstance(options.vllm_args, dict | None):
+            raise UserError(
+                f"evaluate.vllm_args={options.vllm_args}: give arguments of vllm.LLM, such as {{max_model_len: 2048}}"
+            )
         self.decoder = VLLMDecoder(
             python=find_python(options.python),
             target=str(Path(config.target.path).absolute()),
@@ -81,7 +85,7 @@ class VLLMBackend:
             temperature=options.temperature,
             seed=config.seed,
             batch_size=options.batch_size,
-            engine_args=options.vllm_args,
+            engine_args=options.vllm_args or {},
             timeout_s=options.timeout_s,
         )
 

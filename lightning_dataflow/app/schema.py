@@ -191,7 +191,7 @@ class EvaluateConfig:
         baseline: decode with the target alone too, for the speed-up, and compare.
         backend: `hf`, `vllm` or `sglang_server`.
         python: of the environment in which vLLM is installed.
-        vllm_args: further keyword arguments of `vllm.LLM`.
+        vllm_args: further keyword arguments of `vllm.LLM`, a dictionary. Untyped, for Hydra adds no keys to an empty one.
         url: of an SGLang server that speculates.
         baseline_url: of one without a draft.
         timeout_s: for a vLLM process, or a server's answer.
@@ -210,7 +210,7 @@ class EvaluateConfig:
     baseline: bool = True
     backend: str = "hf"
     python: str | None = None
-    vllm_args: dict[str, Any] = field(default_factory=dict)
+    vllm_args: Any = None
     url: str | None = None
     baseline_url: str | None = None
     timeout_s: float = 3600.0

@@ -135,3 +135,13 @@ def test_a_missing_value_is_named():
 
 def test_numbers_in_yaml_are_numbers():
     assert typed(make("optimizer.lr=1e-4")).optimizer.lr == 1e-4
+
+
+@pytest.mark.parametrize("override", ["evaluate.vllm_args={max_model_len: 64}", "+evaluate.vllm_args.max_model_len=64"])
+def test_arguments_of_vllm_as_the_documentation_gives_them(override):
+    """Composed as the command does, where keys that are not there yet are refused."""
+    register_schemas()
+    GlobalHydra.instance().clear()
+    with initialize_config_module("lightning_dataflow.conf", version_base="1.3"):
+        config = compose("train", ["experiment=tiny", override])
+    assert config.evaluate.vllm_args == {"max_model_len": 64}

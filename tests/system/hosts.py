@@ -21,6 +21,7 @@ from tests.processes import TRAIN, environment
 NETWORK = "10.213.77"
 SECRET = "not-to-be-seen"
 """Redis's password, which no output of a part may show."""
+READ = "import urllib.request; print(urllib.request.urlopen({url!r}, timeout=5).read().decode())"
 _numbers = itertools.count(1)
 
 
@@ -178,6 +179,3 @@ def stored(services: Host) -> list[str]:
     url = f"http://{services.address}:9003/get_all_keys"
     asked = ip("netns", "exec", services.space, sys.executable, "-c", READ.format(url=url))
     return asked.split()
-
-
-READ = "import urllib.request; print(urllib.request.urlopen({url!r}, timeout=5).read().decode())"

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,7 @@ class Trial:
             time.sleep(2)
         raise AssertionError(f"refused {TRIES} times\n{self.shown()}")
 
-    def _until(self, condition: Any) -> None:
+    def _until(self, condition: Callable[[], object]) -> None:
         wait_until(condition, START_TIMEOUT_S, self.shown)
 
 

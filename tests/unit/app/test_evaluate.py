@@ -135,6 +135,7 @@ def test_callbacks_that_follow_nothing_are_refused(run, capsys):
         (["evaluate.num_draft_tokens=0"], "evaluate.num_draft_tokens=0"),
         (["evaluate.backend=vllm"], "backend vllm needs the Python of an environment with vLLM: set evaluate.python"),
         ([*VLLM], "has no vLLM: install it there"),
+        ([*VLLM, "evaluate.vllm_args=3"], "evaluate.vllm_args=3: give arguments of vllm.LLM"),
         (["evaluate.backend=sglang_server"], "evaluate.checkpoint with backend sglang_server: the server was started with"),
         ([*SERVER], "backend sglang_server needs a server that speculates: set evaluate.url"),
         ([*SERVER, "evaluate.url=127.0.0.1:9"], "127.0.0.1:9 is no address of a server"),

@@ -87,7 +87,11 @@ class WindowReader:
         return [one.seq for one in released]
 
     def discard(self) -> None:
-        """The run ended: free what was read and not used, and what was not read."""
+        """The fit ended: free what was read and not used, and what was not read, if that is for this rank to do."""
+        if not self._source.frees_at_end:
+            self._held.clear()
+            self._pending.clear()
+            return
         self.release(1 << 62)
         entries = [entry for rows in self._pending for row in rows for entry in row]
         self._source.discard([entry.ref for entry in entries if entry.ref is not None])

@@ -98,6 +98,7 @@ class StreamingSource(RefSource):
         if rank == 0:
             become_trainer(self.plane.ledger, self.plane.run_id)
         self._rank = rank
+        self.frees_at_end = rank == 0
         self._durable_seq = plan.start
         self._window_sizes.clear()
         if self.release_at == "durable" and self._watermarks is not None:

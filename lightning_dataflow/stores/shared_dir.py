@@ -126,6 +126,11 @@ class SharedDirFeatureStore(FeatureStore):
         self._check_secret()
         return [self._path(ref.sample_id, ref.generation).exists() for ref in refs]
 
+    def clear(self) -> None:
+        """See FeatureStore.clear. With `retain` the files stay."""
+        if not self.retain:
+            self.sweep(lambda sample_id, generation: False)
+
     def health(self) -> dict[str, int]:
         """See FeatureStore.health; `num_bytes` counts whole files. Walks the folder: not for hot paths."""
         sizes = list(self._file_sizes())

@@ -39,7 +39,7 @@ def test_every_file_composes(group, name):
     assert isinstance(config, TrainConfig)
 
 
-@pytest.mark.parametrize(("topology", "experiment"), product(GROUPS["topology"], GROUPS["experiment"]))
+@pytest.mark.parametrize(("topology", "experiment"), list(product(GROUPS["topology"], GROUPS["experiment"])))
 def test_experiments_compose_with_every_topology(topology, experiment):
     config = typed(make(f"topology={topology}", f"experiment={experiment}"))
     assert config.topology.name == topology
@@ -47,7 +47,7 @@ def test_experiments_compose_with_every_topology(topology, experiment):
     assert config.control.kind in CONTROLS[topology]
 
 
-@pytest.mark.parametrize(("strategy", "experiment"), product(GROUPS["strategy"], GROUPS["experiment"]))
+@pytest.mark.parametrize(("strategy", "experiment"), list(product(GROUPS["strategy"], GROUPS["experiment"])))
 def test_an_experiment_has_settings_of_its_own_for_each_strategy(strategy, experiment):
     plain = typed(make(f"strategy={strategy}", "sizes=paper"))
     config = typed(make(f"strategy={strategy}", f"experiment={experiment}"))

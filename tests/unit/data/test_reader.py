@@ -6,11 +6,12 @@ import lightning as L
 import pytest
 import torch
 
+from lightning_dataflow.control import ControlPlane
 from lightning_dataflow.data import Batching, DataFlowDataModule, SampleRows
 from lightning_dataflow.data.reader import STAND_IN_TOKENS, WindowReader
 from lightning_dataflow.data.source import RefWindow, WindowEntry
 from lightning_dataflow.producers import OnlineSource
-from lightning_dataflow.stores import MemoryFeatureStore
+from lightning_dataflow.stores import MemoryFeatureStore, SharedDirFeatureStore
 from lightning_dataflow.strategies import Eagle3Module
 from tests.streams import ORDER, PLAN, SeqFeed, make_source, make_worker, memory_plane
 
@@ -152,3 +153,21 @@ def test_a_window_of_skipped_samples_alone_is_a_step_of_nothing(target_path, pro
 def test_a_feed_is_what_the_card_says():
     (_, tensors), *_ = SeqFeed().capture([3], 0)
     assert tuple(tensors) == SeqFeed.card.features
+
+
+def test_a_rank_that_outlives_rank_0_leaves_its_features_to_the_resume(tmp_path):
+    plane, store = memory_plane(tmp_path), SharedDirFeatureStore(tmp_path / "store")
+    worker = make_worker(plane, store)
+    own = ControlPlane(run_id="run", ledger=plane.ledger, channel=memory_plane(tmp_path).log, durable=False)
+    first, second = make_source(plane, store), make_source(own, store)
+    first.begin(PLAN, 0, 2)
+    second.begin(PLAN, 1, 2)
+    for _ in range(12):
+        worker.run_once()
+    reader = read(second, rank=1, world_size=2)
+    next(iter(reader))
+    reader.discard()
+    second.finish("failed: connection closed by peer")
+    assert store.health()["num_samples"] == 12
+    first.finish("interrupted")
+    assert store.health()["num_samples"] == 0

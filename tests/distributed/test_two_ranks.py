@@ -1,5 +1,9 @@
 """Two ranks on gloo give what one process gives."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -99,3 +103,17 @@ def test_lightnings_own_launcher_and_evaluation_over_ranks(folder):
     launched = result(folder, "launched")
     assert launched["losses"] == pytest.approx(result(folder, "one")["losses"], rel=1e-4)
     assert [one["num_prompts"] for one in launched["acceptance"]] == [8, 8]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="threads of their own priority are Linux's")
+def test_a_rank_ends_well_when_gloo_comes_late(tmp_path):
+    """A gloo thread that frees a tensor while the interpreter ends aborts the process: two runs of three without a wait."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * (os.cpu_count() or 1))]
+    try:
+        for _ in range(4):
+            torchrun(str(ROOT / "tests" / "distributed" / "exit_worker.py"), cwd=tmp_path)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()

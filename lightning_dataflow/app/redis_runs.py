@@ -6,11 +6,11 @@ from pathlib import Path
 
 from lightning_dataflow.channels import RedisAddress
 from lightning_dataflow.channels.redis_local import ADDRESS, SECRET
-from lightning_dataflow.channels.redis_server import PREFIX, RedisServer
+from lightning_dataflow.channels.redis_server import KEYS, PREFIX, RedisServer
 from lightning_dataflow.contracts import UserError
 
 PATIENCE_S = 2.0
-_CARD = re.compile(rf"{PREFIX}:\{{(.*)\}}:card")
+_KEY = re.compile(rf"{PREFIX}:\{{(.*)\}}:(?:{'|'.join(KEYS)})")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,8 +48,8 @@ def runs_at(where: RedisAddress) -> list[str]:
     """Ids of all runs there."""
     server, cursor, found = RedisServer(where, "", patience_s=PATIENCE_S), b"0", set[str]()
     while True:
-        cursor, names = server.ask("SCAN", cursor, "MATCH", f"{PREFIX}:*:card", "COUNT", 1000)
-        found |= {match[1] for name in names if (match := _CARD.fullmatch(name.decode()))}
+        cursor, names = server.ask("SCAN", cursor, "MATCH", f"{PREFIX}:*", "COUNT", 1000)
+        found |= {match[1] for name in names if (match := _KEY.fullmatch(name.decode()))}
         if cursor == b"0":
             return sorted(found)
 

@@ -77,7 +77,7 @@ class RedisChannel(StreamingRefChannel):
     def append(self, lines: Sequence[bytes]) -> None:
         """See StreamingRefChannel."""
         if lines:
-            self.server.change(self._append, "append", new_nonce(), *lines)
+            self.server.change(self._append, "append", new_nonce(), listed=lines)
 
     def poll(self, max_records: int = 1024) -> list[LogRecord]:
         """See StreamingRefChannel."""

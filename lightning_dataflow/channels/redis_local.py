@@ -93,6 +93,7 @@ class LocalRedis:
             "appendfsync everysec",
             'save ""',
             "maxmemory-policy noeviction",
+            "hash-max-listpack-entries 32",  # a hash of more is not searched from end to end
             *self._settings,
         )
         self.processes[name] = process = subprocess.Popen(

@@ -1,7 +1,10 @@
--- The log of a run in Redis, and what every script of a run begins with. All scripts get the same KEYS.
-local CARD, LOG, INDEX, TOTALS, CLIENTS, ROWS, WANTED, LEASED, PUBLISHED, HOLDERS, PARTS, FAILED = unpack(KEYS)
+-- The log of a run in Redis, and what every script of a run begins with. All scripts get the same KEYS. Operations have
+-- arguments of their own and, behind them in ARGV, from `REST` on, a list of any length.
+local CARD, LOG, INDEX, TOTALS, CLIENTS, ROWS, WANTED, LEASED, HOLDERS, PARTS, FAILED = unpack(KEYS)
 local MOST = 4000  -- arguments that fit on Lua's stack
 local HEAD = 32  -- bytes of a record's head: see redis_records.py
+local KEEP_S = 3600  -- what nobody needs any more stays that long
+local REST = 7 + tonumber(ARGV[6])
 local ops = {}
 
 local function now()
@@ -10,7 +13,25 @@ local function now()
 end
 
 local function int(number)  -- concatenation would round above 1e14
-  return string.format('%.0f', number)
+  return string.format('%d', number)
+end
+
+-- every `step`th of the list, from its `first`th on
+local function listed(step, first)
+  local found = {}
+  for i = REST + first - 1, #ARGV, step do
+    found[#found + 1] = ARGV[i]
+  end
+  return found
+end
+
+-- a hash as a table
+local function hash(key)
+  local flat, found = redis.call('HGETALL', key), {}
+  for i = 1, #flat, 2 do
+    found[flat[i]] = flat[i + 1]
+  end
+  return found
 end
 
 local function total(name)
@@ -37,7 +58,8 @@ local function append(nonce, records)
   redis.call('XADD', INDEX, int(first) .. '-' .. nonce, 'h', table.concat(heads))
 end
 
-ops.append = function(nonce, ...)
-  append(nonce, {...})
+-- list: records
+ops.append = function(nonce)
+  append(nonce, listed(1, 1))
   return true
 end

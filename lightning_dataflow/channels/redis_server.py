@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning_dataflow.channels.redis_scripts import ALLOW_OOM, Script
 from lightning_dataflow.contracts import CapacityError, PeerFailedError, PeerTimeoutError, UserError
+from lightning_dataflow.contracts.errors import TAKEN_OVER
 
 PREFIX = "ldf"
 KEYS = (
@@ -23,7 +24,6 @@ KEYS = (
     "rows",
     "wanted",
     "leased",
-    "published",
     "holders",
     "parts",
     "failed",
@@ -90,6 +90,9 @@ class RedisServer:
         self._client = secrets.token_hex(8)
         self._acked = self._request = 0
         self._lost: PeerFailedError | None = None
+        self._keys = [self.key(name) for name in KEYS]
+        self.term = ""
+        """Of the claim that this process's changes belong to; whoever claimed later refuses them."""
         self.check()
 
     def key(self, name: str) -> str:
@@ -99,19 +102,30 @@ class RedisServer:
     @property
     def keys(self) -> list[str]:
         """All keys that a run can have."""
-        return [self.key(name) for name in KEYS]
+        return self._keys
 
-    def change(self, script: Script, operation: str, *arguments: str | bytes | int | float) -> Any:
+    def change(
+        self,
+        script: Script,
+        operation: str,
+        *arguments: str | bytes | int | float,
+        listed: Sequence[str | bytes | int] = (),
+    ) -> Any:
         """Run an operation of `script` once; returns its result.
+
+        Args:
+            listed: of any length, behind the arguments.
 
         Raises:
             PeerTimeoutError: the server stayed away; whether the change was made is not known.
-            PeerFailedError: the server lost what this process had written.
+            PeerFailedError: the server lost what this process had written, or another process has claimed the run since
+                this one was given its `term`.
             CapacityError: its memory is full.
         """
         with self._lock:
             self._request += 1
-            command = (*self.keys, self._client, self._acked, self._request, operation, *arguments)
+            what = (self.term, operation, len(arguments), *arguments, *listed)
+            command = (*self._keys, self._client, self._acked, self._request, *what)
             reply = self.patiently(lambda: self._evaluate(script, command))
             self._acked = self._request
             return json.loads(reply)
@@ -131,8 +145,9 @@ class RedisServer:
     def leave(self) -> None:
         """Say that this process is done with the run, and disconnect. The last that leaves a completed run removes it."""
         if self._request and self._lost is None:
+            command = (*self._keys, self._client, int(self.patience_s))  # one that was silent for longer has died
             with contextlib.suppress(PeerTimeoutError, PeerFailedError):
-                self.patiently(lambda: self._evaluate(_LEAVE, (*self.keys, self._client)), at_most_s=CONNECT_S)
+                self.patiently(lambda: self._evaluate(_LEAVE, command), at_most_s=CONNECT_S)
         self._pool.disconnect()
 
     def check(self) -> None:
@@ -257,6 +272,8 @@ class RedisServer:
         text = _first_line(error)
         if text.startswith("LOST"):
             return self.lost("what this process had written there")
+        if text.startswith("TAKEN"):
+            return PeerFailedError(TAKEN_OVER.format(text.removeprefix("TAKEN ")))
         if isinstance(error, self._redis.exceptions.OutOfMemoryError) or text.startswith("OOM"):
             return CapacityError(
                 f"{self.name} has no memory left: raise its maxmemory, write checkpoints more often (what is behind them "
@@ -277,9 +294,16 @@ _LEAVE = Script(
     """
 local totals, clients = KEYS[4], KEYS[5]
 redis.call('HDEL', clients, ARGV[1])
-if redis.call('HGET', totals, 'finished') == 'completed' and redis.call('HLEN', clients) == 0 then
-  redis.call('DEL', unpack(KEYS))
+if redis.call('HGET', totals, 'finished') ~= 'completed' then
+  return
 end
+local oldest = redis.call('TIME')[1] - ARGV[2]
+for _, text in ipairs(redis.call('HVALS', clients)) do
+  if tonumber(string.match(text, '^%d+ (%d+)')) > oldest then
+    return
+  end
+end
+redis.call('DEL', unpack(KEYS))
 """,
     ALLOW_OOM,
 )

@@ -31,3 +31,7 @@ class PeerGoneError(ConnectionError):
 
 class PeerFailedError(RuntimeError):
     """Another process of the run ended with an error, which the message repeats."""
+
+
+TAKEN_OVER = "{} has taken over this run while nothing was heard of this process, and trains it on from a checkpoint"
+"""What a trainer's PeerFailedError says that was replaced."""

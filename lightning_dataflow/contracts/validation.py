@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from lightning_dataflow.contracts.errors import UserError
 from lightning_dataflow.contracts.records import (
@@ -35,10 +35,8 @@ MAX_TOKENS = 1 << 24
 MAX_RANK = 8
 MAX_TEXT = 1024
 MAX_FEATURES = 64
-CACHED_SPECS, CACHED_CAPTURES = 1 << 15, 16
-_CACHED_SPEC = {"name", "shape", "dtype", "target_repr"}
-_NO_DEFAULT = object()
-_ORIGIN_DEFAULTS = {"attempt": 0, "draft_weight_version": None}
+CACHED_LAYOUTS, CACHED_SPECS, CACHED_CAPTURES = 1 << 13, 1 << 15, 16
+_ORIGIN_DEFAULTS = (("attempt", 0), ("draft_weight_version", None))
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:#-]{0,254}")
 _GENERATION = re.compile(r"[0-9]{1,9}-[0-9a-f]{16,64}")
 
@@ -55,6 +53,12 @@ def check_id(value: Any, what: str) -> str:
 
 def validate_ref(ref: SampleRef) -> SampleRef:
     """Return `ref` if every field is within bounds; raise UserError naming the field otherwise."""
+    _check_fields(ref)
+    return _check_total(ref, _payload(ref))
+
+
+def _check_fields(ref: SampleRef) -> None:
+    """All but the features."""
     origin = ref.origin
     check_id(origin.sample_id, "sample_id")
     check_id(origin.run_id, "run_id")
@@ -67,11 +71,15 @@ def validate_ref(ref: SampleRef) -> SampleRef:
         )
     if not isinstance(ref.generation, str) or not _GENERATION.fullmatch(ref.generation):
         raise UserError(f"ref {origin.sample_id} has generation {_short(ref.generation)}, expected attempt-nonce")
-    _check_count(origin.num_tokens, MAX_TOKENS, f"num_tokens of {origin.sample_id}")
+    _check_count(origin.num_tokens, MAX_TOKENS, "num_tokens", origin.sample_id)
     if not 0 < len(ref.features) <= MAX_FEATURES:
         raise UserError(f"ref {origin.sample_id} has {len(ref.features)} features, expected 1 to {MAX_FEATURES}")
     _check_plain(ref)
-    total = 0
+
+
+def _payload(ref: SampleRef) -> int:
+    """Bytes of its features, once all that is said of them is within bounds."""
+    origin, total = ref.origin, 0
     try:
         for name, spec in ref.features.items():
             shape = spec.shape
@@ -82,24 +90,35 @@ def validate_ref(ref: SampleRef) -> SampleRef:
             total += _feature_bytes(name, spec.name, spec.dtype, spec.target_repr, *shape)
     except (UserError, TypeError) as error:  # TypeError: a list where a name or number belongs
         raise UserError(f"ref {origin.sample_id}: {error}") from error
+    return total
+
+
+def _check_total(ref: SampleRef, total: int) -> SampleRef:
     if total != ref.num_bytes or total > MAX_SAMPLE_BYTES:
         raise UserError(
-            f"ref {origin.sample_id} says {_short(ref.num_bytes)} bytes but its features hold {total} "
+            f"ref {ref.sample_id} says {_short(ref.num_bytes)} bytes but its features hold {total} "
             f"(at most {MAX_SAMPLE_BYTES}): the ref is damaged, capture the sample again"
         )
     return ref
 
 
 def ref_to_json(ref: SampleRef) -> dict[str, Any]:
-    """Containers fit for JSON. Fields at their defaults are left out: the log holds one line a sample."""
-    origin = {name: value for name, value in vars(ref.origin).items() if value != _ORIGIN_DEFAULTS.get(name, _NO_DEFAULT)}
+    """Containers fit for JSON. Fields at their defaults are left out: the log holds one line a sample.
+
+    Features are a line of text, `name/dtype/sizes=target_repr …`, without the first size, which is the tokens; those that
+    do not fit into one are a mapping.
+    """
+    origin = dict(vars(ref.origin))
+    for name, default in _ORIGIN_DEFAULTS:
+        if origin[name] == default:
+            del origin[name]
     capture = ref.origin.capture
     origin["capture"] = {"layer_ids": capture.layer_ids, "norm": capture.norm, "hidden_size": capture.hidden_size}
     return {
         "origin": origin,
         "uri": ref.uri,
         "generation": ref.generation,
-        "features": {name: _spec_to_json(spec) for name, spec in ref.features.items()},
+        "features": _layout(ref) or {name: _spec_to_json(spec) for name, spec in ref.features.items()},
         "num_bytes": ref.num_bytes,
         "schema_version": ref.schema_version,
     }
@@ -108,14 +127,61 @@ def ref_to_json(ref: SampleRef) -> dict[str, Any]:
 def ref_from_json(data: Any) -> SampleRef:
     """Rebuild and validate a ref from `json.loads` output. Raises UserError for anything malformed."""
     try:
-        origin, capture = data["origin"], dict(data["origin"]["capture"])
-        layer_ids = tuple(map(int, capture.pop("layer_ids")))
-        origin = {**origin, "capture": _capture(layer_ids, **capture)}
-        features = {name: _spec_from_json(spec) for name, spec in data["features"].items()}
-        ref = SampleRef(**{**data, "origin": SampleOrigin(**origin), "features": features})
+        told, features = data["origin"], data["features"]
+        layer_ids, norm, hidden_size = _fields_of_capture(told["capture"])
+        origin = SampleOrigin(**{**told, "capture": _capture(tuple(map(int, layer_ids)), norm, hidden_size)})
+        total = None
+        if isinstance(features, str):
+            _check_count(origin.num_tokens, MAX_TOKENS, "num_tokens", str(origin.sample_id))
+            features, total = _read_layout(features, origin.num_tokens)
+        else:
+            features = {name: FeatureSpec(**{**spec, "shape": tuple(spec["shape"])}) for name, spec in features.items()}
+        ref = SampleRef(**{**data, "origin": origin, "features": features})
+    except UserError:
+        raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"not a sample reference ({error!r}): {_short(data)}") from error
-    return validate_ref(ref)
+    _check_fields(ref)
+    return _check_total(ref, _payload(ref) if total is None else total)
+
+
+def _layout(ref: SampleRef) -> str | None:
+    """None where the features do not fit into a line."""
+    told = []
+    for name, spec in ref.features.items():
+        shape = spec.shape
+        if spec.target_meta or spec.name != name or not shape or shape[0] != ref.origin.num_tokens:
+            return None
+        told.append((name, spec.dtype, shape[1:], spec.target_repr))
+    return _write_layout(tuple(told))
+
+
+@lru_cache(CACHED_CAPTURES)
+def _write_layout(told: tuple[tuple[str, str, tuple[int, ...], str | None], ...]) -> str:
+    """All samples of a run have one."""
+    words = (f"{name}/{dtype}/{'x'.join(map(str, sizes))}" + f"={what}" * bool(what) for name, dtype, sizes, what in told)
+    return " ".join(words)
+
+
+@lru_cache(CACHED_LAYOUTS, typed=True)
+def _read_layout(layout: str, num_tokens: int) -> tuple[dict[str, FeatureSpec], int]:
+    """Features and their payload in bytes. They recur in every sample of that length, and nobody changes them."""
+    features, total = {}, 0
+    for word in layout.split(" "):
+        told, _, target_repr = word.partition("=")
+        name, dtype, sizes = told.split("/")
+        shape = (num_tokens, *(int(size) for size in sizes.split("x") if sizes))
+        features[name] = FeatureSpec(name=name, shape=shape, dtype=dtype, target_repr=cast(Any, target_repr or None))
+        total += _feature_bytes(name, name, dtype, target_repr or None, *shape)
+    if len(features) != layout.count(" ") + 1:
+        raise UserError(f"features {_short(layout)} name one twice: the ref is damaged")
+    return features, total
+
+
+def _fields_of_capture(data: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    if len(data) != 3:
+        raise TypeError(f"capture has {', '.join(map(str, data))}")
+    return data["layer_ids"], data["norm"], data["hidden_size"]
 
 
 def _spec_to_json(spec: FeatureSpec) -> dict[str, Any]:
@@ -133,18 +199,6 @@ def _capture(layer_ids: tuple[int, ...], norm: Any, hidden_size: int) -> Capture
     return CaptureSpec(layer_ids=layer_ids, norm=norm, hidden_size=hidden_size)
 
 
-def _spec_from_json(data: Mapping[str, Any]) -> FeatureSpec:
-    if data.keys() <= _CACHED_SPEC:
-        return _spec(data["name"], data["dtype"], data.get("target_repr"), *data["shape"])
-    return FeatureSpec(**{**data, "shape": tuple(data["shape"])})
-
-
-@lru_cache(CACHED_SPECS, typed=True)
-def _spec(name: str, dtype: str, target_repr: Any, *shape: int) -> FeatureSpec:
-    """Features of one length recur in every sample of that length."""
-    return FeatureSpec(name=name, shape=shape, dtype=dtype, target_repr=target_repr)
-
-
 @lru_cache(CACHED_SPECS, typed=True)
 def _feature_bytes(name: str, own_name: str, dtype: str, target_repr: Any, *shape: int) -> int:
     """Payload of a feature, once all that is said of it is within bounds."""
@@ -158,7 +212,7 @@ def _feature_bytes(name: str, own_name: str, dtype: str, target_repr: Any, *shap
     if len(shape) > MAX_RANK:
         raise UserError(f"feature {name} has shape {_short(shape)}, expected at most {MAX_RANK} sizes")
     for size in shape:
-        _check_count(size, MAX_SAMPLE_BYTES, f"a size of feature {name}")
+        _check_count(size, MAX_SAMPLE_BYTES, "a size", f"feature {name}")
     return math.prod(shape) * DTYPE_BYTES[dtype]
 
 
@@ -173,14 +227,14 @@ def _check_plain(ref: SampleRef) -> None:
             raise UserError(f"{what} of {origin.sample_id} is {_short(value)}, expected up to {MAX_TEXT} characters")
     if not isinstance(origin.attempt, int) or not 0 <= origin.attempt < 10**9:
         raise UserError(f"attempt of {origin.sample_id} is {_short(origin.attempt)}, expected a whole number from 0")
-    _check_count(capture.hidden_size, MAX_TOKENS, f"hidden_size of {origin.sample_id}")
+    _check_count(capture.hidden_size, MAX_TOKENS, "hidden_size", origin.sample_id)
     if capture.norm not in ("post", "pre") or not 0 < len(capture.layer_ids) <= MAX_FEATURES:
         raise UserError(f"capture of {origin.sample_id} is {_short(capture)}, expected layer ids and norm post or pre")
 
 
-def _check_count(value: Any, limit: int, what: str) -> None:
+def _check_count(value: Any, limit: int, what: str, whose: str) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= limit:
-        raise UserError(f"{what} is {_short(value)}, expected a whole number from 1 to {limit}")
+        raise UserError(f"{what} of {whose} is {_short(value)}, expected a whole number from 1 to {limit}")
 
 
 def _short(value: Any) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 from lightning_dataflow.channels import StreamingRefChannel
 from lightning_dataflow.contracts import UserError
 
+SILENT_S = 60.0
+"""A process elsewhere that said nothing for so long has died."""
 MAX_ATTEMPTS = 3
 """A sample whose capture failed this often is given up."""
 TOTALS = (
@@ -227,7 +229,17 @@ class MetadataStore(ABC):
         """Report `name` as this process's, if the last to report it is still `before`, a (host, process id) or nobody.
 
         One transaction, of which one caller alone has its way. It ends the plan before; nothing is leased until `begin`.
+        From then on the changes of this store belong to this claim: once another process claims, each raises
+        PeerFailedError, which names it.
         """
+
+    @abstractmethod
+    def join(self) -> None:
+        """The changes of this store, too, belong to the latest claim: this process takes part in it."""
+
+    @abstractmethod
+    def is_ours(self) -> bool:
+        """Whether no other process has claimed the run since this one claimed it, or joined."""
 
     @abstractmethod
     def failures(self) -> Sequence[str]:

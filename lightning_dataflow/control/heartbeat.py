@@ -8,12 +8,11 @@ from contextlib import suppress
 from typing import Any
 
 from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
-from lightning_dataflow.control.base import MetadataStore
+from lightning_dataflow.control.base import SILENT_S, MetadataStore
 from lightning_dataflow.control.processes import is_running, pid_space
 
 EVERY_S = 2.0
 FRESH_S = 10.0
-SILENT_S = 60.0
 CLOSE_S = 0.5
 SUPERVISOR = "supervisor"
 TRAINER = "trainer-0"

@@ -83,6 +83,13 @@ class NoOpMetadataStore(MetadataStore):
         """See MetadataStore. Nobody else is there."""
         return True
 
+    def join(self) -> None:
+        """See MetadataStore."""
+
+    def is_ours(self) -> bool:
+        """See MetadataStore."""
+        return True
+
     def failures(self) -> Sequence[str]:
         """See MetadataStore."""
         return []

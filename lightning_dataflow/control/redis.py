@@ -11,13 +11,20 @@ from lightning_dataflow.channels import StreamingRefChannel
 from lightning_dataflow.channels.redis import RedisChannel, new_nonce
 from lightning_dataflow.channels.redis_scripts import ALLOW_OOM, NO_WRITES, Script, change_script, read_script
 from lightning_dataflow.channels.redis_server import RedisServer
-from lightning_dataflow.control.base import MAX_ATTEMPTS, TOTALS, Captured, Lease, MetadataStore, RunPlan, Watermarks
+from lightning_dataflow.control.base import (
+    MAX_ATTEMPTS,
+    SILENT_S,
+    TOTALS,
+    Captured,
+    Lease,
+    MetadataStore,
+    RunPlan,
+    Watermarks,
+)
 from lightning_dataflow.control.processes import pid_space
 
 FATAL = 2
 """In a part's `failed`: 0 is alive, 1 failed."""
-KEEP_S = 3600
-"""A completed run that a dead process keeps from being removed is removed by Redis after this long."""
 
 
 class RedisMetadataStore(MetadataStore):
@@ -57,6 +64,7 @@ class RedisMetadataStore(MetadataStore):
             plan.start,
             plan.start // plan.window,
             frontier,
+            SILENT_S,
             json.dumps(live),
             json.dumps(lost),
         )
@@ -73,16 +81,18 @@ class RedisMetadataStore(MetadataStore):
         marks = (watermarks.high_bytes, watermarks.high_refs, watermarks.low_bytes, watermarks.low_refs)
         while True:
             sizes = [num_bytes(seq) for seq in self._expected]
-            found = self.server.change(self._growing, "lease", worker, group, lease_s, *marks, self._expected.start, *sizes)
+            how = (worker, group, lease_s, *marks, self._expected.start)
+            found = self.server.change(self._growing, "lease", *how, listed=sizes)
             if not found:
                 return None
             low, high, stop = int(found["low"]), int(found["high"]), int(found["stop"])
             if "wanted" in found:
                 self._expected = range(high, min(high + group, stop))
+                seqs = tuple(range(low, high))
                 return Lease(
                     worker=worker,
-                    seqs=tuple(range(low, high)),
-                    wanted=tuple(map(int, found["wanted"])),
+                    seqs=seqs,
+                    wanted=seqs if found["wanted"] is True else tuple(map(int, found["wanted"])),
                     attempt=found["attempt"],
                     tries=found["tries"],
                 )
@@ -105,14 +115,14 @@ class RedisMetadataStore(MetadataStore):
         self._check_log(log)
         samples = [part for seq in lease.wanted for part in (seq, skips[seq])]
         how = (lease.worker, lease.attempt, int(retryable), int(counts), MAX_ATTEMPTS)
-        return [int(seq) for seq in self._run("give_back", new_nonce(), *how, *samples)]
+        return [int(seq) for seq in self._run("give_back", new_nonce(), *how, listed=samples)]
 
     def commit(self, lease: Lease, captured: Mapping[int, Captured], log: StreamingRefChannel) -> list[int]:
         """See MetadataStore."""
         self._check_log(log)
         samples = [part for seq, one in captured.items() for part in (seq, one.generation, one.num_bytes, one.line)]
-        accepted = self.server.change(self._growing, "commit", new_nonce(), lease.worker, lease.attempt, *samples)
-        return [int(seq) for seq in accepted]
+        accepted = self.server.change(self._growing, "commit", new_nonce(), lease.worker, lease.attempt, listed=samples)
+        return list(captured) if accepted is True else [int(seq) for seq in accepted]
 
     def want(self, seq: int, generation: str) -> bool:
         """See MetadataStore."""
@@ -120,15 +130,15 @@ class RedisMetadataStore(MetadataStore):
 
     def free(self, seqs: Iterable[int]) -> None:
         """See MetadataStore."""
-        self._run("ack", 0, *seqs)
+        self._run("ack", listed=list(seqs))
 
     def ack(self, next_seq: int, global_step: int, freed: Iterable[int] = ()) -> None:
         """See MetadataStore."""
-        self._run("ack", 2, "trained_seq", next_seq, "trained_step", global_step, *freed)
+        self._run("ack", "trained_seq", next_seq, "trained_step", global_step, listed=list(freed))
 
     def ack_durable(self, next_seq: int, global_step: int) -> None:
         """See MetadataStore."""
-        self._run("ack", 2, "durable_seq", next_seq, "durable_step", global_step)
+        self._run("ack", "durable_seq", next_seq, "durable_step", global_step)
 
     def count_wait(self) -> None:
         """See MetadataStore."""
@@ -136,7 +146,7 @@ class RedisMetadataStore(MetadataStore):
 
     def finish(self, status: str) -> None:
         """See MetadataStore."""
-        self._run("finish", status, KEEP_S)
+        self._run("finish", status)
 
     def finished(self, since: float = 0.0) -> str | None:
         """See MetadataStore."""
@@ -155,7 +165,21 @@ class RedisMetadataStore(MetadataStore):
 
     def claim(self, name: str, state: str, before: tuple[str, int] | None) -> bool:
         """See MetadataStore."""
-        return self._run("claim", name, socket.gethostname(), os.getpid(), pid_space(), state, *(before or ("", 0)))
+        self.server.term = ""
+        term = self._run("claim", name, socket.gethostname(), os.getpid(), pid_space(), state, *(before or ("", 0)))
+        if term is False:
+            return False
+        self.server.term = term
+        return True
+
+    def join(self) -> None:
+        """See MetadataStore."""
+        self.server.term = (self.server.ask("HGET", self._totals, "term") or b"").decode()
+
+    def is_ours(self) -> bool:
+        """See MetadataStore."""
+        mine = self.server.term
+        return not mine or mine == (self.server.ask("HGET", self._totals, "term") or b"").decode()
 
     def failures(self) -> Sequence[str]:
         """See MetadataStore."""
@@ -189,8 +213,8 @@ class RedisMetadataStore(MetadataStore):
         """See MetadataStore. The last process that leaves a completed run removes what it kept in Redis."""
         self.server.leave()
 
-    def _run(self, operation: str, *arguments: str | bytes | int | float) -> Any:
-        return self.server.change(self._freeing, operation, *arguments)
+    def _run(self, operation: str, *arguments: str | bytes | int | float, listed: Sequence[str | bytes | int] = ()) -> Any:
+        return self.server.change(self._freeing, operation, *arguments, listed=listed)
 
     def _check_log(self, log: StreamingRefChannel) -> None:
         same = (

@@ -1,19 +1,27 @@
 -- The ledger's operations; what they mean is MetadataStore's contract. rows: seq → "state attempt tries bytes rest", where
--- rest is the worker of a leased sample and the generation of a published one. wanted and published: seqs by seq; leased: seqs
--- by when their lease ends. holders: worker → all seqs that it may hold.
+-- rest is the worker of a leased sample and the generation of a published one. wanted: seqs by seq; leased: seqs by when their
+-- lease ends. holders: worker → all seqs that it may hold.
 
 local function parse(text)
   local state, attempt, tries, bytes, rest = string.match(text, '^(%a+) (%d+) (%d+) (%d+) (.*)$')
   return {state = state, attempt = tonumber(attempt), tries = tonumber(tries), bytes = tonumber(bytes), rest = rest}
 end
 
--- rows of seqs, in their order; false where there is none
-local function rows_of(seqs)
-  local rows = {}
+-- rows of seqs as they are kept, in their order; false where there is none
+local function texts_of(seqs)
+  local texts = {}
   for first = 1, #seqs, MOST do
     for _, text in ipairs(redis.call('HMGET', ROWS, unpack(seqs, first, math.min(first + MOST - 1, #seqs)))) do
-      rows[#rows + 1] = text and parse(text)
+      texts[#texts + 1] = text
     end
+  end
+  return texts
+end
+
+local function rows_of(seqs)
+  local rows = texts_of(seqs)
+  for i, text in ipairs(rows) do
+    rows[i] = text and parse(text)
   end
   return rows
 end
@@ -37,30 +45,34 @@ local function put(seqs, rows)
   local pairs = {}
   for i, row in ipairs(rows) do
     pairs[2 * i - 1] = seqs[i]
-    pairs[2 * i] = string.format('%s %.0f %.0f %.0f %s', row.state, row.attempt, row.tries, row.bytes, row.rest)
+    pairs[2 * i] = string.format('%s %d %d %d %s', row.state, row.attempt, row.tries, row.bytes, row.rest)
   end
   many('HSET', ROWS, pairs)
 end
 
--- a sorted set by seq
-local function add(key, seqs)
+local function want_all(seqs)
   local pairs = {}
   for i, seq in ipairs(seqs) do
     pairs[2 * i - 1], pairs[2 * i] = seq, seq
   end
-  many('ZADD', key, pairs)
+  many('ZADD', WANTED, pairs)
 end
 
 local function drop(seqs)
-  local freed = 0
-  for _, row in ipairs(rows_of(seqs)) do
-    freed = freed + (row and row.bytes or 0)
+  local freed, indexed = 0, {}
+  for i, text in ipairs(texts_of(seqs)) do
+    if text then
+      local state, bytes = string.match(text, '^(%a+) %d+ %d+ (%d+)')
+      freed = freed + bytes
+      if state ~= 'published' then
+        indexed[#indexed + 1] = seqs[i]
+      end
+    end
   end
   many('HDEL', ROWS, seqs)
-  many('ZREM', WANTED, seqs)
-  many('ZREM', LEASED, seqs)
-  many('ZREM', PUBLISHED, seqs)
-  redis.call('HINCRBY', TOTALS, 'bytes_in_flight', 0 - freed)
+  many('ZREM', WANTED, indexed)
+  many('ZREM', LEASED, indexed)
+  redis.call('HINCRBY', TOTALS, 'bytes_in_flight', int(0 - freed))
 end
 
 local function give_up(seqs)
@@ -87,8 +99,20 @@ local function flat(seqs, value)
   return list
 end
 
+-- parts that said nothing for so long
+local function forget_parts(silent_s)
+  local oldest = now() - silent_s
+  for name, text in pairs(hash(PARTS)) do
+    if tonumber(cjson.decode(text).seen) < oldest then
+      redis.call('HDEL', PARTS, name)
+      redis.call('HDEL', FAILED, name)
+      redis.call('HDEL', HOLDERS, name)
+    end
+  end
+end
+
 local function forget_samples()
-  redis.call('DEL', ROWS, WANTED, LEASED, PUBLISHED, HOLDERS)
+  redis.call('DEL', ROWS, WANTED, LEASED, HOLDERS)
 end
 
 ops.fence = function()
@@ -98,7 +122,7 @@ ops.fence = function()
     row.state, row.attempt, row.rest = 'wanted', row.attempt + 1, ''
   end
   put(seqs, rows)
-  add(WANTED, seqs)
+  want_all(seqs)
   redis.call('DEL', LEASED, HOLDERS)
   redis.call('HDEL', TOTALS, 'plan')
   local wanted = redis.call('ZRANGE', WANTED, 0, -1)
@@ -107,7 +131,7 @@ ops.fence = function()
 end
 
 -- published: lists of seq, attempt, generation, bytes; wanted: of seq, attempt
-ops.begin = function(plan, start, step, frontier, published, wanted)
+ops.begin = function(plan, start, step, frontier, silent_s, published, wanted)
   forget_samples()
   local bytes, seqs, rows = 0, {}, {}
   for i, sample in ipairs(cjson.decode(published)) do
@@ -115,18 +139,18 @@ ops.begin = function(plan, start, step, frontier, published, wanted)
     bytes = bytes + sample[4]
   end
   put(seqs, rows)
-  add(PUBLISHED, seqs)
   seqs, rows = {}, {}
   for i, sample in ipairs(cjson.decode(wanted)) do
     seqs[i], rows[i] = sample[1], {state = 'wanted', attempt = sample[2], tries = 0, bytes = 0, rest = ''}
   end
   put(seqs, rows)
-  add(WANTED, seqs)
+  want_all(seqs)
   local failed = redis.call('HKEYS', FAILED)
   many('HDEL', PARTS, failed)
   redis.call('DEL', FAILED)
+  forget_parts(tonumber(silent_s))
   redis.call('HDEL', TOTALS, 'finished', 'finished_at')
-  redis.call('HSET', TOTALS, 'plan', plan, 'frontier', frontier, 'bytes_in_flight', bytes, 'trained_seq', start,
+  redis.call('HSET', TOTALS, 'plan', plan, 'frontier', frontier, 'bytes_in_flight', int(bytes), 'trained_seq', start,
     'trained_step', step, 'paused', 0)
   for _, key in ipairs(KEYS) do
     redis.call('PERSIST', key)
@@ -162,8 +186,8 @@ local function must_wait(seq, bytes, num_new, window, high_bytes, high_refs, low
   return paused
 end
 
--- sizes: of the seqs of the group that the caller expects, the first of which is `expected`. Another group's are asked for.
-ops.lease = function(worker, group, lease_s, high_bytes, high_refs, low_bytes, low_refs, expected, ...)
+-- list: sizes of the seqs of the group that the caller expects, the first of which is `expected`. Another group's are asked for.
+ops.lease = function(worker, group, lease_s, high_bytes, high_refs, low_bytes, low_refs, expected)
   local plan = redis.call('HGET', TOTALS, 'plan')
   if not plan or finished() then
     return {}
@@ -180,17 +204,19 @@ ops.lease = function(worker, group, lease_s, high_bytes, high_refs, low_bytes, l
   group = tonumber(group)
   local low = math.floor(seq / group) * group
   local high = math.min(low + group, plan.stop)
-  local group_seqs, expiries = {}, {}
+  local names, known = {}, {}
   for one = low, high - 1 do
-    group_seqs[#group_seqs + 1] = int(one)
+    names[#names + 1] = int(one)
+    if one < frontier then
+      known[#known + 1] = names[#names]
+    end
   end
-  local rows, sizes = rows_of(group_seqs), {...}
-  local seqs, taken, bytes, num_new, num_unreserved, attempt = {}, {}, 0, 0, 0, 0
-  for i, name in ipairs(group_seqs) do
+  local rows, seqs, taken, bytes, num_new, num_unreserved = rows_of(known), {}, {}, 0, 0, 0
+  for i, name in ipairs(names) do
     local row, is_open = rows[i], false
     if low + i - 1 >= frontier then
-      row, is_open = {state = 'wanted', attempt = 0, tries = 0, bytes = 0, rest = ''}, true
-      num_new = num_new + 1
+      row, is_open = {attempt = 0, tries = 0, bytes = 0}, true
+      rows[i], num_new = row, num_new + 1
     elseif row and row.state == 'leased' then
       is_open = tonumber(redis.call('ZSCORE', LEASED, name)) < time
     elseif row then
@@ -199,32 +225,31 @@ ops.lease = function(worker, group, lease_s, high_bytes, high_refs, low_bytes, l
     if is_open then
       seqs[#seqs + 1], taken[#taken + 1] = name, row
       if row.bytes == 0 then
-        num_unreserved = num_unreserved + 1
-        row.unreserved, bytes = true, bytes + (tonumber(sizes[i]) or 0)
-        row.size = tonumber(sizes[i])
+        num_unreserved, row.size = num_unreserved + 1, tonumber(ARGV[REST + i - 1])
+        bytes = bytes + (row.size or 0)
       end
     end
   end
   if num_unreserved > 0 then
-    if tonumber(expected) ~= low or #sizes ~= high - low then
+    if tonumber(expected) ~= low or #ARGV - REST + 1 ~= high - low then
       return {low = int(low), high = int(high), stop = int(plan.stop)}
     end
     if must_wait(seq, bytes, num_new, plan.window, tonumber(high_bytes), tonumber(high_refs), tonumber(low_bytes),
         tonumber(low_refs)) then
       return {}
     end
-    redis.call('HINCRBY', TOTALS, 'bytes_in_flight', bytes)
+    redis.call('HINCRBY', TOTALS, 'bytes_in_flight', int(bytes))
     if num_new > 0 then
-      redis.call('HSET', TOTALS, 'frontier', high)
+      redis.call('HSET', TOTALS, 'frontier', int(high))
     end
   end
-  local first, last = tonumber(seqs[1]), tonumber(seqs[#seqs])
+  local first, last, attempt = tonumber(seqs[1]), tonumber(seqs[#seqs]), 0
   for i, row in ipairs(rows) do  -- those in between that another worker holds count too
     if row and row.state ~= 'published' and low + i - 1 >= first and low + i - 1 <= last then
       attempt = math.max(attempt, row.attempt + (row.state == 'leased' and 1 or 0))
     end
   end
-  local tries, ends = 0, string.format('%.6f', time + lease_s)
+  local tries, ends, expiries = 0, string.format('%.6f', time + lease_s), {}
   for i, row in ipairs(taken) do
     row.tries = row.tries + (row.state == 'leased' and 1 or 0)
     tries = math.max(tries, row.tries)
@@ -232,7 +257,7 @@ ops.lease = function(worker, group, lease_s, high_bytes, high_refs, low_bytes, l
     expiries[2 * i - 1], expiries[2 * i] = ends, seqs[i]
   end
   put(seqs, taken)
-  many('ZREM', WANTED, seqs)
+  many('ZREM', WANTED, known)
   many('ZADD', LEASED, expiries)
   local held = table.concat(seqs, ' ')
   for _, one in ipairs(held_by(worker)) do
@@ -241,7 +266,8 @@ ops.lease = function(worker, group, lease_s, high_bytes, high_refs, low_bytes, l
     end
   end
   redis.call('HSET', HOLDERS, worker, held)
-  return {low = int(low), high = int(high), stop = int(plan.stop), wanted = seqs, attempt = attempt, tries = tries}
+  return {low = int(low), high = int(high), stop = int(plan.stop), wanted = #seqs == high - low or seqs, attempt = attempt,
+    tries = tries}
 end
 
 ops.renew = function(worker, lease_s)
@@ -252,13 +278,9 @@ ops.renew = function(worker, lease_s)
   return true
 end
 
--- then seq and skip record of each sample of the lease
-ops.give_back = function(nonce, worker, attempt, retryable, counts, most, ...)
-  local given, lost, records, again, rows = {...}, {}, {}, {}, {}
-  local seqs = {}
-  for i = 1, #given, 2 do
-    seqs[#seqs + 1] = given[i]
-  end
+-- list: seq and skip record of each sample of the lease
+ops.give_back = function(nonce, worker, attempt, retryable, counts, most)
+  local seqs, skips, lost, records, again, rows = listed(2, 1), listed(2, 2), {}, {}, {}, {}
   for i, row in ipairs(rows_of(seqs)) do
     if is_held(row, worker, tonumber(attempt)) then
       row.tries = row.tries + tonumber(counts)
@@ -266,13 +288,13 @@ ops.give_back = function(nonce, worker, attempt, retryable, counts, most, ...)
         row.state, row.attempt, row.rest = 'wanted', row.attempt + 1, ''
         again[#again + 1], rows[#rows + 1] = seqs[i], row
       else
-        lost[#lost + 1], records[#records + 1] = seqs[i], given[2 * i]
+        lost[#lost + 1], records[#records + 1] = seqs[i], skips[i]
       end
     end
   end
   put(again, rows)
   many('ZREM', LEASED, again)
-  add(WANTED, again)
+  want_all(again)
   give_up(lost)
   if #records > 0 then
     append(nonce, records)
@@ -280,37 +302,40 @@ ops.give_back = function(nonce, worker, attempt, retryable, counts, most, ...)
   return lost
 end
 
--- then seq, generation, bytes and record of each sample
-ops.commit = function(nonce, worker, attempt, ...)
+-- list: seq, generation, bytes and record of each sample
+ops.commit = function(nonce, worker, attempt)
   if finished() then
     return {}
   end
-  local given, seqs, accepted, records, rows = {...}, {}, {}, {}, {}
-  for i = 1, #given, 4 do
-    seqs[#seqs + 1] = given[i]
-  end
-  local more = 0
-  for i, row in ipairs(rows_of(seqs)) do
-    if is_held(row, worker, tonumber(attempt)) then
-      local bytes = tonumber(given[4 * i - 1])
-      more = more + bytes - row.bytes
-      row.state, row.rest, row.bytes = 'published', given[4 * i - 2], bytes
-      accepted[#accepted + 1], rows[#rows + 1], records[#records + 1] = seqs[i], row, given[4 * i]
+  local seqs, accepted, records, pairs, more = listed(4, 1), {}, {}, {}, 0
+  for i, text in ipairs(texts_of(seqs)) do
+    local of, tries, reserved, holder
+    if text then
+      of, tries, reserved, holder = string.match(text, '^leased (%d+) (%d+) (%d+) (.*)$')
+    end
+    if of == attempt and holder == worker then  -- is_held, in the digits as they are
+      local at, n = REST + 4 * (i - 1), #accepted + 1
+      local generation, bytes = ARGV[at + 1], ARGV[at + 2]
+      more = more + bytes - reserved
+      accepted[n], records[n] = seqs[i], ARGV[at + 3]
+      pairs[2 * n - 1], pairs[2 * n] = seqs[i], 'published ' .. of .. ' ' .. tries .. ' ' .. bytes .. ' ' .. generation
     end
   end
   if #accepted == 0 then
     return {}
   end
   append(nonce, records)
-  put(accepted, rows)
+  many('HSET', ROWS, pairs)
   many('ZREM', LEASED, accepted)
-  add(PUBLISHED, accepted)
-  redis.call('HINCRBY', TOTALS, 'bytes_in_flight', more)
+  if redis.call('HGET', HOLDERS, worker) == table.concat(accepted, ' ') then
+    redis.call('HDEL', HOLDERS, worker)
+  end
+  redis.call('HINCRBY', TOTALS, 'bytes_in_flight', int(more))
   redis.call('HINCRBY', TOTALS, 'published', #accepted)
-  if tonumber(attempt) > 0 then
+  if attempt ~= '0' then
     redis.call('HINCRBY', TOTALS, 'recaptured', #accepted)
   end
-  return accepted
+  return #accepted == #seqs or accepted
 end
 
 ops.want = function(seq, generation, most)
@@ -331,18 +356,16 @@ ops.want = function(seq, generation, most)
   end
   row.state, row.attempt, row.rest = 'wanted', row.attempt + 1, ''
   put({seq}, {row})
-  redis.call('ZREM', PUBLISHED, seq)
-  add(WANTED, {seq})
+  want_all({seq})
   return true
 end
 
--- names and values of totals to set, then the seqs to drop
-ops.ack = function(num_totals, ...)
-  local given = {...}
-  for i = 1, 2 * tonumber(num_totals), 2 do
-    redis.call('HSET', TOTALS, given[i], given[i + 1])
+-- names and values of totals to set; list: the seqs to drop
+ops.ack = function(...)
+  local totals, seqs = {...}, listed(1, 1)
+  if #totals > 0 then
+    redis.call('HSET', TOTALS, ...)
   end
-  local seqs = {unpack(given, 2 * tonumber(num_totals) + 1)}
   if #seqs > 0 then
     drop(seqs)
   end
@@ -354,21 +377,18 @@ ops.count_wait = function()
   return true
 end
 
-ops.finish = function(status, keep_s)
+ops.finish = function(status)
   forget_samples()
   redis.call('HSET', TOTALS, 'finished', status, 'finished_at', string.format('%.6f', now()), 'bytes_in_flight', 0)
-  if status == 'completed' then  -- the last to leave removes everything; should one have died, the server does
-    for _, key in ipairs(KEYS) do
-      redis.call('EXPIRE', key, keep_s)
-    end
-  end
   return true
 end
 
 ops.report = function(name, host, pid, pids, state, failed)
   local part = {host = host, pid = tonumber(pid), pids = pids, seen = string.format('%.6f', now()), state = state,
     failed = tonumber(failed)}
-  redis.call('HSET', PARTS, name, cjson.encode(part))
+  if redis.call('HSET', PARTS, name, cjson.encode(part)) == 1 then
+    forget_parts(KEEP_S)
+  end
   if failed == '0' then
     redis.call('HDEL', FAILED, name)
   else
@@ -385,5 +405,7 @@ ops.claim = function(name, host, pid, pids, state, before_host, before_pid)
     return false
   end
   redis.call('HDEL', TOTALS, 'plan', 'finished', 'finished_at')
-  return ops.report(name, host, pid, pids, state, '0')
+  redis.call('HSET', TOTALS, 'claimed_by', 'process ' .. pid .. ' on ' .. host)
+  ops.report(name, host, pid, pids, state, '0')
+  return int(redis.call('HINCRBY', TOTALS, 'term', 1))
 end

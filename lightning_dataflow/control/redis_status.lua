@@ -1,20 +1,25 @@
 -- What people are shown of a run, at one moment.
-local TOTALS, ROWS, WANTED, LEASED, PUBLISHED, PARTS = KEYS[4], KEYS[6], KEYS[7], KEYS[8], KEYS[9], KEYS[11]
+local TOTALS, ROWS, WANTED, LEASED, PARTS = KEYS[4], KEYS[6], KEYS[7], KEYS[8], KEYS[10]
 local time = redis.call('TIME')
 local trained = tonumber(redis.call('HGET', TOTALS, 'trained_seq') or 0)
-local kept, kept_bytes = redis.call('ZRANGEBYSCORE', PUBLISHED, '-inf', '(' .. string.format('%.0f', trained)), 0
-for _, seq in ipairs(kept) do
-  local row = redis.call('HGET', ROWS, seq)
-  kept_bytes = kept_bytes + tonumber(string.match(row, '^%a+ %d+ %d+ (%d+)'))
+local rows, published, kept, kept_bytes = redis.call('HGETALL', ROWS), 0, 0, 0
+for i = 1, #rows, 2 do
+  local bytes = string.match(rows[i + 1], '^published %d+ %d+ (%d+)')
+  if bytes then
+    published = published + 1
+    if tonumber(rows[i]) < trained then
+      kept, kept_bytes = kept + 1, kept_bytes + bytes
+    end
+  end
 end
 return cjson.encode({
   time = string.format('%.6f', tonumber(time[1]) + tonumber(time[2]) / 1e6),
   totals = redis.call('HGETALL', TOTALS),
   parts = redis.call('HGETALL', PARTS),
-  refs = redis.call('HLEN', ROWS),
+  refs = #rows / 2,
   leased = redis.call('ZCARD', LEASED),
   wanted = redis.call('ZCARD', WANTED),
-  published = redis.call('ZCARD', PUBLISHED),
-  kept = #kept,
-  kept_bytes = string.format('%.0f', kept_bytes),
+  published = published,
+  kept = kept,
+  kept_bytes = string.format('%d', kept_bytes),
 })

@@ -4,14 +4,16 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lightning_dataflow.channels import StreamingRefChannel
-from lightning_dataflow.contracts import UserError
-from lightning_dataflow.control.base import Captured, Lease, MetadataStore, RunPlan, Watermarks
+from lightning_dataflow.contracts import PeerFailedError, UserError
+from lightning_dataflow.contracts.errors import TAKEN_OVER
+from lightning_dataflow.control.base import SILENT_S, Captured, Lease, MetadataStore, RunPlan, Watermarks
 from lightning_dataflow.control.processes import pid_space
 from lightning_dataflow.control.sqlite_tables import FATAL, LedgerTables
 
@@ -31,6 +33,7 @@ class SqliteMetadataStore(MetadataStore):
 
     def __init__(self, path: str | Path | None = None):
         self._tables = LedgerTables(path)
+        self._term: int | None = None  # of the claim that its changes belong to
         self._host = socket.gethostname()
         with self._tables.transaction():
             self._tables.db.execute("INSERT OR IGNORE INTO run VALUES ('host', ?)", (self._host,))
@@ -44,7 +47,7 @@ class SqliteMetadataStore(MetadataStore):
 
     def fence(self) -> dict[int, int]:
         """See MetadataStore."""
-        with self._tables.transaction():
+        with self._change():
             self._tables.db.execute(
                 "UPDATE samples SET state = 'wanted', attempt = attempt + 1, worker = NULL WHERE state = 'leased'"
             )
@@ -58,12 +61,12 @@ class SqliteMetadataStore(MetadataStore):
         rows: list[tuple[int, str, int, str | None, int]]
         rows = [(seq, "published", _attempt(generation), generation, size) for seq, (generation, size) in published.items()]
         rows += [(seq, "wanted", attempt, None, 0) for seq, attempt in wanted.items()]
-        with self._tables.transaction():
+        with self._change():
             self._tables.db.execute("DELETE FROM samples")
             self._tables.db.executemany(
                 "INSERT INTO samples (seq, state, attempt, generation, bytes) VALUES (?, ?, ?, ?, ?)", rows
             )
-            self._tables.db.execute("DELETE FROM parts WHERE failed")
+            self._tables.db.execute("DELETE FROM parts WHERE failed OR seen < ?", (time.time() - SILENT_S,))
             self._tables.set("plan", json.dumps(asdict(plan)))
             self._tables.set("finished", None)
             self._tables.set_totals(
@@ -84,7 +87,7 @@ class SqliteMetadataStore(MetadataStore):
         self, worker: str, *, group: int, num_bytes: Callable[[int], int], watermarks: Watermarks, lease_s: float
     ) -> Lease | None:
         """See MetadataStore."""
-        with self._tables.transaction():
+        with self._change():
             plan = self.plan()
             if plan is None or self.finished() is not None:
                 return None
@@ -105,7 +108,7 @@ class SqliteMetadataStore(MetadataStore):
 
     def renew(self, worker: str, lease_s: float) -> None:
         """See MetadataStore."""
-        with self._tables.transaction():
+        with self._change():
             self._tables.db.execute(
                 "UPDATE samples SET expires = ? WHERE state = 'leased' AND worker = ?", (time.time() + lease_s, worker)
             )
@@ -120,7 +123,7 @@ class SqliteMetadataStore(MetadataStore):
         counts: bool = True,
     ) -> list[int]:
         """See MetadataStore."""
-        with self._tables.transaction():
+        with self._change():
             mine = self._tables.held(lease)
             if retryable:
                 mine = [seq for seq in mine if not self._tables.want_again(seq, lease.attempt + 1, counts)]
@@ -131,7 +134,7 @@ class SqliteMetadataStore(MetadataStore):
 
     def commit(self, lease: Lease, captured: Mapping[int, Captured], log: StreamingRefChannel) -> list[int]:
         """See MetadataStore."""
-        with self._tables.transaction():
+        with self._change():
             held = [] if self.finished() is not None else self._tables.held(lease)
             accepted = [seq for seq in held if seq in captured]
             if not accepted:
@@ -152,7 +155,7 @@ class SqliteMetadataStore(MetadataStore):
 
     def want(self, seq: int, generation: str) -> bool:
         """See MetadataStore."""
-        with self._tables.transaction():
+        with self._change():
             if self.finished() is not None:
                 return True
             row = self._tables.db.execute("SELECT state, attempt, generation FROM samples WHERE seq = ?", (seq,)).fetchone()
@@ -168,28 +171,28 @@ class SqliteMetadataStore(MetadataStore):
 
     def free(self, seqs: Iterable[int]) -> None:
         """See MetadataStore."""
-        with self._tables.transaction():
+        with self._change():
             self._tables.drop(seqs)
 
     def ack(self, next_seq: int, global_step: int, freed: Iterable[int] = ()) -> None:
         """See MetadataStore."""
-        with self._tables.transaction():
+        with self._change():
             self._tables.drop(freed)
             self._tables.set_totals(trained_seq=next_seq, trained_step=global_step)
 
     def ack_durable(self, next_seq: int, global_step: int) -> None:
         """See MetadataStore."""
-        with self._tables.transaction():
+        with self._change():
             self._tables.set_totals(durable_seq=next_seq, durable_step=global_step)
 
     def count_wait(self) -> None:
         """See MetadataStore."""
-        with self._tables.transaction():
+        with self._change():
             self._tables.add(train_waits=1)
 
     def finish(self, status: str) -> None:
         """See MetadataStore."""
-        with self._tables.transaction():
+        with self._change():
             self._tables.set("finished", status)
             self._tables.set("finished_at", str(time.time()))
             self._tables.db.execute("DELETE FROM samples")
@@ -206,7 +209,7 @@ class SqliteMetadataStore(MetadataStore):
 
     def report(self, name: str, state: str, *, failed: bool = False, fatal: bool = False) -> None:
         """See MetadataStore."""
-        with self._tables.transaction():
+        with self._change():
             self._report(name, state, FATAL if fatal else failed)
 
     def claim(self, name: str, state: str, before: tuple[str, int] | None) -> bool:
@@ -214,10 +217,21 @@ class SqliteMetadataStore(MetadataStore):
         with self._tables.transaction():
             if self._tables.db.execute("SELECT host, pid FROM parts WHERE name = ?", (name,)).fetchone() != before:
                 return False
+            self._term = int(self._tables.get("term") or 0) + 1
+            self._tables.set("term", str(self._term))
+            self._tables.set("claimed_by", f"process {os.getpid()} on {self._host}")
             self._tables.set("plan", None)
             self._tables.set("finished", None)
             self._report(name, state, False)
             return True
+
+    def join(self) -> None:
+        """See MetadataStore."""
+        self._term = int(self._tables.get("term") or 0)
+
+    def is_ours(self) -> bool:
+        """See MetadataStore."""
+        return self._term is None or self._term == int(self._tables.get("term") or 0)
 
     def failures(self) -> Sequence[str]:
         """See MetadataStore."""
@@ -264,6 +278,13 @@ class SqliteMetadataStore(MetadataStore):
     def close(self) -> None:
         """See MetadataStore."""
         self._tables.close()
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        with self._tables.transaction():
+            if not self.is_ours():
+                raise PeerFailedError(TAKEN_OVER.format(self._tables.get("claimed_by")))
+            yield
 
     def _must_wait(
         self, seq: int, num_bytes: int, num_refs: int, totals: Mapping[str, int], plan: RunPlan, marks: Watermarks

@@ -128,7 +128,8 @@ class StreamingRefQueue:
             for seq in range(self._start, next_seq):
                 record, handed_out = self._records.pop(seq, None), self._handed_out.pop(seq, None)
                 self._first.pop(seq, None)
-                self._recaptured.pop(seq, None)
+                if self._recaptured:
+                    self._recaptured.pop(seq, None)
                 if record is not None and record.number != handed_out:  # came after its window was handed out
                     self._discard(record)
             self._start = max(self._start, next_seq)

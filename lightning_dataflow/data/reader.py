@@ -88,7 +88,7 @@ class WindowReader:
 
     def discard(self) -> None:
         """The fit ended: free what was read and not used, and what was not read, if that is for this rank to do."""
-        if not self._source.frees_at_end:
+        if not self._source.frees_at_end():
             self._held.clear()
             self._pending.clear()
             return

@@ -68,8 +68,6 @@ class RefSource(ABC):
         shares_any_seqs: whether a rank's share may be any seqs of a window, or else must be the rank's slice of it.
         release_at: whether features are freed when their step is `applied`, or when a checkpoint made it `durable`.
         resumable: whether this fit writes checkpoints; set before `begin`.
-        frees_at_end: whether this rank frees what it read and did not use when a fit ends, or else rank 0 frees all. A rank
-            that fails because rank 0 died leaves its features to the resume.
     """
 
     card: FeatureCard
@@ -78,7 +76,6 @@ class RefSource(ABC):
     shares_any_seqs: bool = True
     release_at: ReleaseAt = "applied"
     resumable: bool = True
-    frees_at_end: bool = True
 
     @abstractmethod
     def __len__(self) -> int:
@@ -112,6 +109,14 @@ class RefSource(ABC):
         Raises UserError where nobody captures again.
         """
         raise UserError(f"a sample is lost: {reason}; capture again")
+
+    def frees_at_end(self) -> bool:
+        """Whether this rank frees what it read and did not use when a fit ends.
+
+        Else somebody else does: rank 0 for all, or, of a run that another process has taken over, that one. A rank that
+        fails because rank 0 died leaves its features to the resume.
+        """
+        return True
 
     def discard(self, refs: Sequence[SampleRef]) -> None:
         """Give back refs that nobody will read."""

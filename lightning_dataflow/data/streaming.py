@@ -97,8 +97,9 @@ class StreamingSource(RefSource):
         """See RefSource. Rank 0 rebuilds the ledger from what the log and the store hold."""
         if rank == 0:
             become_trainer(self.plane.ledger, self.plane.run_id)
+        else:
+            self.plane.ledger.join()
         self._rank = rank
-        self.frees_at_end = rank == 0
         self._durable_seq = plan.start
         self._window_sizes.clear()
         if self.release_at == "durable" and self._watermarks is not None:
@@ -174,13 +175,17 @@ class StreamingSource(RefSource):
             self.plane.log.trim(self._durable_seq)  # the checkpoint before this one stays usable
             self._durable_seq = next_seq
 
+    def frees_at_end(self) -> bool:
+        """See RefSource."""
+        return self._rank == 0 and self.plane.ledger.is_ours()
+
     def cancel(self) -> None:
         """See RefSource."""
         self.queue.cancel()
 
     def finish(self, status: str) -> None:
-        """See RefSource. Rank 0 ends the run for the producers, and frees what nobody read."""
-        if self._rank == 0:
+        """See RefSource. Rank 0 ends the run for the producers, and frees what nobody read, unless another took it over."""
+        if self._rank == 0 and self.plane.ledger.is_ours():
             self.plane.ledger.finish(status)
             self.queue.catch_up()
             self._free(self.queue.unread())

@@ -69,3 +69,14 @@ def test_a_run_with_a_redis_of_its_own_is_shown_by_its_folder(redis_server, redi
         assert json.loads(capsys.readouterr().out)["plan"]["stop"] == 8
     (folder / "redis-address").write_text("127.0.0.1:1")
     assert "error: the Redis of this run, 127.0.0.1:1, is not running" in fails(status, capsys, str(folder.parent))
+
+
+def test_a_run_that_ended_before_it_was_announced_is_shown_and_removed(redis_run, there, capsys):
+    RedisMetadataStore(redis_run).report("supervisor", "starting")
+    status.main(there)
+    assert redis_run.run_id in capsys.readouterr().out.split()
+    status.main([redis_run.run_id, *there, "--interval=0"])
+    assert "not begun" in capsys.readouterr().out
+    RedisMetadataStore(redis_run).finish("interrupted")
+    clean.main([redis_run.run_id, *there])
+    assert redis_run.ask("KEYS", redis_run.key("*").replace("{", "?").replace("}", "?")) == []

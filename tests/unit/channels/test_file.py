@@ -173,7 +173,7 @@ def line(**changes: Any) -> str:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (line(features__x__shape=[2, 1 << 60]), "a size of feature x"),
+        (line(features=f"x/float32/{1 << 60}"), "a size of feature x"),
         (line(num_bytes=1 << 60), "the ref is damaged"),
         (line(origin__num_tokens=1 << 40), "num_tokens"),
         (line(origin__sample_id="../../etc/passwd"), "not a valid id"),

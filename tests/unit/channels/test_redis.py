@@ -1,5 +1,6 @@
 """Redis when it dies, forgets, is full, stands still, or is none."""
 
+import json
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ import pytest
 from lightning_dataflow.channels import LocalRedis, RedisAddress, RedisChannel, redis_server
 from lightning_dataflow.channels.redis_server import RedisServer
 from lightning_dataflow.contracts import CapacityError, LogRecord, PeerFailedError, PeerTimeoutError, UserError
-from lightning_dataflow.control import RedisMetadataStore, RunPlan
+from lightning_dataflow.control import Captured, RedisMetadataStore, RunPlan
 from tests.streams import WIDE, make_ref
 
 pytestmark = pytest.mark.skipif(
@@ -361,3 +362,54 @@ def test_the_last_to_leave_a_completed_run_removes_it(own):
     assert server.secret_file.stat().st_mode & 0o77 == 0
     server.close()
     assert {path.name for path in server.folder.iterdir()} == {"redis.log", "redis-lock"}
+
+
+def test_who_died_long_ago_is_forgotten(own):
+    """Processes that join and die do not fill the run's keys, and keep nothing from being removed."""
+    server = own()
+    log = channel(server)
+    ledger, asks = begun(log.server), RedisServer(server.where, "run")
+    for index in range(50):
+        asks.ask("HSET", asks.key("clients"), f"dead-{index}", "3 1000 true")
+        part = {"host": "h", "pid": index, "pids": "p", "seen": "1000.0", "state": "capturing", "failed": index % 2}
+        asks.ask("HSET", asks.key("parts"), f"producer-{index}", json.dumps(part))
+        asks.ask("HSET", asks.key("failed"), f"producer-{index}", "it broke")
+        asks.ask("HSET", asks.key("holders"), f"producer-{index}", "1 2 3")
+    other = channel(server)
+    other.publish(refs(0))
+    assert asks.ask("HLEN", asks.key("clients")) == 2
+    ledger.report("producer-new", "capturing")
+    assert [part["name"] for part in ledger.status()["parts"]] == ["producer-new"]
+    assert ledger.failures() == []
+    assert asks.ask("HLEN", asks.key("holders")) == 0
+    asks.ask("HSET", asks.key("clients"), "dead", "3 1000 true")
+    ledger.finish("completed")
+    other.server.leave()
+    ledger.close()
+    assert asks.ask("DBSIZE") == 0
+
+
+def test_what_is_said_after_the_end_does_not_stay(own):
+    """Nor does a key that only a producer's last words make."""
+    server = own()
+    log = channel(server)
+    ledger, dead, asks = begun(log.server), channel(server), RedisServer(server.where, "run")
+    dead.publish(refs(0))
+    ledger.finish("completed")
+    ledger.report("producer-0", "it broke", failed=True)
+    ledger.close()
+    times = {name: asks.ask("TTL", asks.key(name)) for name in ("totals", "log", "clients", "parts", "failed")}
+    assert all(3500 < seconds <= 3600 for seconds in times.values()), times
+
+
+def test_workers_that_hold_nothing_leave_no_trace(own):
+    ledger = begun(channel(own()).server)
+    log = RedisChannel(ledger.server)
+    for index in range(3):
+        found = ledger.lease(f"p{index}", group=4, num_bytes=lambda seq: 8, watermarks=WIDE, lease_s=60.0)
+        captured = {
+            seq: Captured(generation="0-0123456789abcdef", num_bytes=8, line=log.encode(record))
+            for seq, record in zip(found.wanted, refs(*found.wanted), strict=True)
+        }
+        assert ledger.commit(found, captured, log) == list(found.wanted)
+    assert ledger.server.ask("EXISTS", ledger.server.key("holders")) == 0

@@ -1,4 +1,6 @@
 import json
+import math
+from dataclasses import replace
 
 import pytest
 
@@ -30,12 +32,36 @@ def make_ref() -> SampleRef:
     )
 
 
-def test_round_trip_through_json():
-    assert ref_from_json(json.loads(json.dumps(ref_to_json(make_ref())))) == make_ref()
+SPELLED_OUT = {"last_hidden_state": {"name": "last_hidden_state", "shape": [5, 64], "dtype": "bfloat16"}}
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ({"shape": (5, 64)}, "x/bfloat16/64"),
+        ({"shape": (5,)}, "x/bfloat16/"),
+        ({"shape": (5, 3, 4), "target_repr": "hidden_state"}, "x/bfloat16/3x4=hidden_state"),
+        ({"shape": (5, 64), "target_meta": {"vocab_map_version": "1"}}, None),
+    ],
+)
+def test_round_trip_through_json(spec, text):
+    size = 5 * 2 * math.prod(spec["shape"][1:])
+    features = {"x": FeatureSpec(name="x", dtype="bfloat16", **spec)}
+    ref = replace(make_ref(), features=features, num_bytes=size)
+    data = json.loads(json.dumps(ref_to_json(ref)))
+    assert isinstance(data["features"], dict) if text is None else data["features"] == text
+    assert ref_from_json(data) == ref
+
+
+def test_features_that_are_spelled_out():
+    assert ref_from_json(json.loads(json.dumps(ref_to_json(make_ref()) | {"features": SPELLED_OUT}))) == make_ref()
 
 
 def edited(path: str, value) -> dict:
     data = json.loads(json.dumps(ref_to_json(make_ref())))
+    if path.startswith("features."):
+        data["features"] = SPELLED_OUT
+        data = json.loads(json.dumps(data))
     *parents, last = path.split(".")
     node = data
     for name in parents:
@@ -67,12 +93,24 @@ def edited(path: str, value) -> dict:
         ("origin.capture.layer_ids", [], "norm post or pre"),
         ("origin.capture.hidden_size", 0, "hidden_size of run"),
         ("features.last_hidden_state.dtype", "object", "known: bool"),
-        ("features.last_hidden_state.dtype", ["bfloat16"], "not a sample reference"),
-        ("features.last_hidden_state.shape", [5, [64]], "not a sample reference"),
+        ("features.last_hidden_state.dtype", ["bfloat16"], "unhashable type"),
+        ("features.last_hidden_state.shape", [5, [64]], "unhashable type"),
         ("features.last_hidden_state.shape", [5, 64.0], "a size of feature"),
         ("features.last_hidden_state.target_repr", "text", "known: logits, pruned_logits, hidden_state"),
         ("features.last_hidden_state.surprise", 1, "not a sample reference"),
         ("features", {}, "expected 1 to 64"),
+        ("features", "", "not a sample reference"),
+        ("features", "last_hidden_state", "not a sample reference"),
+        ("features", "a/b/bfloat16/64", "not a sample reference"),
+        ("features", "last_hidden_state/bfloat16/64  x/bfloat16/64", "not a sample reference"),
+        ("features", "last_hidden_state/bfloat16/6.4", "not a sample reference"),
+        ("features", "../bfloat16/64", "feature name .* not a valid id"),
+        ("features", "last_hidden_state/object/64", "known: bool"),
+        ("features", "last_hidden_state/bfloat16/-64", "a size of feature"),
+        ("features", "last_hidden_state/bfloat16/1x1x1x1x1x1x1x64", "at most 8 sizes"),
+        ("features", "last_hidden_state/bfloat16/64=text", "known: logits, pruned_logits, hidden_state"),
+        ("features", "last_hidden_state/bfloat16/65", "the ref is damaged"),
+        ("features", "x/bfloat16/32 x/bfloat16/32", "name one twice"),
         ("schema_version", 99, "capture again"),
         ("surprise", 1, "not a sample reference"),
         ("origin", None, "not a sample reference"),

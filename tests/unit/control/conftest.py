@@ -1,8 +1,29 @@
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from lightning_dataflow.control import RedisMetadataStore, SqliteMetadataStore
+from lightning_dataflow.channels.redis_server import RedisServer
+from lightning_dataflow.control import MetadataStore, RedisMetadataStore, SqliteMetadataStore
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+def open_ledger(request, tmp_path: Path) -> Iterator[Callable[[], MetadataStore]]:
+    """Opens one ledger any number of times, as other processes would."""
+    server = request.getfixturevalue("redis_run") if request.param == "redis" else None
+    made: list[MetadataStore] = []
+
+    def opened() -> MetadataStore:
+        made.append(
+            SqliteMetadataStore(tmp_path / "ledger.sqlite")
+            if server is None
+            else RedisMetadataStore(RedisServer(server.where, server.run_id))
+        )
+        return made[-1]
+
+    yield opened
+    for one in made:
+        one.close()
 
 
 @pytest.fixture(params=["memory", "sqlite", "redis"])

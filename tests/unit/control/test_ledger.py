@@ -15,7 +15,7 @@ import pytest
 
 from lightning_dataflow.channels import FileChannel
 from lightning_dataflow.channels.redis_server import RedisServer
-from lightning_dataflow.contracts import LogRecord, PeerTimeoutError, UserError
+from lightning_dataflow.contracts import LogRecord, PeerFailedError, PeerTimeoutError, UserError
 from lightning_dataflow.control import (
     MAX_ATTEMPTS,
     Captured,
@@ -724,6 +724,69 @@ def test_one_of_several_claims(ledger):
     assert (ledger.plan(), ledger.finished()) == (None, None)
     (part,) = ledger.status()["parts"]
     assert (part["name"], part["host"], part["pid"], part["state"]) == ("trainer-0", *me, "beginning")
+
+
+def test_a_trainer_whose_run_was_claimed_changes_nothing(open_ledger):
+    """It was cut off for a while, and another began meanwhile. Its ranks neither; producers belong to nobody's claim."""
+    old, rank, new, producer = (open_ledger() for _ in range(4))
+    assert old.claim("trainer-0", "beginning", None)
+    begin(old)
+    rank.join()
+    found = lease(producer)
+    assert commit(producer, found) == [0, 1, 2, 3]
+    rank.free([3])
+    assert new.claim("trainer-0", "beginning", (HOST, os.getpid()))
+    begin(new, published={seq: (generation(found, seq), SIZE) for seq in range(4)}, frontier=4)
+    assert [one.is_ours() for one in (old, rank, new, producer)] == [False, False, True, True]
+    changes = [
+        old.fence,
+        lambda: begin(old),
+        lambda: old.ack(4, 1, [0, 1]),
+        lambda: old.ack_durable(4, 1),
+        lambda: old.want(0, generation(found, 0)),
+        lambda: old.finish("completed"),
+        lambda: old.report("trainer-0", "training"),
+        lambda: rank.free([1]),
+        lambda: rank.want(1, generation(found, 1)),
+        rank.count_wait,
+    ]
+    if isinstance(old, RedisMetadataStore):
+        changes.append(lambda: log_of(old).publish([LogRecord(kind="skip", seq=0, reason="lost")]))
+    for change in changes:
+        with pytest.raises(PeerFailedError, match=rf"process {os.getpid()} on {HOST} has taken over this run"):
+            change()
+    assert in_flight(new) == (4, 4 * SIZE)
+    status = new.status()
+    assert (status["trained_seq"], status["durable_seq"], status["finished"]) == (0, 0, None)
+    assert [part["state"] for part in status["parts"]] == ["beginning"]
+    new.ack(4, 1, range(4))
+    assert commit(producer, lease(producer)) == [4, 5, 6, 7]
+    assert old.claim("trainer-0", "again", (HOST, os.getpid()))  # a later one wins again
+    assert [one.is_ours() for one in (old, new)] == [True, False]
+
+
+def test_as_many_samples_as_anybody_may_have_in_flight(ledger):
+    """A checkpoint frees thousands at once; a group of thousands is leased and committed."""
+    begin(ledger, stop=60_000, published={seq: ("0-0123456789abcdef", SIZE) for seq in range(20_000)}, frontier=20_000)
+    ledger.free(range(10_000))
+    ledger.ack(20_000, 1, range(10_000, 20_000))
+    assert in_flight(ledger) == (0, 0)
+    found = lease(ledger, group=5_000)
+    assert (found.seqs, found.wanted) == (tuple(range(20_000, 25_000)), tuple(range(20_000, 25_000)))
+    assert commit(ledger, found) == list(found.wanted)
+    assert in_flight(ledger) == (5_000, 5_000 * SIZE)
+
+
+def test_parts_that_have_died_are_forgotten(ledger, monkeypatch):
+    """Producers come and go; a trainer that begins forgets who has not been heard of."""
+    begin(ledger)
+    ledger.report("producer-0", "capturing")
+    monkeypatch.setattr(f"{type(ledger).__module__}.SILENT_S", 0.0)
+    time.sleep(0.01)
+    begin(ledger)
+    assert ledger.status()["parts"] == []
+    ledger.report("producer-0", "capturing")
+    assert [part["name"] for part in ledger.status()["parts"]] == ["producer-0"]
 
 
 def test_a_trainer_that_came_between_look_and_claim_is_found(redis_run, monkeypatch):

@@ -6,8 +6,8 @@ import threading
 import pytest
 import torch
 
-from lightning_dataflow.contracts import PeerTimeoutError, UserError
-from lightning_dataflow.control import ControlPlane, RunPlan
+from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
+from lightning_dataflow.control import ControlPlane, RunPlan, resolve_control_plane
 from lightning_dataflow.data import ManifestSource, PassOrder
 from lightning_dataflow.data import queue as queue_module
 from lightning_dataflow.data.streaming import announcement_from_json, announcement_to_json
@@ -254,3 +254,26 @@ def test_a_run_that_another_trainer_trains_is_refused_and_a_dead_ones_is_not(pla
     source = make_source(plane, store)
     source.begin(PLAN, 0, 1)
     source.finish("completed")
+
+
+def test_a_trainer_that_another_replaced_leaves_everything_to_it(tmp_path, store):
+    """It was cut off, and another began: it ends at its next step, and frees and ends nothing."""
+    planes = [resolve_control_plane("disaggregated", "run", path=tmp_path) for _ in range(3)]
+    worker = make_worker(planes[0], store)
+    old, new = (make_source(plane, store) for plane in planes[1:])
+    old.begin(PLAN, 0, 1)
+    capture(worker, 4)
+    assert train(old, 0) == [0, 1, 2, 3]
+    capture(worker, 4)
+    before = store.health()["num_samples"]
+    new.begin(RunPlan(start=4, stop=40, window=4), 0, 1)
+    with pytest.raises(PeerFailedError, match="has taken over this run while nothing was heard"):
+        old.applied([], 8, 2)
+    assert (old.frees_at_end(), new.frees_at_end()) == (False, True)
+    old.finish("failed: it was taken over")
+    assert store.health()["num_samples"] == before
+    assert new.plane.ledger.finished() is None
+    assert train(new, 1) == [4, 5, 6, 7]
+    new.finish("completed")
+    for plane in planes:
+        plane.close()

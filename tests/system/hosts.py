@@ -98,10 +98,17 @@ class Host:
         self.started.append(process)
         return process
 
-    def train(self, *settings: str, torchrun: Sequence[str] = ()) -> subprocess.Popen[bytes]:
-        """A part of a run; trainers by torchrun, where its options are given."""
+    def train(
+        self, *settings: str, torchrun: Sequence[str] = (), own_processes: bool = False
+    ) -> subprocess.Popen[bytes]:
+        """A part of a run; trainers by torchrun, where its options are given.
+
+        Args:
+            own_processes: it sees no process of other hosts.
+        """
+        space = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc") if own_processes else ()
         launcher = ("-m", "torch.distributed.run", *torchrun) if torchrun else ()
-        return self.start(sys.executable, *launcher, TRAIN, *settings, f"store.hostname={self.address}")
+        return self.start(*space, sys.executable, *launcher, TRAIN, *settings, f"store.hostname={self.address}")
 
     def cut(self) -> None:
         ip("link", "set", self.link, "down")

@@ -152,6 +152,25 @@ def test_a_link_that_is_cut_for_20_seconds(folder, three, cut_off):
     assert keys(services) == "0"
 
 
+def test_a_trainer_that_is_cut_off_and_replaced(folder, three):
+    """Whoever queues jobs may start another meanwhile; when the first is back, it ends and takes nothing from the other."""
+    producer, trainer, services, settings = three
+    (services.folder / "secret").write_text(SECRET)
+    producing, training = begin_narrow(three, "replaced")
+    settings = (*settings, "run_name=replaced", "topology.high_refs=16", "role=trainer")
+    second = services.train(*settings, own_processes=True)
+    trainer.cut()  # before the other can have looked
+    wait_until(lambda: redis(services, "HGET", "ldf:{replaced}:totals", "term") == "2", 180, services.shown)
+    trainer.heal()
+    wait_until(lambda: training.poll() is not None, 120, trainer.shown)
+    assert training.returncode == 75, trainer.shown()
+    assert "has taken over this run while nothing was heard of this process" in trainer.shown()
+    ends_well(second, services)
+    ends_well(producing, producer)
+    assert result(services.folder, "replaced")["losses"] == result(folder, "online")["losses"]
+    assert keys(services) == "0"
+
+
 @pytest.mark.parametrize("seed", [1, 4])
 def test_random_cuts_and_kills(folder, tmp_path, seed):
     """Behind one of the cuts the trainer is killed (seed 1), or both producers (seed 4)."""

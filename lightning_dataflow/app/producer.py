@@ -29,8 +29,6 @@ def produce(config: TrainConfig, settings: dict[str, Any]) -> None:
     parts = Builder(config, settings)
     with parts.resources:
         workers = make_workers(parts, own_worker_name())
-        for worker in workers:
-            parts.resources.callback(worker.plane.close)
         feed, log = workers[0].feed, workers[0].plane.log
         print(f"announced {len(feed)} samples in {log.name}, waiting for the trainer to begin", flush=True)
         try:

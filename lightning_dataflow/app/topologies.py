@@ -10,6 +10,7 @@ from lightning_dataflow.app.schema import StoreConfig, TopologyConfig, TrainConf
 from lightning_dataflow.channels import RedisAddress
 from lightning_dataflow.contracts import UnknownNameError, UserError
 from lightning_dataflow.control import ControlPlane, Watermarks, resolve_control_plane
+from lightning_dataflow.control.heartbeat import Heartbeat
 from lightning_dataflow.control.plane import DeploymentMode
 from lightning_dataflow.data import ManifestSource, OfflineSource, RefSource, StreamingSource
 from lightning_dataflow.data.source import ReleaseAt
@@ -241,22 +242,38 @@ def _check_one_engine(config: TrainConfig) -> None:
 
 
 def make_workers(parts: "Builder", name: str) -> list[RolloutWorker]:
-    """The producers of this process: as many as its target can capture for at a time."""
+    """The producers of this process: as many as its target can capture for at a time.
+
+    Loading takes minutes, so the run is told of it: one that ends meanwhile stays until this process knows.
+    """
     config = parts.config
-    feed = make_feed(parts)
-    count = feed.target.num_requests if isinstance(feed, ServedFeed) else 1
+    served = config.target.engine == "sglang_server"
+    names, planes = [f"{name}-0" if served else name], [control_plane(config)]
+    parts.resources.callback(planes[0].close)
+    heartbeat = Heartbeat(planes[0].ledger, names[0], lambda: "loading")
+    try:
+        feed = make_feed(parts)
+        if isinstance(feed, ServedFeed):
+            names += [f"{name}-{index}" for index in range(1, feed.target.num_requests)]
+        for _ in names[1:]:
+            planes.append(control_plane(config))
+            parts.resources.callback(planes[-1].close)
+    except BaseException:
+        heartbeat.stop("did not load")
+        raise
+    heartbeat.stop("loaded")
     return [
         RolloutWorker(
-            name if count == 1 else f"{name}-{index}",
+            one,
             feed,
-            control_plane(config),
+            plane,
             parts.shared_store,
             watermarks(config.topology, config.store),
             group=config.target.capture_batch_size,
             lease_s=config.topology.lease_s,
             peer_timeout_s=config.topology.start_timeout_s,
         )
-        for index in range(count)
+        for one, plane in zip(names, planes, strict=True)
     ]
 
 

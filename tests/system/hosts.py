@@ -98,9 +98,7 @@ class Host:
         self.started.append(process)
         return process
 
-    def train(
-        self, *settings: str, torchrun: Sequence[str] = (), own_processes: bool = False
-    ) -> subprocess.Popen[bytes]:
+    def train(self, *settings: str, torchrun: Sequence[str] = (), own_processes: bool = False) -> subprocess.Popen[bytes]:
         """A part of a run; trainers by torchrun, where its options are given.
 
         Args:

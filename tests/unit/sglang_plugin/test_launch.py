@@ -47,7 +47,9 @@ def launch(tmp_path):
     def run(text: bytes) -> subprocess.CompletedProcess[str]:
         (tmp_path / "key.txt").write_bytes(text)
         command = f"{sys.executable} -m lightning_dataflow.sglang_plugin.launch --port 30000 < key.txt"
-        return subprocess.run(["bash", "-c", command], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=60)
+        return subprocess.run(
+            ["bash", "-c", command], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=60
+        )
 
     return run
 

@@ -1,4 +1,4 @@
-"""Start SGLang's server with an API key that no command line and no log shows: `python -m … FLAGS`, the key on stdin."""
+"""Start SGLang's server with an API key that no command line and no log shows: `python -m … FLAGS < key.txt`."""
 
 import logging
 import runpy
@@ -7,8 +7,10 @@ from typing import Any
 
 
 def main() -> None:
-    """`sglang.launch_server` in this process."""
-    key = sys.stdin.readline().rstrip("\n")
+    """`sglang.launch_server` in this process; the key is the first line of standard input. Exits where there is none."""
+    key = sys.stdin.readline().strip()
+    if not key or not key.isascii() or not key.isprintable():  # a server without a key answers everybody
+        sys.exit("error: no API key on standard input: add `< key.txt`, a file that holds one line of printable ASCII")
     hide(key)
     sys.argv.append(f"--api-key={key}")  # this process's own copy: others see what it was started with
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)

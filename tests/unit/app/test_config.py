@@ -1,7 +1,6 @@
 """Every shipped configuration composes into the typed schema."""
 
 import json
-import re
 from itertools import product
 from pathlib import Path
 
@@ -12,9 +11,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from lightning_dataflow.app.command import plain_settings, typed
-from lightning_dataflow.app.ranks import num_processes
 from lightning_dataflow.app.schema import TrainConfig, register_schemas
-from lightning_dataflow.app.topologies import CONTROLS, STORES, watermarks
+from lightning_dataflow.app.topologies import CONTROLS, STORES
 from lightning_dataflow.contracts import UserError
 
 CONF = Path(__file__).parents[3] / "conf"
@@ -58,52 +56,6 @@ def test_an_experiment_has_settings_of_its_own_for_each_strategy(strategy, exper
         typed(make(f"strategy={strategy}", f"experiment={experiment}", "strategy.target_dtype=x")).strategy["target_dtype"]
         == "x"
     )
-
-
-def recipe_settings(recipe: str) -> list[list[str]]:
-    """The settings of every train.py and lightning-dataflow command of a recipe that CI cannot run."""
-    text = (CONF.parent / "recipes" / recipe / "README.md").read_text()
-    blocks = "".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
-    *before, last = re.split(r'(RUN="[^"]*")', blocks)
-    commands, shared = [], ""
-    for block in (*before, last):
-        if block.startswith('RUN="'):
-            shared = " ".join(block[5:-1].split())
-        lines = re.sub(r"""'"\$RUN"'|\$RUN""", shared, block).splitlines()
-        commands += [line for line in lines if "train.py " in line or line.startswith("lightning-dataflow ")]
-    settings = [re.findall(r"(?<=\s)[a-z][\w.]*=[^\s'&]+", line) for line in commands]
-    return [[re.sub(r"\$\(.*|\$[\w{}]+", "10.0.0.9", one) for one in found] for found in settings]
-
-
-@pytest.mark.parametrize("strategy", GROUPS["strategy"])
-def test_the_commands_of_the_recipe_for_clusters(strategy):
-    commands = recipe_settings("clusters")
-    assert [next(one for one in settings if one.startswith("role=")) for settings in commands] == [
-        *("role=producer", "role=trainer", "role=trainer", "role=producer", "role=trainer")
-    ]
-    for settings in commands:
-        settings = [f"strategy={strategy}" if one.startswith("strategy=") else one for one in settings]
-        config = typed(make(*settings))
-        assert (config.channel.kind, config.control.kind) == ("redis", "redis")
-        data, ranks = config.data, num_processes(config.trainer)
-        assert data.global_batch_size % ranks == 0
-        if "role=trainer" in settings:
-            assert ranks in (8, 16, 24)
-
-
-@pytest.mark.parametrize("strategy", GROUPS["strategy"])
-def test_the_commands_of_the_recipe_for_8_gpus(strategy):
-    commands = recipe_settings("qwen3_8b")
-    assert len(commands) == 7
-    for settings in commands:
-        settings = [f"strategy={strategy}" if one.startswith("strategy=") else one for one in settings]
-        config = typed(make(*settings))
-        data, devices = config.data, config.trainer["devices"]
-        assert data.global_batch_size % (devices * data.micro_batch_size) == 0
-        assert devices <= 7
-        if config.topology.name == "disagg_online":
-            most = data.global_batch_size * data.max_length * (6 * 4096 * 2 + 9)
-            watermarks(config.topology, config.store).check_window(data.global_batch_size, 2 * most)
 
 
 @pytest.mark.parametrize("strategy", GROUPS["strategy"])

@@ -13,6 +13,7 @@ from lightning_dataflow.exports import export_draft
 from lightning_dataflow.formats import is_published, read_draft
 from lightning_dataflow.strategies.checkpoint import load_module
 from lightning_dataflow.targets import HFTargetEngine
+from lightning_dataflow.targets.hf import check_dtype
 from lightning_dataflow.targets.info import read_eos_token_ids
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class HFBackend:
     """This package, with the target in transformers."""
 
     def __init__(self, parts: "Builder"):
+        check_dtype(parts.config.evaluate.dtype, "evaluate.dtype")
         self.parts = parts
         self.target: HFTargetEngine | None = None
 
@@ -69,6 +71,7 @@ class VLLMBackend:
 
     def __init__(self, parts: "Builder"):
         config, options = parts.config, parts.config.evaluate
+        check_dtype(options.dtype, "evaluate.dtype")
         self.parts = parts
         self.plain: Decoded | None = None
         if not isinstance(options.vllm_args, dict | None):

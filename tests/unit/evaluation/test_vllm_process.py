@@ -56,3 +56,5 @@ def test_a_process_that_dies_or_takes_too_long(tmp_path):
 def test_settings_are_checked_before_it_starts(tmp_path):
     with pytest.raises(UserError, match=r"evaluate.batch_size=0"):
         decoder(tmp_path, batch_size=0)
+    with pytest.raises(UserError, match=r"evaluate.temperature=0.005: vLLM would decode at 0.01, use that or more, or 0"):
+        decoder(tmp_path, temperature=0.005)

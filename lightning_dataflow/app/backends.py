@@ -1,13 +1,15 @@
 """Who decodes for the `evaluate` command."""
 
-import shutil
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from lightning_dataflow.app.capture_servers import read_api_key
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.evaluation import AcceptanceReport, SGLangDecoder, VLLMDecoder, evaluate_acceptance
+from lightning_dataflow.evaluation.speculative import check_num_draft_tokens
 from lightning_dataflow.evaluation.vllm_process import Decoded, find_python
 from lightning_dataflow.exports import export_draft
 from lightning_dataflow.formats import is_published, read_draft
@@ -67,7 +69,7 @@ class HFBackend:
 
 
 class VLLMBackend:
-    """vLLM, in an environment of its own. What is no exported folder is exported into the run's folder first."""
+    """vLLM, in an environment of its own. What is no folder that it reads is exported for as long as it takes."""
 
     def __init__(self, parts: "Builder"):
         config, options = parts.config, parts.config.evaluate
@@ -95,28 +97,32 @@ class VLLMBackend:
     def measure(self, draft: "Draft", prompts: Sequence[Sequence[int]]) -> AcceptanceReport:
         """See Backend."""
         options = self.parts.config.evaluate
-        folder = self._folder(draft)
-        if options.baseline and self.plain is None:
-            self.plain = self.decoder.decode(prompts)
-        published = read_draft(folder)
-        return self.decoder.evaluate(
-            str(folder.absolute()),
-            published.strategy,
-            prompts,
-            num_draft_tokens=options.num_draft_tokens,
-            num_layers=published.network.get("num_layers", 1),
-            plain=self.plain,
-        )
+        with self._folder(draft) as folder:
+            published = read_draft(folder)
+            check_num_draft_tokens(options.num_draft_tokens, block_size=published.network.get("block_size"))
+            if options.baseline and self.plain is None:
+                self.plain = self.decoder.decode(prompts)
+            return self.decoder.evaluate(
+                str(folder.absolute()),
+                published.strategy,
+                prompts,
+                num_draft_tokens=options.num_draft_tokens,
+                num_layers=published.network.get("num_layers", 1),
+                plain=self.plain,
+            )
 
-    def _folder(self, draft: "Draft") -> Path:
+    @contextmanager
+    def _folder(self, draft: "Draft") -> Iterator[Path]:
         """As vLLM reads it. Raises UserError where it is not whole or of another target, which vLLM may not notice."""
+        target = self.parts.config.target.path
         if is_published(draft.path) and read_draft(draft.path).format in VLLM_FORMATS:
-            load_module(draft.path, target=self.parts.config.target.path)
-            return draft.path
-        folder = Path(self.parts.config.run_dir) / "exported" / draft.name
-        if folder.exists():  # of an earlier evaluation under this run_name
-            shutil.rmtree(folder)
-        return export_draft(draft.path, folder, engine="vllm", dtype="float32", target=self.parts.config.target.path)
+            load_module(draft.path, target=target)
+            yield draft.path
+            return
+        run = Path(self.parts.config.run_dir)
+        run.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".exported-", dir=run) as folder:  # a disk with room for checkpoints
+            yield export_draft(draft.path, Path(folder) / "draft", engine="vllm", dtype="float32", target=target)
 
 
 class SGLangBackend:

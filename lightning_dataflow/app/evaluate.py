@@ -1,6 +1,7 @@
 """The `evaluate` command: acceptance and speed-up of drafts, decoded by this package, vLLM or an SGLang server."""
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,7 +84,8 @@ def find_drafts(config: TrainConfig) -> list[Draft]:
         return sorted(by_step.values(), key=lambda draft: (draft.step or 0, draft.name))
     if not path.exists():
         raise UserError(f"evaluate.checkpoint={path} does not exist: give a checkpoint, a run's folder, or an exported one")
-    return [Draft(name=path.stem, path=path, step=_step(path))]
+    name = Path(os.path.abspath(path)).name.removesuffix(".ckpt")  # of `.` too
+    return [Draft(name=name, path=path, step=_step(path))]
 
 
 def table(measurements: Sequence[dict[str, Any]]) -> str:

@@ -7,8 +7,12 @@ from pathlib import Path
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
+from lightning_dataflow import DFlashModule, export_draft
 from lightning_dataflow.app import evaluate, train
 from lightning_dataflow.app.evaluate import table
+from lightning_dataflow.exports.export import describe
+from lightning_dataflow.formats import resolve_format, write_draft
+from tests.vllm.stand_in import write_stand_in
 
 TINY = ("experiment=tiny", "logger=none")
 VLLM = ("evaluate.backend=vllm", f"evaluate.python={sys.executable}")
@@ -60,8 +64,8 @@ def run(run_in, tmp_path):
     return run_in(tmp_path)
 
 
-def one_line(capsys: pytest.CaptureFixture) -> str:
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+def one_line(shown: str) -> str:
+    lines = [line for line in shown.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     return lines[0]
 
@@ -111,7 +115,7 @@ def test_training_stops_when_the_acceptance_length_no_longer_grows(run, tmp_path
 def test_callbacks_that_follow_nothing_are_refused(run, capsys):
     assert run(train.main, "callbacks=best") == 1
     assert "callbacks.best follows val/acceptance_length, which is measured before and after training only: set " in (
-        line := one_line(capsys)
+        line := one_line(capsys.readouterr().err)
     )
     assert "evaluate.every_n_steps" in line
 
@@ -154,7 +158,77 @@ def test_bad_input_is_one_line(run, trained, tmp_path, capsys, overrides, messag
         overrides = [override.replace(f"={name}", f"={path}") for override in overrides]
     checkpoint = trained / "checkpoints" / "step-000004.ckpt"
     assert run(evaluate.main, f"evaluate.checkpoint={checkpoint}", *overrides) == 1
-    assert message in one_line(capsys)
+    assert message in one_line(capsys.readouterr().err)
+
+
+@pytest.fixture
+def vllm(tmp_path):
+    """Overrides for a vLLM that is none, and what it was asked to do."""
+    executable, jobs = write_stand_in(tmp_path)
+    options = ("evaluate.backend=vllm", f"evaluate.python={executable}", "evaluate.num_draft_tokens=3")
+
+    def asked() -> list:
+        return [json.loads(line)["draft"] for line in jobs.read_text().splitlines()] if jobs.exists() else []
+
+    return options, asked
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_vllm_measures_and_leaves_what_lies_in_the_run(run, trained, target_path, tmp_path, vllm, capsys):
+    options, asked = vllm
+    checkpoint = trained / "checkpoints" / "step-000004.ckpt"
+    exported = tmp_path / "runs" / "test" / "exported"
+    kept = {  # drafts of the user's, one with the name of a checkpoint, one that is converted
+        engine: export_draft(checkpoint, exported / name, engine=engine, target=str(target_path))
+        for engine, name in (("vllm", "step-000004"), ("sglang", "mine"))
+    }
+    before = {engine: contents(folder) for engine, folder in kept.items()}
+    for source in (checkpoint, kept["sglang"], kept["vllm"]):
+        assert run(evaluate.main, *options, f"evaluate.checkpoint={source}", "evaluate.output=report.json") == 0
+        (one,) = json.loads((tmp_path / "report.json").read_text())["measurements"]
+        assert (one["name"], one["accepted_per_position"]) == (source.name.removesuffix(".ckpt"), [one["num_prompts"]] * 3)
+    assert [draft["dtype"] if draft else None for draft in asked()] == [
+        *(None, "float32"),  # alone, then with the draft
+        *(None, "float32"),
+        *(None, "bfloat16"),
+    ]
+    assert {engine: contents(folder) for engine, folder in kept.items()} == before
+    files = {path.name for path in (tmp_path / "runs" / "test").iterdir()}
+    assert {"vllm.log", "vllm-plain.log", "exported"} <= files
+    assert not any(name.startswith(".exported") for name in files)
+
+
+def test_vllm_measures_the_folder_around_this_one(run_in, trained, target_path, tmp_path, vllm):
+    """`..` names the draft, and no other folder."""
+    options, _ = vllm
+    checkpoint = trained / "checkpoints" / "step-000004.ckpt"
+    draft = export_draft(checkpoint, tmp_path / "draft", engine="sglang", target=str(target_path))
+    inside = draft / "inside"
+    (inside / "runs" / "test" / "exported").mkdir(parents=True)
+    (inside / "runs" / "test" / "notes").write_text("mine")
+    assert run_in(inside)(evaluate.main, *options, "evaluate.checkpoint=..", "evaluate.output=report.json") == 0
+    assert (inside / "runs" / "test" / "notes").read_text() == "mine"
+    (one,) = json.loads((inside / "report.json").read_text())["measurements"]
+    assert one["name"] == "draft"
+
+
+@pytest.mark.parametrize(("kind", "num_draft_tokens"), [("dflash", 6), ("dflash", 0), ("eagle3", 0)])
+def test_vllm_is_not_asked_for_more_than_a_draft_proposes(
+    run, trained, target_path, tmp_path, vllm, capsys, kind, num_draft_tokens
+):
+    options, asked = vllm
+    source = trained / "checkpoints" / "step-000004.ckpt"
+    if kind == "dflash":
+        module = DFlashModule(str(target_path), num_layers=1, block_size=6)
+        source = write_draft(tmp_path / "d", resolve_format("vllm", "plain"), describe(module), module.draft.state_dict())
+    given = (f"evaluate.checkpoint={source}", f"evaluate.num_draft_tokens={num_draft_tokens}")
+    assert run(evaluate.main, *options, *given) == 1
+    message = "blocks of 6 draft at most 5 tokens" if kind == "dflash" else "a proposal has at least 1 token"
+    assert message in one_line(capsys.readouterr().err)
+    assert asked() == [], "the baseline is not decoded either"
 
 
 def test_the_table_has_a_column_for_each_draft():

@@ -23,6 +23,7 @@ from lightning_dataflow.prompts import PromptDataset, load_prompts
 from lightning_dataflow.stores import FeatureStore
 from lightning_dataflow.strategies import DraftModule, StrategySpec, resolve_strategy
 from lightning_dataflow.targets import HFTargetEngine, TargetEngine, load_tokenizer
+from lightning_dataflow.targets.hf import check_dtype
 from lightning_dataflow.targets.tiny import write_tiny_conversations, write_tiny_target
 
 
@@ -162,6 +163,7 @@ class Builder:
     def evaluation_target(self) -> HFTargetEngine:
         """The target that decodes; the one that captures, if it has the same dtype."""
         dtype = self.config.evaluate.dtype
+        check_dtype(dtype, "evaluate.dtype")
         same = self.config.topology.name == "online" and self.config.target.dtype == dtype
         if same and isinstance(self.target, HFTargetEngine):
             return self.target

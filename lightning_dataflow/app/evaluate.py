@@ -1,6 +1,7 @@
 """The `evaluate` command: acceptance and speed-up of drafts, decoded by this package, vLLM or an SGLang server."""
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_dataflow.app.build import Builder
 
 BACKENDS = ("hf", "vllm", "sglang_server")
+OF_TRAINING = ("every_n_steps",)
 SHARES, WIDTH = "acceptance_per_position", 28
 
 
@@ -34,28 +36,38 @@ class Draft:
 
 
 def evaluate(config: TrainConfig, settings: dict[str, Any]) -> None:
-    """Decode prompts with every draft, print a table, and write JSON and a figure if asked to."""
+    """Decode prompts with every draft, print a table, and write JSON and a figure if asked to.
+
+    What was measured before a draft fails is in the JSON, and in the table.
+    """
     from lightning_dataflow.app.backends import make_backend
     from lightning_dataflow.app.build import Builder
     from lightning_dataflow.app.figure import draw_measurements
 
     options = config.evaluate
     drafts = find_drafts(config)
-    if options.output is not None and not Path(options.output).absolute().parent.is_dir():
-        raise UserError(f"evaluate.output={options.output}: there is no such folder, make it first")
+    output = None if options.output is None else _output_file(options.output)
     parts = Builder(config, settings)
-    with parts.resources:
-        prompts = _read_prompts(parts)
-        backend = make_backend(parts)
-        measurements = []
-        for draft in drafts:
-            report = backend.measure(draft, prompts)
-            measurements.append({"name": draft.name, "step": draft.step, **report.to_json()})
-    print(table(measurements))
-    if options.output is not None:
-        result = {"measurements": measurements, "settings": settings["evaluate"] | {"seed": config.seed}}
-        Path(options.output).write_text(json.dumps(result, indent=1) + "\n")
-        draw_measurements(measurements, Path(options.output).with_suffix(".png"))
+    measurements: list[dict[str, Any]] = []
+    try:
+        with parts.resources:
+            backend = make_backend(parts)
+            prompts = _read_prompts(parts, backend.room)
+            used = settings["evaluate"] | {"seed": config.seed}
+            used = {name: value for name, value in used.items() if name not in (*backend.unused, *OF_TRAINING)}
+            for number, draft in enumerate(drafts, start=1):
+                report = backend.measure(draft, prompts)
+                measurements.append({"name": draft.name, "step": draft.step, **report.to_json()})
+                if output is not None:
+                    output.write_text(json.dumps({"measurements": measurements, "settings": used}, indent=1) + "\n")
+                if len(drafts) > 1:
+                    told = f"acceptance length {report.acceptance_length:.3f}, {number} of {len(drafts)} drafts"
+                    print(f"{draft.name}: {told}", flush=True)
+    finally:
+        if measurements:
+            print(table(measurements), flush=True)
+    if output is not None:
+        draw_measurements(measurements, output.with_suffix(".png"))
 
 
 def find_drafts(config: TrainConfig) -> list[Draft]:
@@ -83,7 +95,8 @@ def find_drafts(config: TrainConfig) -> list[Draft]:
         return sorted(by_step.values(), key=lambda draft: (draft.step or 0, draft.name))
     if not path.exists():
         raise UserError(f"evaluate.checkpoint={path} does not exist: give a checkpoint, a run's folder, or an exported one")
-    return [Draft(name=path.stem, path=path, step=_step(path))]
+    name = Path(os.path.abspath(path)).name.removesuffix(".ckpt")  # of `.` too
+    return [Draft(name=name, path=path, step=_step(path))]
 
 
 def table(measurements: Sequence[dict[str, Any]]) -> str:
@@ -103,10 +116,24 @@ def table(measurements: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def _read_prompts(parts: "Builder") -> list[list[int]]:
-    """Of `evaluate.data`, else the held-out ones, checked against the target."""
+def _output_file(name: str) -> Path:
+    """`evaluate.output`, if JSON and a figure beside it can be written there."""
+    file = Path(name)
+    if not name or file.is_dir():
+        raise UserError(f"evaluate.output={name} is no name of a file: name a JSON file, such as {file / 'report.json'}")
+    figure = file.with_suffix(".png")
+    if file.suffix.lower() == figure.suffix:
+        raise UserError(f"evaluate.output={name} is the figure's name: name the JSON file, {file.with_suffix('.json')}")
+    if not file.absolute().parent.is_dir():
+        raise UserError(f"evaluate.output={name}: there is no such folder, make it first")
+    if figure.is_dir():
+        raise UserError(f"evaluate.output={name}: {figure}, where its figure goes, is a folder: choose another name")
+    return file
+
+
+def _read_prompts(parts: "Builder", room: int) -> list[list[int]]:
+    """Of `evaluate.data`, else the held-out ones, checked against the target, with `room` for proposals."""
     from lightning_dataflow.app.build import read_chat_template
-    from lightning_dataflow.evaluation.vllm_process import room_for
     from lightning_dataflow.prompts import load_questions
     from lightning_dataflow.targets import read_target_info
 
@@ -128,11 +155,11 @@ def _read_prompts(parts: "Builder") -> list[list[int]]:
     for number, prompt in enumerate(prompts, start=1):
         if unknown := [token for token in prompt if not 0 <= token < info.vocab_size]:
             raise UserError(f"prompt {number} has token id {unknown[0]}, the target's vocabulary has {info.vocab_size}")
-        needed = len(prompt) + options.max_new_tokens + room_for(options.num_draft_tokens)
+        needed = len(prompt) + options.max_new_tokens + room
         if needed > info.max_position_embeddings:
             raise UserError(
-                f"prompt {number} has {len(prompt)} tokens: with evaluate.max_new_tokens={options.max_new_tokens} and two "
-                f"proposals that is {needed}, and the target reads {info.max_position_embeddings}; generate fewer"
+                f"prompt {number} has {len(prompt)} tokens: with evaluate.max_new_tokens={options.max_new_tokens} and "
+                f"{room} of proposals that is {needed}, and the target reads {info.max_position_embeddings}; generate fewer"
             )
     return prompts
 

@@ -12,6 +12,9 @@ from lightning_dataflow.contracts import UserError
 from lightning_dataflow.evaluation.speculative import Drafter, NoDrafter, SpeculativeDecoder
 from lightning_dataflow.targets.hf import HFTargetEngine
 
+LEAST_TEMPERATURE = 1e-5
+"""Logits divided by less overflow."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AcceptanceReport:
@@ -162,8 +165,10 @@ def check_decoding(*, max_new_tokens: int, temperature: float, batch_size: int) 
     """Raise UserError for settings that no backend takes."""
     if max_new_tokens < 1:
         raise UserError(f"evaluate.max_new_tokens={max_new_tokens}: nothing would be generated, use at least 1")
-    if not temperature >= 0 or temperature == float("inf"):
-        raise UserError(f"evaluate.temperature={temperature}: use 0 for greedy decoding, or a number above")
+    if temperature != 0 and not LEAST_TEMPERATURE <= temperature < float("inf"):
+        raise UserError(
+            f"evaluate.temperature={temperature}: use 0 for greedy decoding, or a number from {LEAST_TEMPERATURE} on"
+        )
     if batch_size < 1:
         raise UserError(f"evaluate.batch_size={batch_size}: decode at least 1 prompt at a time")
 

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_dataflow.contracts import UserError
-from lightning_dataflow.evaluation.speculative import Drafter, Proposal
+from lightning_dataflow.evaluation.speculative import Drafter, Proposal, check_num_draft_tokens
 from lightning_dataflow.models import DFlashDraft, DominoDraft, FrozenTarget
 
 
@@ -24,12 +23,7 @@ class BlockDrafter(Drafter):
     """
 
     def __init__(self, draft: DFlashDraft, target: FrozenTarget, *, num_draft_tokens: int = 15):
-        size, longest = draft.config.block_size, draft.config.block_size - self._first_offset(draft)
-        if not 1 <= num_draft_tokens <= longest:
-            raise UserError(
-                f"num_draft_tokens={num_draft_tokens}: this draft's blocks of {size} draft at most {longest} tokens, set "
-                f"evaluate.num_draft_tokens to 1 up to {longest}"
-            )
+        check_num_draft_tokens(num_draft_tokens, block_size=draft.config.block_size, first=self._first_offset(draft))
         self.draft = draft
         self.target = target
         self.num_draft_tokens = num_draft_tokens

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_dataflow.contracts import UserError
-from lightning_dataflow.evaluation.speculative import Drafter, Proposal
+from lightning_dataflow.evaluation.speculative import Drafter, Proposal, check_num_draft_tokens
 from lightning_dataflow.models.eagle3 import DraftCache, Eagle3Draft
 
 
@@ -23,8 +22,7 @@ class ChainDrafter(Drafter):
     """
 
     def __init__(self, draft: Eagle3Draft, embedding: Tensor | None, *, num_draft_tokens: int = 4):
-        if num_draft_tokens < 1:
-            raise UserError(f"evaluate.num_draft_tokens={num_draft_tokens}: a proposal has at least 1 token")
+        check_num_draft_tokens(num_draft_tokens)
         self.draft = draft
         self.embedding = embedding
         self.num_draft_tokens = num_draft_tokens

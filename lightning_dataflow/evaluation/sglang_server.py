@@ -9,13 +9,16 @@ import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
 from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
 from lightning_dataflow.evaluation.acceptance import AcceptanceReport, check_decoding
+
+WRITTEN_FOR = "this backend reads the answers of SGLang 0.5.23, measure on a server of that version"
+WARM_UP_TOKENS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,9 @@ class SGLangDecoder:
         if plain is not None and plain.num_draft_tokens() is not None:
             raise UserError(f"the server at {plain.url} speculates: evaluate.baseline_url is of one without a draft")
         sampling = sampling_params(max_new_tokens, temperature, stop_token_ids)
+        for server in (self, plain):
+            if server is not None:  # what a first request has to set up is nobody's
+                server.generate(prompts[:1], sampling | {"max_new_tokens": min(WARM_UP_TOKENS, max_new_tokens)}, 1)
         answers, seconds = self.generate(prompts, sampling, batch_size)
         own, plain_seconds = plain.generate(prompts, sampling, batch_size) if plain is not None else ([], None)
         tokens = [_output_ids(answer, self.url) for answer in answers]
@@ -91,9 +97,12 @@ class SGLangDecoder:
             raise UserError(f"what answers at {self.url} is no SGLang server")
         if not info["speculative_algorithm"] or info.get("enable_return_aux_hidden_states"):
             return None  # a capture server names an algorithm and loads no draft
+        who = f"the server at {self.url}"
         if (info.get("speculative_eagle_topk") or 1) > 1:
-            return int(info["speculative_num_steps"])
-        return int(info["speculative_num_draft_tokens"]) - 1  # SGLang counts the token that it verifies first
+            return _count(info, "speculative_num_steps", who, least=1)
+        return (
+            _count(info, "speculative_num_draft_tokens", who, least=2) - 1
+        )  # SGLang counts the token that it verifies first
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: dict[str, Any], batch_size: int
@@ -155,11 +164,13 @@ def read_counts(answer: dict[str, Any], num_draft_tokens: int, who: str) -> tupl
     if not isinstance(meta, dict):
         raise UserError(f"{who} answered without meta_info")
     if "spec_verify_ct" not in meta:
-        if meta.get("completion_tokens", 0) > 1:
+        if _count(meta, "completion_tokens", who) > 1:
             raise UserError(f"{who} generated without speculation, its answer has no spec_verify_ct")
         return 0, [0] * num_draft_tokens
-    drafts, accepted = int(meta["spec_verify_ct"]), int(meta["spec_num_correct_drafts"])
-    histogram = [int(count) for count in meta.get("spec_correct_drafts_histogram") or []]
+    drafts, accepted = _count(meta, "spec_verify_ct", who), _count(meta, "spec_num_correct_drafts", who)
+    histogram = meta.get("spec_correct_drafts_histogram") or []
+    if not isinstance(histogram, list) or not all(isinstance(count, int) for count in histogram):
+        raise UserError(f"{who} says spec_correct_drafts_histogram={histogram!r:.80}, no list of counts: {WRITTEN_FOR}")
     padded = [count or 0 for count, _ in zip_longest(histogram, range(num_draft_tokens + 1))]
     per_position = [sum(padded[position + 1 :]) for position in range(num_draft_tokens)]
     if sum(histogram) != drafts or sum(per_position) != accepted:
@@ -167,8 +178,16 @@ def read_counts(answer: dict[str, Any], num_draft_tokens: int, who: str) -> tupl
     return drafts, per_position
 
 
+def _count(found: Mapping[str, Any], name: str, who: str, *, least: int = 0) -> int:
+    """A number of the server's. Raises UserError where it says none."""
+    value = found.get(name)
+    if not isinstance(value, int) or value < least:
+        raise UserError(f"{who} says {name}={value!r:.80}, which is no count from {least} on: {WRITTEN_FOR}")
+    return value
+
+
 def _output_ids(answer: dict[str, Any], url: str) -> list[int]:
     ids = answer.get("output_ids") if isinstance(answer, dict) else None
-    if not isinstance(ids, list):
+    if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
         raise UserError(f"the server at {url} answered without output_ids")
-    return [int(token) for token in ids]
+    return ids

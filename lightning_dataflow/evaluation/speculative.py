@@ -9,6 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from lightning_dataflow.contracts import UserError
 from lightning_dataflow.targets.batch import TargetBatch
 from lightning_dataflow.targets.hf import HFTargetEngine
 
@@ -177,6 +178,25 @@ class _Sequence:
     drafter: Drafter
     generator: torch.Generator
     generation: Generation
+
+
+def check_num_draft_tokens(num_draft_tokens: int, *, block_size: int | None = None, first: int = 1) -> None:
+    """Raise UserError unless a draft can propose so many tokens at a time.
+
+    Args:
+        block_size: of a draft of whole blocks; None for one that drafts token by token.
+        first: the offset in a block from which on tokens are drafted.
+    """
+    if block_size is None:
+        if num_draft_tokens < 1:
+            raise UserError(f"evaluate.num_draft_tokens={num_draft_tokens}: a proposal has at least 1 token")
+        return
+    longest = block_size - first
+    if not 1 <= num_draft_tokens <= longest:
+        raise UserError(
+            f"num_draft_tokens={num_draft_tokens}: this draft's blocks of {block_size} draft at most {longest} tokens, set "
+            f"evaluate.num_draft_tokens to 1 up to {longest}"
+        )
 
 
 def rejection_sample(p: Tensor, q: Tensor, tokens: Sequence[int], generator: torch.Generator) -> tuple[int, int]:

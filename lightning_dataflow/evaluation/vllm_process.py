@@ -25,6 +25,9 @@ VARIABLES = {
 }
 """Set for the worker unless they are set already."""
 
+LEAST_TEMPERATURE = 0.01
+"""vLLM takes this for any that is lower and not 0."""
+
 CPU_KEYS = (
     "on a CPU, vLLM 0.32 norms the context's keys in all layers of a DFlash draft by the first layer's weights: one of "
     "several layers is accepted less than on a GPU or by backend hf"
@@ -82,6 +85,11 @@ class VLLMDecoder:
 
     def __post_init__(self) -> None:
         check_decoding(max_new_tokens=self.max_new_tokens, temperature=self.temperature, batch_size=self.batch_size)
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            raise UserError(
+                f"evaluate.temperature={self.temperature}: vLLM would decode at {LEAST_TEMPERATURE}, use that or more, or "
+                "0 for greedy decoding"
+            )
 
     def decode(
         self, prompts: Sequence[Sequence[int]], *, num_draft_tokens: int = 0, speculation: Mapping[str, Any] | None = None

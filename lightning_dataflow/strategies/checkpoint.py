@@ -1,8 +1,11 @@
 """A draft back from a Lightning checkpoint, full or sharded, or from a folder for a serving engine."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_dataflow.checkpoints.reading import HEADER, read_header
 from lightning_dataflow.contracts import UserError
@@ -10,7 +13,9 @@ from lightning_dataflow.formats import is_published, read_draft
 from lightning_dataflow.strategies.base import DraftModule
 from lightning_dataflow.strategies.eagle3 import Eagle3Module
 from lightning_dataflow.strategies.registry import resolve_strategy
-from lightning_dataflow.strategies.warm_start import EMBEDDING, same_tensor
+from lightning_dataflow.strategies.warm_start import EMBEDDING, same_tensor, some
+
+REMEDY = "name another checkpoint of its run"
 
 
 def load_module(path: str | Path, *, target: str | None = None) -> DraftModule:
@@ -21,31 +26,18 @@ def load_module(path: str | Path, *, target: str | None = None) -> DraftModule:
         target: where the target is now, if it moved; a published draft's must be named.
 
     Raises:
-        UserError: no such checkpoint, not one of a draft, or one for another target.
+        UserError: no such checkpoint, not one of a draft or not a whole one, or one for another target.
     """
     path = Path(path)
     if is_published(path) and not (path / HEADER).exists():
         return load_published(path, target=target)
     checkpoint = read_header(path)
-    name = checkpoint["strategy"]
-    hparams = {
-        key: value for key, value in checkpoint["hyper_parameters"].items() if key != "_instantiator"
-    }  # LightningCLI's
-    hparams |= {"target": target or hparams["target"], "init_from": None}  # its sizes are in `network`
-    module = resolve_strategy(name).module(**hparams)
-    if module.target_info.model_version != checkpoint["target_model_version"]:
-        raise UserError(f"{path} was trained for another target than {hparams['target']}: name the one it was trained for")
-    if path.is_dir():
-        from torch.distributed import checkpoint as dcp
-
-        saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        place = "model" if any(name.startswith("model.") for name in saved) else "state_dict"  # FSDP1's, or FSDP2's
-        state = {place: module.state_dict()}
-        dcp.load(state, checkpoint_id=path, no_dist=True)
-        module.load_state_dict(state[place])
-    else:
-        module.load_state_dict(checkpoint["state_dict"])
-    module.on_load_checkpoint(checkpoint)
+    module = _rebuild(path, checkpoint, target)
+    module.load_state_dict(_read_shards(path, module) if path.is_dir() else _read_file(path, module, checkpoint))
+    try:
+        module.on_load_checkpoint(checkpoint)
+    except KeyError as error:  # what a strategy keeps beside its weights
+        raise _incomplete(path, str(error.args[0])) from error
     return module.eval()
 
 
@@ -66,3 +58,75 @@ def load_published(folder: str | Path, *, target: str | None) -> DraftModule:
         module.load_frozen_target(torch.device("cpu"))
     module.load_start()
     return module.eval()
+
+
+def _rebuild(path: Path, checkpoint: Mapping[str, Any], target: str | None) -> DraftModule:
+    """The module of a checkpoint's settings, for the target that it was trained for."""
+    name = checkpoint["strategy"]
+    hparams = {
+        key: value for key, value in checkpoint["hyper_parameters"].items() if key != "_instantiator"
+    }  # LightningCLI's
+    if "target" not in hparams or "target_model_version" not in checkpoint:
+        raise _incomplete(path, "the name of its target")
+    hparams |= {"target": target or hparams["target"], "init_from": None}  # its sizes are in `network`
+    try:
+        module = resolve_strategy(name).module(**hparams)
+    except TypeError as error:
+        if "unexpected keyword" not in str(error):
+            raise
+        raise UserError(
+            f"{path} has settings of another {name} ({str(error).split('() ')[-1]}): read it with the version of this "
+            "package, or of your own strategy, that wrote it"
+        ) from error
+    if module.target_info.model_version != checkpoint["target_model_version"]:
+        raise UserError(f"{path} was trained for another target than {hparams['target']}: name the one it was trained for")
+    return module
+
+
+def _read_shards(path: Path, module: DraftModule) -> dict[str, Any]:
+    """The weights in a folder."""
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    place = "model" if any(name.startswith("model.") for name in saved) else "state_dict"  # FSDP1's, or FSDP2's
+    shapes = {
+        name.removeprefix(f"{place}."): getattr(one, "size", ())
+        for name, one in saved.items()
+        if name.startswith(f"{place}.")
+    }
+    _check_weights(path, module, shapes)
+    state = {place: module.state_dict()}
+    try:
+        dcp.load(state, checkpoint_id=path, no_dist=True)
+    except CheckpointException as error:  # torch's, which is no Exception
+        reasons = [str(cause).splitlines()[0] for cause, _ in error.failures.values() if str(cause)]
+        raise UserError(f"{path} cannot be read ({', '.join(reasons)}): {REMEDY}") from error
+    return state[place]
+
+
+def _read_file(path: Path, module: DraftModule, checkpoint: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """The weights in a file."""
+    state = checkpoint.get("state_dict")
+    if not isinstance(state, Mapping):
+        raise _incomplete(path, "state_dict")
+    _check_weights(path, module, {name: getattr(one, "shape", ()) for name, one in state.items()})
+    return state
+
+
+def _check_weights(path: Path, module: DraftModule, found: Mapping[str, Sequence[int]]) -> None:
+    """Raise UserError naming the weights that a checkpoint lacks, or has too many or of another shape."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    if missing := sorted(wanted.keys() - found.keys()):
+        raise _incomplete(path, some(missing))
+    if unknown := sorted(found.keys() - wanted.keys()):
+        raise UserError(
+            f"{path} has {some(unknown)}, for which {module.strategy_name} with its settings has no place: {REMEDY}"
+        )
+    for name, shape in wanted.items():
+        if tuple(found[name]) != shape:
+            raise UserError(f"{path}: {name} is {list(found[name])}, its settings say {list(shape)}: {REMEDY}")
+
+
+def _incomplete(path: Path, what: str) -> UserError:
+    return UserError(f"{path} lacks {what}, it is not a whole draft: {REMEDY}")

@@ -63,11 +63,11 @@ def check_tensors(start: PublishedDraft, draft: nn.Module) -> None:
     wanted = {name: tuple(tensor.shape) for name, tensor in draft.state_dict().items()}
     missing = sorted(wanted.keys() - start.shapes.keys() - _implied(draft))
     if missing:
-        raise UserError(f"{start.folder} lacks {_some(missing)}: it is not a whole {start.strategy} draft")
+        raise UserError(f"{start.folder} lacks {some(missing)}: it is not a whole {start.strategy} draft")
     unknown = sorted(start.shapes.keys() - wanted.keys() - {EMBEDDING, HEAD, "d2t", "t2d"})
     if unknown:
         raise UserError(
-            f"{start.folder} has {_some(unknown)}, for which a draft of {start.strategy} with that config.json has no "
+            f"{start.folder} has {some(unknown)}, for which a draft of {start.strategy} with that config.json has no "
             "place: it is another network"
         )
     for name, shape in wanted.items():
@@ -133,6 +133,7 @@ def _implied(draft: nn.Module) -> set[str]:
     return {"t2d", EMBEDDING} | ({"d2t", HEAD} if whole else set())
 
 
-def _some(names: Sequence[str], limit: int = 4) -> str:
+def some(names: Sequence[str], limit: int = 4) -> str:
+    """The first few, for an error's line."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

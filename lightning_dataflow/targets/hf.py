@@ -17,6 +17,12 @@ from lightning_dataflow.targets.info import read_target_info
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def check_dtype(dtype: str, setting: str) -> None:
+    """Raise UserError naming the `setting` when a target cannot be loaded so."""
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UserError(f"{setting}={dtype} is unknown: use auto, {', '.join(DTYPES)}")
+
+
 class HFTargetEngine(TargetEngine):
     """Runs the target with transformers and records its residual stream with forward hooks.
 
@@ -40,8 +46,7 @@ class HFTargetEngine(TargetEngine):
         device: str = "auto",
         attention: str = "sdpa",
     ):
-        if dtype != "auto" and dtype not in DTYPES:
-            raise UserError(f"target.dtype={dtype} is unknown: use auto, {', '.join(DTYPES)}")
+        check_dtype(dtype, "target.dtype")
         self.info = read_target_info(path)
         self.device = default_device() if device == "auto" else torch.device(device)
         model = AutoModelForCausalLM.from_pretrained(

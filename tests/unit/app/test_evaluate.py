@@ -7,8 +7,15 @@ from pathlib import Path
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
+from lightning_dataflow import DFlashModule, export_draft
 from lightning_dataflow.app import evaluate, train
+from lightning_dataflow.app.backends import HFBackend
 from lightning_dataflow.app.evaluate import table
+from lightning_dataflow.contracts import UserError
+from lightning_dataflow.exports.export import describe
+from lightning_dataflow.formats import resolve_format, write_draft
+from tests.sglang.speculating import SpeculatingServer
+from tests.vllm.stand_in import write_stand_in
 
 TINY = ("experiment=tiny", "logger=none")
 VLLM = ("evaluate.backend=vllm", f"evaluate.python={sys.executable}")
@@ -60,8 +67,8 @@ def run(run_in, tmp_path):
     return run_in(tmp_path)
 
 
-def one_line(capsys: pytest.CaptureFixture) -> str:
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+def one_line(shown: str) -> str:
+    lines = [line for line in shown.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     return lines[0]
 
@@ -111,7 +118,7 @@ def test_training_stops_when_the_acceptance_length_no_longer_grows(run, tmp_path
 def test_callbacks_that_follow_nothing_are_refused(run, capsys):
     assert run(train.main, "callbacks=best") == 1
     assert "callbacks.best follows val/acceptance_length, which is measured before and after training only: set " in (
-        line := one_line(capsys)
+        line := one_line(capsys.readouterr().err)
     )
     assert "evaluate.every_n_steps" in line
 
@@ -124,6 +131,15 @@ def test_callbacks_that_follow_nothing_are_refused(run, capsys):
         (["evaluate.checkpoint=EMPTY"], "no complete checkpoint in"),
         (["evaluate.backend=tpu"], "evaluate.backend=tpu is unknown: use one of hf, vllm, sglang_server"),
         (["evaluate.output=nowhere/report.json"], "evaluate.output=nowhere/report.json: there is no such folder"),
+        (
+            ["evaluate.output=empty"],
+            "evaluate.output=empty is no name of a file: name a JSON file, such as empty/report.json",
+        ),
+        (["evaluate.output="], "evaluate.output= is no name of a file"),
+        (["evaluate.output=a.png"], "evaluate.output=a.png is the figure's name: name the JSON file, a.json"),
+        (["evaluate.output=taken.json"], "taken.png, where its figure goes, is a folder"),
+        (["evaluate.dtype=int8"], "evaluate.dtype=int8 is unknown: use auto, float32, bfloat16, float16"),
+        ([*VLLM, "evaluate.dtype=int8"], "evaluate.dtype=int8 is unknown: use auto"),
         (["evaluate.data=nowhere.jsonl"], "no prompt file nowhere.jsonl: set evaluate.data"),
         (["evaluate.data=BAD"], "line 2: keys ['answer'] have no question"),
         (["evaluate.num_prompts=0"], "evaluate.num_prompts=0: 8 prompts are held out"),
@@ -132,6 +148,10 @@ def test_callbacks_that_follow_nothing_are_refused(run, capsys):
         (["evaluate.data=UNKNOWN"], "prompt 1 has token id 320, the target's vocabulary has 320"),
         (["evaluate.batch_size=0"], "evaluate.batch_size=0"),
         (["evaluate.temperature=-1"], "evaluate.temperature=-1"),
+        (
+            ["evaluate.temperature=1e-40"],
+            "evaluate.temperature=1e-40: use 0 for greedy decoding, or a number from 1e-05 on",
+        ),
         (["evaluate.num_draft_tokens=0"], "evaluate.num_draft_tokens=0"),
         (["evaluate.backend=vllm"], "backend vllm needs the Python of an environment with vLLM: set evaluate.python"),
         ([*VLLM], "has no vLLM: install it there"),
@@ -145,13 +165,137 @@ def test_callbacks_that_follow_nothing_are_refused(run, capsys):
 )
 def test_bad_input_is_one_line(run, trained, tmp_path, capsys, overrides, message):
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "taken.png").mkdir()
     (tmp_path / "bad.jsonl").write_text('{"question": "fine"}\n{"answer": 4}\n')
     (tmp_path / "unknown.jsonl").write_text('{"input_ids": [320]}\n')
     for name, path in (("EMPTY", "empty"), ("BAD", "bad.jsonl"), ("UNKNOWN", "unknown.jsonl")):
         overrides = [override.replace(f"={name}", f"={path}") for override in overrides]
     checkpoint = trained / "checkpoints" / "step-000004.ckpt"
     assert run(evaluate.main, f"evaluate.checkpoint={checkpoint}", *overrides) == 1
-    assert message in one_line(capsys)
+    shown = capsys.readouterr()
+    assert message in one_line(shown.err)
+    assert "decoded" not in shown.out
+
+
+@pytest.fixture
+def vllm(tmp_path):
+    """Overrides for a vLLM that is none, and what it was asked to do."""
+    executable, jobs = write_stand_in(tmp_path)
+    options = ("evaluate.backend=vllm", f"evaluate.python={executable}", "evaluate.num_draft_tokens=3")
+
+    def asked() -> list:
+        return [json.loads(line)["draft"] for line in jobs.read_text().splitlines()] if jobs.exists() else []
+
+    return options, asked
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_vllm_measures_and_leaves_what_lies_in_the_run(run, trained, target_path, tmp_path, vllm, capsys):
+    options, asked = vllm
+    checkpoint = trained / "checkpoints" / "step-000004.ckpt"
+    exported = tmp_path / "runs" / "test" / "exported"
+    kept = {  # drafts of the user's, one with the name of a checkpoint, one that is converted
+        engine: export_draft(checkpoint, exported / name, engine=engine, target=str(target_path))
+        for engine, name in (("vllm", "step-000004"), ("sglang", "mine"))
+    }
+    before = {engine: contents(folder) for engine, folder in kept.items()}
+    for source in (checkpoint, kept["sglang"], kept["vllm"]):
+        assert run(evaluate.main, *options, f"evaluate.checkpoint={source}", "evaluate.output=report.json") == 0
+        (one,) = json.loads((tmp_path / "report.json").read_text())["measurements"]
+        assert (one["name"], one["accepted_per_position"]) == (source.name.removesuffix(".ckpt"), [one["num_prompts"]] * 3)
+    assert [draft["dtype"] if draft else None for draft in asked()] == [
+        *(None, "float32"),  # alone, then with the draft
+        *(None, "float32"),
+        *(None, "bfloat16"),
+    ]
+    assert {engine: contents(folder) for engine, folder in kept.items()} == before
+    files = {path.name for path in (tmp_path / "runs" / "test").iterdir()}
+    assert {"vllm.log", "vllm-plain.log", "exported"} <= files
+    assert not any(name.startswith(".exported") for name in files)
+
+
+def test_vllm_measures_the_folder_around_this_one(run_in, trained, target_path, tmp_path, vllm):
+    """`..` names the draft, and no other folder."""
+    options, _ = vllm
+    checkpoint = trained / "checkpoints" / "step-000004.ckpt"
+    draft = export_draft(checkpoint, tmp_path / "draft", engine="sglang", target=str(target_path))
+    inside = draft / "inside"
+    (inside / "runs" / "test" / "exported").mkdir(parents=True)
+    (inside / "runs" / "test" / "notes").write_text("mine")
+    assert run_in(inside)(evaluate.main, *options, "evaluate.checkpoint=..", "evaluate.output=report.json") == 0
+    assert (inside / "runs" / "test" / "notes").read_text() == "mine"
+    (one,) = json.loads((inside / "report.json").read_text())["measurements"]
+    assert one["name"] == "draft"
+
+
+@pytest.mark.parametrize(("kind", "num_draft_tokens"), [("dflash", 6), ("dflash", 0), ("eagle3", 0)])
+def test_vllm_is_not_asked_for_more_than_a_draft_proposes(
+    run, trained, target_path, tmp_path, vllm, capsys, kind, num_draft_tokens
+):
+    options, asked = vllm
+    source = trained / "checkpoints" / "step-000004.ckpt"
+    if kind == "dflash":
+        module = DFlashModule(str(target_path), num_layers=1, block_size=6)
+        source = write_draft(tmp_path / "d", resolve_format("vllm", "plain"), describe(module), module.draft.state_dict())
+    given = (f"evaluate.checkpoint={source}", f"evaluate.num_draft_tokens={num_draft_tokens}")
+    assert run(evaluate.main, *options, *given) == 1
+    message = "blocks of 6 draft at most 5 tokens" if kind == "dflash" else "a proposal has at least 1 token"
+    assert message in one_line(capsys.readouterr().err)
+    assert asked() == [], "the baseline is not decoded either"
+
+
+def test_what_was_measured_before_a_draft_fails_is_kept(run, trained, tmp_path, capsys, monkeypatch):
+    measure, drafts = HFBackend.measure, []
+
+    def fail_at_the_second(self, draft, prompts):
+        drafts.append(draft.name)
+        if len(drafts) == 2:
+            raise UserError("the second one fails")
+        return measure(self, draft, prompts)
+
+    monkeypatch.setattr(HFBackend, "measure", fail_at_the_second)
+    options = ("evaluate.output=report.json", "evaluate.num_prompts=2", "evaluate.baseline=false")
+    assert run(evaluate.main, f"evaluate.checkpoint={trained}", *options) == 1
+    (one,) = json.loads((tmp_path / "report.json").read_text())["measurements"]
+    assert one["name"] == drafts[0]
+    shown = capsys.readouterr()
+    assert f"{drafts[0]}: acceptance length {one['acceptance_length']:.3f}, 1 of " in shown.out
+    assert f"tokens_per_target_forward   {one['tokens_per_target_forward']:.3f}" in shown.out
+    assert "the second one fails" in one_line(shown.err)
+
+
+def test_a_prompt_needs_as_much_room_as_its_backend(run, trained, tmp_path, vllm, capsys):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"input_ids": [70] * (1024 - 4 - 3)}) + "\n")
+    options = ("evaluate.data=long.jsonl", "evaluate.max_new_tokens=4", "evaluate.baseline=false")
+    checkpoint = f"evaluate.checkpoint={trained / 'checkpoints' / 'step-000004.ckpt'}"
+    assert run(evaluate.main, *options, checkpoint, "evaluate.num_draft_tokens=3") == 0
+    assert run(evaluate.main, *options, checkpoint, "evaluate.num_draft_tokens=4") == 1
+    assert "with evaluate.max_new_tokens=4 and 4 of proposals that is 1025, and the target reads 1024" in one_line(
+        capsys.readouterr().err
+    )
+    assert run(evaluate.main, *options, checkpoint, *vllm[0]) == 1
+    assert "and 8 of proposals that is 1029" in one_line(capsys.readouterr().err)
+    with SpeculatingServer() as server:
+        assert run(evaluate.main, *options, *SERVER, f"evaluate.url={server.url}", "evaluate.num_draft_tokens=9") == 0
+
+
+def test_settings_in_the_report_are_those_that_were_used(run, trained, tmp_path, vllm):
+    few = ("evaluate.num_prompts=1", "evaluate.max_new_tokens=4", "evaluate.output=report.json")
+    checkpoint = f"evaluate.checkpoint={trained / 'checkpoints' / 'step-000004.ckpt'}"
+
+    def used(*options: str) -> set[str]:
+        assert run(evaluate.main, *few, *options) == 0
+        return json.loads((tmp_path / "report.json").read_text())["settings"].keys()
+
+    always = {"max_new_tokens", "temperature", "data", "num_prompts", "batch_size", "backend", "output"}
+    ours = always | {"checkpoint", "num_draft_tokens", "dtype", "baseline", "seed"}
+    with SpeculatingServer() as server:
+        assert used(*SERVER, f"evaluate.url={server.url}") == always | {"url", "baseline_url", "timeout_s"}
+    assert used(checkpoint) == ours
+    assert used(checkpoint, *vllm[0]) == ours | {"python", "vllm_args", "timeout_s"}
 
 
 def test_the_table_has_a_column_for_each_draft():

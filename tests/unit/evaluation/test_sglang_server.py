@@ -8,6 +8,7 @@ import pytest
 from lightning_dataflow.contracts import PeerFailedError, UserError
 from lightning_dataflow.evaluation import SGLangDecoder
 from lightning_dataflow.evaluation.sglang_server import read_counts
+from tests.sglang.speculating import INFO, SpeculatingServer
 
 
 def answer(**meta):
@@ -33,11 +34,43 @@ def test_a_request_that_its_first_token_ended_has_no_drafts():
             r"6 verifications, 8 correct drafts, but a histogram of \[2, 1\]",
         ),
         (answer(spec_verify_ct=6, spec_num_correct_drafts=8), r"but a histogram of \[\]"),
+        (answer(spec_verify_ct=6), r"says spec_num_correct_drafts=None, which is no count .* answers of SGLang 0\.5\.23"),
+        (answer(spec_verify_ct="6", spec_num_correct_drafts=8), r"says spec_verify_ct='6', which is no count"),
+        (answer(spec_verify_ct=6, spec_num_correct_drafts=8, spec_correct_drafts_histogram=[None]), r"no list of counts"),
+        ({"meta_info": {"completion_tokens": None}}, r"says completion_tokens=None"),
     ],
 )
 def test_answers_that_cannot_be_counted(found, message):
     with pytest.raises(UserError, match=f"the server.*{message}"):
         read_counts(found, 3, "the server")
+
+
+@pytest.mark.parametrize(
+    ("info", "message"),
+    [
+        ({"speculative_num_draft_tokens": None}, r"says speculative_num_draft_tokens=None, .* SGLang 0\.5\.23"),
+        ({"speculative_num_draft_tokens": 1}, r"says speculative_num_draft_tokens=1, which is no count from 2 on"),
+        ({"speculative_eagle_topk": 4}, r"says speculative_num_steps=None, which is no count from 1 on"),
+    ],
+)
+def test_a_server_of_another_version_is_one_line(info, message):
+    with SpeculatingServer(info=INFO | info) as server, pytest.raises(UserError, match=message) as raised:
+        SGLangDecoder(url=server.url).evaluate([[1]], max_new_tokens=4, stop_token_ids=[])
+    assert "\n" not in str(raised.value)
+
+
+def test_the_first_request_of_each_server_is_not_timed():
+    prompts = [[7, 8], [9], [10]]
+    plain = {"speculative_algorithm": None}
+    with SpeculatingServer(first_s=2) as server, SpeculatingServer(first_s=2, info=plain, meta={}) as alone:
+        decoder, baseline = SGLangDecoder(url=server.url), SGLangDecoder(url=alone.url)
+        report = decoder.evaluate(prompts, max_new_tokens=16, stop_token_ids=[], batch_size=2, plain=baseline)
+    for one in (server, alone):
+        assert [body["input_ids"] for body in one.requests] == [prompts[:1], prompts[:2], prompts[2:]]
+        assert [body["sampling_params"]["max_new_tokens"] for body in one.requests] == [8, 16, 16]
+    assert (report.num_prompts, report.num_tokens, report.num_drafts) == (3, 48, 6), "the first request counts nothing"
+    assert report.accepted_per_position == (3, 3, 3)
+    assert report.seconds < 1 and report.plain_seconds < 1
 
 
 @pytest.mark.parametrize(

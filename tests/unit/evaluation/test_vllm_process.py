@@ -9,6 +9,7 @@ import pytest
 from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
 from lightning_dataflow.evaluation import VLLMDecoder
 from lightning_dataflow.evaluation.vllm_process import find_python
+from lightning_dataflow.evaluation.vllm_worker import rounds
 
 
 def decoder(folder, **options):
@@ -56,3 +57,11 @@ def test_a_process_that_dies_or_takes_too_long(tmp_path):
 def test_settings_are_checked_before_it_starts(tmp_path):
     with pytest.raises(UserError, match=r"evaluate.batch_size=0"):
         decoder(tmp_path, batch_size=0)
+    with pytest.raises(UserError, match=r"evaluate.temperature=0.005: vLLM would decode at 0.01, use that or more, or 0"):
+        decoder(tmp_path, temperature=0.005)
+
+
+def test_prompts_of_one_token_never_join_while_others_decode():
+    assert rounds([3, 1, 7, 1, 1, 2], 2) == [[1, 3], [4], [0, 2, 5]]
+    assert rounds([1, 1], 2) == [[0, 1]]
+    assert rounds([4, 2, 9], 1) == [[0, 1, 2]]

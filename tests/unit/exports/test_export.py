@@ -114,6 +114,68 @@ def test_there_and_back_to_the_bit_and_one_step_on(kind, checkpoint, fit, target
     assert float(again.step_losses[0]) > 0
 
 
+def without(name):
+    def change(saved):
+        del saved[name]
+
+    return change
+
+
+BROKEN = {
+    "state_dict": (without("state_dict"), "lacks state_dict, it is not a whole draft: name another checkpoint"),
+    "version": (without("target_model_version"), "lacks the name of its target"),
+    "vocab": (without("draft_vocab"), "lacks draft_vocab"),
+    "weight": (lambda saved: saved["state_dict"].pop("draft.fc.weight"), "lacks draft.fc.weight, it is not a whole"),
+    "more": (lambda saved: saved["state_dict"].update(other=torch.ones(2)), "has other, for which eagle3 with its setting"),
+    "shape": (
+        lambda saved: saved["state_dict"].update({"draft.norm.weight": torch.ones(2)}),
+        "draft.norm.weight is [2], its settings say [64]",
+    ),
+    "setting": (
+        lambda saved: saved["hyper_parameters"].update(colour="red"),
+        "has settings of another eagle3 (got an unexpected keyword argument 'colour'): read it with the version",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_what_a_checkpoint_lacks_is_one_line(kind, sharded, checkpoint, tmp_path, capsys):
+    from torch.distributed import checkpoint as dcp
+
+    change, message = BROKEN[kind]
+    saved = torch.load(checkpoint(), weights_only=True)
+    change(saved)
+    path = tmp_path / "broken.ckpt"
+    if sharded:
+        dcp.save({"state_dict": saved.pop("state_dict", {"x": torch.ones(1)})}, checkpoint_id=path, no_dist=True)
+        torch.save(saved, path / "meta.pt")
+        message = message.replace("state_dict", "draft.")
+    else:
+        torch.save(saved, path)
+    with pytest.raises(SystemExit) as status:
+        command.main([str(path), "--engine", "vllm", "--out", str(tmp_path / "out")])
+    shown = capsys.readouterr().err
+    assert status.value.code == 1
+    assert shown.startswith(f"error: {path}") and message.split(", it")[0] in shown and shown.count("\n") == 1
+
+
+def test_shards_that_torch_cannot_read_are_one_line(checkpoint, tmp_path):
+    from torch.distributed import checkpoint as dcp
+
+    saved = torch.load(checkpoint(), weights_only=True)
+    path = tmp_path / "damaged.ckpt"
+    dcp.save({"state_dict": saved.pop("state_dict")}, checkpoint_id=path, no_dist=True)
+    torch.save(saved, path / "meta.pt")
+    whole = load_module(path)
+    assert all(torch.equal(one, whole.state_dict()[name]) for name, one in load_module(checkpoint()).state_dict().items())
+    for shard in path.glob("*.distcp"):
+        shard.write_bytes(b"\1" * shard.stat().st_size)
+    with pytest.raises(UserError, match=r"damaged.ckpt cannot be read \(.+\): name another checkpoint") as error:
+        load_module(path)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("kind", ["eagle3", "domino"])
 def test_bfloat16_is_rounded_once(kind, checkpoint, target_path, tmp_path):
     """An export of what was imported is the same file."""

@@ -1,6 +1,7 @@
 """The speculators format, which vLLM serves without further options (read in vLLM 0.32.0)."""
 
 from collections.abc import Mapping
+from shlex import quote
 from typing import Any
 
 from lightning_dataflow.contracts import UserError
@@ -63,7 +64,7 @@ class SpeculatorsFormat(DraftFormat):
 
     def serve_command(self, draft: DraftSpec, folder: str) -> str:
         """See DraftFormat."""
-        return f"vllm serve {folder}"
+        return f"vllm serve {quote(folder)}"
 
     def tensor_name(self, name: str) -> str:
         """See DraftFormat."""

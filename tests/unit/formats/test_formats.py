@@ -1,5 +1,9 @@
 """What each engine is told: the fields it reads, layers by its own count, and what it would serve wrongly is refused."""
 
+import json
+import subprocess
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -147,6 +151,23 @@ def test_vllm_serves_what_sglang_does_not():
     config("eagle3-own-embedding", "vllm")
     config("eagle3", "vllm", layer_ids=(7,))
     config("dflash-mixed", "vllm")
+
+
+@pytest.mark.parametrize(("engine", "form"), [("sglang", "plain"), ("vllm", "plain"), ("vllm", "speculators")])
+def test_a_shell_reads_paths_in_serve_commands_as_they_are(engine, form):
+    target, folder = "my models/it's tiny", "drafts/$(today)'s draft"
+    command = resolve_format(engine, form).serve_command(make_spec("eagle3", target=target), folder)
+    read = subprocess.run(
+        ["bash", "-c", f"set -- {command}; printf '%s\\n' \"$@\""], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    if form == "speculators":
+        assert read == ["vllm", "serve", folder]
+    elif engine == "vllm":
+        assert read[:3] == ["vllm", "serve", target]
+        assert json.loads(read[-1]) == {"method": "eagle3", "model": folder, "num_speculative_tokens": 5}
+    else:
+        assert read[read.index("--model-path") + 1] == target
+        assert read[read.index("--speculative-draft-model-path") + 1] == folder
 
 
 def test_an_unknown_format_lists_what_there_is():

@@ -266,17 +266,26 @@ def change_tensors(folder: Path, edit) -> None:
         ("eagle3", {}, {"draft_vocab_size": 32}, "(draft_vocab_size=32): set strategy.draft_vocab_size=64"),
         ("dflash", {}, {"num_layers": 5, "block_size": 16}, "set strategy.num_layers=1 strategy.block_size=6"),
         ("dflash", {}, {"cls": DominoModule}, "holds a draft of dflash, not one of domino"),
+        ("dflash", {}, {"layer_types": ["full_attention"] * 2}, "set strategy.layer_types=[]"),
+        ("sliding", {}, {"layer_types": ["full_attention"]}, "set strategy.layer_types=['sliding_attention']"),
     ],
 )
 def test_a_draft_of_another_training_is_refused_before_it_is_read(
     kind, fields, options, message, checkpoint, target_path, tmp_path
 ):
-    folder = export(checkpoint(kind), tmp_path / "draft")
+    folder = export(checkpoint(kind), tmp_path / "draft", engine="sglang", format="plain")
     change(folder, **fields)
     cls = options.pop("cls", KINDS[kind][0])
     with pytest.raises(UserError) as raised:
         cls(str(target_path), init_from=str(folder), **options)
     assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("layer_types", [None, [], ["full_attention"], ("full_attention",)])
+def test_full_attention_may_be_spelt_out(layer_types, checkpoint, target_path, tmp_path):
+    folder = export(checkpoint("dflash"), tmp_path / "draft")
+    module = DFlashModule(str(target_path), init_from=str(folder), layer_types=layer_types)
+    assert module.draft.config == load_module(checkpoint("dflash")).draft.config
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from lightning_dataflow.models import DFlashConfig, Eagle3Config
 from lightning_dataflow.models.dflash import SLIDING
 
 MODEL_TYPE = "speculators_model_type"
+DRAFT_TOKENS = "speculative_tokens"
 _BLOCK_LAYER_IDS = "aux_hidden_state_layer_ids"
 
 
@@ -40,7 +41,7 @@ class SpeculatorsFormat(DraftFormat):
             "speculators_config": {
                 "algorithm": draft.strategy,
                 "default_proposal_method": "greedy",
-                "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": draft.num_draft_tokens}],
+                "proposal_methods": [{"proposal_type": "greedy", DRAFT_TOKENS: draft.num_draft_tokens}],
                 "verifier": {"name_or_path": draft.target, "architectures": list(draft.target_architectures)},
             },
             "transformer_layer_config": layers,
@@ -73,7 +74,7 @@ class SpeculatorsFormat(DraftFormat):
     def plain(self, config: Mapping[str, Any]) -> Config:
         """See DraftFormat."""
         layers = config.get("transformer_layer_config")
-        fields = {**(layers if isinstance(layers, dict) else {}), **config}
+        fields = {**(layers if isinstance(layers, dict) else {}), **config, DRAFT_TOKENS: _draft_tokens(config)}
         if config[MODEL_TYPE] == "eagle3":
             fields.setdefault("norm_before_residual", True)  # what is not said
             ids = layers_before(config.get(LAYER_IDS) or ())
@@ -88,3 +89,9 @@ class SpeculatorsFormat(DraftFormat):
             )
         ids = layers_before(config.get(_BLOCK_LAYER_IDS) or ())
         return fields | {"architectures": ["DFlashDraftModel"], "dflash_config": {"target_layer_ids": ids}}
+
+
+def _draft_tokens(config: Mapping[str, Any]) -> Any:
+    """Of the first proposal method, the one that vLLM takes; None where there is none."""
+    methods = (config.get("speculators_config") or {}).get("proposal_methods") or [{}]
+    return methods[0].get(DRAFT_TOKENS)

@@ -180,6 +180,33 @@ def test_a_run_gives_its_newest_complete_checkpoint(checkpoint, tmp_path, capsys
     export(newest, tmp_path / "third")
 
 
+def test_the_card_says_how_it_was_measured(checkpoint, tmp_path):
+    """By each measurement's own word, or by the settings of the run."""
+    run = tmp_path / "run"
+    shutil.copytree(checkpoint().parent.parent, run)
+    measured = {"acceptance_length": 1.5, "acceptance_per_position": [0.4, 0.1], "num_prompts": 7}
+    history = [{"step": 0, "temperature": 0.0, "max_new_tokens": 64, **measured}, {"step": 2, **measured}]
+    settings = {"evaluate": {"temperature": 0.7, "max_new_tokens": 32}}
+    (run / "result.json").write_text(json.dumps({"acceptance": history, "settings": settings}))
+    card = (export(run, tmp_path / "draft") / "README.md").read_text()
+    assert "| step | prompts | temperature | new tokens, at most | drafted at a time |" in card
+    assert "| 0 | 7 | 0.0 | 64 | 2 | 1.500 | 0.400, 0.100 |\n| 2 | 7 | 0.7 | 32 | 2 | 1.500 |" in card
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "dflash"])
+def test_a_speculators_folder_keeps_how_many_tokens_it_drafts(kind, checkpoint, target_path, tmp_path):
+    """Also where that is neither the default of a training here, nor a block."""
+    published = export(checkpoint(kind), tmp_path / "published", engine="vllm", format="speculators")
+    config = json.loads((published / "config.json").read_text())
+    config["speculators_config"]["proposal_methods"][0]["speculative_tokens"] = 3
+    (published / "config.json").write_text(json.dumps(config))
+    again = export(published, tmp_path / "again", engine="vllm", format="speculators", target=str(target_path))
+    assert json.loads((again / "config.json").read_text())["speculators_config"] == config["speculators_config"]
+    card = (export(published, tmp_path / "sglang", target=str(target_path)) / "README.md").read_text()
+    assert "It drafts up to 3 tokens at a time" in card and "--speculative-num-draft-tokens 4\n" in card
+    assert "nor how many tokens" not in card
+
+
 def test_tokenizer_files_on_request(checkpoint, target_path, tmp_path):
     folder = export(checkpoint(), tmp_path / "draft", tokenizer=True)
     assert (folder / "tokenizer.json").read_bytes() == (target_path / "tokenizer.json").read_bytes()

@@ -52,6 +52,7 @@ class SpeculatorsFormat(DraftFormat):
         }
         ids = states_after(draft.layer_ids)
         if isinstance(network, Eagle3Config):
+            layers["num_aux_hidden_states"] = network.num_aux_layers  # else vLLM takes 3: it passes these fields on alone
             own = {"architectures": ["Eagle3DraftModel"], LAYER_IDS: ids}
             return own | fields | {"norm_before_residual": False, "norm_before_fc": False}
         return {"architectures": ["DFlashDraftModel"]} | fields | {

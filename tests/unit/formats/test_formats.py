@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.formats import resolve_format, write_draft
-from tests.unit.formats.drafts import make_draft, make_spec
+from tests.unit.formats.drafts import NETWORKS, make_draft, make_spec
 
 LLAMA = {
     "model_type": "llama",
@@ -106,12 +106,16 @@ def test_speculators():
     assert config("eagle3", "vllm", "speculators") == common | {
         "architectures": ["Eagle3DraftModel"],
         "speculators_model_type": "eagle3",
-        "transformer_layer_config": LLAMA,
+        "transformer_layer_config": LLAMA | {"num_aux_hidden_states": 3},
         "draft_vocab_size": 12,
         "eagle_aux_hidden_state_layer_ids": [2, 4, 5],
         "norm_before_residual": False,
         "norm_before_fc": False,
     }
+    one = replace(NETWORKS["eagle3"], num_aux_layers=1)
+    of_one = config("eagle3", "vllm", "speculators", layer_ids=(7,), network=one)
+    assert of_one["eagle_aux_hidden_state_layer_ids"] == [8]
+    assert of_one["transformer_layer_config"]["num_aux_hidden_states"] == 1
     dflash = config("dflash", "vllm", "speculators")
     assert dflash.pop("speculators_config")["algorithm"] == "dflash"
     assert dflash == {name: value for name, value in common.items() if name != "speculators_config"} | {

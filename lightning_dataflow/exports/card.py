@@ -3,7 +3,7 @@
 import json
 from pathlib import PurePath
 
-from lightning_dataflow.exports.training import TrainingRecord
+from lightning_dataflow.exports.training import DECODING, TrainingRecord
 from lightning_dataflow.formats import DraftFormat, DraftSpec
 from lightning_dataflow.models import DFlashConfig, DominoConfig, Eagle3Config
 
@@ -76,12 +76,16 @@ def _training(draft: DraftSpec, training: TrainingRecord | None, assumed: bool) 
         parts.append("Trained with " + ", ".join(f"{name} {one}" for name, one in training.versions.items()) + ".")
     if not training.acceptance:
         return [*parts, "## Acceptance\n\nNot measured."]
-    lines = ["| step | drafted at a time | acceptance length | accepted at least up to position 1, 2, … | prompts |"]
-    lines.append("|---|---|---|---|---|")
+    lines = [
+        "| step | prompts | temperature | new tokens, at most | drafted at a time | acceptance length "
+        "| accepted at least up to position 1, 2, … |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for one in training.acceptance:
-        shares = ", ".join(f"{share:.3f}" for share in one["acceptance_per_position"])
-        numbers = f"{len(one['acceptance_per_position'])} | {one['acceptance_length']:.3f}"
-        lines.append(f"| {one['step']} | {numbers} | {shares} | {one['num_prompts']} |")
+        shares = [f"{share:.3f}" for share in one["acceptance_per_position"]]
+        how = [one["step"], one["num_prompts"], *(one.get(name, "not recorded") for name in DECODING)]
+        row = [*how, len(shares), f"{one['acceptance_length']:.3f}", ", ".join(shares)]
+        lines.append(f"| {' | '.join(map(str, row))} |")
     note = "Mean tokens per verification on held-out prompts, by lightning_dataflow's own speculative decoding."
     return [*parts, f"## Acceptance\n\n{note}\n\n" + "\n".join(lines)]
 

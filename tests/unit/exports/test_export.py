@@ -168,10 +168,10 @@ def test_a_run_gives_its_newest_complete_checkpoint(checkpoint, tmp_path, capsys
         "| draft vocabulary | 64 of 320 |",
         "| lr | 0.01 |",
         "Trained with torch 9.9.",
-        "| 2 | 2 | 1.500 | 0.400, 0.100 | 7 |",
+        "| 2 | 7 | not recorded | not recorded | 2 | 1.500 | 0.400, 0.100 |",
     ):
         assert told in card, told
-    assert "| 4 | 2 | 1.500" not in card, "measured after this checkpoint"
+    assert "| 4 | 7 |" not in card, "measured after this checkpoint"
     assert "## Acceptance\n\nNot measured." in (export(checkpoint(), tmp_path / "other") / "README.md").read_text()
     for path in (newest, newest.with_name("step=1.ckpt")):
         path.with_name(path.name + ".complete").unlink()

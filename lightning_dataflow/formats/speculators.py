@@ -28,7 +28,8 @@ class SpeculatorsFormat(DraftFormat):
         if isinstance(draft.network, DFlashConfig) and len(set(draft.network.layer_types)) > 1:
             raise UserError(
                 f"the speculators format has one causality for all layers, this draft has layer_types="
-                f"{list(draft.network.layer_types)}: export with --format plain"
+                f"{list(draft.network.layer_types)}: export with --format plain, which vLLM serves on its V2 model runner, "
+                "so on a GPU"
             )
 
     def config(self, draft: DraftSpec, dtype: str) -> Config:

@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.evaluation import AcceptanceReport, evaluate_acceptance
@@ -17,10 +18,12 @@ class AcceptanceEvaluation(L.Callback):
     """Decodes held-out prompts before the first step, every `every_n_steps` steps, and after the last.
 
     Logs `val/acceptance_length`, `val/tokens_per_target_forward` and `val/accepted_i`, the share of proposals accepted at
-    least up to position i. Ranks share the prompts. Every rank decodes with an unsharded copy of the draft.
+    least up to position i, to every logger, at the number of optimizer steps done (0 for the first). Ranks share the
+    prompts. Every rank decodes with an unsharded copy of the draft.
 
-    What it logged after a step, a ModelCheckpoint of that step can monitor. A measurement is this package's validation: an
-    EarlyStopping with `check_on_train_epoch_end=False` checks after each one but the first, which is before training.
+    What it logged after a step, a ModelCheckpoint of that step can monitor; one whose own steps leave out the last
+    considers that too. A measurement is this package's validation: an EarlyStopping with `check_on_train_epoch_end=False`
+    checks after each one but the first, which is before training.
 
     Args:
         target: makes the target; called once, when it is first needed.
@@ -28,6 +31,7 @@ class AcceptanceEvaluation(L.Callback):
         num_draft_tokens: K.
         every_n_steps: 0 for before and after only.
         temperature: 0 for greedy decoding.
+        seed: of what is drawn above temperature 0.
     """
 
     def __init__(
@@ -39,6 +43,7 @@ class AcceptanceEvaluation(L.Callback):
         max_new_tokens: int = 32,
         every_n_steps: int = 0,
         temperature: float = 0.0,
+        seed: int = 0,
     ):
         if not prompts:
             raise UserError("no held-out prompts to evaluate on: set data.num_eval_samples, or callbacks=no_evaluation")
@@ -47,10 +52,12 @@ class AcceptanceEvaluation(L.Callback):
         self.max_new_tokens = max_new_tokens
         self.every_n_steps = every_n_steps
         self.temperature = temperature
+        self.seed = seed
         self.history: list[dict[str, Any]] = []
         self._make_target = target
         self._target: HFTargetEngine | None = None
         self._seen_step = 0
+        self._measured: dict[str, float] = {}  # after the latest step, if it was
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lightning's hook."""
@@ -64,14 +71,22 @@ class AcceptanceEvaluation(L.Callback):
         step = trainer.global_step
         if step == self._seen_step:
             return
-        self._seen_step = step
+        self._seen_step, self._measured = step, {}
         if step == trainer.max_steps or (self.every_n_steps and step % self.every_n_steps == 0):
-            report = self._evaluate(trainer, pl_module)
-            metrics = {f"val/{name}": getattr(report, name) for name in LOGGED}
-            metrics |= {f"val/accepted_{i}": share for i, share in enumerate(report.acceptance_per_position)}
-            pl_module.log_dict(metrics, batch_size=1)
+            self._measured = self._evaluate(trainer, pl_module)
+            pl_module.log_dict(self._measured, batch_size=1, logger=False)  # for callbacks; loggers have it
             for callback in trainer.early_stopping_callbacks:
                 callback.on_validation_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Lightning's hook: best checkpoints consider the last measurement. All other callbacks have seen the step."""
+        for callback in trainer.checkpoint_callbacks:
+            if not isinstance(callback, ModelCheckpoint) or callback.monitor not in self._measured:
+                continue
+            if not callback._should_skip_saving_checkpoint(trainer):  # no public method saves what is among the best
+                candidates = callback._monitor_candidates(trainer)
+                callback._save_topk_checkpoint(trainer, candidates)
+                callback._save_last_checkpoint(trainer, candidates)
 
     def report(self) -> dict[str, Any]:
         """For `result.json`."""
@@ -85,7 +100,7 @@ class AcceptanceEvaluation(L.Callback):
         """Lightning's hook."""
         self.history = list(state_dict["history"])
 
-    def _evaluate(self, trainer: L.Trainer, pl_module: Any) -> AcceptanceReport:
+    def _evaluate(self, trainer: L.Trainer, pl_module: Any) -> dict[str, float]:
         if self.history and self.history[-1]["step"] == trainer.global_step:  # resumed at a measured step
             self.history.pop()
         if self._target is None:
@@ -98,9 +113,16 @@ class AcceptanceEvaluation(L.Callback):
             self.prompts[trainer.global_rank :: trainer.world_size],
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
+            seed=self.seed,
         )
         report = _over_ranks(mine, trainer)
-        self.history.append({"step": trainer.global_step, **report.to_json()})
+        settings = {"temperature": self.temperature, "max_new_tokens": self.max_new_tokens}
+        self.history.append({"step": trainer.global_step, **settings, **report.to_json()})
+        metrics = {f"val/{name}": getattr(report, name) for name in LOGGED}
+        metrics |= {f"val/accepted_{i}": share for i, share in enumerate(report.acceptance_per_position)}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+            logger.save()
         if trainer.is_global_zero:
             shares = ", ".join(f"{share:.3f}" for share in report.acceptance_per_position)
             print(
@@ -108,7 +130,7 @@ class AcceptanceEvaluation(L.Callback):
                 f"on {report.num_prompts} held-out prompts, accepted per position {shares}",
                 flush=True,
             )
-        return report
+        return metrics
 
 
 def _over_ranks(mine: AcceptanceReport, trainer: L.Trainer) -> AcceptanceReport:

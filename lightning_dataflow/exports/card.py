@@ -3,7 +3,7 @@
 import json
 from pathlib import PurePath
 
-from lightning_dataflow.exports.training import TrainingRecord
+from lightning_dataflow.exports.training import DECODING, TrainingRecord
 from lightning_dataflow.formats import DraftFormat, DraftSpec
 from lightning_dataflow.models import DFlashConfig, DominoConfig, Eagle3Config
 
@@ -12,8 +12,10 @@ NAMES = {"eagle3": "EAGLE3", "dflash": "DFlash", "domino": "Domino"}
 TESTED = {"sglang": "SGLang 0.5.23", "vllm": "vLLM 0.32.0", "speculators": "vLLM 0.32.0"}
 
 
-def model_card(form: DraftFormat, draft: DraftSpec, training: TrainingRecord | None, *, folder: str, dtype: str) -> str:
-    """Markdown, with the front matter of model hubs."""
+def model_card(
+    form: DraftFormat, draft: DraftSpec, training: TrainingRecord | None, *, folder: str, dtype: str, assumed: bool
+) -> str:
+    """Markdown, with the front matter of model hubs. `assumed`: nobody says how many tokens are to be drafted."""
     target = PurePath(draft.target).name
     paper = PAPERS[draft.strategy]
     parts = [
@@ -24,7 +26,7 @@ def model_card(form: DraftFormat, draft: DraftSpec, training: TrainingRecord | N
         "stays the target's own.",
         f"## Serve\n\n```\n{form.serve_command(draft, folder)}\n```",
         "## Network\n\n" + _table(_network(draft) | {"weights": dtype}),
-        *_training(draft, training),
+        *_training(draft, training, assumed),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -48,10 +50,10 @@ def _network(draft: DraftSpec) -> dict[str, object]:
     return rows
 
 
-def _training(draft: DraftSpec, training: TrainingRecord | None) -> list[str]:
+def _training(draft: DraftSpec, training: TrainingRecord | None, assumed: bool) -> list[str]:
     if training is None:
         text = "## Training\n\nConverted from another folder, which does not say how it was trained"
-        if draft.strategy == "eagle3":
+        if assumed and draft.strategy == "eagle3":  # of a block, it follows
             text += (
                 f", nor how many tokens it is to draft at a time: {draft.num_draft_tokens} is lightning_dataflow's default"
             )
@@ -74,12 +76,16 @@ def _training(draft: DraftSpec, training: TrainingRecord | None) -> list[str]:
         parts.append("Trained with " + ", ".join(f"{name} {one}" for name, one in training.versions.items()) + ".")
     if not training.acceptance:
         return [*parts, "## Acceptance\n\nNot measured."]
-    lines = ["| step | drafted at a time | acceptance length | accepted at least up to position 1, 2, … | prompts |"]
-    lines.append("|---|---|---|---|---|")
+    lines = [
+        "| step | prompts | temperature | new tokens, at most | drafted at a time | acceptance length "
+        "| accepted at least up to position 1, 2, … |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for one in training.acceptance:
-        shares = ", ".join(f"{share:.3f}" for share in one["acceptance_per_position"])
-        numbers = f"{len(one['acceptance_per_position'])} | {one['acceptance_length']:.3f}"
-        lines.append(f"| {one['step']} | {numbers} | {shares} | {one['num_prompts']} |")
+        shares = [f"{share:.3f}" for share in one["acceptance_per_position"]]
+        how = [one["step"], one["num_prompts"], *(one.get(name, "not recorded") for name in DECODING)]
+        row = [*how, len(shares), f"{one['acceptance_length']:.3f}", ", ".join(shares)]
+        lines.append(f"| {' | '.join(map(str, row))} |")
     note = "Mean tokens per verification on held-out prompts, by lightning_dataflow's own speculative decoding."
     return [*parts, f"## Acceptance\n\n{note}\n\n" + "\n".join(lines)]
 

@@ -10,7 +10,7 @@ from lightning_dataflow.checkpoints.reading import HEADER, read_header
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.exports.card import model_card
 from lightning_dataflow.exports.training import TrainingRecord
-from lightning_dataflow.formats import DraftSpec, is_published, read_draft, resolve_format, write_draft
+from lightning_dataflow.formats import DraftSpec, PublishedDraft, is_published, read_draft, resolve_format, write_draft
 from lightning_dataflow.formats.folder import check_destination
 from lightning_dataflow.strategies import DraftModule
 from lightning_dataflow.strategies.checkpoint import load_module
@@ -59,12 +59,13 @@ def export_draft(
     check_destination(folder)
     checkpoint = find_checkpoint(Path(source), on_skip)
     training = read_training(checkpoint)
-    strategy = read_draft(checkpoint).strategy if training is None else training.strategy
-    if strategy not in form.strategies:  # before a target's folder is looked at, or a strategy that nobody imported
-        raise UserError(form.refusal(strategy))
+    origin = read_draft(checkpoint) if training is None else training
+    if origin.strategy not in form.strategies:  # before a target's folder is looked at, or a strategy that nobody imported
+        raise UserError(form.refusal(origin.strategy))
     module = load_module(checkpoint, target=target)
-    spec = describe(module)
-    card = model_card(form, spec, training, folder=str(folder), dtype=dtype)
+    said = origin.num_draft_tokens if isinstance(origin, PublishedDraft) else None
+    spec = describe(module, num_draft_tokens=said)
+    card = model_card(form, spec, training, folder=str(folder), dtype=dtype, assumed=training is None and said is None)
     files = [Path(spec.target) / name for name in TOKENIZER_FILES] if tokenizer else []
     copies = [file for file in files if file.is_file()]
     if tokenizer and not copies:
@@ -83,19 +84,23 @@ def find_checkpoint(source: Path, on_skip: Callable[[str], None] = print) -> Pat
     return found
 
 
-def describe(module: DraftModule) -> DraftSpec:
-    """What a folder says of the draft of a module, which is one of this package's strategies."""
+def describe(module: DraftModule, *, num_draft_tokens: int | None = None) -> DraftSpec:
+    """What a folder says of the draft of a module, which is one of this package's strategies.
+
+    Args:
+        num_draft_tokens: that a published draft says; by default as the module trains.
+    """
     network: Any = module.draft.config
     info = module.target_info
     config = json.loads((Path(info.path) / "config.json").read_text())
-    num_draft_tokens = module.hparams["num_steps"] if module.strategy_name == "eagle3" else network.block_size - 1
+    trained = module.hparams["num_steps"] if module.strategy_name == "eagle3" else network.block_size - 1
     return DraftSpec(
         strategy=module.strategy_name,
         network=network,
         layer_ids=module.layer_ids,
         num_target_layers=info.num_layers,
         max_position_embeddings=info.max_position_embeddings,
-        num_draft_tokens=num_draft_tokens,
+        num_draft_tokens=num_draft_tokens or trained,
         target=info.path,
         target_architectures=tuple(config.get("architectures") or ()),
     )

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
+DECODING = ("temperature", "max_new_tokens")
+"""Settings of a measurement that its numbers depend on."""
+
 _NOT_SETTINGS = ("target", "init_from", "network", "layer_ids", "_instantiator")
 
 
@@ -17,7 +20,7 @@ class TrainingRecord:
         tokens: of these samples, over all ranks.
         init_from: name of the draft that it began with.
         settings: of the LightningModule.
-        acceptance: measurements up to this step, as in `result.json`.
+        acceptance: measurements up to this step, as in `result.json`, with DECODING where that is known.
     """
 
     strategy: str
@@ -43,6 +46,8 @@ class TrainingRecord:
         settings = {name: value for name, value in checkpoint["hyper_parameters"].items() if name not in _NOT_SETTINGS}
         configured = result.get("settings", {}).get("data", {})
         path = str(configured["path"]) if isinstance(configured, dict) and "path" in configured else None
+        evaluated = result.get("settings", {}).get("evaluate", {})
+        decoding = {name: evaluated[name] for name in DECODING if isinstance(evaluated, dict) and name in evaluated}
         start = checkpoint["hyper_parameters"].get("init_from")
         return cls(
             strategy=checkpoint["strategy"],
@@ -55,6 +60,6 @@ class TrainingRecord:
             precision=result.get("precision"),
             init_from=None if start is None else PurePath(str(start)).name,
             settings=settings,
-            acceptance=[one for one in measured if one["step"] <= steps],
+            acceptance=[decoding | one for one in measured if one["step"] <= steps],
             versions=result.get("versions", {}),
         )

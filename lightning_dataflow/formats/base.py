@@ -20,7 +20,7 @@ class DraftSpec:
         network: sizes.
         layer_ids: of the target that the draft reads; id i is the output of decoder layer i, counted from 0.
         num_target_layers, max_position_embeddings: of the target.
-        num_draft_tokens: how many tokens it was trained to draft at a time.
+        num_draft_tokens: how many tokens it was trained to draft at a time, or a published folder says.
         target, target_architectures: where the target is, and its Hugging Face classes.
     """
 

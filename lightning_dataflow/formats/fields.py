@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.formats.speculators import DRAFT_TOKENS
 from lightning_dataflow.formats.vllm import LAYER_IDS
 from lightning_dataflow.models.dflash import FULL, SLIDING
 
@@ -39,6 +40,11 @@ _BLOCK_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention_sink_bias": (False,),
     "attention_value_scale": (),
     "sample_from_anchor": (False,),
+}
+_DEFAULT_ROPE: dict[str, tuple[Any, ...]] = {
+    "rope_type": ("default",),
+    "type": ("default",),
+    "partial_rotary_factor": (1.0,),
 }
 
 
@@ -103,7 +109,7 @@ class Fields:
             "block_size": self.count("block_size", 16),
             "mask_token_id": self.count("mask_token_id", least=0),
             "layer_types": types if windowed else [],
-            "sliding_window": self.count("sliding_window") if windowed else None,
+            "sliding_window": self._window() if windowed else None,
         }
         if domino:
             sizes |= {name: self.count(name) for name in ("gru_hidden_dim", "emb_dim")}
@@ -113,6 +119,10 @@ class Fields:
         if ids is None:
             raise UserError(f"{self.path} does not say which layers of the target the draft reads (target_layer_ids)")
         return sizes, ids
+
+    def num_draft_tokens(self) -> int | None:
+        """How many tokens it is to draft at a time, if the folder says so."""
+        return None if self.own(DRAFT_TOKENS) is None else self.count(DRAFT_TOKENS)
 
     def num_target_layers(self) -> int | None:
         """Of the target, if the folder says so."""
@@ -130,11 +140,33 @@ class Fields:
         }
 
     def _rope_theta(self) -> float:
-        rope = self.values.get("rope_parameters") or self.values.get("rope_scaling") or {}
-        kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
-        if kind != "default":
-            raise UserError(f"{self.path}: rotary embeddings of type {kind!r} are not supported, only default ones")
-        return self._real("rope_theta", rope.get("rope_theta", self.values.get("rope_theta", 10000.0)))
+        theta = self.values.get("rope_theta", 10000.0)
+        for name in ("rope_scaling", "rope_parameters"):  # older transformers' name, and today's
+            rope = self.values.get(name) or {}
+            if not isinstance(rope, dict):
+                raise UserError(f"{self.path}: {name}={rope!r} is no object")
+            for field, value in rope.items():
+                if value is None:
+                    continue
+                if field == "rope_theta":
+                    theta = value
+                elif value not in _DEFAULT_ROPE.get(field, ()):
+                    raise UserError(
+                        f"{self.path}: {name} has {field}={value!r}: only default rotary embeddings of all of a head, the "
+                        "same in all layers, are supported"
+                    )
+        return self._real("rope_theta", theta)
+
+    def _window(self) -> int:
+        """vLLM reads a `swa_window_size` before `sliding_window`, SGLang the latter alone."""
+        window = self.own("swa_window_size")
+        other = self.own("sliding_window", window)
+        if window is not None and other != window:
+            raise UserError(
+                f"{self.path}: swa_window_size={window} with sliding_window={other}: engines differ in which they take, "
+                "leave the one that it was trained with"
+            )
+        return self.count("sliding_window" if window is None else "swa_window_size")
 
     def _ids(self, name: str) -> tuple[int, ...] | None:
         ids = self.own(name)

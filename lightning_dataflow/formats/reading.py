@@ -28,7 +28,7 @@ class PublishedDraft:
         network: sizes by the names of the strategy's configuration, without those that the target decides.
         hidden_size, vocab_size, target_hidden_size: which must be the target's.
         layer_ids: our way; None where the folder leaves it to the engine's default.
-        num_target_layers: None where the folder does not say.
+        num_target_layers, num_draft_tokens: None where the folder does not say.
         shapes: of the tensors, by our names.
     """
 
@@ -41,6 +41,7 @@ class PublishedDraft:
     target_hidden_size: int
     layer_ids: tuple[int, ...] | None
     num_target_layers: int | None
+    num_draft_tokens: int | None
     shapes: Mapping[str, tuple[int, ...]]
     _places: Mapping[str, tuple[Path, str]] = field(repr=False)
 
@@ -67,7 +68,7 @@ def read_draft(folder: str | Path) -> PublishedDraft:
     form = format_of(config)
     try:
         fields = Fields(folder / CONFIG, form.plain(config))
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"cannot read {folder / CONFIG}: {error}") from error
     strategy = _strategy(folder, fields)
     network, layer_ids = fields.eagle3() if strategy == "eagle3" else fields.block(domino=strategy == "domino")
@@ -85,6 +86,7 @@ def read_draft(folder: str | Path) -> PublishedDraft:
         target_hidden_size=fields.count("target_hidden_size", hidden_size),
         layer_ids=layer_ids,
         num_target_layers=fields.num_target_layers() if strategy != "eagle3" else None,
+        num_draft_tokens=fields.num_draft_tokens(),
         shapes=shapes,
         _places=places,
     )

@@ -1,5 +1,7 @@
 """SGLang's folders (read in 0.5.23). It ignores tensors whose names it does not know, and says nothing."""
 
+from shlex import quote
+
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.formats.base import Config, DraftFormat, DraftSpec, block_fields, eagle3_fields
 from lightning_dataflow.models import DominoConfig, Eagle3Config
@@ -49,8 +51,8 @@ class SGLangFormat(DraftFormat):
         """See DraftFormat."""
         drafted, eagle3 = draft.num_draft_tokens, draft.strategy == "eagle3"
         options = [
-            f"python -m sglang.launch_server --model-path {draft.target} --dtype bfloat16",
-            f"--speculative-algorithm {'EAGLE3' if eagle3 else 'DFLASH'} --speculative-draft-model-path {folder}",
+            f"python -m sglang.launch_server --model-path {quote(draft.target)} --dtype bfloat16",
+            f"--speculative-algorithm {'EAGLE3' if eagle3 else 'DFLASH'} --speculative-draft-model-path {quote(folder)}",
             f"--speculative-num-draft-tokens {drafted + 1}",
         ]
         if eagle3:

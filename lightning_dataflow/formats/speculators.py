@@ -1,6 +1,7 @@
 """The speculators format, which vLLM serves without further options (read in vLLM 0.32.0)."""
 
 from collections.abc import Mapping
+from shlex import quote
 from typing import Any
 
 from lightning_dataflow.contracts import UserError
@@ -10,6 +11,7 @@ from lightning_dataflow.models import DFlashConfig, Eagle3Config
 from lightning_dataflow.models.dflash import SLIDING
 
 MODEL_TYPE = "speculators_model_type"
+DRAFT_TOKENS = "speculative_tokens"
 _BLOCK_LAYER_IDS = "aux_hidden_state_layer_ids"
 
 
@@ -26,7 +28,8 @@ class SpeculatorsFormat(DraftFormat):
         if isinstance(draft.network, DFlashConfig) and len(set(draft.network.layer_types)) > 1:
             raise UserError(
                 f"the speculators format has one causality for all layers, this draft has layer_types="
-                f"{list(draft.network.layer_types)}: export with --format plain"
+                f"{list(draft.network.layer_types)}: export with --format plain, which vLLM serves on its V2 model runner, "
+                "so on a GPU"
             )
 
     def config(self, draft: DraftSpec, dtype: str) -> Config:
@@ -39,7 +42,7 @@ class SpeculatorsFormat(DraftFormat):
             "speculators_config": {
                 "algorithm": draft.strategy,
                 "default_proposal_method": "greedy",
-                "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": draft.num_draft_tokens}],
+                "proposal_methods": [{"proposal_type": "greedy", DRAFT_TOKENS: draft.num_draft_tokens}],
                 "verifier": {"name_or_path": draft.target, "architectures": list(draft.target_architectures)},
             },
             "transformer_layer_config": layers,
@@ -50,6 +53,7 @@ class SpeculatorsFormat(DraftFormat):
         }
         ids = states_after(draft.layer_ids)
         if isinstance(network, Eagle3Config):
+            layers["num_aux_hidden_states"] = network.num_aux_layers  # else vLLM takes 3: it passes these fields on alone
             own = {"architectures": ["Eagle3DraftModel"], LAYER_IDS: ids}
             return own | fields | {"norm_before_residual": False, "norm_before_fc": False}
         return {"architectures": ["DFlashDraftModel"]} | fields | {
@@ -63,7 +67,7 @@ class SpeculatorsFormat(DraftFormat):
 
     def serve_command(self, draft: DraftSpec, folder: str) -> str:
         """See DraftFormat."""
-        return f"vllm serve {folder}"
+        return f"vllm serve {quote(folder)}"
 
     def tensor_name(self, name: str) -> str:
         """See DraftFormat."""
@@ -72,7 +76,7 @@ class SpeculatorsFormat(DraftFormat):
     def plain(self, config: Mapping[str, Any]) -> Config:
         """See DraftFormat."""
         layers = config.get("transformer_layer_config")
-        fields = {**(layers if isinstance(layers, dict) else {}), **config}
+        fields = {**(layers if isinstance(layers, dict) else {}), **config, DRAFT_TOKENS: _draft_tokens(config)}
         if config[MODEL_TYPE] == "eagle3":
             fields.setdefault("norm_before_residual", True)  # what is not said
             ids = layers_before(config.get(LAYER_IDS) or ())
@@ -87,3 +91,9 @@ class SpeculatorsFormat(DraftFormat):
             )
         ids = layers_before(config.get(_BLOCK_LAYER_IDS) or ())
         return fields | {"architectures": ["DFlashDraftModel"], "dflash_config": {"target_layer_ids": ids}}
+
+
+def _draft_tokens(config: Mapping[str, Any]) -> Any:
+    """Of the first proposal method, the one that vLLM takes; None where there is none."""
+    methods = (config.get("speculators_config") or {}).get("proposal_methods") or [{}]
+    return methods[0].get(DRAFT_TOKENS)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from shlex import quote
 from typing import Any
 
 from lightning_dataflow.formats.base import Config, DraftFormat, DraftSpec, block_fields, eagle3_fields
@@ -36,7 +37,7 @@ class VLLMFormat(DraftFormat):
     def serve_command(self, draft: DraftSpec, folder: str) -> str:
         """See DraftFormat."""
         speculative = {"method": draft.strategy, "model": folder, "num_speculative_tokens": draft.num_draft_tokens}
-        return f"vllm serve {draft.target} --speculative-config '{json.dumps(speculative)}'"
+        return f"vllm serve {quote(draft.target)} --speculative-config {quote(json.dumps(speculative))}"
 
     def plain(self, config: Mapping[str, Any]) -> Config:
         """See DraftFormat."""

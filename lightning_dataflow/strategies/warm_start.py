@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.formats import PublishedDraft
 from lightning_dataflow.models import Eagle3Config, FrozenTarget
+from lightning_dataflow.models.dflash import FULL
 from lightning_dataflow.targets.info import TargetInfo
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
@@ -51,7 +52,10 @@ def choose_layers(start: PublishedDraft, chosen: list[int] | None) -> list[int] 
 
 def check_settings(start: PublishedDraft, settings: Mapping[str, Any]) -> None:
     """Raise UserError naming the settings that ask for other sizes than the published draft has."""
-    differing = [name for name, value in settings.items() if value is not None and start.network.get(name, value) != value]
+    network = dict(start.network)
+    if network.get("layer_types") == [] and list(settings["layer_types"] or ()) == [FULL] * network["num_layers"]:
+        network["layer_types"] = settings["layer_types"]  # the same, spelt out
+    differing = [name for name, value in settings.items() if value is not None and network.get(name, value) != value]
     if differing:
         have = ", ".join(f"{name}={settings[name]}" for name in differing)
         want = " ".join(f"strategy.{name}={start.network[name]}" for name in differing)

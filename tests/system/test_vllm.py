@@ -27,6 +27,18 @@ DRAFTS = {
         "strategy.train_embeddings=true",
         "trainer.max_steps=80",
     ),
+    "eagle3-one-layer": (
+        "strategy=eagle3",
+        "strategy.draft_vocab_size=96",
+        "strategy.layer_ids=[4]",
+        "trainer.max_steps=80",
+    ),
+    "eagle3-last-layer": (
+        "strategy=eagle3",
+        "strategy.draft_vocab_size=96",
+        "strategy.layer_ids=[1,4,7]",
+        "trainer.max_steps=80",
+    ),
     "dflash": ("strategy=dflash", "trainer.max_steps=300"),
     "dflash-sliding": (
         "strategy=dflash",
@@ -35,6 +47,12 @@ DRAFTS = {
         "trainer.max_steps=300",
     ),
 }
+MIXED = (
+    "strategy=dflash",
+    "strategy.layer_types=[full_attention,sliding_attention]",
+    "strategy.sliding_window=6",
+    "trainer.max_steps=2",
+)
 NUM_DRAFT_TOKENS = {"eagle3": 4, "dflash": 7}
 
 
@@ -71,8 +89,9 @@ def checkpoint_of(folder_of):
         if (kind, draft) not in made:
             folder = folder_of(kind)
             parts = ("target.path=target", "data.path=conversations.jsonl", "logger=none", "callbacks=no_evaluation")
+            settings = MIXED if draft == "dflash-mixed" else DRAFTS[draft]
             steps = ("callbacks.checkpoint.every_n_train_steps=1000", f"run_name={draft}")  # the last one is saved anyway
-            python(TRAIN, "experiment=tiny", *parts, *steps, *DRAFTS[draft], cwd=folder, timeout_s=600)
+            python(TRAIN, "experiment=tiny", *parts, *steps, *settings, cwd=folder, timeout_s=600)
             made[kind, draft] = next((folder / "runs" / draft / "checkpoints").glob("*.ckpt"))
         return made[kind, draft]
 
@@ -224,6 +243,17 @@ def test_a_folder_that_does_not_fit_is_refused_before_vllm_starts(checkpoint_of,
     errors = [line for line in shown.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0]
     assert "vLLM starts" not in shown.stdout
+
+
+def test_mixed_layers_are_not_served_on_a_cpu(checkpoint_of, served, tmp_path):
+    """docs/serving.md says so; when this fails, put them among the DRAFTS."""
+    from lightning_dataflow.contracts import UserError
+
+    _, decoder, prompts, _ = served("llama")
+    checkpoint, folder = checkpoint_of("llama", "dflash-mixed"), tmp_path / "exported"
+    export_draft(checkpoint, folder, engine="vllm", dtype="float32", target=decoder.target)
+    with pytest.raises(UserError, match="Model Runner V1 does not support: mixed sliding/full dflash drafts"):
+        decoder.evaluate(str(folder), "dflash", prompts, num_draft_tokens=7)
 
 
 def test_what_vllm_refuses_is_one_line(checkpoint_of, served, tmp_path):

@@ -104,6 +104,22 @@ def test_the_best_checkpoint_and_the_log_follow_the_acceptance_length(trained):
     assert result["metrics"]["val/accepted_0"] == pytest.approx(last["acceptance_per_position"][0])
 
 
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_the_command_finds_what_was_found_while_training(run, tmp_path, temperature):
+    """On the held-out prompts, for the last step, which is the best or not."""
+    settings = ("callbacks=best", "evaluate.every_n_steps=3", f"evaluate.temperature={temperature}", "seed=3")
+    shared = ("strategy=eagle3", "data.num_eval_samples=3", "evaluate.max_new_tokens=8", *settings)
+    assert run(train.main, "trainer.max_steps=4", "optimizer.lr=1e-2", *shared) == 0
+    history = json.loads((tmp_path / "runs/test/result.json").read_text())["acceptance"]
+    assert [one["step"] for one in history] == [0, 3, 4]
+    checkpoint = "evaluate.checkpoint=runs/test/checkpoints/step-000004.ckpt"
+    assert run(evaluate.main, checkpoint, "evaluate.output=report.json", *shared) == 0
+    (found,) = json.loads((tmp_path / "report.json").read_text())["measurements"]
+    for name in ("num_prompts", "num_drafts", "accepted_per_position", "acceptance_length", "tokens_per_target_forward"):
+        assert found[name] == history[-1][name], name
+    assert found["speed_up"] is not None and history[-1]["speed_up"] is None
+
+
 def test_training_stops_when_the_acceptance_length_no_longer_grows(run, tmp_path):
     settings = ("callbacks=best", "trainer.max_steps=40", "evaluate.every_n_steps=2", "data.num_eval_samples=2")
     stopping = ("callbacks.early_stopping.patience=2", "optimizer.lr=0", "evaluate.max_new_tokens=4")

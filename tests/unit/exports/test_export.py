@@ -230,16 +230,43 @@ def test_a_run_gives_its_newest_complete_checkpoint(checkpoint, tmp_path, capsys
         "| draft vocabulary | 64 of 320 |",
         "| lr | 0.01 |",
         "Trained with torch 9.9.",
-        "| 2 | 2 | 1.500 | 0.400, 0.100 | 7 |",
+        "| 2 | 7 | not recorded | not recorded | 2 | 1.500 | 0.400, 0.100 |",
     ):
         assert told in card, told
-    assert "| 4 | 2 | 1.500" not in card, "measured after this checkpoint"
+    assert "| 4 | 7 |" not in card, "measured after this checkpoint"
     assert "## Acceptance\n\nNot measured." in (export(checkpoint(), tmp_path / "other") / "README.md").read_text()
     for path in (newest, newest.with_name("step=1.ckpt")):
         path.with_name(path.name + ".complete").unlink()
     with pytest.raises(UserError, match=r"no complete checkpoint in .*: name the one to export"):
         export(run, tmp_path / "third")
     export(newest, tmp_path / "third")
+
+
+def test_the_card_says_how_it_was_measured(checkpoint, tmp_path):
+    """By each measurement's own word, or by the settings of the run."""
+    run = tmp_path / "run"
+    shutil.copytree(checkpoint().parent.parent, run)
+    measured = {"acceptance_length": 1.5, "acceptance_per_position": [0.4, 0.1], "num_prompts": 7}
+    history = [{"step": 0, "temperature": 0.0, "max_new_tokens": 64, **measured}, {"step": 2, **measured}]
+    settings = {"evaluate": {"temperature": 0.7, "max_new_tokens": 32}}
+    (run / "result.json").write_text(json.dumps({"acceptance": history, "settings": settings}))
+    card = (export(run, tmp_path / "draft") / "README.md").read_text()
+    assert "| step | prompts | temperature | new tokens, at most | drafted at a time |" in card
+    assert "| 0 | 7 | 0.0 | 64 | 2 | 1.500 | 0.400, 0.100 |\n| 2 | 7 | 0.7 | 32 | 2 | 1.500 |" in card
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "dflash"])
+def test_a_speculators_folder_keeps_how_many_tokens_it_drafts(kind, checkpoint, target_path, tmp_path):
+    """Also where that is neither the default of a training here, nor a block."""
+    published = export(checkpoint(kind), tmp_path / "published", engine="vllm", format="speculators")
+    config = json.loads((published / "config.json").read_text())
+    config["speculators_config"]["proposal_methods"][0]["speculative_tokens"] = 3
+    (published / "config.json").write_text(json.dumps(config))
+    again = export(published, tmp_path / "again", engine="vllm", format="speculators", target=str(target_path))
+    assert json.loads((again / "config.json").read_text())["speculators_config"] == config["speculators_config"]
+    card = (export(published, tmp_path / "sglang", target=str(target_path)) / "README.md").read_text()
+    assert "It drafts up to 3 tokens at a time" in card and "--speculative-num-draft-tokens 4\n" in card
+    assert "nor how many tokens" not in card
 
 
 def test_tokenizer_files_on_request(checkpoint, target_path, tmp_path):
@@ -328,17 +355,26 @@ def change_tensors(folder: Path, edit) -> None:
         ("eagle3", {}, {"draft_vocab_size": 32}, "(draft_vocab_size=32): set strategy.draft_vocab_size=64"),
         ("dflash", {}, {"num_layers": 5, "block_size": 16}, "set strategy.num_layers=1 strategy.block_size=6"),
         ("dflash", {}, {"cls": DominoModule}, "holds a draft of dflash, not one of domino"),
+        ("dflash", {}, {"layer_types": ["full_attention"] * 2}, "set strategy.layer_types=[]"),
+        ("sliding", {}, {"layer_types": ["full_attention"]}, "set strategy.layer_types=['sliding_attention']"),
     ],
 )
 def test_a_draft_of_another_training_is_refused_before_it_is_read(
     kind, fields, options, message, checkpoint, target_path, tmp_path
 ):
-    folder = export(checkpoint(kind), tmp_path / "draft")
+    folder = export(checkpoint(kind), tmp_path / "draft", engine="sglang", format="plain")
     change(folder, **fields)
     cls = options.pop("cls", KINDS[kind][0])
     with pytest.raises(UserError) as raised:
         cls(str(target_path), init_from=str(folder), **options)
     assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("layer_types", [None, [], ["full_attention"], ("full_attention",)])
+def test_full_attention_may_be_spelt_out(layer_types, checkpoint, target_path, tmp_path):
+    folder = export(checkpoint("dflash"), tmp_path / "draft")
+    module = DFlashModule(str(target_path), init_from=str(folder), layer_types=layer_types)
+    assert module.draft.config == load_module(checkpoint("dflash")).draft.config
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,9 @@
 """What each engine is told: the fields it reads, layers by its own count, and what it would serve wrongly is refused."""
 
+import json
+import subprocess
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -7,7 +11,7 @@ from safetensors.torch import load_file
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.formats import resolve_format, write_draft
-from tests.unit.formats.drafts import make_draft, make_spec
+from tests.unit.formats.drafts import NETWORKS, make_draft, make_spec
 
 LLAMA = {
     "model_type": "llama",
@@ -102,12 +106,16 @@ def test_speculators():
     assert config("eagle3", "vllm", "speculators") == common | {
         "architectures": ["Eagle3DraftModel"],
         "speculators_model_type": "eagle3",
-        "transformer_layer_config": LLAMA,
+        "transformer_layer_config": LLAMA | {"num_aux_hidden_states": 3},
         "draft_vocab_size": 12,
         "eagle_aux_hidden_state_layer_ids": [2, 4, 5],
         "norm_before_residual": False,
         "norm_before_fc": False,
     }
+    one = replace(NETWORKS["eagle3"], num_aux_layers=1)
+    of_one = config("eagle3", "vllm", "speculators", layer_ids=(7,), network=one)
+    assert of_one["eagle_aux_hidden_state_layer_ids"] == [8]
+    assert of_one["transformer_layer_config"]["num_aux_hidden_states"] == 1
     dflash = config("dflash", "vllm", "speculators")
     assert dflash.pop("speculators_config")["algorithm"] == "dflash"
     assert dflash == {name: value for name, value in common.items() if name != "speculators_config"} | {
@@ -134,7 +142,7 @@ def test_speculators():
         ("eagle3", "sglang", "plain", {"layer_ids": (3,)}, r"one target layer \(3\), it leaves out fc: export for vllm"),
         ("dflash", "sglang", "plain", {"layer_ids": (1, 7)}, r"does not capture the target's last layer \(7\)"),
         ("domino-corrected", "sglang", "plain", {}, "with pure_draft_prefix_len=1 only, this one has 0: train with"),
-        ("dflash-mixed", "vllm", "speculators", {}, "one causality for all layers"),
+        ("dflash-mixed", "vllm", "speculators", {}, "one causality for all layers.*export with --format plain, which vLLM"),
     ],
 )
 def test_what_an_engine_would_not_serve_as_trained_is_refused(kind, engine, form, fields, message):
@@ -147,6 +155,23 @@ def test_vllm_serves_what_sglang_does_not():
     config("eagle3-own-embedding", "vllm")
     config("eagle3", "vllm", layer_ids=(7,))
     config("dflash-mixed", "vllm")
+
+
+@pytest.mark.parametrize(("engine", "form"), [("sglang", "plain"), ("vllm", "plain"), ("vllm", "speculators")])
+def test_a_shell_reads_paths_in_serve_commands_as_they_are(engine, form):
+    target, folder = "my models/it's tiny", "drafts/$(today)'s draft"
+    command = resolve_format(engine, form).serve_command(make_spec("eagle3", target=target), folder)
+    read = subprocess.run(
+        ["bash", "-c", f"set -- {command}; printf '%s\\n' \"$@\""], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    if form == "speculators":
+        assert read == ["vllm", "serve", folder]
+    elif engine == "vllm":
+        assert read[:3] == ["vllm", "serve", target]
+        assert json.loads(read[-1]) == {"method": "eagle3", "model": folder, "num_speculative_tokens": 5}
+    else:
+        assert read[read.index("--model-path") + 1] == target
+        assert read[read.index("--speculative-draft-model-path") + 1] == folder
 
 
 def test_an_unknown_format_lists_what_there_is():

@@ -11,6 +11,10 @@ from lightning_dataflow.contracts import UserError
 from lightning_dataflow.formats import read_draft, resolve_format, write_draft
 from tests.unit.formats.drafts import NETWORKS, make_draft, make_spec
 
+SPECULATORS = {"speculators_model_type": "eagle3", "lightning_dataflow": None, "norm_before_residual": False}
+DRAFTING = {"proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": "3"}]}
+NESTED = {"full_attention": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}}
+
 
 def served():
     """Every draft with every format that can express it."""
@@ -60,6 +64,7 @@ def test_what_was_written_is_read(folder, kind, engine, form):
     assert read.network == expected
     assert (read.hidden_size, read.vocab_size, read.target_hidden_size) == (16, 40, 16)
     assert read.num_target_layers == (None if read.strategy == "eagle3" else 8)
+    assert read.num_draft_tokens == (5 if form == "speculators" else None)
     state = make_draft(kind).state_dict()
     if kind == "eagle3-whole":
         del state["d2t"], state["t2d"]
@@ -106,6 +111,21 @@ def test_fields_of_others(folder):
     )
     assert (read.network["rope_theta"], read.network["draft_vocab_size"], read.layer_ids) == (1e6, 40, None)
     assert (read.network["num_key_value_heads"], read.network["head_dim"]) == (4, 8)
+    assert (read.num_target_layers, read.num_draft_tokens) == (None, None)
+    older = edit(
+        read.folder, rope_scaling={"type": "default", "partial_rotary_factor": 1, "rope_theta": 2e6, "factor": None}
+    )
+    assert read_draft(older).network["rope_theta"] == 2e6
+
+
+def test_vllm_has_another_name_for_the_window(folder):
+    draft = folder("dflash-sliding")
+    config = json.loads((draft / "config.json").read_text())
+    named = config["dflash_config"] | {"swa_window_size": 4}
+    assert read_draft(edit(draft, dflash_config=named)).network["sliding_window"] == 4
+    assert read_draft(edit(draft, sliding_window=None)).network["sliding_window"] == 4
+    with pytest.raises(UserError, match=r"swa_window_size=512 with sliding_window=4096"):
+        read_draft(edit(draft, sliding_window=4096, dflash_config=named | {"swa_window_size": 512}))
 
 
 @pytest.mark.parametrize(
@@ -116,8 +136,12 @@ def test_fields_of_others(folder):
         ("eagle3", {"attention_bias": True}, "attention_bias=True"),
         ("eagle3", {"hidden_act": "gelu"}, "hidden_act=gelu"),
         ("eagle3", {"num_hidden_layers": 2}, "num_hidden_layers=2, EAGLE3 here has one layer"),
-        ("eagle3", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rotary embeddings of type 'llama3'"),
-        ("eagle3", {"rope_parameters": "linear"}, "rotary embeddings of type 'linear'"),
+        ("eagle3", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters has rope_type='llama3'"),
+        ("eagle3", {"rope_parameters": "linear"}, "rope_parameters='linear' is no object"),
+        ("eagle3", {"rope_scaling": {"type": "yarn"}}, "rope_scaling has type='yarn': only default rotary embeddings"),
+        ("eagle3", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters has partial_rotary_factor=0.5"),
+        ("dflash", {"rope_parameters": {"rope_type": "default", "rope_dim": 4}}, "rope_parameters has rope_dim=4"),
+        ("dflash", {"rope_parameters": NESTED}, "rope_parameters has full_attention={'rope_type': 'yarn'"),
         ("eagle3", {"hidden_size": "16"}, "hidden_size='16' is no size"),
         ("eagle3", {"hidden_size": None}, "hidden_size=None is no size"),
         ("eagle3", {"rms_norm_eps": "small"}, "rms_norm_eps='small' is no number"),
@@ -127,12 +151,15 @@ def test_fields_of_others(folder):
         ("eagle3", {"architectures": None}, r"names no class of a draft \(architectures\)"),
         ("eagle3", {"num_attention_heads": 0}, "num_attention_heads=0 is no size"),
         ("dflash", {"layer_types": "full_attention"}, "layer_types='full_attention' is no list"),
+        ("eagle3", SPECULATORS | {"speculators_config": DRAFTING}, "speculative_tokens='3' is no size"),
+        ("eagle3", SPECULATORS | {"speculators_config": "greedy"}, "cannot read .*config.json"),
         ("eagle3", {"speculators_model_type": "medusa", "lightning_dataflow": None}, "speculators_model_type=medusa"),
         ("eagle3", {"quantization_config": {"bits": 4}}, "quantization_config="),
         ("dflash", {"dflash_config": {"projector_type": "other"}}, "projector_type=other, which no strategy"),
         ("dflash", {"dflash_config": {"mask_token_id": 39}}, "does not say which layers of the target"),
         ("dflash", {"draft_vocab_size": 12}, "draft_vocab_size=12, DFlash here uses the target's"),
         ("dflash", {"is_causal": True}, "is_causal=True with layer_types"),
+        ("dflash-sliding", {"swa_window_size": 3}, "swa_window_size=3 with sliding_window=4: engines differ in which"),
     ],
 )  # fmt: skip
 def test_another_network_than_ours_is_refused_by_name(folder, kind, fields, message):

@@ -8,20 +8,31 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
 from importlib.resources import files
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_dataflow.app.commands import BAD_SETTINGS, INTERRUPTED, MAYBE_LATER
+from lightning_dataflow.app.commands import BAD_SETTINGS, INTERRUPTED, MAYBE_LATER, TERMINATED
 from lightning_dataflow.app.schema import TrainConfig, register_schemas
 from lightning_dataflow.contracts import CapacityError, PeerFailedError, PeerTimeoutError, UserError
 
 CONFIG_DIR_FLAGS = ("-cd", "--config-dir")
 
 Command = Callable[[TrainConfig, dict[str, Any]], Any]
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: a scheduler, or whoever stops a container, ends this process. What answers Ctrl-C answers this too."""
+
+
+def terminate(number: int, frame: object) -> NoReturn:
+    """The handler of SIGTERM. Heeds it once: a scheduler may tell all parts, and their supervisor then tells them again."""
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, signal.SIG_IGN)
+    raise Terminated
 
 
 def command(function: Command) -> Callable[[], None]:
@@ -34,9 +45,13 @@ def command(function: Command) -> Callable[[], None]:
         try:
             _check_run_name()
             return function(typed(config), plain_settings(config))
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr, flush=True)
-            sys.exit(INTERRUPTED)
+        except KeyboardInterrupt as interrupt:
+            print("terminated" if isinstance(interrupt, Terminated) else "interrupted", file=sys.stderr, flush=True)
+            sys.exit(_status(interrupt))
+        except SystemExit as end:
+            if isinstance(end.__context__, KeyboardInterrupt):  # Lightning has told of it, and ends with status 1
+                sys.exit(_status(end.__context__))
+            raise
         except Exception as error:
             if not _is_for_the_user(error):
                 raise
@@ -47,14 +62,20 @@ def command(function: Command) -> Callable[[], None]:
     @wraps(function)
     def checked() -> None:
         _check_choices(sys.argv[1:])
+        signal.signal(signal.SIGTERM, terminate)
         try:
             run()
-        except KeyboardInterrupt:  # a second one, while the first was answered
-            sys.exit(INTERRUPTED)
+        except KeyboardInterrupt as interrupt:  # before the command began, or a second one while the first was answered
+            sys.exit(_status(interrupt))
         finally:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is left to be freed, nor anything to be told
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_DFL)  # nothing is left to be freed, nor anything to be told
 
     return checked
+
+
+def _status(interrupt: KeyboardInterrupt) -> int:
+    return TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED
 
 
 def _is_for_the_user(error: Exception) -> bool:

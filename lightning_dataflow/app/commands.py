@@ -3,8 +3,8 @@
 import importlib
 import sys
 
-INTERRUPTED = 130
-"""Exit status of a command that Ctrl-C ended, as shells give it."""
+INTERRUPTED, TERMINATED = 130, 143
+"""Exit statuses of a command that Ctrl-C or SIGTERM ended, as shells give them."""
 
 BAD_SETTINGS, MAYBE_LATER = 1, 75
 """Exit statuses of a command that failed with one line. A part of a run (`role=`) tells apart whether it would fail of the

@@ -1,5 +1,6 @@
 """The Lightning Trainer of a run: its arguments, loggers and callbacks."""
 
+import signal
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +9,7 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
 
+from lightning_dataflow.app.command import terminate
 from lightning_dataflow.app.ranks import num_processes
 from lightning_dataflow.app.schema import DataConfig
 from lightning_dataflow.callbacks import AcceptanceEvaluation, RunMetrics, StreamCursor
@@ -26,6 +28,18 @@ DERIVED_ARGUMENTS = {
     "num_sanity_val_steps": "evaluate.every_n_steps",
     "default_root_dir": "run_name",
 }
+
+
+class _EndsAtSigterm(L.Callback):
+    """SIGTERM ends training as Ctrl-C does, at once.
+
+    Lightning's own handler lets the batch end first, however long it waits for its samples, exits with status 0, and
+    broadcasts among ranks of which each may be anywhere.
+    """
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Lightning's hook, the first after it has set its handler; that is gone again at the end."""
+        signal.signal(signal.SIGTERM, terminate)
 
 
 def make_trainer(parts: "Builder") -> L.Trainer:
@@ -110,7 +124,8 @@ def _loggers(config: Mapping[str, Any]) -> list[Any]:
 
 def _callbacks(parts: "Builder") -> list[L.Callback]:
     callbacks: list[L.Callback] = [
-        RunMetrics(),  # first, so that it does not time the others
+        _EndsAtSigterm(),
+        RunMetrics(),  # before the others, so that it does not time them
         StreamCursor(),
         parts.result_writer,
     ]

@@ -9,11 +9,11 @@ import time
 from collections.abc import Sequence
 from typing import IO
 
-from lightning_dataflow.app.commands import BAD_SETTINGS
+from lightning_dataflow.app.commands import BAD_SETTINGS, TERMINATED
 from lightning_dataflow.leash import leashed_command
 
 POLL_S = 0.05
-INTERRUPT_S, TERMINATE_S = 5.0, 2.0
+INTERRUPT_S, KILL_S = 7.0, 2.0
 
 
 class Part:
@@ -23,7 +23,7 @@ class Part:
 
     Args:
         death_signal: what it gets when this process is gone. A producer can be killed, whatever it does. A trainer has
-            ranks to end: SIGINT, for Lightning answers SIGTERM only between two batches, not while it waits for one.
+            ranks to end, and frees what it holds: SIGINT.
     """
 
     def __init__(self, name: str, arguments: Sequence[str], num_threads: int, death_signal: signal.Signals):
@@ -76,7 +76,7 @@ class Part:
     def kill(self) -> None:
         """End what is left of it, the ranks that it started among them."""
         self.signal(signal.SIGKILL)
-        deadline = time.monotonic() + TERMINATE_S
+        deadline = time.monotonic() + KILL_S
         while self.is_running() and time.monotonic() < deadline:
             time.sleep(POLL_S)
 
@@ -89,6 +89,8 @@ class Part:
         if status < 0:
             hint = " (which the system also sends when memory runs out)" if status == -signal.SIGKILL else ""
             return f"was killed by {signal.Signals(-status).name}{hint}"
+        if status == TERMINATED:
+            return "was ended by SIGTERM"
         return f"ended with status {status}, see above"
 
     def may_do_better(self) -> bool:
@@ -98,7 +100,7 @@ class Part:
 
     def drain(self) -> None:
         """Wait for its last lines."""
-        self._forward.join(TERMINATE_S)
+        self._forward.join(KILL_S)
 
     def _forward_lines(self, pipe: IO[bytes]) -> None:
         line = b""
@@ -120,8 +122,8 @@ class Part:
 
 
 def end_all(parts: Sequence[Part]) -> None:
-    """Interrupt what still runs, so that it can free what it holds; then be less polite."""
-    for number, patience_s in ((signal.SIGINT, INTERRUPT_S), (signal.SIGTERM, TERMINATE_S), (signal.SIGKILL, TERMINATE_S)):
+    """Interrupt what still runs, so that it can free what it holds; then kill it."""
+    for number, patience_s in ((signal.SIGINT, INTERRUPT_S), (signal.SIGKILL, KILL_S)):
         running = [part for part in parts if part.is_running()]
         for part in running:
             part.signal(number)

@@ -1,12 +1,13 @@
 """`role=producer`: capture until the trainer has finished."""
 
+import os
+import socket
 import threading
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_dataflow.app.schema import TrainConfig
-from lightning_dataflow.app.watch import own_worker_name
 from lightning_dataflow.contracts import PeerFailedError
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def produce(config: TrainConfig, settings: dict[str, Any]) -> None:
         torch.set_num_threads(config.num_threads)
     parts = Builder(config, settings)
     with parts.resources:
-        workers = make_workers(parts, own_worker_name())
+        workers = make_workers(parts, f"producer-{socket.gethostname()}-{os.getpid()}")
         feed, log = workers[0].feed, workers[0].plane.log
         print(f"announced {len(feed)} samples in {log.name}, waiting for the trainer to begin", flush=True)
         try:

@@ -32,10 +32,9 @@ def supervise(config: TrainConfig, arguments: Sequence[str]) -> None:
 
     Raises:
         PeerFailedError: parts failed and the run cannot go on without them; the others have been ended.
-        KeyboardInterrupt: Ctrl-C; all have been ended.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; all have been ended.
     """
     _check(config)
-    signal.signal(signal.SIGTERM, _terminate)
     with ExitStack() as stack:
         settings = [*without(arguments, "role", "run_name", "num_threads"), f"run_name={_quoted(config.run_name)}"]
         settings += [f"channel.path={_quoted(str(Path(config.channel.path).absolute()))}"]
@@ -82,11 +81,6 @@ def _count_restarts(result: Path, restarts: Restarts, since: float) -> None:
     """The trainer, which writes its result, does not know of them."""
     if result.is_file() and result.stat().st_mtime >= since:
         write_result(result, json.loads(result.read_text()) | {"restarts": restarts.counts})
-
-
-def _terminate(number: int, frame: object) -> None:
-    """SIGTERM ends the run as Ctrl-C does."""
-    raise KeyboardInterrupt
 
 
 def _control_plane(config: TrainConfig) -> ControlPlane:

@@ -1,18 +1,17 @@
 """What becomes of a supervised run when one of its parts ends."""
 
-import os
-import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from subprocess import Popen
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from lightning_dataflow.app.parts import POLL_S, Part
 from lightning_dataflow.checkpoints.markers import latest_checkpoint
 from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError
 from lightning_dataflow.control import MetadataStore
+from lightning_dataflow.control.heartbeat import end_leases
 from lightning_dataflow.stores.mooncake_local import CLIENT_PAUSE_S
 
 FIRST_FAILURE_S = 1.0
@@ -22,6 +21,9 @@ LEAST_PAUSES_S = {"mooncake_client": CLIENT_PAUSE_S}
 WHAT_REMAINS = {"redis-server": "it has what it held"}
 LONGEST_PAUSE_S = 8.0
 """Before a part is started again: a store's clients wait for 15 to 20 s."""
+LEDGER_AWAY_S = 60.0
+"""How long what needs the ledger is put off while it cannot be used; as long as the parts themselves wait for it."""
+Answer = TypeVar("Answer")
 
 
 class Restarts:
@@ -51,11 +53,12 @@ class Restarts:
         return name in self._due
 
     def is_due(self, name: str) -> bool:
-        """Whether that is now. True once."""
-        if self._due.get(name, float("inf")) > time.monotonic():
-            return False
+        """Whether that is now, until it is `done`."""
+        return self._due.get(name, float("inf")) <= time.monotonic()
+
+    def done(self, name: str) -> None:
+        """The part was started again."""
         del self._due[name]
-        return True
 
 
 class Service(Protocol):
@@ -79,6 +82,7 @@ class Watch:
     - The store and the trainer end the run when they die and have used up their restarts; producers when the last did.
     - Samples that a dead producer had leased are free at once. Its own restart, or the others, capture them.
     - A trainer goes on at its newest checkpoint, or at the start where it wrote none.
+    - While the ledger is away nothing is started: parts that begin do not wait for it.
 
     Raises:
         PeerFailedError: from `run`: the run cannot go on; names who failed, and how.
@@ -101,15 +105,16 @@ class Watch:
         self._restarts = restarts
         self._trainer_started = self._ledger.now()
         self._lost: dict[str, str] = {}  # producers that will not be started again
+        self._holders: list[int] = []  # processes of dead producers, which may hold leases
+        self._away_since: float | None = None  # the ledger
 
     def run(self) -> None:
         """Until all have ended."""
         while (status := self._trainer.process.poll()) != 0:
-            with suppress(PeerTimeoutError):  # the ledger is away: its service starts again, or the parts say so
-                if self._services_are_up():
-                    self._look_after_producers()
-                    if status is not None:
-                        self._look_after_trainer()
+            if self._services_are_up():
+                self._look_after_producers()
+                if status is not None:
+                    self._look_after_trainer()
             time.sleep(POLL_S)
         self._wait_for_producers()
 
@@ -128,6 +133,7 @@ class Watch:
             if not self._restarts.is_due(name):
                 return False
             service.restart(name)
+            self._restarts.done(name)
             say(f"{name} is there again; {WHAT_REMAINS.get(name, 'what it held is captured again')}")
             return True
         if not self._restarts.plan(name, f"ended with status {status}", least_pause_s=LEAST_PAUSES_S.get(name, 0.0)):
@@ -140,17 +146,20 @@ class Watch:
             if status is None or part.name in self._lost:
                 continue
             if self._restarts.is_planned(part.name):
-                if self._restarts.is_due(part.name):
+                if self._restarts.is_due(part.name) and self._ask(self._ledger.now) is not None:
                     part.start()
+                    self._restarts.done(part.name)
             elif status == 0:
-                if self._ledger.finished(since=self._trainer_started) is None:  # it ended with an earlier trainer
-                    part.start()
+                if self._ask(lambda: self._ledger.finished(since=self._trainer_started) is None):
+                    part.start()  # it ended with an earlier trainer
             else:
                 self._bury(part)
+        self._end_leases()
 
     def _bury(self, part: Part) -> None:
         """A producer failed."""
-        self._ledger.renew(worker_name(part.process.pid), 0)
+        self._holders.append(part.process.pid)
+        self._end_leases()
         part.kill()
         how = part.how_it_ended()
         if part.may_do_better() and self._restarts.plan(part.name, how):
@@ -166,10 +175,11 @@ class Watch:
         """It failed."""
         trainer = self._trainer
         if self._restarts.is_planned(trainer.name):
-            if self._restarts.is_due(trainer.name):
-                self._trainer_started = self._ledger.now()
+            if self._restarts.is_due(trainer.name) and (now := self._ask(self._ledger.now)) is not None:
+                self._trainer_started = now
                 written = latest_checkpoint(self._run_dir / "checkpoints")
                 trainer.start(*([] if written is None else ["ckpt_path=auto"]))
+                self._restarts.done(trainer.name)
             return
         trainer.kill()
         how = trainer.how_it_ended()
@@ -178,6 +188,25 @@ class Watch:
             self._look_after_producers()  # the cause, maybe
         if not trainer.may_do_better() or not self._restarts.plan(trainer.name, how):
             raise PeerFailedError(f"{trainer.name}: {how}")
+
+    def _ask(self, question: Callable[[], Answer]) -> Answer | None:
+        """What the ledger answers; None while it is away. Raises PeerFailedError when it stays away."""
+        try:
+            answer = question()
+        except PeerTimeoutError as error:
+            self._away_since = self._away_since or time.monotonic()
+            if time.monotonic() - self._away_since > LEDGER_AWAY_S:
+                raise PeerFailedError(f"a part has ended and cannot be started again: {error}") from error
+            return None
+        self._away_since = None
+        return answer
+
+    def _end_leases(self) -> None:
+        """Of dead producers, or later, when the ledger is there again."""
+        with suppress(PeerTimeoutError):
+            while self._holders:
+                end_leases(self._ledger, self._holders[0])
+                self._holders.pop(0)
 
     def _wait_for_producers(self) -> None:
         """The run is complete, whatever becomes of them."""
@@ -196,16 +225,6 @@ class Watch:
             time.sleep(POLL_S)
         for part in (*self._producers, self._trainer):
             part.drain()
-
-
-def worker_name(pid: int) -> str:
-    """Of a producer in the ledger."""
-    return f"producer-{socket.gethostname()}-{pid}"
-
-
-def own_worker_name() -> str:
-    """Of this process."""
-    return worker_name(os.getpid())
 
 
 def say(text: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_dataflow.callbacks.acceptance import AcceptanceEvaluation
 from lightning_dataflow.callbacks.early import EarlyCheckpoints
@@ -55,7 +56,8 @@ class ResultWriter(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Lightning's hook."""
-        status = "interrupted" if isinstance(exception, KeyboardInterrupt) else f"failed: {type(exception).__name__}"
+        interrupted = isinstance(exception, KeyboardInterrupt | SIGTERMException)
+        status = "interrupted" if interrupted else f"failed: {type(exception).__name__}"
         try:
             self._write(trainer, pl_module, status)
         except OSError as error:  # the exception at hand says more

@@ -53,6 +53,13 @@ class Heartbeat:
                 return
 
 
+def end_leases(ledger: MetadataStore, pid: int) -> None:
+    """All leases of that process of this machine end at once, whatever its workers are called: it is known to be dead."""
+    for part in ledger.status()["parts"]:
+        if (part["pids"], part["pid"]) == (pid_space(), pid):
+            ledger.renew(part["name"], 0)
+
+
 def why_over(ledger: MetadataStore) -> list[str]:
     """Why no producer captures for this run any more; [] while one does, or none has said that it failed.
 

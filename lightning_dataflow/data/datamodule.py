@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.control import RunPlan
@@ -160,7 +161,7 @@ class DataFlowDataModule(L.LightningDataModule):
         """Lightning's hook; `teardown` does not follow it."""
         self.close(
             "interrupted"
-            if isinstance(exception, KeyboardInterrupt)
+            if isinstance(exception, KeyboardInterrupt | SIGTERMException)
             else f"failed: {str(exception) or type(exception).__name__}"
         )
 

@@ -91,7 +91,8 @@ class RolloutWorker:
             self._drive(should_stop)
         except BaseException as error:
             interrupted, settings = isinstance(error, KeyboardInterrupt), isinstance(error, UserError)
-            heartbeat.stop(str(error) or type(error).__name__, failed=not interrupted, fatal=settings)
+            last_words = "interrupted" if interrupted else str(error) or type(error).__name__
+            heartbeat.stop(last_words, failed=not interrupted, fatal=settings)
             raise
         heartbeat.stop("finished")
 

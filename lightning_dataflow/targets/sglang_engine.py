@@ -6,7 +6,9 @@ features into a folder in shared memory, from which they are read and removed at
 
 import os
 import secrets
+import signal
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -65,11 +67,14 @@ class SGLangTarget(TargetEngine):
             )
         except SystemExit as error:  # of its command line parser, which has said why
             raise UserError(f"SGLang does not take target.server_args={list(arguments)}") from error
+        handler = signal.getsignal(signal.SIGTERM)
         try:
             self._dtype = self._check(arguments)
         except BaseException:
             self.close()
             raise
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # the first request took it for SGLang, which heeds it in requests only
 
     @property
     def dtype(self) -> str:

@@ -199,8 +199,8 @@ def test_a_run_that_runs_is_not_started_again(folder):
         assert "end it first, or choose another run_name" in again.stderr
         assert "Mooncake" not in again.stdout
         assert len(processes_in(folder)) == before
-        process.terminate()  # SIGTERM ends a run as Ctrl-C does
-        assert process.wait(timeout=10) == 130
+        process.terminate()
+        assert process.wait(timeout=10) == 143
     assert status(folder, "twice")["finished"] == "interrupted"
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from lightning_dataflow.contracts import CapacityError, PeerFailedError, PeerGoneError, SampleOrigin, UserError
+from lightning_dataflow.control import RunPlan, resolve_control_plane
 from lightning_dataflow.evaluation import SGLangDecoder
 from lightning_dataflow.evaluation.sglang_server import read_counts, sampling_params
 from lightning_dataflow.evaluation.speculative import greedy_decode
@@ -359,6 +360,33 @@ def test_the_engine_in_the_trainers_process(tmp_path, topology):
     found, expected = (torch.tensor(result(tmp_path, name)["losses"]) for name in ("sglang", "hf"))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     assert not list(SHARED_MEMORY.glob("lightning-dataflow-*")), "nothing is left in memory"
+
+
+def test_sigterm_ends_a_producer_with_the_engine(tmp_path):
+    """Whose first request takes the signal for SGLang."""
+    flags = ",".join(f"'{part}'" for part in ARGUMENTS)
+    settings = (*TINY, "topology=disagg_online", "store=shared_dir", "role=producer", "run_name=told")
+    with open(tmp_path / "output.txt", "w") as output:
+        run = subprocess.Popen(
+            [sglang_python(), TRAIN, *settings, "target.engine=sglang", f"target.server_args=[{flags}]"],
+            cwd=tmp_path,
+            env=VARIABLES,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    shown = (tmp_path / "output.txt").read_text
+    try:
+        wait_until(lambda: "waiting for the trainer to begin" in shown() or run.poll() is not None, 300, shown)
+        plane = resolve_control_plane("disaggregated", "told", path=tmp_path / "runs" / "told" / "control")
+        plane.ledger.begin(RunPlan(start=0, stop=80, window=8), published={}, wanted={}, frontier=0)
+        wait_until(lambda: plane.ledger.status()["published"] > 1, 60, shown)
+        run.terminate()
+        assert run.wait(15) == 143, shown()
+        assert plane.ledger.status()["leased"] == 0
+        plane.close()
+    finally:
+        run.kill()
+    wait_until(lambda: not processes_in(tmp_path), 10, lambda: f"processes left: {processes_in(tmp_path)}")
 
 
 def test_the_command_prints_the_differences(tmp_path):

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from lightning_dataflow.app import watch as watch_module
-from lightning_dataflow.app.watch import Restarts, Watch, worker_name
+from lightning_dataflow.app.watch import Restarts, Watch
 from lightning_dataflow.checkpoints.markers import mark_complete
-from lightning_dataflow.contracts import PeerFailedError
+from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError
 from lightning_dataflow.control import RunPlan, SqliteMetadataStore
 from tests.streams import WIDE
 
@@ -138,11 +138,86 @@ def test_a_producer_that_ended_with_a_failed_trainer_starts_with_the_next(tmp_pa
     assert watch.describe() == "watching; started again: trainer ×1"
 
 
-def test_the_leases_of_a_dead_producer_are_free_at_once(tmp_path, ledger):
-    ledger.begin(RunPlan(start=0, stop=8, window=4), published={}, wanted={}, frontier=0)
-    options = {"group": 4, "num_bytes": lambda seq: 8, "watermarks": WIDE, "lease_s": 60.0}
-    ledger.lease(worker_name(1), **options)
+LEASES = {"group": 4, "num_bytes": lambda seq: 8, "watermarks": WIDE, "lease_s": 60.0}
+
+
+@pytest.fixture
+def leased(ledger, monkeypatch):
+    """All but the last group are leased to workers of the first part to start; `leased()` → (seqs, attempt) of the next."""
+    ledger.begin(RunPlan(start=0, stop=12, window=4), published={}, wanted={}, frontier=0)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.getpid", lambda: 1)
+        for worker in ("producer-host-1-0", "producer-host-1-1"):
+            ledger.report(worker, "capturing")
+            ledger.lease(worker, **LEASES)
+
+    def lease() -> tuple[tuple[int, ...], int]:
+        found = ledger.lease("other", **LEASES)
+        return found.seqs, found.attempt
+
+    return lease
+
+
+def test_the_leases_of_all_workers_of_a_dead_producer_are_free_at_once(tmp_path, ledger, leased):
     trainer = StandIn("trainer")
     trainer.looks = 50
     run(tmp_path, ledger, [StandIn("producer-0", KILLED)], trainer, 1)
-    assert ledger.lease("other", **options).seqs == (0, 1, 2, 3)
+    assert [leased() for _ in range(3)] == [((0, 1, 2, 3), 1), ((4, 5, 6, 7), 1), ((8, 9, 10, 11), 0)]
+
+
+@pytest.fixture
+def stay_away(ledger, monkeypatch):
+    """stay_away(so many calls of the ledger)."""
+
+    def begin(num_calls: int) -> None:
+        left = iter(range(num_calls))
+
+        def wrap(inner):
+            def call(*arguments, **options):
+                if next(left, None) is not None:
+                    raise PeerTimeoutError("Redis could not be used")
+                return inner(*arguments, **options)
+
+            return call
+
+        for name in ("now", "status", "renew", "finished"):
+            monkeypatch.setattr(ledger, name, wrap(getattr(ledger, name)))
+
+    return begin
+
+
+def test_parts_that_die_while_the_ledger_is_away_start_when_it_is_back(tmp_path, ledger, leased, stay_away):
+    """Each once: their restarts are not used up meanwhile."""
+    trainer, forever = StandIn("trainer", KILLED), (None, "", True)
+    producers = [StandIn("producer-0", KILLED, forever), StandIn("producer-1", (0, "", True), forever)]
+    trainer.looks = 20
+    watch = Watch(producers, trainer, [], ledger, tmp_path, restarts := Restarts(1))
+    stay_away(100)
+    start = trainer.start
+
+    def start_slowly(*more):
+        start(*more)
+        trainer.looks = 50
+
+    trainer.start = start_slowly
+    watch.run()
+    assert restarts.counts == {"producer-0": 1, "trainer": 1}
+    assert [len(part.starts) for part in (trainer, *producers)] == [2, 2, 2]
+    assert [leased() for _ in range(2)] == [((0, 1, 2, 3), 1), ((4, 5, 6, 7), 1)]
+
+
+def test_a_ledger_that_stays_away_ends_a_run_that_needs_it(tmp_path, ledger, stay_away, monkeypatch):
+    monkeypatch.setattr(watch_module, "LEDGER_AWAY_S", 0.05)
+    watch = Watch([running("producer-0")], StandIn("trainer", KILLED), [], ledger, tmp_path, restarts := Restarts(3))
+    stay_away(10**9)
+    with pytest.raises(PeerFailedError, match=r"^a part has ended and cannot be started again: Redis could not be used$"):
+        watch.run()
+    assert restarts.counts == {"trainer": 1}
+
+
+def test_a_dead_producer_hides_no_dead_trainer_while_the_ledger_is_away(tmp_path, ledger, stay_away):
+    producers = [StandIn("producer-0", KILLED), StandIn("producer-1", (0, "", True)), running("producer-2")]
+    watch = Watch(producers, StandIn("trainer", KILLED), [], ledger, tmp_path, Restarts(0))
+    stay_away(10**9)
+    with pytest.raises(PeerFailedError, match=r"^trainer: was killed by SIGKILL$"):
+        watch.run()

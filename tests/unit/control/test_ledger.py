@@ -28,7 +28,7 @@ from lightning_dataflow.control import (
     Watermarks,
     sqlite_tables,
 )
-from lightning_dataflow.control.heartbeat import Heartbeat, become_trainer, check_no_other_trainer, why_over
+from lightning_dataflow.control.heartbeat import Heartbeat, become_trainer, check_no_other_trainer, end_leases, why_over
 from tests.streams import WIDE, forked, log_of, make_ref
 
 SIZE = 10
@@ -230,6 +230,24 @@ def test_the_leases_of_a_worker_that_is_known_to_be_dead_end_at_once(ledger):
     time.sleep(0.001)
     assert lease(ledger, "other").seqs == (0, 1, 2, 3)
     assert lease(ledger, "other").seqs == (8, 9, 10, 11)
+
+
+def test_the_leases_of_all_workers_of_a_dead_process_end_at_once(ledger, monkeypatch):
+    begin(ledger)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.getpid", lambda: 7)
+        for worker in ("producer-host-7-0", "producer-host-7-1"):
+            ledger.report(worker, "capturing")
+            lease(ledger, worker)
+        patch.setattr("lightning_dataflow.control.redis.pid_space", lambda: "another host")  # SQLite has one host
+        if isinstance(ledger, RedisMetadataStore):
+            ledger.report("producer-there-7", "capturing")
+    ledger.report("producer-host-77", "capturing")
+    lease(ledger, "producer-there-7")
+    lease(ledger, "producer-host-77")
+    end_leases(ledger, 7)
+    time.sleep(0.001)
+    assert [lease(ledger, "other").seqs[0] for _ in range(3)] == [0, 4, 16]
 
 
 def test_a_part_of_a_group_may_be_committed(ledger):

@@ -1,10 +1,12 @@
 """What all commands share: configuration, logging, and one-line errors."""
 
+import _thread
 import errno
 import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from functools import wraps
 from importlib.resources import files
@@ -20,6 +22,7 @@ from lightning_dataflow.app.schema import TrainConfig, register_schemas
 from lightning_dataflow.contracts import CapacityError, PeerFailedError, PeerTimeoutError, UserError
 
 CONFIG_DIR_FLAGS = ("-cd", "--config-dir")
+AGAIN_S = 0.01
 
 Command = Callable[[TrainConfig, dict[str, Any]], Any]
 
@@ -63,6 +66,7 @@ def command(function: Command) -> Callable[[], None]:
     def checked() -> None:
         _check_choices(sys.argv[1:])
         signal.signal(signal.SIGTERM, terminate)
+        report, sys.unraisablehook = sys.unraisablehook, _raise_again
         try:
             run()
         except KeyboardInterrupt as interrupt:  # before the command began, or a second one while the first was answered
@@ -70,8 +74,20 @@ def command(function: Command) -> Callable[[], None]:
         finally:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_DFL)  # nothing is left to be freed, nor anything to be told
+            sys.unraisablehook = report
 
     return checked
+
+
+def _raise_again(dropped: "sys.UnraisableHookArgs") -> None:
+    """An interrupt that met a `__del__`, where Python drops and shows what is raised, comes again a moment later."""
+    if not isinstance(dropped.exc_value, KeyboardInterrupt):
+        return sys.__unraisablehook__(dropped)
+    number = signal.SIGINT
+    if isinstance(dropped.exc_value, Terminated):
+        number = signal.SIGTERM
+        signal.signal(number, terminate)
+    threading.Timer(AGAIN_S, _thread.interrupt_main, (number,)).start()
 
 
 def _status(interrupt: KeyboardInterrupt) -> int:

@@ -159,7 +159,6 @@ class Watch:
     def _bury(self, part: Part) -> None:
         """A producer failed."""
         self._holders.append(part.process.pid)
-        self._end_leases()
         part.kill()
         how = part.how_it_ended()
         if part.may_do_better() and self._restarts.plan(part.name, how):

@@ -1,13 +1,17 @@
 """The commands in this process: bad input ends in one line and status 1."""
 
 import json
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from lightning_dataflow.app import capture, commands, evaluate, show_mask, train
+from lightning_dataflow.app.command import Terminated, _raise_again, terminate
 from lightning_dataflow.app.commands import MAYBE_LATER
 
 BY_HAND = ("topology=disagg_online", "store=shared_dir", "role=producer", "run_name=test")
@@ -358,3 +362,27 @@ def test_automatic_precision(run, tmp_path, monkeypatch, native, precision):
     assert run(train.main, "trainer.precision=auto") == 0
     result = json.loads((tmp_path / "runs" / "test" / "result.json").read_text())
     assert result["precision"] == precision
+
+
+@pytest.fixture
+def heeded(monkeypatch):
+    """Signals, as a command heeds them."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: terminate}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    monkeypatch.setattr(sys, "unraisablehook", _raise_again)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)])
+def test_an_interrupt_that_meets_a_finaliser_is_not_lost(heeded, number, kind, capfd):
+    class Freed:
+        def __del__(self):
+            os.kill(os.getpid(), number)
+            time.sleep(0.1)  # the handler raises in here
+
+    with pytest.raises(kind):
+        Freed()
+        time.sleep(10)
+    assert capfd.readouterr().err == ""

@@ -6,7 +6,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import IO
 
 from lightning_dataflow.app.commands import BAD_SETTINGS, TERMINATED
@@ -44,14 +45,15 @@ class Part:
         arguments = [*without(self._arguments, *names), *more]
         # Idle threads that spin keep the other parts from their cores.
         environment = {**os.environ, "OMP_NUM_THREADS": str(self._num_threads), "OMP_WAIT_POLICY": "PASSIVE"}
-        self.process = subprocess.Popen(
-            leashed_command([sys.executable, "-m", "lightning_dataflow", "train", *arguments], self._death_signal),
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        with interrupts_wait():
+            self.process = subprocess.Popen(
+                leashed_command([sys.executable, "-m", "lightning_dataflow", "train", *arguments], self._death_signal),
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         assert self.process.stdout is not None, "it was asked for"
         self._forward = threading.Thread(target=self._forward_lines, args=(self.process.stdout,), daemon=True)
         self._forward.start()
@@ -119,6 +121,21 @@ class Part:
         elif line.strip():
             sys.stdout.write(f"[{self.name}] {line}")
             sys.stdout.flush()
+
+
+@contextmanager
+def interrupts_wait() -> Iterator[None]:
+    """Ctrl-C and SIGTERM come when the block is done: a process that it starts is then known, and can be ended."""
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = [(one, signal.signal(one, lambda number, frame: came.append(number))) for one in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in handlers:
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 def end_all(parts: Sequence[Part]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from lightning_dataflow.app.parts import Part, end_all, without
+from lightning_dataflow.app.parts import Part, end_all, interrupts_wait, without
 from lightning_dataflow.app.ranks import num_processes
 from lightning_dataflow.app.schema import TrainConfig
 from lightning_dataflow.app.topologies import redis_address, run_id, watermarks
@@ -65,10 +65,12 @@ def supervise(config: TrainConfig, arguments: Sequence[str]) -> None:
         for name in _producers(config):
             folder = Path(config.run_dir) / name
             arguments = [*settings, "role=producer", f"hydra.run.dir={_quoted(str(folder))}"]
-            parts.append(Part(name, arguments, threads, signal.SIGKILL))
+            with interrupts_wait():
+                parts.append(Part(name, arguments, threads, signal.SIGKILL))
         folder = Path(config.run_dir)
         arguments = [*settings, "role=trainer", f"hydra.run.dir={_quoted(str(folder))}"]
-        parts.append(Part("trainer", arguments, threads, signal.SIGINT))
+        with interrupts_wait():
+            parts.append(Part("trainer", arguments, threads, signal.SIGINT))
         *producers, trainer = parts
         services = [service for service in (redis, mooncake) if service is not None]
         watch = Watch(producers, trainer, services, plane.ledger, Path(config.run_dir), restarts)

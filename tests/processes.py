@@ -10,7 +10,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
+
+
+def long(*values: Any) -> Any:
+    """A case of a test that takes its time and shows nearly what another does: `-m slow` runs it, CI does not."""
+    return pytest.param(*values, marks=[pytest.mark.slow, pytest.mark.long])
 
 
 def environment() -> dict[str, str]:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.processes import ROOT, TINY, TRAIN, environment, python, result, torchrun
+from tests.processes import ROOT, TINY, TRAIN, environment, long, python, result, torchrun
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
@@ -40,7 +40,7 @@ def test_killed_while_a_checkpoint_is_written(folder):
     assert not list((folder / "runs" / "killed" / "checkpoints").glob(".*"))
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("rank", ["0", long("1")])
 def test_a_rank_killed_while_it_writes_its_shard(folder, rank):
     name = f"rank-{rank}"
     settings = (*TINY, EVERY_2, "trainer=fsdp2", "trainer.devices=2", f"run_name={name}")

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.processes import ROOT, TINY, TRAIN, environment, heed_ctrl_c, python, result, wait_until, with_strategy
+from tests.processes import ROOT, TINY, TRAIN, environment, heed_ctrl_c, long, python, result, wait_until, with_strategy
 
 pytestmark = pytest.mark.system
 
@@ -102,9 +102,7 @@ def test_ctrl_c_ends_everything_and_a_resume_goes_on(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "strategy", ["eagle3", pytest.param("dflash", marks=pytest.mark.long), pytest.param("domino", marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("strategy", ["eagle3", long("dflash"), long("domino")])
 def test_a_killed_run_resumes_to_the_bit(folder, strategy):
     """Killed in its second pass: the resumed losses, and so the anchors, are those of a run that was left alone."""
     straight, killed = f"straight-{strategy}", f"killed-{strategy}"

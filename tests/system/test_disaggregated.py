@@ -19,6 +19,7 @@ from tests.processes import (
     TRAIN,
     environment,
     heed_ctrl_c,
+    long,
     processes_in,
     python,
     result,
@@ -120,7 +121,7 @@ def test_a_strategy_from_outside_the_package(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", [pytest.param("dflash", marks=pytest.mark.long), "domino"])
+@pytest.mark.parametrize("strategy", [long("dflash"), "domino"])
 def test_other_strategies_stream_to_the_bit(folder, strategy):
     """24 steps go over the prompts twice: anchors are drawn anew in each pass, the same in every topology."""
     options = ("trainer.max_steps=24",)
@@ -136,7 +137,7 @@ def test_other_strategies_stream_to_the_bit(folder, strategy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainer", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("trainer", [long("ddp"), "fsdp2"])
 def test_two_ranks(folder, trainer):
     python(TRAIN, *DISAGG, f"trainer={trainer}", "trainer.devices=2", f"run_name={trainer}", cwd=folder)
     found, expected = result(folder, trainer), result(folder, "online")
@@ -145,9 +146,7 @@ def test_two_ranks(folder, trainer):
     assert found["samples_trained"] == expected["samples_trained"]
 
 
-@pytest.mark.parametrize(
-    "moment", ["mooncake", *(pytest.param(name, marks=pytest.mark.slow) for name in ("announced", "import"))]
-)
+@pytest.mark.parametrize("moment", ["mooncake", pytest.param("announced", marks=pytest.mark.slow), long("import")])
 def test_ctrl_c_while_starting(folder, moment):
     signs = {"import": "", "mooncake": "Mooncake at", "announced": "waiting for the trainer to begin"}
     with started(folder, *DISAGG, f"run_name=early-{moment}") as process:
@@ -215,7 +214,7 @@ def find(folder: Path, text: str) -> int:
         ("role=producer", "error: producer-0: was killed by SIGKILL"),
         pytest.param("role=trainer", "error: trainer: was killed by SIGKILL", marks=pytest.mark.slow),
         pytest.param("mooncake_client", "error: mooncake_client ended with status -9, see", marks=pytest.mark.slow),
-        pytest.param("mooncake_master", "error: mooncake_master ended with status -9, see", marks=pytest.mark.slow),
+        long("mooncake_master", "error: mooncake_master ended with status -9, see"),
     ],
 )
 def test_a_part_that_dies_ends_the_run(folder, part, message):
@@ -237,7 +236,7 @@ def test_a_supervisor_that_is_killed_leaves_nothing(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize("prefetch", [0, long(2)])
 def test_a_trainer_that_waits_for_its_first_sample_ends_with_its_supervisor(folder, prefetch, tmp_path_factory):
     """The producer stands still before its first put."""
     name = f"waits-{prefetch}"
@@ -303,7 +302,7 @@ def test_the_scripts_without_hydra(folder, tmp_path):
     [
         (("topology.high_bytes=1000",), "error: producer-0: a window can have"),
         (("store.address=127.0.0.1:9",), "127.0.0.1:9"),
-        (("target.path=nowhere",), "error: producer-0: "),
+        long(("target.path=nowhere",), "error: producer-0: "),
     ],
 )
 def test_a_part_with_bad_input_ends_the_run_with_its_message(folder, options, message):

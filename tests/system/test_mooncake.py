@@ -21,7 +21,7 @@ from lightning_dataflow.contracts import CapacityError, SampleRef, ref_from_json
 from lightning_dataflow.stores import LocalMooncake, MooncakeFeatureStore, StoreUnavailableError
 from lightning_dataflow.stores.mooncake_client import MooncakeAdmin
 from lightning_dataflow.stores.mooncake_local import CLIENT_PAUSE_S
-from tests.processes import ROOT, environment
+from tests.processes import ROOT, environment, long
 from tests.unit.stores.test_contract import origin
 
 pytestmark = pytest.mark.system
@@ -311,7 +311,7 @@ def until_it_works(action, limit_s: float) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("client", ["shared_memory", "tcp"])
+@pytest.mark.parametrize("client", ["shared_memory", long("tcp")])
 def test_the_master_dies_and_comes_back(tmp_path, client):
     with LocalMooncake(capacity_bytes=32 << 20, log_dir=tmp_path) as mooncake:
         options = {} if client == "shared_memory" else {"client_address": None}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.processes import TINY, TRAIN, python, result
+from tests.processes import TINY, TRAIN, long, python, result
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -25,8 +25,8 @@ def run(folder, strategy, topology, *more):
     ("strategy", "topologies"),
     [
         ("eagle3", ("interleaved", "disagg_offline")),
-        pytest.param("dflash", ("disagg_online",), marks=pytest.mark.long),
-        ("domino", ("disagg_online",)),
+        long("dflash", ("disagg_online",)),
+        long("domino", ("disagg_online",)),
     ],
 )
 def test_packed_steps_are_the_same_in_every_topology_and_on_two_ranks(tmp_path, strategy, topologies):

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from tests.processes import TINY, TRAIN, processes_in, python, result, wait_until
+from tests.processes import TINY, TRAIN, long, processes_in, python, result, wait_until
 from tests.system.test_disaggregated import DISAGG, find, started, status
 
 pytestmark = pytest.mark.system
@@ -48,7 +48,7 @@ def agrees(folder, name: str) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["role=producer", "role=trainer", "/mooncake_master", "mooncake_client"])
+@pytest.mark.parametrize("part", [long("role=producer"), "role=trainer", "/mooncake_master", long("mooncake_client")])
 def test_a_part_that_is_killed_starts_again(folder, part):
     name = f"killed-{len(part)}"
     with started(folder, *LONG, "topology.restarts=2", f"run_name={name}") as process:

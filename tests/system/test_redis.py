@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lightning_dataflow.channels import LocalRedis
-from tests.processes import TINY, TRAIN, python, result, wait_until
+from tests.processes import TINY, TRAIN, long, python, result, wait_until
 from tests.system.test_disaggregated import DISAGG, started, status
 from tests.system.test_disaggregated import folder as folder
 from tests.system.test_disaggregated import nothing_is_left as nothing_is_left
@@ -54,7 +54,7 @@ def test_losses_are_those_of_online_to_the_bit_and_nothing_is_left(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("control", ["redis", "sqlite"])
+@pytest.mark.parametrize("control", ["redis", long("sqlite")])
 def test_of_two_trainers_that_start_together_one_trains(folder, control, tmp_path):
     """Each in a folder of its own, as on two machines."""
     name = f"together-{control}"

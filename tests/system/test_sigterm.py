@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 
 from lightning_dataflow.control import RunPlan, resolve_control_plane
-from tests.processes import TINY, TRAIN, environment, processes_in, result, wait_until
+from tests.processes import TINY, TRAIN, environment, long, processes_in, result, wait_until
 from tests.streams import WIDE
 from tests.system.test_disaggregated import started, status
 
@@ -30,9 +30,7 @@ def nothing_is_left(folder):
     wait_until(lambda: not processes_in(folder), 10, lambda: f"processes left: {processes_in(folder)}")
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), long(signal.SIGINT, 130)])
 def test_a_producer_gives_its_leases_back_and_that_counts_against_no_prompt(folder, number, code):
     name = f"told-{code}"
     with started(folder, *BY_HAND, "role=producer", SLOW, f"run_name={name}") as process:
@@ -65,6 +63,7 @@ def begun(folder, *arguments):
             process.kill()
 
 
+@pytest.mark.slow
 def test_the_capture_command(folder):
     command = ("-m", "lightning_dataflow", "capture", *TINY, "store=shared_dir", "store.root=features", SLOW)
     with begun(folder, *command) as process:
@@ -84,7 +83,7 @@ def check_ended(folder, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "launched"), [(1, False), (2, False), (2, True)])
+@pytest.mark.parametrize(("ranks", "launched"), [(1, False), long(2, False), (2, True)])
 def test_a_trainer_that_trains(folder, ranks, launched):
     """Started by hand, or by torchrun, which has a status and words of its own. Producers end with it."""
     name = f"trains-{ranks}-{launched}"
@@ -108,6 +107,7 @@ def waits_for_samples(folder, name: str) -> bool:
     return "samples of the window" in states.get("trainer-0", "")
 
 
+@pytest.mark.slow
 def test_a_trainer_that_waits_for_a_sample(folder):
     """Lightning's own handler would wait for it."""
     with started(folder, *BY_HAND, "role=producer", SLOW, "run_name=waits") as producer:

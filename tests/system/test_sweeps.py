@@ -35,6 +35,7 @@ def test_a_grid_on_two_ranks(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_grid_of_strategies_on_two_ranks(tmp_path):
     """Each job has the sizes that the experiment sets for its strategy, and the losses of a run of its own on one rank."""
     strategies = ("eagle3", "dflash", "domino")

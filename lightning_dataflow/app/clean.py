@@ -31,7 +31,7 @@ def clean(options: argparse.Namespace) -> str:
     """Remove the run; returns what was removed. Raises UserError while it is alive."""
     server = open_run(address(options), options.run)
     status = RedisMetadataStore(server).status()
-    for part in status["parts"]:
+    for part in sorted(status["parts"], key=lambda part: part["seen_s_ago"]):
         if part["seen_s_ago"] < FRESH_S and not status["finished"]:
             raise UserError(
                 f"run {options.run} is alive: {part['name']} on {part['host']} was seen {part['seen_s_ago']:.0f} s ago "

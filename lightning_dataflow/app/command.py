@@ -49,12 +49,13 @@ def command(function: Command) -> Callable[[], None]:
             _check_run_name()
             return function(typed(config), plain_settings(config))
         except KeyboardInterrupt as interrupt:
-            print("terminated" if isinstance(interrupt, Terminated) else "interrupted", file=sys.stderr, flush=True)
+            _say_how(interrupt)
             sys.exit(_status(interrupt))
         except SystemExit as end:
-            if isinstance(end.__context__, KeyboardInterrupt):  # Lightning has told of it, and ends with status 1
-                sys.exit(_status(end.__context__))
-            raise
+            if not isinstance(end.__context__, KeyboardInterrupt):
+                raise
+            _say_how(end.__context__)  # Lightning has caught it, and ends with status 1
+            sys.exit(_status(end.__context__))
         except Exception as error:
             if not _is_for_the_user(error):
                 raise
@@ -88,6 +89,10 @@ def _raise_again(dropped: "sys.UnraisableHookArgs") -> None:
         number = signal.SIGTERM
         signal.signal(number, terminate)
     threading.Timer(AGAIN_S, _thread.interrupt_main, (number,)).start()
+
+
+def _say_how(interrupt: KeyboardInterrupt) -> None:
+    print("terminated" if isinstance(interrupt, Terminated) else "interrupted", file=sys.stderr, flush=True)
 
 
 def _status(interrupt: KeyboardInterrupt) -> int:

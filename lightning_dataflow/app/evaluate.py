@@ -43,8 +43,10 @@ def evaluate(config: TrainConfig, settings: dict[str, Any]) -> None:
     from lightning_dataflow.app.backends import make_backend
     from lightning_dataflow.app.build import Builder
     from lightning_dataflow.app.figure import draw_measurements
+    from lightning_dataflow.evaluation.acceptance import check_decoding
 
     options = config.evaluate
+    check_decoding(max_new_tokens=options.max_new_tokens, temperature=options.temperature, batch_size=options.batch_size)
     drafts = find_drafts(config)
     output = None if options.output is None else _output_file(options.output)
     parts = Builder(config, settings)

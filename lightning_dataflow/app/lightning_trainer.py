@@ -13,6 +13,7 @@ from lightning_dataflow.app.command import terminate
 from lightning_dataflow.app.ranks import num_processes
 from lightning_dataflow.app.schema import DataConfig
 from lightning_dataflow.callbacks import AcceptanceEvaluation, RunMetrics, StreamCursor
+from lightning_dataflow.callbacks.progress import PlainProgress
 from lightning_dataflow.checkpoints.trainer import DataFlowTrainer
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.data import RefSource
@@ -128,6 +129,7 @@ def _callbacks(parts: "Builder") -> list[L.Callback]:
         RunMetrics(),  # before the others, so that it does not time them
         StreamCursor(),
         parts.result_writer,
+        PlainProgress(),
     ]
     _check_monitors(parts)
     for entry in (parts.config.callbacks or {}).values():

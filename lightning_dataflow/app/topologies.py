@@ -258,23 +258,24 @@ def make_workers(parts: "Builder", name: str) -> list[RolloutWorker]:
         for _ in names[1:]:
             planes.append(control_plane(config))
             parts.resources.callback(planes[-1].close)
-    except BaseException:
-        heartbeat.stop("did not load")
+        workers = [
+            RolloutWorker(
+                one,
+                feed,
+                plane,
+                parts.shared_store,
+                watermarks(config.topology, config.store),
+                group=config.target.capture_batch_size,
+                lease_s=config.topology.lease_s,
+                peer_timeout_s=config.topology.start_timeout_s,
+            )
+            for one, plane in zip(names, planes, strict=True)
+        ]
+    except BaseException as error:
+        heartbeat.stop(f"could not start: {str(error) or type(error).__name__}")
         raise
     heartbeat.stop("loaded")
-    return [
-        RolloutWorker(
-            one,
-            feed,
-            plane,
-            parts.shared_store,
-            watermarks(config.topology, config.store),
-            group=config.target.capture_batch_size,
-            lease_s=config.topology.lease_s,
-            peer_timeout_s=config.topology.start_timeout_s,
-        )
-        for one, plane in zip(names, planes, strict=True)
-    ]
+    return workers
 
 
 def make_feed(parts: "Builder") -> Feed:

@@ -58,7 +58,7 @@ def train(config: TrainConfig, settings: dict[str, Any]) -> None:
         go_on_from(Path(checkpoint), run_dir)
     parts = Builder(config, settings)
     trainer = parts.trainer
-    trainer.fit(parts.module, parts.data, ckpt_path=checkpoint)
+    trainer.fit(parts.module, parts.data, ckpt_path=checkpoint, weights_only=True)
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
     if parts.result_writer.path is None:

@@ -41,7 +41,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.exists():
-        raise UserError(f"no checkpoint {path}: give a .ckpt file, or the folder of a sharded one")
+        raise UserError(f"no checkpoint {path}: give a file, the folder of a sharded one, of a run, or of a draft")
     if has_marker(path) and (reason := incomplete(path)) is not None:
         raise UserError(f"{path} is not a complete checkpoint: {reason}")
     try:

@@ -49,7 +49,7 @@ def load_published(folder: str | Path, *, target: str | None) -> DraftModule:
     """
     start = read_draft(folder)
     if target is None:
-        raise UserError(f"{folder} does not hold its target: name it")
+        raise UserError(f"{folder} does not hold its target: name it (--target FOLDER, or target.path)")
     module = resolve_strategy(start.strategy).module(target=target, init_from=str(folder))
     module.load_frozen_target(torch.device("cpu"))
     if start.strategy == "eagle3" and EMBEDDING in start.shapes:

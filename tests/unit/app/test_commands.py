@@ -386,3 +386,14 @@ def test_an_interrupt_that_meets_a_finaliser_is_not_lost(heeded, number, kind, c
         Freed()
         time.sleep(10)
     assert capfd.readouterr().err == ""
+
+
+def test_progress_where_there_is_no_terminal(run, tmp_path, capsys):
+    """A line for each logged step, with the total; a bar would show nothing in a file before the end."""
+    assert run(train.main, "trainer.log_every_n_steps=1") == 0
+    steps = json.loads((tmp_path / "runs" / "test" / "result.json").read_text())["optimizer_steps"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    told = [line.partition(":")[0] for line in lines if "train/loss" in line and "tokens/s" in line]
+    assert told == [f"step {step}/{steps}" for step in range(1, steps + 1)]
+    assert run(train.main, "run_name=silent", "+trainer.enable_progress_bar=false") == 0
+    assert f"step {steps}/{steps}: " not in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """vLLM serves exported drafts: its counters are our evaluator's, and its output is the target's own."""
 
 import json
+import subprocess
 
 import pytest
 import torch
@@ -186,7 +187,7 @@ def use_first_k_norm(draft, file):
 
 
 def test_the_command(checkpoint_of, folder_of, vllm):
-    """Both backends on one checkpoint; vLLM's is exported on the way. Sampled, too."""
+    """Both backends on one checkpoint; vLLM's is exported on the way. Sampled it is refused on a CPU."""
     folder, checkpoint = folder_of("llama"), checkpoint_of("llama", "eagle3-reduced")
     parts = (
         "experiment=tiny",
@@ -202,17 +203,37 @@ def test_the_command(checkpoint_of, folder_of, vllm):
         "evaluate.vllm_args={max_num_batched_tokens:512}",
     )
     found = {}
-    for backend, temperature in (("hf", 0), ("vllm", 0), ("vllm", 0.8)):
-        settings = (f"evaluate.backend={backend}", f"evaluate.temperature={temperature}", "evaluate.output=out.json")
-        command = ("evaluate", *parts, *options, *settings, f"evaluate.checkpoint={checkpoint}")
-        python("-m", "lightning_dataflow", *command, cwd=folder, timeout_s=600)
-        (found[backend, temperature],) = json.loads((folder / "out.json").read_text())["measurements"]
+    command = ("-m", "lightning_dataflow", "evaluate", *parts, *options, f"evaluate.checkpoint={checkpoint}")
+    for backend in ("hf", "vllm"):
+        settings = (f"evaluate.backend={backend}", "evaluate.output=out.json")
+        python(*command, *settings, cwd=folder, timeout_s=600)
+        (found[backend],) = json.loads((folder / "out.json").read_text())["measurements"]
     assert (folder / "out.png").stat().st_size > 1000
-    ours, theirs, sampled = found.values()
+    ours, theirs = found.values()
     for name in ("num_drafts", "accepted_per_position", "acceptance_length", "tokens_per_target_forward", "num_identical"):
         assert ours[name] == theirs[name], name
     assert theirs["speed_up"] > 0 and theirs["backend"] == "vllm"
-    assert sampled["num_accepted_tokens"] > 0 and sampled["num_identical"] is None
+    shown = python(*command, "evaluate.backend=vllm", "evaluate.temperature=0.8", cwd=folder, status=1, timeout_s=600)
+    (error,) = [line for line in shown.stderr.splitlines() if line.startswith("error: ")]
+    assert "on a CPU, vLLM 0.32 verifies proposals at a temperature that it never writes" in error
+
+
+EXPAND = """
+import torch
+from vllm.platforms import current_platform
+from vllm.utils.cpu_triton_utils import _expand_kernel_impl
+
+current_platform.import_kernels()
+temperatures, expanded = torch.tensor([0.8, 0.5]), torch.full((5,), 7.0)
+_expand_kernel_impl(expanded, temperatures, torch.tensor([3, 5]), 0, 1)
+assert torch.equal(expanded, torch.tensor([0.8, 0.8, 0.8, 0.5, 0.5])), f"it left {expanded.tolist()}"
+"""
+
+
+def test_vllm_writes_no_temperatures_on_a_cpu(vllm):
+    """The vllm backend's refusal to sample on a CPU goes when this fails."""
+    shown = subprocess.run([vllm, "-c", EXPAND], capture_output=True, text=True, timeout=300)
+    assert "it left [7.0, 7.0, 7.0, 7.0, 7.0]" in shown.stderr
 
 
 OTHER_TARGETS = {  # fields of an exported config.json, and what the command says of them

@@ -51,7 +51,7 @@ def test_losses_of_other_strategies_are_those_of_one_process(folder, strategy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["eagle3", long("dflash"), "domino"])
+@pytest.mark.parametrize("strategy", ["eagle3", long("dflash"), long("domino")])
 def test_gradients_and_a_clipped_sgd_step_are_those_of_one_process(tmp_path, target_path, conversations, strategy):
     """AdamW and losses alone would hide a gradient of the wrong scale. Gradients are those before clipping."""
     worker, saved = str(ROOT / "tests" / "distributed" / "sgd_worker.py"), {}

@@ -21,7 +21,7 @@ def undisturbed(tmp_path_factory):
     return outcome
 
 
-@pytest.mark.parametrize("seed", [0, 1, *(long(seed) for seed in (2, 3, 4))])
+@pytest.mark.parametrize("seed", [0, *(long(seed) for seed in (1, 2, 3, 4))])
 def test_random_faults(tmp_path, undisturbed, seed):
     schedule = random_schedule(random.Random(seed))
     outcome = run_trial(tmp_path, schedule.faults, schedule.settings, own_services=schedule.own_services)
@@ -58,6 +58,7 @@ def test_a_full_disk(tmp_path, undisturbed, moment):
     assert all("No space left on device" in error for error in outcome.errors)
 
 
+@pytest.mark.long
 def test_a_full_store(tmp_path, undisturbed):
     """Before the first put: nothing is in flight that the trainer could free."""
     fault = {"part": "producer-0", "moment": "before put", "count": 1, "action": "store full"}
@@ -68,6 +69,7 @@ def test_a_full_store(tmp_path, undisturbed):
     assert "no sample came for" in error
 
 
+@pytest.mark.long
 def test_a_killed_rank_of_two(tmp_path, undisturbed):
     whole = run_trial(tmp_path / "whole", [], FSDP2)
     assert compare(whole, whole) == []

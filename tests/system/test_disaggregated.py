@@ -121,7 +121,7 @@ def test_a_strategy_from_outside_the_package(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", [long("dflash"), "domino"])
+@pytest.mark.parametrize("strategy", [long("dflash"), long("domino")])
 def test_other_strategies_stream_to_the_bit(folder, strategy):
     """24 steps go over the prompts twice: anchors are drawn anew in each pass, the same in every topology."""
     options = ("trainer.max_steps=24",)
@@ -213,7 +213,7 @@ def find(folder: Path, text: str) -> int:
     [
         ("role=producer", "error: producer-0: was killed by SIGKILL"),
         pytest.param("role=trainer", "error: trainer: was killed by SIGKILL", marks=pytest.mark.slow),
-        pytest.param("mooncake_client", "error: mooncake_client ended with status -9, see", marks=pytest.mark.slow),
+        long("mooncake_client", "error: mooncake_client ended with status -9, see"),
         long("mooncake_master", "error: mooncake_master ended with status -9, see"),
     ],
 )
@@ -236,7 +236,7 @@ def test_a_supervisor_that_is_killed_leaves_nothing(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prefetch", [0, long(2)])
+@pytest.mark.parametrize("prefetch", [long(0), long(2)])
 def test_a_trainer_that_waits_for_its_first_sample_ends_with_its_supervisor(folder, prefetch, tmp_path_factory):
     """The producer stands still before its first put."""
     name = f"waits-{prefetch}"
@@ -301,7 +301,7 @@ def test_the_scripts_without_hydra(folder, tmp_path):
     ("options", "message"),
     [
         (("topology.high_bytes=1000",), "error: producer-0: a window can have"),
-        (("store.address=127.0.0.1:9",), "127.0.0.1:9"),
+        long(("store.address=127.0.0.1:9",), "127.0.0.1:9"),
         long(("target.path=nowhere",), "error: producer-0: "),
     ],
 )

@@ -43,6 +43,7 @@ def test_sharded_and_ddp_runs_give_the_folder_of_one_process(folder, strategy):
             torch.testing.assert_close(two[name], tensor, atol=1e-3, rtol=1e-3, msg=name)
 
 
+@pytest.mark.long
 def test_checkpoints_of_fsdp1(tmp_path, target_path, conversations):
     """Sharded, and of the shape of a full one: with all tensors in the file."""
     worker = str(ROOT / "tests" / "distributed" / "fsdp1_worker.py")

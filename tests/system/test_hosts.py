@@ -92,6 +92,7 @@ def test_two_ranks(folder, three):
     assert keys(services) == "0"
 
 
+@pytest.mark.long
 def test_two_ranks_on_two_hosts(folder, three):
     first, second, services, settings = three  # the producer is where the store is
     (services.folder / "secret").write_text(SECRET)
@@ -173,7 +174,8 @@ def test_a_trainer_that_is_cut_off_and_replaced(folder, three):
     assert keys(services) == "0"
 
 
-@pytest.mark.parametrize("seed", [long(1), 4])
+@pytest.mark.long
+@pytest.mark.parametrize("seed", [1, 4])
 def test_random_cuts_and_kills(folder, tmp_path, seed):
     """Behind one of the cuts the trainer is killed (seed 1), or both producers (seed 4)."""
     num_cuts, num_kills = run_trial(tmp_path, random_cuts(random.Random(seed)), result(folder, "online"))

@@ -382,6 +382,7 @@ def test_the_storage_process_dies_and_comes_back(tmp_path):
             store.close()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_storage_process_that_comes_back_unnoticed_is_an_error_and_no_lost_sample(tmp_path):
     with LocalMooncake(capacity_bytes=32 << 20, log_dir=tmp_path) as mooncake:

@@ -65,6 +65,7 @@ def test_a_part_that_is_killed_starts_again(folder, part):
     assert re.search(r"\[supervisor\] \S+: .*killed by SIGKILL|ended with status -9", process.shown())
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_goes_on_while_a_producer_lives(folder):
     """Without restarts. What the dead one had leased is captured by the other at once, not after lease_s."""

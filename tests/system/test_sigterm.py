@@ -63,6 +63,7 @@ def begun(folder, *arguments):
             process.kill()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_capture_command(folder):
     command = ("-m", "lightning_dataflow", "capture", *TINY, "store=shared_dir", "store.root=features", SLOW)
@@ -83,7 +84,7 @@ def check_ended(folder, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "launched"), [(1, False), long(2, False), (2, True)])
+@pytest.mark.parametrize(("ranks", "launched"), [long(1, False), long(2, False), (2, True)])
 def test_a_trainer_that_trains(folder, ranks, launched):
     """Started by hand, or by torchrun, which has a status and words of its own. Producers end with it."""
     name = f"trains-{ranks}-{launched}"
@@ -128,6 +129,7 @@ def end(folder, text: str) -> None:
         os.kill(pid, signal.SIGTERM)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_parts_of_a_supervised_run(folder):
     """A trainer that was told to end has not completed the run; a producer starts again."""

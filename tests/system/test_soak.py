@@ -12,6 +12,7 @@ MAX_LEDGER_BYTES = 6 << 20
 """SQLite starts its write-ahead log over at 1,000 pages of 4 kB."""
 
 
+@pytest.mark.long
 def test_a_producer_that_outruns_the_trainer(tmp_path):
     report = soak(tmp_path, NUM_SAMPLES, step_s=0.02)
     assert report.trained == [list(range(at, at + WINDOW)) for at in range(0, NUM_SAMPLES, WINDOW)]

@@ -84,6 +84,7 @@ def test_launchers(tmp_path, launcher):
     assert f"results in {sweep.relative_to(tmp_path)}" in shown
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_job_that_fails_is_named(tmp_path):
     shown = python(TRAIN, "-m", *SHORT, "data.global_batch_size=8,7", cwd=tmp_path, status=1)

@@ -8,6 +8,7 @@ process and the size of the files, which show whether anything grows. It never a
 """
 
 import argparse
+import gc
 import multiprocessing
 import tempfile
 import time
@@ -51,8 +52,8 @@ class Place:
         keys = [(name, server.ask("MEMORY", "USAGE", server.key(name)) or 0) for name in KEYS]
         cpu = dict(line.split(":") for line in server.ask("INFO", "CPU").decode().split() if ":" in line)
         return {
-            "log_mb": sum(size for name, size in keys if name in ("log", "index")) / 1e6,
-            "ledger_mb": sum(size for name, size in keys if name not in ("log", "index")) / 1e6,
+            "log_mb": sum(size for name, size in keys if name in ("lines", "index")) / 1e6,
+            "ledger_mb": sum(size for name, size in keys if name not in ("lines", "index")) / 1e6,
             "server_s": float(cpu["used_cpu_user"]) + float(cpu["used_cpu_sys"]),
         }
 
@@ -62,9 +63,11 @@ def produce(place: Place, name: str, group: int, seen: Any) -> None:
     plane = place.open()
     plane.log.announce({"run_id": "bench"})
     seen[1] = time.process_time()
-    while plane.ledger.finished() is None:
+    while True:
         lease = plane.ledger.lease(name, group=group, num_bytes=num_bytes, watermarks=MARKS, lease_s=60.0)
         if lease is None:
+            if plane.ledger.finished() is not None:
+                return
             seen[0] = resident_mb()
             time.sleep(IDLE_S[0])
             continue
@@ -107,6 +110,7 @@ def read(place: Place, rank: int, options: argparse.Namespace, barrier: Any, cpu
 
 
 def measure(place: Place, options: argparse.Namespace, group: int) -> None:
+    gc.freeze()  # what is imported is walked by no process
     context = multiprocessing.get_context("fork")  # starts at once
     seen = [context.Array("d", 2) for _ in range(options.producers)]
     cpu, begun, options.reports = context.Array("d", options.readers), context.Event(), context.Queue()

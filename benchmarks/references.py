@@ -1,7 +1,7 @@
 """References as EAGLE3 makes them, of features that are nowhere."""
 
 import random
-from functools import lru_cache
+from functools import cache
 
 from lightning_dataflow.contracts import CaptureSpec, FeatureSpec, SampleOrigin, SampleRef
 
@@ -9,7 +9,7 @@ HIDDEN = 2048
 CAPTURE = CaptureSpec(layer_ids=(1, 13, 24), norm="post", hidden_size=HIDDEN)
 
 
-@lru_cache
+@cache
 def features(num_tokens: int) -> dict[str, FeatureSpec]:
     shapes: dict[str, tuple[tuple[int, ...], str]] = {
         "input_ids": ((num_tokens,), "int64"),

@@ -3,7 +3,7 @@
 from lightning_dataflow.channels.base import StreamingRefChannel
 from lightning_dataflow.channels.file import FileChannel
 from lightning_dataflow.channels.redis import RedisChannel
+from lightning_dataflow.channels.redis_connections import RedisAddress
 from lightning_dataflow.channels.redis_local import LocalRedis
-from lightning_dataflow.channels.redis_server import RedisAddress
 
 __all__ = ["FileChannel", "LocalRedis", "RedisAddress", "RedisChannel", "StreamingRefChannel"]

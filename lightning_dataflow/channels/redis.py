@@ -4,12 +4,13 @@ import json
 import secrets
 from collections import deque
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import orjson
 
 from lightning_dataflow.channels.base import MAX_LINE_BYTES, RecordHead, StreamingRefChannel, check_card
-from lightning_dataflow.channels.redis_records import pack, unpack
+from lightning_dataflow.channels.redis_records import pack, split, unpack
 from lightning_dataflow.channels.redis_scripts import change_script
 from lightning_dataflow.channels.redis_server import RedisServer
 from lightning_dataflow.contracts import SCHEMA_VERSION, LogRecord, UserError, assert_no_tensors
@@ -19,13 +20,15 @@ INDEX_ENTRIES = 64
 """Appends whose heads are asked for at a time."""
 READ_BYTES = 8 << 20
 """Lines that are asked for at a time."""
+TRIMMED = 1024
+"""Lines that are dropped by one command."""
 NONCE_BITS = 48
 
 
 class RedisChannel(StreamingRefChannel):
-    """Two streams: `log` has an entry for the line of each record, `index` one for the heads of each append.
+    """A stream, `index`, has an entry for the heads of each append, and a hash, `lines`, the line of each record.
 
-    The id of an entry is `number-nonce`. Trimming drops both streams up to a number.
+    The id of an entry is `number-nonce`, of its first record. Trimming drops entries and their lines.
 
     Raises:
         UserError: the run's card is damaged or of another schema.
@@ -40,6 +43,7 @@ class RedisChannel(StreamingRefChannel):
         self._last_number = 0
         self._heads: deque[RecordHead] = deque()  # read, not handed out
         self._read: deque[tuple[int, int]] = deque()  # by entry of the index: the number after it, its highest seq
+        self._oldest = 1  # number that was not trimmed
         self._connections = server.num_connections
         self.card()
 
@@ -77,7 +81,8 @@ class RedisChannel(StreamingRefChannel):
     def append(self, lines: Sequence[bytes]) -> None:
         """See StreamingRefChannel."""
         if lines:
-            self.server.change(self._append, "append", new_nonce(), listed=lines)
+            heads, lines = split(lines)
+            self.server.change(self._append, "append", new_nonce(), heads, listed=lines)
 
     def poll(self, max_records: int = 1024) -> list[LogRecord]:
         """See StreamingRefChannel."""
@@ -113,8 +118,11 @@ class RedisChannel(StreamingRefChannel):
         while len(self._read) > 1 and self._read[0][1] < seq and self._read[0][0] <= handed_out:
             following, _ = self._read.popleft()
         if following is not None:
-            keys = (self.server.key("log"), self.server.key("index"))
-            self.server.ask_all([("XTRIM", key, "MINID", f"{following}-0") for key in keys])
+            dropped = range(self._oldest, following)
+            lines, index = self.server.key("lines"), self.server.key("index")
+            pieces = (dropped[first : first + TRIMMED] for first in range(0, len(dropped), TRIMMED))
+            self.server.ask_all([("XTRIM", index, "MINID", f"{following}-0"), *(("HDEL", lines, *one) for one in pieces)])
+            self._oldest = following
 
     def _fill(self) -> bool:
         """Read more of the index; False when there is no more yet."""
@@ -124,17 +132,18 @@ class RedisChannel(StreamingRefChannel):
             self._check_position()
             entries = self.server.ask(*command)
         for name, fields in entries:
-            number, _, nonce = name.decode().partition("-")
-            first = int(number)
-            heads = list(self._unpacked(fields[1], first))
+            first, nonce = _position(name)
+            if not self._read:
+                self._oldest = first
+            heads = self._unpacked(fields[1], first)
             self._heads.extend(heads)
-            self._position, self._last_number = (first, int(nonce)), first + len(heads)
-            self._read.append((self._last_number, max((head.seq for head in heads), default=-1)))
+            self._position, self._last_number = (first, nonce), first + len(heads)
+            self._read.append((self._last_number, max([head.seq for head in heads], default=-1)))
         return bool(entries)
 
-    def _unpacked(self, heads: bytes, first: int) -> Sequence[RecordHead]:
+    def _unpacked(self, heads: bytes, first: int) -> list[RecordHead]:
         try:
-            return list(unpack(heads, first))
+            return unpack(heads, first)
         except UserError as error:
             raise self._damaged(first, error) from error
 
@@ -149,14 +158,10 @@ class RedisChannel(StreamingRefChannel):
 
     def _load(self, heads: Sequence[RecordHead]) -> list[LogRecord | None]:
         """None for those that were dropped."""
-        found: dict[int, bytes] = {}
-        for piece in _pieces(heads):
-            ranges = _ranges(piece)
-            key = self.server.key("log")
-            replies = self.server.ask_all([("XRANGE", key, f"{first}-0", f"({last + 1}-0") for first, last in ranges])
-            for entries in replies:
-                found.update((int(name.partition(b"-")[0]), fields[1]) for name, fields in entries)
-        return [self._parse(head, found[head.number]) if head.number in found else None for head in heads]
+        key = self.server.key("lines")
+        replies = [self.server.ask("HMGET", key, *(head.number for head in piece)) for piece in _pieces(heads)]
+        lines = chain.from_iterable(replies)
+        return [None if line is None else self._parse(head, line) for head, line in zip(heads, lines, strict=True)]
 
     def _parse(self, head: RecordHead, line: bytes) -> LogRecord:
         try:
@@ -211,14 +216,3 @@ def _pieces(heads: Sequence[RecordHead]) -> list[list[RecordHead]]:
         pieces[-1].append(head)
         size += head.size
     return pieces
-
-
-def _ranges(heads: Sequence[RecordHead]) -> list[tuple[int, int]]:
-    """(first, last) of numbers that follow each other."""
-    ranges: list[tuple[int, int]] = []
-    for number in sorted(head.number for head in heads):
-        if ranges and ranges[-1][1] + 1 == number:
-            ranges[-1] = ranges[-1][0], number
-        else:
-            ranges.append((number, number))
-    return ranges

@@ -11,7 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from lightning_dataflow.channels.redis_server import RedisAddress, RedisServer
+from lightning_dataflow.channels.redis_connections import RedisAddress
+from lightning_dataflow.channels.redis_server import RedisServer
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.leash import leashed_command
 

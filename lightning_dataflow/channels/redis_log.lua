@@ -1,6 +1,6 @@
 -- The log of a run in Redis, and what every script of a run begins with. All scripts get the same KEYS. Operations have
 -- arguments of their own and, behind them in ARGV, from `REST` on, a list of any length.
-local CARD, LOG, INDEX, TOTALS, CLIENTS, ROWS, WANTED, LEASED, HOLDERS, PARTS, FAILED = unpack(KEYS)
+local CARD, LINES, INDEX, TOTALS, CLIENTS, ROWS, WANTED, LEASED, HOLDERS, PARTS, FAILED = unpack(KEYS)
 local MOST = 4000  -- arguments that fit on Lua's stack
 local HEAD = 32  -- bytes of a record's head: see redis_records.py
 local KEEP_S = 3600  -- what nobody needs any more stays that long
@@ -47,19 +47,26 @@ end
 
 -- Each record is its head and its line. Their numbers in the log count up from 1, one entry of the index holds the heads of
 -- one append; the nonce tells apart what two histories of one server wrote under one number.
-local function append(nonce, records)
-  local last = redis.call('HINCRBY', TOTALS, 'records', #records)
-  local first = last - #records + 1
-  local heads = {}
-  for i, record in ipairs(records) do
-    heads[i] = string.sub(record, 1, HEAD)
-    redis.call('XADD', LOG, int(first + i - 1) .. '-' .. nonce, 'r', string.sub(record, HEAD + 1))
+local function append(nonce, heads, lines)
+  local first, pairs = redis.call('HINCRBY', TOTALS, 'records', #lines) - #lines + 1, {}
+  for i, line in ipairs(lines) do
+    pairs[2 * i - 1], pairs[2 * i] = int(first + i - 1), line
   end
-  redis.call('XADD', INDEX, int(first) .. '-' .. nonce, 'h', table.concat(heads))
+  many('HSET', LINES, pairs)
+  redis.call('XADD', INDEX, int(first) .. '-' .. nonce, 'h', heads)
 end
 
--- list: records
-ops.append = function(nonce)
-  append(nonce, listed(1, 1))
+-- of heads, those of the records i
+local function heads_of(heads, chosen)
+  local found = {}
+  for n, i in ipairs(chosen) do
+    found[n] = string.sub(heads, HEAD * (i - 1) + 1, HEAD * i)
+  end
+  return table.concat(found)
+end
+
+-- list: lines
+ops.append = function(nonce, heads)
+  append(nonce, heads, listed(1, 1))
   return true
 end

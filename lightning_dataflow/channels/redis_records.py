@@ -1,7 +1,8 @@
 """Records as Redis holds them: a head of fixed size, which every reader of the log gets, and the line, which few need."""
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Sequence
+from itertools import count, repeat
 
 from lightning_dataflow.channels.base import RecordHead
 from lightning_dataflow.contracts import LogRecord, UserError
@@ -21,11 +22,20 @@ def pack(record: LogRecord, line: bytes) -> bytes:
     return _HEAD.pack(record.seq, ref.num_bytes, ref.num_tokens, ref.origin.attempt, len(line), kind) + line
 
 
-def unpack(heads: bytes, first: int) -> Iterator[RecordHead]:
+def split(records: Sequence[bytes]) -> tuple[bytes, list[bytes]]:
+    """The heads of packed records, and their lines."""
+    return b"".join([record[:HEAD_BYTES] for record in records]), [record[HEAD_BYTES:] for record in records]
+
+
+def unpack(heads: bytes, first: int) -> list[RecordHead]:
     """The heads of one append, the first of which has the number `first`. Raises UserError for something else."""
     if len(heads) % HEAD_BYTES:
         raise UserError(f"{len(heads)} bytes of heads are no whole number of them")
-    for number, (seq, num_bytes, num_tokens, attempt, size, kind) in enumerate(_HEAD.iter_unpack(heads), first):
-        if kind >= len(KINDS) or seq > MAX_SEQ:
-            raise UserError(f"record {number} has kind {kind} and seq {seq}")
-        yield tuple.__new__(RecordHead, (number, seq, num_bytes, num_tokens, attempt, size, KINDS[kind], None))
+    columns = list(zip(*_HEAD.iter_unpack(heads), strict=True))
+    if not columns:
+        return []
+    *numbers, kinds = columns
+    if max(kinds) >= len(KINDS) or max(numbers[0]) > MAX_SEQ:
+        raise UserError(f"record {first} or one after it has kind {max(kinds)} and seq {max(numbers[0])}")
+    fields = zip(count(first), *numbers, [KINDS[kind] for kind in kinds], repeat(None), strict=False)
+    return list(map(tuple.__new__, repeat(RecordHead), fields))

@@ -2,14 +2,13 @@
 
 import contextlib
 import json
-import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from lightning_dataflow.channels.redis_connections import CONNECT_S, Argument, RedisAddress, RedisConnections
 from lightning_dataflow.channels.redis_scripts import ALLOW_OOM, Script
 from lightning_dataflow.contracts import CapacityError, PeerFailedError, PeerTimeoutError, UserError
 from lightning_dataflow.contracts.errors import TAKEN_OVER
@@ -17,7 +16,7 @@ from lightning_dataflow.contracts.errors import TAKEN_OVER
 PREFIX = "ldf"
 KEYS = (
     "card",
-    "log",
+    "lines",
     "index",
     "totals",
     "clients",
@@ -32,36 +31,6 @@ OLDEST = (7, 0)
 """The first version of Redis whose scripts have flags."""
 PATIENCE_S = 60.0
 PAUSE_S = (0.01, 0.5)
-CONNECT_S, ANSWER_S = 5.0, 10.0
-INSTALL = "pip install 'lightning-dataflow[redis]'"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RedisAddress:
-    """Where a Redis is, and how to be let in.
-
-    Attributes:
-        address: `host:port`.
-        username: of an ACL; None for the default user.
-        tls: encrypt, and check the server's certificate by `ca_file` or the system's authorities.
-        cert_file, key_file: of this client, where the server asks for one.
-    """
-
-    address: str
-    username: str | None = None
-    password: str | None = field(default=None, repr=False)
-    tls: bool = False
-    ca_file: str | None = None
-    cert_file: str | None = None
-    key_file: str | None = None
-
-    @property
-    def host_and_port(self) -> tuple[str, int]:
-        """Raises UserError for something else."""
-        host, _, port = self.address.rpartition(":")
-        if not host or not port.isdigit():
-            raise UserError(f"channel.address={self.address} is no host:port: give both, for example 10.0.0.1:6379")
-        return host.strip("[]"), int(port)
 
 
 class RedisServer:
@@ -84,8 +53,8 @@ class RedisServer:
         self.patience_s = patience_s
         self.name = f"Redis at {where.address}"
         self.num_connections = 0
-        self._redis = _library()
-        self._pool = self._make_pool()
+        self._connections = self._connect()
+        self._errors = self._connections.errors
         self._lock = threading.Lock()
         self._client = secrets.token_hex(8)
         self._acked = self._request = 0
@@ -108,8 +77,8 @@ class RedisServer:
         self,
         script: Script,
         operation: str,
-        *arguments: str | bytes | int | float,
-        listed: Sequence[str | bytes | int] = (),
+        *arguments: Argument,
+        listed: Sequence[Argument] = (),
     ) -> Any:
         """Run an operation of `script` once; returns its result.
 
@@ -130,13 +99,13 @@ class RedisServer:
             self._acked = self._request
             return json.loads(reply)
 
-    def ask(self, *command: str | bytes | int | float) -> Any:
+    def ask(self, *command: Argument) -> Any:
         """Send a command that may be sent twice; returns the reply as it comes."""
-        return self.patiently(lambda: self._send(*command))
+        return self.patiently(lambda: self._connections.send(*command))
 
-    def ask_all(self, commands: Sequence[Sequence[str | bytes | int]]) -> list[Any]:
+    def ask_all(self, commands: Sequence[Sequence[Argument]]) -> list[Any]:
         """Send such commands at once."""
-        return self.patiently(lambda: self._send_all(commands))
+        return self.patiently(lambda: self._connections.send_all(commands))
 
     def ask_script(self, script: Script, *arguments: str | int) -> Any:
         """Run a script that writes nothing."""
@@ -148,13 +117,13 @@ class RedisServer:
             command = (*self._keys, self._client, int(self.patience_s))  # one that was silent for longer has died
             with contextlib.suppress(PeerTimeoutError, PeerFailedError):
                 self.patiently(lambda: self._evaluate(_LEAVE, command), at_most_s=CONNECT_S)
-        self._pool.disconnect()
+        self._connections.close()
 
     def check(self) -> None:
         """Raise UserError unless this is a Redis that can be used, PermissionError if it refuses us."""
-        errors = self._redis.exceptions
+        errors = self._errors
         try:
-            text = self._send("INFO")
+            text = self._connections.send("INFO")
         except errors.AuthenticationError as error:
             raise self._refused(error) from error
         except (errors.ConnectionError, errors.TimeoutError, errors.InvalidResponse, OSError, UnicodeDecodeError) as error:
@@ -185,7 +154,7 @@ class RedisServer:
 
     def patiently(self, action: Callable[[], Any], *, at_most_s: float | None = None) -> Any:
         """Do it, again and again while the server is away."""
-        errors, pause, patience = self._redis.exceptions, PAUSE_S[0], at_most_s or self.patience_s
+        errors, pause, patience = self._errors, PAUSE_S[0], at_most_s or self.patience_s
         deadline = time.monotonic() + patience
         while True:
             if self._lost is not None:
@@ -213,60 +182,17 @@ class RedisServer:
         )
         return self._lost
 
-    def _make_pool(self) -> Any:
-        host, port = self.where.host_and_port
-        options: dict[str, Any] = {
-            "host": host,
-            "port": port,
-            "username": self.where.username,
-            "password": self.where.password,
-            "socket_connect_timeout": CONNECT_S,
-            "socket_timeout": ANSWER_S,
-            "socket_keepalive": True,
-            "retry": self._redis.retry.Retry(self._redis.backoff.NoBackoff(), 0),
-            "protocol": 2,
-            "client_name": f"{PREFIX}-{self.run_id}",
-            "redis_connect_func": self._connected,
-        }
-        if self.where.tls:
-            for name in ("ca_file", "cert_file", "key_file"):
-                if (path := getattr(self.where, name)) is not None and not os.path.isfile(path):
-                    raise UserError(f"channel.{name}={path}: there is no such file")
-            options |= {
-                "connection_class": self._redis.SSLConnection,
-                "ssl_ca_certs": self.where.ca_file,
-                "ssl_certfile": self.where.cert_file,
-                "ssl_keyfile": self.where.key_file,
-            }
-        return self._redis.ConnectionPool(**options)
+    def _connect(self) -> RedisConnections:
+        return RedisConnections(self.where, f"{PREFIX}-{self.run_id}", self._connected)
 
-    def _connected(self, connection: Any) -> None:
-        connection.on_connect()
+    def _connected(self) -> None:
         self.num_connections += 1
-
-    @contextlib.contextmanager
-    def _connection(self) -> Iterator[Any]:
-        connection = self._pool.get_connection()
-        try:
-            yield connection
-        finally:
-            self._pool.release(connection)
-
-    def _send(self, *command: str | bytes | int | float) -> Any:
-        with self._connection() as connection:
-            connection.send_command(*command)
-            return connection.read_response()
-
-    def _send_all(self, commands: Sequence[Sequence[str | bytes | int]]) -> list[Any]:
-        with self._connection() as connection:
-            connection.send_packed_command(connection.pack_commands(commands))
-            return [connection.read_response() for _ in commands]
 
     def _evaluate(self, script: Script, arguments: Sequence[Any]) -> Any:
         try:
-            return self._send("EVALSHA", script.sha, len(KEYS), *arguments)
-        except self._redis.exceptions.NoScriptError:
-            return self._send("EVAL", script.text, len(KEYS), *arguments)
+            return self._connections.send("EVALSHA", script.sha, len(KEYS), *arguments)
+        except self._errors.NoScriptError:
+            return self._connections.send("EVAL", script.text, len(KEYS), *arguments)
 
     def _explained(self, error: Exception) -> Exception:
         text = _first_line(error)
@@ -274,12 +200,12 @@ class RedisServer:
             return self.lost("what this process had written there")
         if text.startswith("TAKEN"):
             return PeerFailedError(TAKEN_OVER.format(text.removeprefix("TAKEN ")))
-        if isinstance(error, self._redis.exceptions.OutOfMemoryError) or text.startswith("OOM"):
+        if isinstance(error, self._errors.OutOfMemoryError) or text.startswith("OOM"):
             return CapacityError(
                 f"{self.name} has no memory left: raise its maxmemory, write checkpoints more often (what is behind them "
                 "is dropped), or remove runs that nobody resumes with lightning-dataflow clean"
             )
-        if isinstance(error, self._redis.exceptions.NoPermissionError) or text.startswith(("NOPERM", "NOAUTH")):
+        if isinstance(error, self._errors.NoPermissionError) or text.startswith(("NOPERM", "NOAUTH")):
             return self._refused(error)
         return PeerFailedError(f"{self.name} answers: {text}")
 
@@ -307,14 +233,6 @@ redis.call('DEL', unpack(KEYS))
 """,
     ALLOW_OOM,
 )
-
-
-def _library() -> Any:
-    try:
-        import redis
-    except ImportError as error:
-        raise UserError(f"channel=redis needs redis-py: {INSTALL}") from error
-    return redis
 
 
 def _first_line(error: Exception) -> str:

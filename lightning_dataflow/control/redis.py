@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning_dataflow.channels import StreamingRefChannel
 from lightning_dataflow.channels.redis import RedisChannel, new_nonce
+from lightning_dataflow.channels.redis_records import split
 from lightning_dataflow.channels.redis_scripts import ALLOW_OOM, NO_WRITES, Script, change_script, read_script
 from lightning_dataflow.channels.redis_server import RedisServer
 from lightning_dataflow.control.base import (
@@ -41,6 +42,7 @@ class RedisMetadataStore(MetadataStore):
         package = __package__
         self._growing = change_script("redis_ledger.lua", package=package)
         self._freeing = change_script("redis_ledger.lua", package=package, flags=ALLOW_OOM)
+        self._running = change_script("redis_ledger.lua", "redis_run.lua", package=package, flags=ALLOW_OOM)
         self._status = Script(read_script("redis_status.lua", package), NO_WRITES)
         self._expected = range(0)  # what this process leases next, if nobody else does
         self._totals = server.key("totals")
@@ -100,7 +102,7 @@ class RedisMetadataStore(MetadataStore):
 
     def renew(self, worker: str, lease_s: float) -> None:
         """See MetadataStore."""
-        self._run("renew", worker, lease_s)
+        self.server.change(self._freeing, "renew", worker, lease_s)
 
     def give_back(
         self,
@@ -113,15 +115,22 @@ class RedisMetadataStore(MetadataStore):
     ) -> list[int]:
         """See MetadataStore."""
         self._check_log(log)
-        samples = [part for seq in lease.wanted for part in (seq, skips[seq])]
-        how = (lease.worker, lease.attempt, int(retryable), int(counts), MAX_ATTEMPTS)
-        return [int(seq) for seq in self._run("give_back", new_nonce(), *how, listed=samples)]
+        heads, lines = split([skips[seq] for seq in lease.wanted])
+        samples = [part for sample in zip(lease.wanted, lines, strict=True) for part in sample]
+        how = (_name(lease), lease.attempt, int(retryable), int(counts), MAX_ATTEMPTS, heads)
+        return [int(seq) for seq in self.server.change(self._freeing, "give_back", new_nonce(), *how, listed=samples)]
 
     def commit(self, lease: Lease, captured: Mapping[int, Captured], log: StreamingRefChannel) -> list[int]:
         """See MetadataStore."""
         self._check_log(log)
-        samples = [part for seq, one in captured.items() for part in (seq, one.generation, one.num_bytes, one.line)]
-        accepted = self.server.change(self._growing, "commit", new_nonce(), lease.worker, lease.attempt, listed=samples)
+        heads, lines = split([one.line for one in captured.values()])
+        samples = [
+            part
+            for (seq, one), line in zip(captured.items(), lines, strict=True)
+            for part in (seq, one.generation, one.num_bytes, line)
+        ]
+        how = (new_nonce(), _name(lease), lease.attempt, heads)
+        accepted = self.server.change(self._growing, "commit", *how, listed=samples)
         return list(captured) if accepted is True else [int(seq) for seq in accepted]
 
     def want(self, seq: int, generation: str) -> bool:
@@ -130,15 +139,16 @@ class RedisMetadataStore(MetadataStore):
 
     def free(self, seqs: Iterable[int]) -> None:
         """See MetadataStore."""
-        self._run("ack", listed=list(seqs))
+        self.server.change(self._freeing, "ack", listed=list(seqs))
 
     def ack(self, next_seq: int, global_step: int, freed: Iterable[int] = ()) -> None:
         """See MetadataStore."""
-        self._run("ack", "trained_seq", next_seq, "trained_step", global_step, listed=list(freed))
+        totals = ("trained_seq", next_seq, "trained_step", global_step)
+        self.server.change(self._freeing, "ack", *totals, listed=list(freed))
 
     def ack_durable(self, next_seq: int, global_step: int) -> None:
         """See MetadataStore."""
-        self._run("ack", "durable_seq", next_seq, "durable_step", global_step)
+        self.server.change(self._freeing, "ack", "durable_seq", next_seq, "durable_step", global_step)
 
     def count_wait(self) -> None:
         """See MetadataStore."""
@@ -213,8 +223,8 @@ class RedisMetadataStore(MetadataStore):
         """See MetadataStore. The last process that leaves a completed run removes what it kept in Redis."""
         self.server.leave()
 
-    def _run(self, operation: str, *arguments: str | bytes | int | float, listed: Sequence[str | bytes | int] = ()) -> Any:
-        return self.server.change(self._freeing, operation, *arguments, listed=listed)
+    def _run(self, operation: str, *arguments: str | int | float) -> Any:
+        return self.server.change(self._running, operation, *arguments)
 
     def _check_log(self, log: StreamingRefChannel) -> None:
         same = (
@@ -223,6 +233,11 @@ class RedisMetadataStore(MetadataStore):
             and log.server.run_id == self.server.run_id
         )
         assert same, "one script writes both, so both are in one place"
+
+
+def _name(lease: Lease) -> str:
+    """Of a lease in Redis."""
+    return f"{lease.seqs[0]} {lease.worker}"
 
 
 def _pairs(flat: Any) -> dict[str, str]:

@@ -1,8 +1,8 @@
 -- What people are shown of a run, at one moment.
-local TOTALS, ROWS, WANTED, LEASED, PARTS = KEYS[4], KEYS[6], KEYS[7], KEYS[8], KEYS[10]
+local TOTALS, ROWS, WANTED, PARTS = KEYS[4], KEYS[6], KEYS[7], KEYS[10]
 local time = redis.call('TIME')
 local trained = tonumber(redis.call('HGET', TOTALS, 'trained_seq') or 0)
-local rows, published, kept, kept_bytes = redis.call('HGETALL', ROWS), 0, 0, 0
+local rows, published, leased, kept, kept_bytes = redis.call('HGETALL', ROWS), 0, 0, 0, 0
 for i = 1, #rows, 2 do
   local bytes = string.match(rows[i + 1], '^published %d+ %d+ (%d+)')
   if bytes then
@@ -10,6 +10,8 @@ for i = 1, #rows, 2 do
     if tonumber(rows[i]) < trained then
       kept, kept_bytes = kept + 1, kept_bytes + bytes
     end
+  elseif string.find(rows[i + 1], '^leased') then
+    leased = leased + 1
   end
 end
 return cjson.encode({
@@ -17,7 +19,7 @@ return cjson.encode({
   totals = redis.call('HGETALL', TOTALS),
   parts = redis.call('HGETALL', PARTS),
   refs = #rows / 2,
-  leased = redis.call('ZCARD', LEASED),
+  leased = leased,
   wanted = redis.call('ZCARD', WANTED),
   published = published,
   kept = kept,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_dataflow.channels import LocalRedis, RedisAddress, RedisChannel, redis_server
+from lightning_dataflow.channels import LocalRedis, RedisAddress, RedisChannel, redis_connections, redis_server
 from lightning_dataflow.channels.redis_server import RedisServer
 from lightning_dataflow.contracts import CapacityError, LogRecord, PeerFailedError, PeerTimeoutError, UserError
 from lightning_dataflow.control import Captured, RedisMetadataStore, RunPlan
@@ -122,7 +122,7 @@ def test_a_replica_that_is_behind_is_told_to_whom_it_concerns(own):
     kill(server)
     for one in (first, second, reader):  # what a name in DNS does
         one.server.where = replica.where
-        one.server._pool = one.server._make_pool()
+        one.server._connections = one.server._connect()
     first.publish(refs(3))
     with pytest.raises(PeerFailedError, match="lost what this process had written there"):
         second.publish(refs(4))
@@ -132,7 +132,7 @@ def test_a_replica_that_is_behind_is_told_to_whom_it_concerns(own):
 
 def test_a_change_whose_answer_is_lost_is_made_once(own, monkeypatch):
     server = own()
-    monkeypatch.setattr(redis_server, "ANSWER_S", 0.2)
+    monkeypatch.setattr(redis_connections, "ANSWER_S", 0.2)
     log = channel(server)
     log.announce({"run_id": "run"})
     ledger = begun(log.server)
@@ -281,11 +281,11 @@ def test_tls(own, tmp_path):
 def test_what_others_write_is_checked(own):
     log = channel(own())
     log.announce({"run_id": "run"})
-    index, lines = log.server.key("index"), log.server.key("log")
+    index, lines = log.server.key("index"), log.server.key("lines")
     good = log.encode(refs(1)[0])
 
     def write(number: int, head: bytes, line: bytes) -> None:
-        log.server.ask("XADD", lines, f"{number}-7", "r", line)
+        log.server.ask("HSET", lines, number, line)
         log.server.ask("XADD", index, f"{number}-7", "h", head)
 
     for number, (head, line, message) in enumerate(
@@ -398,7 +398,7 @@ def test_what_is_said_after_the_end_does_not_stay(own):
     ledger.finish("completed")
     ledger.report("producer-0", "it broke", failed=True)
     ledger.close()
-    times = {name: asks.ask("TTL", asks.key(name)) for name in ("totals", "log", "clients", "parts", "failed")}
+    times = {name: asks.ask("TTL", asks.key(name)) for name in ("totals", "lines", "clients", "parts", "failed")}
     assert all(3500 < seconds <= 3600 for seconds in times.values()), times
 
 

@@ -58,6 +58,25 @@ class Place:
         }
 
 
+class Meeting:
+    """Where ranks wait for each other, as in a step's collectives; cheaper than multiprocessing's barrier."""
+
+    def __init__(self, context: Any, num_ranks: int):
+        self._here = context.Semaphore(0)
+        self._go = [context.Semaphore(0) for _ in range(num_ranks)]
+
+    def wait(self, rank: int) -> None:
+        """Until all ranks are here."""
+        if rank > 0:
+            self._here.release()
+            self._go[rank].acquire()
+            return
+        for _ in self._go[1:]:
+            self._here.acquire()
+        for go in self._go[1:]:
+            go.release()
+
+
 def produce(place: Place, name: str, group: int, seen: Any) -> None:
     """`seen` holds this process's memory in MB and its CPU seconds."""
     plane = place.open()
@@ -75,7 +94,7 @@ def produce(place: Place, name: str, group: int, seen: Any) -> None:
         seen[1] = time.process_time()
 
 
-def read(place: Place, rank: int, options: argparse.Namespace, barrier: Any, cpu: Any, begun: Any) -> None:
+def read(place: Place, rank: int, options: argparse.Namespace, meeting: Meeting, cpu: Any, begun: Any) -> None:
     """A rank: every window, and of it the refs of its share, which it frees."""
     plane = place.open()
     plane.log.wait_for_card(60.0, "the producer")
@@ -91,7 +110,7 @@ def read(place: Place, rank: int, options: argparse.Namespace, barrier: Any, cpu
         mine = range(seq + rank * share, seq + (rank + 1) * share)
         found = queue.get(range(seq, seq + options.window), mine)
         assert len(found.entries) == share
-        barrier.wait()  # the step's collectives
+        meeting.wait(rank)
         queue.ack(seq + options.window)
         if rank == 0:
             plane.ledger.ack(seq + options.window, seq // options.window + 1, mine)
@@ -103,7 +122,7 @@ def read(place: Place, rank: int, options: argparse.Namespace, barrier: Any, cpu
             plane.log.trim(seq + options.window)
             options.reports.put((seq + options.window, time.perf_counter(), place.sizes(), resident_mb()))
         cpu[rank] = time.process_time()
-    barrier.wait()
+    meeting.wait(rank)
     if rank == 0:
         plane.ledger.finish("completed")
     plane.close()
@@ -114,11 +133,11 @@ def measure(place: Place, options: argparse.Namespace, group: int) -> None:
     context = multiprocessing.get_context("fork")  # starts at once
     seen = [context.Array("d", 2) for _ in range(options.producers)]
     cpu, begun, options.reports = context.Array("d", options.readers), context.Event(), context.Queue()
-    barrier = context.Barrier(options.readers)
+    meeting = Meeting(context, options.readers)
     processes = [
         *(context.Process(target=produce, args=(place, f"producer-{index}", group, one)) for index, one in enumerate(seen)),
         *(
-            context.Process(target=read, args=(place, rank, options, barrier, cpu, begun))
+            context.Process(target=read, args=(place, rank, options, meeting, cpu, begun))
             for rank in range(options.readers)
         ),
     ]

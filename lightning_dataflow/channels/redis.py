@@ -92,7 +92,11 @@ class RedisChannel(StreamingRefChannel):
         """See StreamingRefChannel."""
         while len(self._heads) < max_records and self._fill():
             pass
-        return [self._heads.popleft() for _ in range(min(max_records, len(self._heads)))]
+        if len(self._heads) > max_records:
+            return [self._heads.popleft() for _ in range(max_records)]
+        heads = list(self._heads)
+        self._heads.clear()
+        return heads
 
     def load(self, heads: Sequence[RecordHead]) -> list[LogRecord]:
         """See StreamingRefChannel. Raises UserError where one was dropped before it was read."""

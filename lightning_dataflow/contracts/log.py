@@ -1,7 +1,6 @@
 """Records of the log that carries references from producers to trainers."""
 
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast, get_args
+from typing import Any, Literal, NamedTuple, Protocol, cast, get_args
 
 from lightning_dataflow.contracts.errors import UserError
 from lightning_dataflow.contracts.records import SampleRef
@@ -10,10 +9,10 @@ from lightning_dataflow.contracts.validation import ref_from_json, ref_to_json
 Kind = Literal["begin", "ref", "supersede", "skip", "end"]
 MAX_SEQ = 1 << 48
 MAX_REASON = 500
+KINDS = frozenset(get_args(Kind))
 
 
-@dataclass(frozen=True, kw_only=True)
-class LogRecord:
+class LogRecord(NamedTuple):
     """One line of the log.
 
     Attributes:
@@ -76,7 +75,7 @@ def record_to_json(record: LogRecord) -> dict[str, Any]:
 def record_from_json(data: Any) -> LogRecord:
     """Rebuild and validate a record from `json.loads` output. Raises UserError for anything malformed."""
     kind, seq = (data.get("kind"), data.get("seq")) if isinstance(data, dict) else (None, None)
-    if kind not in get_args(Kind) or not isinstance(seq, int) or isinstance(seq, bool) or not 0 <= seq <= MAX_SEQ:
+    if kind not in KINDS or not isinstance(seq, int) or isinstance(seq, bool) or not 0 <= seq <= MAX_SEQ:
         raise UserError(f"not a log record: {str(data)[:80]}")
     if kind in ("ref", "supersede"):
         return LogRecord(kind=cast(Kind, kind), seq=seq, ref=ref_from_json(data.get("ref")))

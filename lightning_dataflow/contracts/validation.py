@@ -3,8 +3,9 @@
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from functools import lru_cache
-from typing import Any, cast, get_args
+from typing import Any, TypeVar, cast, get_args
 
 from lightning_dataflow.contracts.errors import UserError
 from lightning_dataflow.contracts.records import (
@@ -16,6 +17,7 @@ from lightning_dataflow.contracts.records import (
     TargetRepr,
 )
 
+T = TypeVar("T")
 DTYPE_BYTES = {
     "bool": 1,
     "uint8": 1,
@@ -36,7 +38,9 @@ MAX_RANK = 8
 MAX_TEXT = 1024
 MAX_FEATURES = 64
 CACHED_LAYOUTS, CACHED_SPECS, CACHED_CAPTURES = 1 << 13, 1 << 15, 16
-_ORIGIN_DEFAULTS = (("attempt", 0), ("draft_weight_version", None))
+_ORIGIN_DEFAULTS = {"attempt": 0, "draft_weight_version": None}
+_REF_DEFAULTS = {"schema_version": SCHEMA_VERSION}
+_FIELDS = {cls: frozenset(field.name for field in fields(cls)) for cls in (SampleOrigin, SampleRef)}
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:#-]{0,254}")
 _GENERATION = re.compile(r"[0-9]{1,9}-[0-9a-f]{16,64}")
 
@@ -61,20 +65,23 @@ def _check_fields(ref: SampleRef) -> None:
     """All but the features."""
     origin = ref.origin
     check_id(origin.sample_id, "sample_id")
-    check_id(origin.run_id, "run_id")
     check_id(origin.source_task_id, "source_task_id")
     check_id(origin.source_id, "source_id")
-    if ref.schema_version != SCHEMA_VERSION:
-        raise UserError(
-            f"ref {origin.sample_id} has schema version {ref.schema_version}, this release reads {SCHEMA_VERSION}: "
-            "capture again with this release"
-        )
+    capture = origin.capture
+    try:
+        _check_of_run(origin.run_id, origin.target_model_version, origin.tokenizer_version, ref.uri, ref.schema_version)
+        _check_count(capture.hidden_size, MAX_TOKENS, "hidden_size", "its capture")
+    except (UserError, TypeError) as error:  # TypeError: a list where a text belongs
+        raise UserError(f"ref {origin.sample_id}: {error}") from error
+    if capture.norm not in ("post", "pre") or not 0 < len(capture.layer_ids) <= MAX_FEATURES:
+        raise UserError(f"capture of {origin.sample_id} is {_short(capture)}, expected layer ids and norm post or pre")
     if not isinstance(ref.generation, str) or not _GENERATION.fullmatch(ref.generation):
         raise UserError(f"ref {origin.sample_id} has generation {_short(ref.generation)}, expected attempt-nonce")
     _check_count(origin.num_tokens, MAX_TOKENS, "num_tokens", origin.sample_id)
     if not 0 < len(ref.features) <= MAX_FEATURES:
         raise UserError(f"ref {origin.sample_id} has {len(ref.features)} features, expected 1 to {MAX_FEATURES}")
-    _check_plain(ref)
+    if not isinstance(origin.attempt, int) or not 0 <= origin.attempt < 10**9:
+        raise UserError(f"attempt of {origin.sample_id} is {_short(origin.attempt)}, expected a whole number from 0")
 
 
 def _payload(ref: SampleRef) -> int:
@@ -109,7 +116,7 @@ def ref_to_json(ref: SampleRef) -> dict[str, Any]:
     do not fit into one are a mapping.
     """
     origin = dict(vars(ref.origin))
-    for name, default in _ORIGIN_DEFAULTS:
+    for name, default in _ORIGIN_DEFAULTS.items():
         if origin[name] == default:
             del origin[name]
     capture = ref.origin.capture
@@ -129,14 +136,15 @@ def ref_from_json(data: Any) -> SampleRef:
     try:
         told, features = data["origin"], data["features"]
         layer_ids, norm, hidden_size = _fields_of_capture(told["capture"])
-        origin = SampleOrigin(**{**told, "capture": _capture(tuple(map(int, layer_ids)), norm, hidden_size)})
+        capture = _capture(tuple(map(int, layer_ids)), norm, hidden_size)
+        origin = _filled(SampleOrigin, {"metadata": {}, **_ORIGIN_DEFAULTS, **told, "capture": capture})
         total = None
         if isinstance(features, str):
             _check_count(origin.num_tokens, MAX_TOKENS, "num_tokens", str(origin.sample_id))
             features, total = _read_layout(features, origin.num_tokens)
         else:
             features = {name: FeatureSpec(**{**spec, "shape": tuple(spec["shape"])}) for name, spec in features.items()}
-        ref = SampleRef(**{**data, "origin": origin, "features": features})
+        ref = _filled(SampleRef, {**_REF_DEFAULTS, **data, "origin": origin, "features": features})
     except UserError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -178,6 +186,15 @@ def _read_layout(layout: str, num_tokens: int) -> tuple[dict[str, FeatureSpec], 
     return features, total
 
 
+def _filled(cls: type[T], values: dict[str, Any]) -> T:
+    """An instance with `values` for all its fields. The constructor of a frozen class sets each by a call of its own."""
+    if values.keys() != _FIELDS[cls]:
+        raise TypeError(f"fields of {cls.__name__}: {', '.join(map(str, values.keys() ^ _FIELDS[cls]))}")
+    filled = object.__new__(cls)
+    filled.__dict__.update(values)
+    return filled
+
+
 def _fields_of_capture(data: Mapping[str, Any]) -> tuple[Any, Any, Any]:
     if len(data) != 3:
         raise TypeError(f"capture has {', '.join(map(str, data))}")
@@ -216,20 +233,17 @@ def _feature_bytes(name: str, own_name: str, dtype: str, target_repr: Any, *shap
     return math.prod(shape) * DTYPE_BYTES[dtype]
 
 
-def _check_plain(ref: SampleRef) -> None:
-    origin, capture = ref.origin, ref.origin.capture
-    for what, value in (
-        ("uri", ref.uri),
-        ("target_model_version", origin.target_model_version),
-        ("tokenizer_version", origin.tokenizer_version),
-    ):
+@lru_cache(CACHED_CAPTURES, typed=True)
+def _check_of_run(run_id: Any, target: Any, tokenizer: Any, uri: Any, schema_version: Any) -> None:
+    """What all samples of a run have."""
+    check_id(run_id, "run_id")
+    for what, value in (("uri", uri), ("target_model_version", target), ("tokenizer_version", tokenizer)):
         if not isinstance(value, str) or not 0 < len(value) <= MAX_TEXT:
-            raise UserError(f"{what} of {origin.sample_id} is {_short(value)}, expected up to {MAX_TEXT} characters")
-    if not isinstance(origin.attempt, int) or not 0 <= origin.attempt < 10**9:
-        raise UserError(f"attempt of {origin.sample_id} is {_short(origin.attempt)}, expected a whole number from 0")
-    _check_count(capture.hidden_size, MAX_TOKENS, "hidden_size", origin.sample_id)
-    if capture.norm not in ("post", "pre") or not 0 < len(capture.layer_ids) <= MAX_FEATURES:
-        raise UserError(f"capture of {origin.sample_id} is {_short(capture)}, expected layer ids and norm post or pre")
+            raise UserError(f"its {what} is {_short(value)}, expected up to {MAX_TEXT} characters")
+    if schema_version != SCHEMA_VERSION:
+        raise UserError(
+            f"it has schema version {schema_version}, this release reads {SCHEMA_VERSION}: capture again with this release"
+        )
 
 
 def _check_count(value: Any, limit: int, what: str, whose: str) -> None:

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning_dataflow.channels import StreamingRefChannel
 from lightning_dataflow.contracts import UserError
@@ -90,8 +90,7 @@ class Lease:
     tries: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Captured:
+class Captured(NamedTuple):
     """What the ledger and the log are told of a captured sample.
 
     Attributes:

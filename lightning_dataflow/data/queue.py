@@ -15,6 +15,7 @@ from lightning_dataflow.data.source import RefWindow, WindowEntry
 CHECK_PEERS_S = 0.5
 NOT_READ = 0
 """Number of a record that this reader made itself."""
+REF_KINDS = frozenset(("ref", "supersede"))
 
 
 class QueueCancelledError(Exception):
@@ -56,9 +57,10 @@ class StreamingRefQueue:
         self._idle_timeout_s = idle_timeout_s
         self._pump = pump
         self._frees = frees
-        self._records: dict[int, RecordHead] = {}  # the one that counts
-        self._first: dict[int, RecordHead] = {}  # the first of a seq: its sizes count, so that all ranks count alike
-        self._handed_out: dict[int, int] = {}  # seq → number of the record
+        self._heads: dict[int, RecordHead] = {}  # of the record that counts
+        self._first: dict[int, RecordHead] = {}  # where another counts now: its sizes do, so that all ranks count alike
+        self._loaded: dict[int, LogRecord] = {}  # by number
+        self._handed_out: set[int] = set()  # seqs, as their heads are
         self._lost: set[int] = set()  # their records are void; waiting for the next
         self._unwanted: list[tuple[int, SampleRef]] = []
         self._end: int | None = None
@@ -90,7 +92,7 @@ class StreamingRefQueue:
     def num_tokens(self, seq: int) -> int:
         """Length of the sample at `seq`, 0 where it was skipped, once it is there. Raises as `get` does."""
         self._wait(range(seq, seq + 1))
-        return self._first[seq].num_tokens
+        return self._first.get(seq, self._heads[seq]).num_tokens
 
     def get(self, seqs: range, share: Sequence[int]) -> RefWindow:
         """The window `seqs`, and of it the refs of `share`, once it is complete.
@@ -101,18 +103,15 @@ class StreamingRefQueue:
             UserError: the log has ended before this window.
         """
         self._wait(seqs)
-        self._handed_out.update({seq: self._records[seq].number for seq in seqs})
-        return RefWindow(entries=self.entries(share), num_tokens=sum(self._first[seq].num_tokens for seq in seqs))
+        self._handed_out.update(seqs)
+        return RefWindow(entries=self.entries(share), num_tokens=sum([head.num_tokens for head in self._first_heads(seqs)]))
 
     def entries(self, seqs: Sequence[int]) -> list[WindowEntry]:
         """What is known of seqs of complete windows."""
-        self._load([self._records[seq] for seq in seqs])
-        found = []
-        for seq in seqs:
-            record = self._records[seq].record
-            ref = None if record is None else record.ref
-            found.append(WindowEntry(seq=seq, ref=None if ref is None or ref.sample_id in self._skip_ids else ref))
-        return found
+        refs = [record.ref for record in self._load([self._heads[seq] for seq in seqs])]
+        if self._skip_ids:
+            refs = [None if ref is None or ref.sample_id in self._skip_ids else ref for ref in refs]
+        return list(map(WindowEntry, seqs, refs))
 
     def entry(self, seq: int) -> WindowEntry:
         """As `entries`, of one."""
@@ -120,18 +119,23 @@ class StreamingRefQueue:
 
     def num_bytes(self, seqs: range) -> int:
         """Payload of a complete window, the same on every rank."""
-        return sum(self._first[seq].num_bytes for seq in seqs)
+        return sum([head.num_bytes for head in self._first_heads(seqs)])
 
     def ack(self, next_seq: int) -> list[SampleRef]:
         """Everything before `next_seq` has been trained. Returns refs of it that nobody reads, to be freed."""
         with self._lock:
-            for seq in range(self._start, next_seq):
-                record, handed_out = self._records.pop(seq, None), self._handed_out.pop(seq, None)
-                self._first.pop(seq, None)
-                if self._recaptured:
-                    self._recaptured.pop(seq, None)
-                if record is not None and record.number != handed_out:  # came after its window was handed out
-                    self._discard(record)
+            acked = range(self._start, next_seq)
+            heads = [self._heads.pop(seq, None) for seq in acked]
+            for seq, head in zip(acked, heads, strict=True):
+                if head is not None and seq not in self._handed_out:  # came after its window was handed out
+                    self._discard(head)
+            self._handed_out.difference_update(acked)
+            for head in heads:
+                if head is not None:
+                    self._loaded.pop(head.number, None)
+            for of_seqs in (self._first, self._recaptured):
+                for seq in [seq for seq in of_seqs if seq < next_seq]:
+                    del of_seqs[seq]
             self._start = max(self._start, next_seq)
             return self._take_unwanted(next_seq)
 
@@ -149,7 +153,7 @@ class StreamingRefQueue:
             else:
                 self._plane.skip([seq], reason)
                 self._take_in([head_of(LogRecord(kind="skip", seq=seq, reason=reason), NOT_READ)])
-        self._handed_out[seq] = self._records[seq].number
+        self._handed_out.add(seq)
         return self.entry(seq)
 
     def num_recaptured_before(self, next_seq: int) -> int:
@@ -159,8 +163,8 @@ class StreamingRefQueue:
 
     def unread(self) -> list[SampleRef]:
         """Refs that were not acknowledged."""
-        seqs = [seq for seq, head in self._records.items() if head.has_ref]
-        records = self._plane.log.load([self._records[seq] for seq in seqs])
+        seqs = [seq for seq, head in self._heads.items() if head.has_ref]
+        records = self._plane.log.load([self._heads[seq] for seq in seqs])
         return [record.ref for record in records if record.ref is not None] + self.take_unwanted()
 
     def take_unwanted(self) -> list[SampleRef]:
@@ -177,8 +181,16 @@ class StreamingRefQueue:
         self._unwanted = [(seq, ref) for seq, ref in self._unwanted if below is not None and seq >= below]
         return taken
 
+    def _first_heads(self, seqs: range) -> list[RecordHead]:
+        if not self._first:
+            return [self._heads[seq] for seq in seqs]
+        return [self._first.get(seq, self._heads[seq]) for seq in seqs]
+
     def _take_in(self, heads: Iterable[RecordHead]) -> None:
         with self._lock:
+            if self._are_new(heads := list(heads)):
+                self._heads.update([(head.seq, head) for head in heads])
+                return
             for head in heads:
                 if head.kind == "begin":
                     self._end = None
@@ -187,19 +199,33 @@ class StreamingRefQueue:
                 else:
                     self._take(head)
 
+    def _are_new(self, heads: Sequence[RecordHead]) -> bool:
+        """Whether they are all of refs that count, and nothing is to be done but to remember them."""
+        seqs = {head.seq for head in heads}
+        return (
+            len(seqs) == len(heads) > 0
+            and {head.kind for head in heads} <= REF_KINDS
+            and min(seqs) >= self._start
+            and not self._skip_ids
+            and not self._lost
+            and self._heads.keys().isdisjoint(seqs)
+        )
+
     def _take(self, head: RecordHead) -> None:
         seq = head.seq
-        known = self._records.get(seq)
+        known = self._heads.get(seq)
         if seq < self._start or (known is not None and not replaces(head, known)):
             self._discard(head)
             return
         if known is not None:
             self._discard(known)
+            self._first.setdefault(seq, known)
+            self._handed_out.discard(seq)
+            self._loaded.pop(known.number, None)
             if head.has_ref:
                 self.num_recaptured += 1
                 self._recaptured[seq] += 1
-        self._records[seq] = head
-        self._first.setdefault(seq, head)
+        self._heads[seq] = head
         self._lost.discard(seq)
         if not head.has_ref:
             self.skipped[seq] = str(self._load([head])[0].reason)
@@ -208,42 +234,44 @@ class StreamingRefQueue:
             self._discard(head)
 
     def _load(self, heads: Sequence[RecordHead]) -> list[LogRecord]:
-        """Their records, which stay with the heads that count."""
-        missing = [head for head in heads if head.record is None]
-        for head, loaded in zip(missing, self._plane.log.load(missing), strict=True):
-            if self._records[head.seq].number == head.number:
-                self._records[head.seq] = head._replace(record=loaded)
-        return [record for head in heads if (record := self._records[head.seq].record) is not None]
+        """Their records, which are kept as long as they are in flight."""
+        loaded = self._loaded
+        missing = [head for head in heads if head.record is None and head.number not in loaded]
+        loaded.update(zip([head.number for head in missing], self._plane.log.load(missing), strict=True))
+        return [head.record or loaded[head.number] for head in heads]
 
     def _discard(self, head: RecordHead) -> None:
         if self._frees and head.has_ref:
-            (record,) = self._plane.log.load([head])
+            record = head.record or self._loaded.get(head.number) or self._plane.log.load([head])[0]
             assert record.ref is not None, "it has one"
             self._unwanted.append((head.seq, record.ref))
 
     def _wait(self, seqs: range) -> None:
         """Until every one of `seqs` has its entry."""
         waited, last_news, last_check, pause = False, time.monotonic(), 0.0, POLL_S[0]
-        first = seqs.start  # that may be missing
+        last_look: float | None = None
+        first, here, lost = seqs.start, self._heads, self._lost  # the first that may be missing
         while True:
             heads = self._plane.log.poll_heads()
             self._take_in(heads)
-            while first < seqs.stop and self._is_here(first):
+            while first < seqs.stop and first in here and first not in lost:
                 first += 1
             if first >= seqs.stop:
                 self.waiting_for = ""
                 return
             now = time.monotonic()
             if heads:
-                last_news, pause = now, POLL_S[0]
-                if self._pump is None:
-                    time.sleep(pause)  # the rest is not there at once
+                if self._pump is None:  # the rest is not there at once, but when it comes as fast as these
+                    rest_s = 0.0 if last_look is None else (seqs.stop - first) * (now - last_look) / len(heads)
+                    time.sleep(min(max(rest_s, POLL_S[0]), POLL_S[1]))
+                last_news, last_look, pause = now, now, POLL_S[0]
                 continue
+            last_look = now
             if self._cancelled.is_set():
                 raise QueueCancelledError
             if now - last_check > CHECK_PEERS_S:
                 last_check = now
-                num_missing = sum(not self._is_here(seq) for seq in seqs)
+                num_missing = sum(seq not in here or seq in lost for seq in seqs)
                 self.waiting_for = f"{num_missing} of the {len(seqs)} samples of the window at seq {seqs.start}"
                 self._check_peers(seqs, now - last_news)
             if not waited:
@@ -252,9 +280,6 @@ class StreamingRefQueue:
             if self._pump is None or not self._pump():
                 time.sleep(pause)
                 pause = min(2 * pause, POLL_S[1])
-
-    def _is_here(self, seq: int) -> bool:
-        return seq in self._records and seq not in self._lost
 
     def _check_peers(self, seqs: range, idle_s: float) -> None:
         if failures := why_over(self._plane.ledger):

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -37,8 +37,7 @@ class FeatureCard:
     skipped: Mapping[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
-class WindowEntry:
+class WindowEntry(NamedTuple):
     """One seq of a window; `ref` is None where it was skipped and keeps its place with zero loss weight."""
 
     seq: int

@@ -44,7 +44,7 @@ def main() -> None:
             own = time.process_time()
             for rank, channel in enumerate(channels):
                 while heads := channel.poll_heads():
-                    channel.load([head for head in heads if head.seq // 8 % readers == rank])
+                    channel.load(heads.rows[heads.rows["seq"] // 8 % readers == rank])
             more_cpu, more_sent = counters(server)
             micros = 1e6 * (time.process_time() - own) / options.refs / readers
             print(

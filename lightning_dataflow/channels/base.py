@@ -3,42 +3,19 @@
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import orjson
 
+from lightning_dataflow.channels.heads import ROW, Heads, head_of
 from lightning_dataflow.contracts import LogRecord, PeerTimeoutError, UserError, assert_no_tensors
-from lightning_dataflow.contracts.log import Kind, record_to_json
+from lightning_dataflow.contracts.log import record_to_json
 
 MAX_LINE_BYTES = 1 << 20
 POLL_S = (0.002, 0.05)
 """Waits between two looks at a log without news: they grow from the first to the second."""
 _AS_LINE = orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS | orjson.OPT_PASSTHROUGH_DATACLASS
-
-
-class RecordHead(NamedTuple):
-    """What every reader needs of a record.
-
-    Attributes:
-        number: tells the records apart that one reader has read.
-        attempt, num_tokens, num_bytes: of its ref; 0 without one.
-        size: of its line in bytes.
-        record: where it has been read already.
-    """
-
-    number: int
-    seq: int
-    num_bytes: int
-    num_tokens: int
-    attempt: int
-    size: int
-    kind: Kind
-    record: LogRecord | None = None
-
-    @property
-    def has_ref(self) -> bool:
-        """Whether there are features to read."""
-        return self.kind in ("ref", "supersede")
 
 
 class StreamingRefChannel(ABC):
@@ -95,15 +72,15 @@ class StreamingRefChannel(ABC):
         Raises UserError for a record that is malformed, of another run or another schema.
         """
 
-    def poll_heads(self, max_records: int = 1024) -> list[RecordHead]:
+    def poll_heads(self, max_records: int = 1024) -> Heads:
         """As `poll`, only what every reader needs; a channel that has to read the records anyway gives them along."""
-        return [head_of(record, next(self._numbers)) for record in self.poll(max_records)]
+        records = self.poll(max_records)
+        return Heads(np.array([head_of(record, next(self._numbers)) for record in records], ROW), records)
 
-    def load(self, heads: Sequence[RecordHead]) -> list[LogRecord]:
-        """The records of these heads, from `poll_heads` of this reader."""
-        records = [head.record for head in heads if head.record is not None]
-        assert len(records) == len(heads), "poll gave them"
-        return records
+    def load(self, rows: np.ndarray) -> list[LogRecord]:
+        """The records of rows of heads, where `poll_heads` of this reader gave none along."""
+        assert len(rows) == 0, "poll_heads gave them"
+        return []
 
     @abstractmethod
     def rewind(self) -> None:
@@ -145,14 +122,6 @@ class StreamingRefChannel(ABC):
             else:
                 time.sleep(wait)
                 wait = min(2 * wait, POLL_S[1])
-
-
-def head_of(record: LogRecord, number: int) -> RecordHead:
-    """Of a record that has been read."""
-    ref = record.ref
-    if ref is None:
-        return RecordHead(number, record.seq, 0, 0, 0, 0, record.kind, record)
-    return RecordHead(number, record.seq, ref.num_bytes, ref.num_tokens, ref.origin.attempt, 0, record.kind, record)
 
 
 def _refuse(value: Any) -> Any:

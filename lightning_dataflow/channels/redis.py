@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import orjson
 
-from lightning_dataflow.channels.base import MAX_LINE_BYTES, RecordHead, StreamingRefChannel, check_card
-from lightning_dataflow.channels.redis_records import pack, split, unpack
-from lightning_dataflow.channels.redis_scripts import change_script
+from lightning_dataflow.channels.base import MAX_LINE_BYTES, StreamingRefChannel, check_card
+from lightning_dataflow.channels.heads import KINDS, ROW, Heads, RecordHead, first_damaged, heads_in
+from lightning_dataflow.channels.redis_records import HEAD_BYTES, pack, split, unpack
+from lightning_dataflow.channels.redis_scripts import ALLOW_OOM, change_script
 from lightning_dataflow.channels.redis_server import RedisServer
 from lightning_dataflow.contracts import SCHEMA_VERSION, LogRecord, UserError, assert_no_tensors
 from lightning_dataflow.contracts.log import record_from_json
@@ -20,8 +22,6 @@ INDEX_ENTRIES = 64
 """Appends whose heads are asked for at a time."""
 READ_BYTES = 8 << 20
 """Lines that are asked for at a time."""
-TRIMMED = 1024
-"""Lines that are dropped by one command."""
 NONCE_BITS = 48
 
 
@@ -37,13 +37,12 @@ class RedisChannel(StreamingRefChannel):
     def __init__(self, server: RedisServer):
         self.server = server
         self.name = f"{server.name}, run {server.run_id}"
-        self._append = change_script()
+        self._append, self._trim = change_script(), change_script(flags=ALLOW_OOM)
         self._run_id: str | None = None
         self._position = (0, 0)  # of the last entry of the index that was read
         self._last_number = 0
-        self._heads: deque[RecordHead] = deque()  # read, not handed out
+        self._rows = np.empty(0, ROW)  # read, not handed out
         self._read: deque[tuple[int, int]] = deque()  # by entry of the index: the number after it, its highest seq
-        self._oldest = 1  # number that was not trimmed
         self._connections = server.num_connections
         self.card()
 
@@ -86,20 +85,18 @@ class RedisChannel(StreamingRefChannel):
 
     def poll(self, max_records: int = 1024) -> list[LogRecord]:
         """See StreamingRefChannel."""
-        return [record for record in self._load(self.poll_heads(max_records)) if record is not None]
+        return [record for record in self._load(heads_in(self.poll_heads(max_records).rows)) if record is not None]
 
-    def poll_heads(self, max_records: int = 1024) -> list[RecordHead]:
+    def poll_heads(self, max_records: int = 1024) -> Heads:
         """See StreamingRefChannel."""
-        while len(self._heads) < max_records and self._fill():
+        while len(self._rows) < max_records and self._fill():
             pass
-        if len(self._heads) > max_records:
-            return [self._heads.popleft() for _ in range(max_records)]
-        heads = list(self._heads)
-        self._heads.clear()
-        return heads
+        rows, self._rows = self._rows[:max_records], self._rows[max_records:]
+        return Heads(rows)
 
-    def load(self, heads: Sequence[RecordHead]) -> list[LogRecord]:
+    def load(self, rows: np.ndarray) -> list[LogRecord]:
         """See StreamingRefChannel. Raises UserError where one was dropped before it was read."""
+        heads = heads_in(rows)
         records = self._load(heads)
         for head, record in zip(heads, records, strict=True):
             if record is None:
@@ -112,21 +109,17 @@ class RedisChannel(StreamingRefChannel):
     def rewind(self) -> None:
         """See StreamingRefChannel."""
         self._position, self._last_number = (0, 0), 0
-        self._heads.clear()
+        self._rows = np.empty(0, ROW)
         self._read.clear()
 
     def trim(self, seq: int) -> None:
         """See StreamingRefChannel. The last entry that was read stays: by it a server that lost some is found out."""
-        handed_out = self._heads[0].number if self._heads else self._last_number
+        handed_out = int(self._rows[0]["number"]) if len(self._rows) else self._last_number
         following = None
         while len(self._read) > 1 and self._read[0][1] < seq and self._read[0][0] <= handed_out:
             following, _ = self._read.popleft()
         if following is not None:
-            dropped = range(self._oldest, following)
-            lines, index = self.server.key("lines"), self.server.key("index")
-            pieces = (dropped[first : first + TRIMMED] for first in range(0, len(dropped), TRIMMED))
-            self.server.ask_all([("XTRIM", index, "MINID", f"{following}-0"), *(("HDEL", lines, *one) for one in pieces)])
-            self._oldest = following
+            self.server.change(self._trim, "trim", following)
 
     def _fill(self) -> bool:
         """Read more of the index; False when there is no more yet."""
@@ -135,21 +128,23 @@ class RedisChannel(StreamingRefChannel):
         while self._connections != self.server.num_connections:
             self._check_position()
             entries = self.server.ask(*command)
-        for name, fields in entries:
-            first, nonce = _position(name)
-            if not self._read:
-                self._oldest = first
-            heads = self._unpacked(fields[1], first)
-            self._heads.extend(heads)
-            self._position, self._last_number = (first, nonce), first + len(heads)
-            self._read.append((self._last_number, max([head.seq for head in heads], default=-1)))
-        return bool(entries)
-
-    def _unpacked(self, heads: bytes, first: int) -> list[RecordHead]:
-        try:
-            return unpack(heads, first)
-        except UserError as error:
-            raise self._damaged(first, error) from error
+        if not entries:
+            return False
+        firsts, texts = [_position(name) for name, _ in entries], [fields[1] for _, fields in entries]
+        for (first, _), text in zip(firsts, texts, strict=True):
+            if not text or len(text) % HEAD_BYTES:
+                raise self._damaged(first, UserError(f"{len(text)} bytes of heads are no whole number of them"))
+        counts = [len(text) // HEAD_BYTES for text in texts]
+        numbers = [np.arange(first, first + count) for (first, _), count in zip(firsts, counts, strict=True)]
+        rows = unpack(b"".join(texts), np.concatenate(numbers))
+        if (index := first_damaged(rows)) is not None:
+            (head,) = heads_in(rows[index : index + 1])
+            raise self._damaged(head.number, UserError(f"it has kind {head.kind} and seq {head.seq}"))
+        highest = np.maximum.reduceat(rows["seq"], np.cumsum([0, *counts[:-1]])).tolist()
+        self._read.extend((first + count, seq) for (first, _), count, seq in zip(firsts, counts, highest, strict=True))
+        self._rows = np.concatenate([self._rows, rows])
+        self._position, self._last_number = firsts[-1], self._read[-1][0]
+        return True
 
     def _check_position(self) -> None:
         """After a new connection, which may lead to a server that does not know what was read from the one before."""
@@ -174,15 +169,16 @@ class RedisChannel(StreamingRefChannel):
             record = record_from_json(orjson.loads(line))
         except ValueError as error:  # UserError is one
             raise self._damaged(head.number, error) from error
-        if (record.kind, record.seq) != (head.kind, head.seq):
+        if record.seq != head.seq or record.kind != KINDS[head.kind]:
             raise self._damaged(head.number, UserError(f"it is the {record.kind} of seq {record.seq}"))
         if (ref := record.ref) is not None:
-            told = (ref.num_bytes, ref.num_tokens, ref.origin.attempt)
-            if told != (head.num_bytes, head.num_tokens, head.attempt):
+            origin = ref.origin
+            told = (ref.num_bytes, origin.num_tokens, origin.attempt)
+            if told != head[2:5]:
                 raise self._damaged(head.number, UserError(f"its head tells {told}"))
-            if ref.origin.run_id != self._known_run_id():
+            if origin.run_id != self._known_run_id():
                 raise UserError(
-                    f"{self.name} holds references of run {ref.origin.run_id}, its card is of run {self._run_id}: two runs "
+                    f"{self.name} holds references of run {origin.run_id}, its card is of run {self._run_id}: two runs "
                     "were mixed, start again under another run_name"
                 )
         return record

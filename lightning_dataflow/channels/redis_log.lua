@@ -70,3 +70,15 @@ ops.append = function(nonce, heads)
   append(nonce, heads, listed(1, 1))
   return true
 end
+
+-- drops all records before one of the index
+ops.trim = function(following)
+  local first, numbers = total('trimmed') + 1, {}
+  for number = first, following - 1 do
+    numbers[#numbers + 1] = int(number)
+  end
+  many('HDEL', LINES, numbers)
+  redis.call('XTRIM', INDEX, 'MINID', following .. '-0')
+  redis.call('HSET', TOTALS, 'trimmed', math.max(first, following) - 1)
+  return true
+end

@@ -2,24 +2,30 @@
 
 import struct
 from collections.abc import Sequence
-from itertools import count, repeat
 
-from lightning_dataflow.channels.base import RecordHead
-from lightning_dataflow.contracts import LogRecord, UserError
-from lightning_dataflow.contracts.log import MAX_SEQ, Kind
+import numpy as np
+
+from lightning_dataflow.channels.heads import ROW, head_of
+from lightning_dataflow.contracts import LogRecord
 
 _HEAD = struct.Struct("<QQIIIB3x")
+_FIELDS = [name for name in ROW.names or () if name != "number"]
+_HEADS = np.dtype(
+    {
+        "names": _FIELDS,
+        "formats": [ROW[name] for name in _FIELDS],
+        "offsets": [0, 8, 16, 20, 24, 28],
+        "itemsize": _HEAD.size,
+    }
+)
 HEAD_BYTES = _HEAD.size
 assert HEAD_BYTES == 32, "redis_log.lua cuts heads off by it"
-KINDS: tuple[Kind, ...] = ("begin", "ref", "supersede", "skip", "end")
 
 
 def pack(record: LogRecord, line: bytes) -> bytes:
     """A record's head and its line."""
-    kind, ref = KINDS.index(record.kind), record.ref
-    if ref is None:
-        return _HEAD.pack(record.seq, 0, 0, 0, len(line), kind) + line
-    return _HEAD.pack(record.seq, ref.num_bytes, ref.num_tokens, ref.origin.attempt, len(line), kind) + line
+    head = head_of(record, 0)
+    return _HEAD.pack(head.seq, head.num_bytes, head.num_tokens, head.attempt, len(line), head.kind) + line
 
 
 def split(records: Sequence[bytes]) -> tuple[bytes, list[bytes]]:
@@ -27,15 +33,11 @@ def split(records: Sequence[bytes]) -> tuple[bytes, list[bytes]]:
     return b"".join([record[:HEAD_BYTES] for record in records]), [record[HEAD_BYTES:] for record in records]
 
 
-def unpack(heads: bytes, first: int) -> list[RecordHead]:
-    """The heads of one append, the first of which has the number `first`. Raises UserError for something else."""
-    if len(heads) % HEAD_BYTES:
-        raise UserError(f"{len(heads)} bytes of heads are no whole number of them")
-    columns = list(zip(*_HEAD.iter_unpack(heads), strict=True))
-    if not columns:
-        return []
-    *numbers, kinds = columns
-    if max(kinds) >= len(KINDS) or max(numbers[0]) > MAX_SEQ:
-        raise UserError(f"record {first} or one after it has kind {max(kinds)} and seq {max(numbers[0])}")
-    fields = zip(count(first), *numbers, [KINDS[kind] for kind in kinds], repeat(None), strict=False)
-    return list(map(tuple.__new__, repeat(RecordHead), fields))
+def unpack(heads: bytes, numbers: np.ndarray) -> np.ndarray:
+    """Rows of dtype ROW, whose fields are not checked."""
+    packed = np.frombuffer(heads, _HEADS)
+    rows = np.empty(len(packed), ROW)
+    rows["number"] = numbers
+    for name in _FIELDS:
+        rows[name] = packed[name]
+    return rows

@@ -4,18 +4,23 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import count
+from typing import Literal
 
-from lightning_dataflow.channels.base import POLL_S, RecordHead, head_of
+import numpy as np
+
+from lightning_dataflow.channels.base import POLL_S
+from lightning_dataflow.channels.heads import KINDS, ROW, Heads, RecordHead, have_refs, head_of, heads_in
 from lightning_dataflow.contracts import LogRecord, PeerFailedError, PeerTimeoutError, SampleRef, UserError
 from lightning_dataflow.contracts.log import replaces
 from lightning_dataflow.control import ControlPlane
 from lightning_dataflow.control.heartbeat import why_over
+from lightning_dataflow.data.head_table import HeadTable
 from lightning_dataflow.data.source import RefWindow, WindowEntry
 
 CHECK_PEERS_S = 0.5
-NOT_READ = 0
-"""Number of a record that this reader made itself."""
-REF_KINDS = frozenset(("ref", "supersede"))
+OWN_NUMBERS = 1 << 63
+"""From which on records are numbered that this reader made itself."""
 
 
 class QueueCancelledError(Exception):
@@ -52,19 +57,18 @@ class StreamingRefQueue:
         frees: bool = True,
     ):
         self._plane = plane
-        self._start = start
         self._skip_ids = frozenset(skip_ids)
         self._idle_timeout_s = idle_timeout_s
         self._pump = pump
         self._frees = frees
-        self._heads: dict[int, RecordHead] = {}  # of the record that counts
+        self._table = HeadTable(start)  # of the records that count, marked where they were handed out
         self._first: dict[int, RecordHead] = {}  # where another counts now: its sizes do, so that all ranks count alike
-        self._loaded: dict[int, LogRecord] = {}  # by number
-        self._handed_out: set[int] = set()  # seqs, as their heads are
+        self._loaded: dict[int, LogRecord] = {}  # by seq
+        self._own_numbers = count(OWN_NUMBERS)
         self._lost: set[int] = set()  # their records are void; waiting for the next
         self._unwanted: list[tuple[int, SampleRef]] = []
         self._end: int | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._cancelled = threading.Event()
         self.skipped: dict[int, str] = {}
         self.num_recaptured = 0
@@ -75,8 +79,8 @@ class StreamingRefQueue:
         """Take in all that the log holds now, and return it."""
         seen: list[LogRecord] = []
         while heads := self._plane.log.poll_heads():
-            records = self._plane.log.load(heads)
-            self._take_in([head._replace(record=record) for head, record in zip(heads, records, strict=True)])
+            records = heads.records if heads.records is not None else self._plane.log.load(heads.rows)
+            self._take_in(Heads(heads.rows, records))
             seen += records
         return seen
 
@@ -92,7 +96,7 @@ class StreamingRefQueue:
     def num_tokens(self, seq: int) -> int:
         """Length of the sample at `seq`, 0 where it was skipped, once it is there. Raises as `get` does."""
         self._wait(range(seq, seq + 1))
-        return self._first.get(seq, self._heads[seq]).num_tokens
+        return self._sum("num_tokens", range(seq, seq + 1))
 
     def get(self, seqs: range, share: Sequence[int]) -> RefWindow:
         """The window `seqs`, and of it the refs of `share`, once it is complete.
@@ -103,12 +107,13 @@ class StreamingRefQueue:
             UserError: the log has ended before this window.
         """
         self._wait(seqs)
-        self._handed_out.update(seqs)
-        return RefWindow(entries=self.entries(share), num_tokens=sum([head.num_tokens for head in self._first_heads(seqs)]))
+        with self._lock:
+            self._table.mark(seqs)
+        return RefWindow(entries=self.entries(share), num_tokens=self._sum("num_tokens", seqs))
 
     def entries(self, seqs: Sequence[int]) -> list[WindowEntry]:
         """What is known of seqs of complete windows."""
-        refs = [record.ref for record in self._load([self._heads[seq] for seq in seqs])]
+        refs = [record.ref for record in self._load(seqs)]
         if self._skip_ids:
             refs = [None if ref is None or ref.sample_id in self._skip_ids else ref for ref in refs]
         return list(map(WindowEntry, seqs, refs))
@@ -119,24 +124,16 @@ class StreamingRefQueue:
 
     def num_bytes(self, seqs: range) -> int:
         """Payload of a complete window, the same on every rank."""
-        return sum([head.num_bytes for head in self._first_heads(seqs)])
+        return self._sum("num_bytes", seqs)
 
     def ack(self, next_seq: int) -> list[SampleRef]:
         """Everything before `next_seq` has been trained. Returns refs of it that nobody reads, to be freed."""
         with self._lock:
-            acked = range(self._start, next_seq)
-            heads = [self._heads.pop(seq, None) for seq in acked]
-            for seq, head in zip(acked, heads, strict=True):
-                if head is not None and seq not in self._handed_out:  # came after its window was handed out
-                    self._discard(head)
-            self._handed_out.difference_update(acked)
-            for head in heads:
-                if head is not None:
-                    self._loaded.pop(head.number, None)
-            for of_seqs in (self._first, self._recaptured):
+            for head in heads_in(self._table.drop(next_seq)):  # came after its window was handed out
+                self._discard(head, self._loaded.get(head.seq))
+            for of_seqs in (self._loaded, self._first, self._recaptured):
                 for seq in [seq for seq in of_seqs if seq < next_seq]:
                     del of_seqs[seq]
-            self._start = max(self._start, next_seq)
             return self._take_unwanted(next_seq)
 
     def fail(self, entry: WindowEntry, reason: str, *, retryable: bool = True) -> WindowEntry:
@@ -152,8 +149,11 @@ class StreamingRefQueue:
                 self._wait(range(seq, seq + 1))
             else:
                 self._plane.skip([seq], reason)
-                self._take_in([head_of(LogRecord(kind="skip", seq=seq, reason=reason), NOT_READ)])
-        self._handed_out.add(seq)
+                skip = LogRecord(kind="skip", seq=seq, reason=reason)
+                rows = np.array([head_of(skip, next(self._own_numbers))], ROW)
+                self._take_in(Heads(rows, [skip]))
+        with self._lock:
+            self._table.mark(range(seq, seq + 1))
         return self.entry(seq)
 
     def num_recaptured_before(self, next_seq: int) -> int:
@@ -163,8 +163,9 @@ class StreamingRefQueue:
 
     def unread(self) -> list[SampleRef]:
         """Refs that were not acknowledged."""
-        seqs = [seq for seq, head in self._heads.items() if head.has_ref]
-        records = self._plane.log.load([self._heads[seq] for seq in seqs])
+        with self._lock:
+            rows = self._table.all_rows()
+        records = self._load(rows["seq"][have_refs(rows)].tolist())
         return [record.ref for record in records if record.ref is not None] + self.take_unwanted()
 
     def take_unwanted(self) -> list[SampleRef]:
@@ -181,68 +182,69 @@ class StreamingRefQueue:
         self._unwanted = [(seq, ref) for seq, ref in self._unwanted if below is not None and seq >= below]
         return taken
 
-    def _first_heads(self, seqs: range) -> list[RecordHead]:
-        if not self._first:
-            return [self._heads[seq] for seq in seqs]
-        return [self._first.get(seq, self._heads[seq]) for seq in seqs]
-
-    def _take_in(self, heads: Iterable[RecordHead]) -> None:
+    def _sum(self, field: Literal["num_tokens", "num_bytes"], seqs: range) -> int:
+        """Over the first records of a complete window."""
         with self._lock:
-            if self._are_new(heads := list(heads)):
-                self._heads.update([(head.seq, head) for head in heads])
+            rows = self._table.rows(seqs)
+            replaced = [(head, self._table.get(seq)) for seq, head in self._first.items() if seq in seqs]
+            return int(rows[field].sum()) + sum(getattr(one, field) - getattr(now, field) for one, now in replaced)
+
+    def _take_in(self, heads: Heads) -> None:
+        rows, records = heads
+        if not len(rows):
+            return
+        with self._lock:
+            simple = bool(have_refs(rows).all()) and not self._skip_ids and not self._lost
+            if simple and self._table.has_none_of(rows["seq"]):
+                self._table.put(rows)
+                if records is not None:
+                    self._loaded.update((record.seq, record) for record in records)
                 return
-            for head in heads:
-                if head.kind == "begin":
+            for index, head in enumerate(heads_in(rows)):
+                kind = KINDS[head.kind]
+                if kind == "begin":
                     self._end = None
-                elif head.kind == "end":
+                elif kind == "end":
                     self._end = head.seq
                 else:
-                    self._take(head)
+                    self._take(head, rows[index : index + 1], None if records is None else records[index])
 
-    def _are_new(self, heads: Sequence[RecordHead]) -> bool:
-        """Whether they are all of refs that count, and nothing is to be done but to remember them."""
-        seqs = {head.seq for head in heads}
-        return (
-            len(seqs) == len(heads) > 0
-            and {head.kind for head in heads} <= REF_KINDS
-            and min(seqs) >= self._start
-            and not self._skip_ids
-            and not self._lost
-            and self._heads.keys().isdisjoint(seqs)
-        )
-
-    def _take(self, head: RecordHead) -> None:
+    def _take(self, head: RecordHead, row: np.ndarray, record: LogRecord | None) -> None:
         seq = head.seq
-        known = self._heads.get(seq)
-        if seq < self._start or (known is not None and not replaces(head, known)):
-            self._discard(head)
+        known = self._table.get(seq)
+        if seq < self._table.start or (known is not None and not replaces(head, known)):
+            self._discard(head, record)
             return
         if known is not None:
-            self._discard(known)
+            self._discard(known, self._loaded.pop(seq, None))
             self._first.setdefault(seq, known)
-            self._handed_out.discard(seq)
-            self._loaded.pop(known.number, None)
             if head.has_ref:
                 self.num_recaptured += 1
                 self._recaptured[seq] += 1
-        self._heads[seq] = head
+        self._table.put(row)
         self._lost.discard(seq)
+        if record is not None:
+            self._loaded[seq] = record
         if not head.has_ref:
-            self.skipped[seq] = str(self._load([head])[0].reason)
-        elif self._skip_ids and (ref := self._load([head])[0].ref) is not None and ref.sample_id in self._skip_ids:
+            self.skipped[seq] = str(self._load([seq])[0].reason)
+        elif self._skip_ids and (ref := self._load([seq])[0].ref) is not None and ref.sample_id in self._skip_ids:
             self.skipped[seq] = "skip_ids"
-            self._discard(head)
+            self._discard(head, self._loaded[seq])
 
-    def _load(self, heads: Sequence[RecordHead]) -> list[LogRecord]:
+    def _load(self, seqs: Sequence[int]) -> list[LogRecord]:
         """Their records, which are kept as long as they are in flight."""
         loaded = self._loaded
-        missing = [head for head in heads if head.record is None and head.number not in loaded]
-        loaded.update(zip([head.number for head in missing], self._plane.log.load(missing), strict=True))
-        return [head.record or loaded[head.number] for head in heads]
+        missing = [seq for seq in seqs if seq not in loaded]
+        if missing:
+            with self._lock:
+                rows = self._table.pick(missing)
+            loaded.update(zip(missing, self._plane.log.load(rows), strict=True))
+        return [loaded[seq] for seq in seqs]
 
-    def _discard(self, head: RecordHead) -> None:
+    def _discard(self, head: RecordHead, record: LogRecord | None = None) -> None:
         if self._frees and head.has_ref:
-            record = head.record or self._loaded.get(head.number) or self._plane.log.load([head])[0]
+            if record is None:
+                (record,) = self._plane.log.load(np.array([head], ROW))
             assert record.ref is not None, "it has one"
             self._unwanted.append((head.seq, record.ref))
 
@@ -250,19 +252,17 @@ class StreamingRefQueue:
         """Until every one of `seqs` has its entry."""
         waited, last_news, last_check, pause = False, time.monotonic(), 0.0, POLL_S[0]
         last_look: float | None = None
-        first, here, lost = seqs.start, self._heads, self._lost  # the first that may be missing
         while True:
             heads = self._plane.log.poll_heads()
             self._take_in(heads)
-            while first < seqs.stop and first in here and first not in lost:
-                first += 1
-            if first >= seqs.stop:
+            num_missing = self._num_missing(seqs)
+            if num_missing == 0:
                 self.waiting_for = ""
                 return
             now = time.monotonic()
             if heads:
                 if self._pump is None:  # the rest is not there at once, but when it comes as fast as these
-                    rest_s = 0.0 if last_look is None else (seqs.stop - first) * (now - last_look) / len(heads)
+                    rest_s = 0.0 if last_look is None else num_missing * (now - last_look) / len(heads.rows)
                     time.sleep(min(max(rest_s, POLL_S[0]), POLL_S[1]))
                 last_news, last_look, pause = now, now, POLL_S[0]
                 continue
@@ -271,7 +271,6 @@ class StreamingRefQueue:
                 raise QueueCancelledError
             if now - last_check > CHECK_PEERS_S:
                 last_check = now
-                num_missing = sum(seq not in here or seq in lost for seq in seqs)
                 self.waiting_for = f"{num_missing} of the {len(seqs)} samples of the window at seq {seqs.start}"
                 self._check_peers(seqs, now - last_news)
             if not waited:
@@ -280,6 +279,12 @@ class StreamingRefQueue:
             if self._pump is None or not self._pump():
                 time.sleep(pause)
                 pause = min(2 * pause, POLL_S[1])
+
+    def _num_missing(self, seqs: range) -> int:
+        with self._lock:
+            missing = self._table.missing(seqs)
+            lost = sum(seq in seqs and self._table.get(seq) is not None for seq in self._lost)
+        return len(missing) + lost
 
     def _check_peers(self, seqs: range, idle_s: float) -> None:
         if failures := why_over(self._plane.ledger):

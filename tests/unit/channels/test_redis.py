@@ -374,14 +374,15 @@ def test_who_died_long_ago_is_forgotten(own):
         part = {"host": "h", "pid": index, "pids": "p", "seen": "1000.0", "state": "capturing", "failed": index % 2}
         asks.ask("HSET", asks.key("parts"), f"producer-{index}", json.dumps(part))
         asks.ask("HSET", asks.key("failed"), f"producer-{index}", "it broke")
-        asks.ask("HSET", asks.key("holders"), f"producer-{index}", "1 2 3")
+        leased = ledger.lease(f"producer-{index}", group=4, num_bytes=lambda seq: 8, watermarks=WIDE, lease_s=-1)
+        assert leased.seqs == (0, 1, 2, 3)
     other = channel(server)
     other.publish(refs(0))
     assert asks.ask("HLEN", asks.key("clients")) == 2
     ledger.report("producer-new", "capturing")
     assert [part["name"] for part in ledger.status()["parts"]] == ["producer-new"]
     assert ledger.failures() == []
-    assert asks.ask("HLEN", asks.key("holders")) == 0
+    assert asks.ask("HLEN", asks.key("holders")) == asks.ask("ZCARD", asks.key("leased")) == 2
     asks.ask("HSET", asks.key("clients"), "dead", "3 1000 true")
     ledger.finish("completed")
     other.server.leave()

@@ -19,6 +19,8 @@ ROW = np.dtype(
         ("attempt", "<u4"),
         ("size", "<u4"),
         ("kind", "u1"),
+        ("append", "<u8"),
+        ("offset", "<u8"),
     ]
 )
 
@@ -31,6 +33,7 @@ class RecordHead(NamedTuple):
         attempt, num_tokens, num_bytes: of its ref; 0 without one.
         size: of its line in bytes, where the channel needs it.
         kind: its place in KINDS.
+        append, offset: where the channel finds its line.
     """
 
     number: int
@@ -40,6 +43,8 @@ class RecordHead(NamedTuple):
     attempt: int
     size: int
     kind: int
+    append: int = 0
+    offset: int = 0
 
     @property
     def has_ref(self) -> bool:

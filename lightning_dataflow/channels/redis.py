@@ -4,7 +4,6 @@ import json
 import secrets
 from collections import deque
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,8 @@ import orjson
 
 from lightning_dataflow.channels.base import MAX_LINE_BYTES, StreamingRefChannel, check_card
 from lightning_dataflow.channels.heads import KINDS, ROW, Heads, RecordHead, first_damaged, heads_in
-from lightning_dataflow.channels.redis_records import HEAD_BYTES, pack, split, unpack
-from lightning_dataflow.channels.redis_scripts import ALLOW_OOM, change_script
+from lightning_dataflow.channels.redis_records import HEAD_BYTES, Piece, pack, pieces_of, split, unpack
+from lightning_dataflow.channels.redis_scripts import ALLOW_OOM, NO_WRITES, Script, change_script, read_script
 from lightning_dataflow.channels.redis_server import RedisServer
 from lightning_dataflow.contracts import SCHEMA_VERSION, LogRecord, UserError, assert_no_tensors
 from lightning_dataflow.contracts.log import record_from_json
@@ -26,7 +25,7 @@ NONCE_BITS = 48
 
 
 class RedisChannel(StreamingRefChannel):
-    """A stream, `index`, has an entry for the heads of each append, and a hash, `lines`, the line of each record.
+    """A stream, `index`, has an entry for the heads of each append, and a hash, `lines`, a field for their lines.
 
     The id of an entry is `number-nonce`, of its first record. Trimming drops entries and their lines.
 
@@ -37,6 +36,7 @@ class RedisChannel(StreamingRefChannel):
     def __init__(self, server: RedisServer):
         self.server = server
         self.name = f"{server.name}, run {server.run_id}"
+        self._lines = Script(read_script("redis_lines.lua"), NO_WRITES)
         self._append, self._trim = change_script(), change_script(flags=ALLOW_OOM)
         self._run_id: str | None = None
         self._position = (0, 0)  # of the last entry of the index that was read
@@ -80,8 +80,7 @@ class RedisChannel(StreamingRefChannel):
     def append(self, lines: Sequence[bytes]) -> None:
         """See StreamingRefChannel."""
         if lines:
-            heads, lines = split(lines)
-            self.server.change(self._append, "append", new_nonce(), heads, listed=lines)
+            self.server.change(self._append, "append", new_nonce(), *split(lines))
 
     def poll(self, max_records: int = 1024) -> list[LogRecord]:
         """See StreamingRefChannel."""
@@ -130,20 +129,20 @@ class RedisChannel(StreamingRefChannel):
             entries = self.server.ask(*command)
         if not entries:
             return False
-        firsts, texts = [_position(name) for name, _ in entries], [fields[1] for _, fields in entries]
-        for (first, _), text in zip(firsts, texts, strict=True):
+        positions, texts = [_position(name) for name, _ in entries], [fields[1] for _, fields in entries]
+        for (first, _), text in zip(positions, texts, strict=True):
             if not text or len(text) % HEAD_BYTES:
                 raise self._damaged(first, UserError(f"{len(text)} bytes of heads are no whole number of them"))
-        counts = [len(text) // HEAD_BYTES for text in texts]
-        numbers = [np.arange(first, first + count) for (first, _), count in zip(firsts, counts, strict=True)]
-        rows = unpack(b"".join(texts), np.concatenate(numbers))
+        rows = unpack([(first, text) for (first, _), text in zip(positions, texts, strict=True)])
         if (index := first_damaged(rows)) is not None:
             (head,) = heads_in(rows[index : index + 1])
             raise self._damaged(head.number, UserError(f"it has kind {head.kind} and seq {head.seq}"))
-        highest = np.maximum.reduceat(rows["seq"], np.cumsum([0, *counts[:-1]])).tolist()
-        self._read.extend((first + count, seq) for (first, _), count, seq in zip(firsts, counts, highest, strict=True))
+        begins = np.flatnonzero(rows["number"] == rows["append"])
+        highest = np.maximum.reduceat(rows["seq"], begins).tolist()
+        following = [*rows["number"][begins[1:] - 1].tolist(), int(rows["number"][-1])]
+        self._read.extend((last + 1, seq) for last, seq in zip(following, highest, strict=True))
         self._rows = np.concatenate([self._rows, rows])
-        self._position, self._last_number = firsts[-1], self._read[-1][0]
+        self._position, self._last_number = positions[-1], self._read[-1][0]
         return True
 
     def _check_position(self) -> None:
@@ -157,10 +156,13 @@ class RedisChannel(StreamingRefChannel):
 
     def _load(self, heads: Sequence[RecordHead]) -> list[LogRecord | None]:
         """None for those that were dropped."""
-        key = self.server.key("lines")
-        replies = [self.server.ask("HMGET", key, *(head.number for head in piece)) for piece in _pieces(heads)]
-        lines = chain.from_iterable(replies)
-        return [None if line is None else self._parse(head, line) for head, line in zip(heads, lines, strict=True)]
+        found: list[bytes | None] = []
+        pieces = pieces_of(heads, READ_BYTES)
+        for some in _batches(pieces):
+            places = [part for one in some for part in (one.append, one.offset + 1, one.offset + sum(one.sizes))]
+            for piece, text in zip(some, self.server.ask_script(self._lines, *places), strict=True):
+                found.extend([None] * len(piece.sizes) if text is None else piece.cut(text))
+        return [None if line is None else self._parse(head, line) for head, line in zip(heads, found, strict=True)]
 
     def _parse(self, head: RecordHead, line: bytes) -> LogRecord:
         try:
@@ -206,13 +208,15 @@ def _position(name: bytes) -> tuple[int, int]:
     return int(number), int(nonce)
 
 
-def _pieces(heads: Sequence[RecordHead]) -> list[list[RecordHead]]:
-    pieces: list[list[RecordHead]] = []
-    size = READ_BYTES
-    for head in heads:
-        if size + head.size > READ_BYTES:
-            pieces.append([])
-            size = 0
-        pieces[-1].append(head)
-        size += head.size
-    return pieces
+def _batches(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """Pieces that are asked for at a time."""
+    batches: list[list[Piece]] = []
+    room = 0
+    for piece in pieces:
+        size = sum(piece.sizes)
+        if size > room:
+            batches.append([])
+            room = READ_BYTES
+        batches[-1].append(piece)
+        room -= size
+    return batches

@@ -2,7 +2,7 @@
 -- arguments of their own and, behind them in ARGV, from `REST` on, a list of any length.
 local CARD, LINES, INDEX, TOTALS, CLIENTS, ROWS, WANTED, LEASED, HOLDERS, PARTS, FAILED = unpack(KEYS)
 local MOST = 4000  -- arguments that fit on Lua's stack
-local HEAD = 32  -- bytes of a record's head: see redis_records.py
+local HEAD, SIZE_AT = 32, 25  -- bytes of a record's head, and where its line's size stands: see redis_records.py
 local KEEP_S = 3600  -- what nobody needs any more stays that long
 local REST = 7 + tonumber(ARGV[6])
 local ops = {}
@@ -45,40 +45,44 @@ local function many(command, key, list)
   end
 end
 
--- Each record is its head and its line. Their numbers in the log count up from 1, one entry of the index holds the heads of
--- one append; the nonce tells apart what two histories of one server wrote under one number.
+-- Each record is its head and its line. Their numbers in the log count up from 1. One entry of the index holds the heads of
+-- one append, and one field of the lines, called by the number of its first record, its lines; the nonce tells apart what two
+-- histories of one server wrote under one number.
 local function append(nonce, heads, lines)
-  local first, pairs = redis.call('HINCRBY', TOTALS, 'records', #lines) - #lines + 1, {}
-  for i, line in ipairs(lines) do
-    pairs[2 * i - 1], pairs[2 * i] = int(first + i - 1), line
-  end
-  many('HSET', LINES, pairs)
-  redis.call('XADD', INDEX, int(first) .. '-' .. nonce, 'h', heads)
+  local count = #heads / HEAD
+  local first = int(redis.call('HINCRBY', TOTALS, 'records', count) - count + 1)
+  redis.call('HSET', LINES, first, lines)
+  redis.call('XADD', INDEX, first .. '-' .. nonce, 'h', heads)
 end
 
--- of heads, those of the records i
-local function heads_of(heads, chosen)
-  local found = {}
-  for n, i in ipairs(chosen) do
-    found[n] = string.sub(heads, HEAD * (i - 1) + 1, HEAD * i)
+-- of the heads and lines of records, those of the records chosen, in their order
+local function cut(heads, lines, chosen)
+  local some_heads, some_lines, at, n = {}, {}, 1, 1
+  for i = 1, #heads / HEAD do
+    local from = HEAD * (i - 1)
+    local size = struct.unpack('<I4', heads, from + SIZE_AT)
+    if chosen[n] == i then
+      some_heads[n], some_lines[n] = string.sub(heads, from + 1, from + HEAD), string.sub(lines, at, at + size - 1)
+      n = n + 1
+    end
+    at = at + size
   end
-  return table.concat(found)
+  return table.concat(some_heads), table.concat(some_lines)
 end
 
--- list: lines
-ops.append = function(nonce, heads)
-  append(nonce, heads, listed(1, 1))
+ops.append = function(nonce, heads, lines)
+  append(nonce, heads, lines)
   return true
 end
 
 -- drops all records before one of the index
 ops.trim = function(following)
-  local first, numbers = total('trimmed') + 1, {}
-  for number = first, following - 1 do
-    numbers[#numbers + 1] = int(number)
+  local entries = redis.call('XRANGE', INDEX, '-', '(' .. following .. '-0')
+  local numbers = {}
+  for i, entry in ipairs(entries) do
+    numbers[i] = string.match(entry[1], '^%d+')
   end
   many('HDEL', LINES, numbers)
   redis.call('XTRIM', INDEX, 'MINID', following .. '-0')
-  redis.call('HSET', TOTALS, 'trimmed', math.max(first, following) - 1)
   return true
 end

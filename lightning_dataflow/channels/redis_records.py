@@ -2,19 +2,21 @@
 
 import struct
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import numpy as np
 
-from lightning_dataflow.channels.heads import ROW, head_of
+from lightning_dataflow.channels.heads import ROW, RecordHead, head_of
 from lightning_dataflow.contracts import LogRecord
 
 _HEAD = struct.Struct("<QQIIIB3x")
-_FIELDS = [name for name in ROW.names or () if name != "number"]
+_FIELDS = ("seq", "num_bytes", "num_tokens", "attempt", "size", "kind")
 _HEADS = np.dtype(
     {
         "names": _FIELDS,
         "formats": [ROW[name] for name in _FIELDS],
-        "offsets": [0, 8, 16, 20, 24, 28],
+        "offsets": (0, 8, 16, 20, 24, 28),
         "itemsize": _HEAD.size,
     }
 )
@@ -28,16 +30,56 @@ def pack(record: LogRecord, line: bytes) -> bytes:
     return _HEAD.pack(head.seq, head.num_bytes, head.num_tokens, head.attempt, len(line), head.kind) + line
 
 
-def split(records: Sequence[bytes]) -> tuple[bytes, list[bytes]]:
+def split(records: Sequence[bytes]) -> tuple[bytes, bytes]:
     """The heads of packed records, and their lines."""
-    return b"".join([record[:HEAD_BYTES] for record in records]), [record[HEAD_BYTES:] for record in records]
+    heads, lines = [record[:HEAD_BYTES] for record in records], [record[HEAD_BYTES:] for record in records]
+    return b"".join(heads), b"".join(lines)
 
 
-def unpack(heads: bytes, numbers: np.ndarray) -> np.ndarray:
-    """Rows of dtype ROW, whose fields are not checked."""
-    packed = np.frombuffer(heads, _HEADS)
+def unpack(appends: Sequence[tuple[int, bytes]]) -> np.ndarray:
+    """Rows of dtype ROW of appends, each the number of its first record and its heads. No field is checked."""
+    firsts = np.array([first for first, _ in appends], np.int64)
+    counts = np.array([len(heads) // HEAD_BYTES for _, heads in appends], np.int64)
+    packed = np.frombuffer(b"".join([heads for _, heads in appends]), _HEADS)
     rows = np.empty(len(packed), ROW)
-    rows["number"] = numbers
     for name in _FIELDS:
         rows[name] = packed[name]
+    begins = np.cumsum(counts) - counts
+    rows["append"] = np.repeat(firsts, counts)
+    rows["number"] = rows["append"] + np.arange(len(rows)) - np.repeat(begins, counts)
+    ends = np.cumsum(rows["size"], dtype=np.int64)
+    starts = ends - rows["size"]
+    rows["offset"] = starts - np.repeat(starts[begins], counts)
     return rows
+
+
+class Piece(NamedTuple):
+    """Lines that follow each other in what was appended at once.
+
+    Attributes:
+        append: number of its first record.
+        offset: of the first of these lines, in bytes.
+        sizes: of the lines.
+    """
+
+    append: int
+    offset: int
+    sizes: list[int]
+
+    def cut(self, text: bytes) -> list[bytes]:
+        """The lines."""
+        ends = list(accumulate(self.sizes, initial=0))
+        return [text[start:end] for start, end in pairwise(ends)]
+
+
+def pieces_of(heads: Sequence[RecordHead], most_bytes: int) -> list[Piece]:
+    """The lines of heads, in their order, in pieces of at most so many bytes unless one line has more."""
+    pieces: list[Piece] = []
+    append, end, room = -1, 0, 0
+    for head in heads:
+        if head.append != append or head.offset != end or head.size > room:
+            append, room = head.append, most_bytes
+            pieces.append(Piece(append, head.offset, []))
+        pieces[-1].sizes.append(head.size)
+        end, room = head.offset + head.size, room - head.size
+    return pieces

@@ -40,7 +40,9 @@ MAX_FEATURES = 64
 CACHED_LAYOUTS, CACHED_SPECS, CACHED_CAPTURES = 1 << 13, 1 << 15, 16
 _ORIGIN_DEFAULTS = {"attempt": 0, "draft_weight_version": None}
 _REF_DEFAULTS = {"schema_version": SCHEMA_VERSION}
-_FIELDS: dict[type, frozenset[str]] = {cls: frozenset(field.name for field in fields(cls)) for cls in (SampleOrigin, SampleRef)}
+_FIELDS: dict[type, frozenset[str]] = {
+    cls: frozenset(field.name for field in fields(cls)) for cls in (SampleOrigin, SampleRef)
+}
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:#-]{0,254}")
 _GENERATION = re.compile(r"[0-9]{1,9}-[0-9a-f]{16,64}")
 

@@ -115,21 +115,16 @@ class RedisMetadataStore(MetadataStore):
     ) -> list[int]:
         """See MetadataStore."""
         self._check_log(log)
-        heads, lines = split([skips[seq] for seq in lease.wanted])
-        samples = [part for sample in zip(lease.wanted, lines, strict=True) for part in sample]
-        how = (_name(lease), lease.attempt, int(retryable), int(counts), MAX_ATTEMPTS, heads)
-        return [int(seq) for seq in self.server.change(self._freeing, "give_back", new_nonce(), *how, listed=samples)]
+        records = split([skips[seq] for seq in lease.wanted])
+        how = (_name(lease), lease.attempt, int(retryable), int(counts), MAX_ATTEMPTS, *records)
+        return [int(seq) for seq in self.server.change(self._freeing, "give_back", new_nonce(), *how, listed=lease.wanted)]
 
     def commit(self, lease: Lease, captured: Mapping[int, Captured], log: StreamingRefChannel) -> list[int]:
         """See MetadataStore."""
         self._check_log(log)
-        heads, lines = split([one.line for one in captured.values()])
-        samples = [
-            part
-            for (seq, one), line in zip(captured.items(), lines, strict=True)
-            for part in (seq, one.generation, one.num_bytes, line)
-        ]
-        how = (new_nonce(), _name(lease), lease.attempt, heads)
+        records = split([one.line for one in captured.values()])
+        samples = [part for seq, one in captured.items() for part in (seq, f"{one.num_bytes} {one.generation}")]
+        how = (new_nonce(), _name(lease), lease.attempt, sum([one.num_bytes for one in captured.values()]), *records)
         accepted = self.server.change(self._growing, "commit", *how, listed=samples)
         return list(captured) if accepted is True else [int(seq) for seq in accepted]
 

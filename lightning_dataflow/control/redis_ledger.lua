@@ -233,9 +233,9 @@ ops.renew = function(worker, lease_s)
   return true
 end
 
--- heads: of all the list; list: seq and line of a skip record of each sample of the lease
-ops.give_back = function(nonce, lease, attempt, retryable, counts, most, heads)
-  local seqs, skips, lost, chosen, lines, again, rows = listed(2, 1), listed(2, 2), {}, {}, {}, {}, {}
+-- heads, lines: of skip records of all the list; list: seqs of the lease
+ops.give_back = function(nonce, lease, attempt, retryable, counts, most, heads, lines)
+  local seqs, lost, chosen, again, rows = listed(1, 1), {}, {}, {}, {}
   for i, row in ipairs(rows_of(seqs)) do
     if is_held(row, lease, tonumber(attempt)) then
       row.tries = row.tries + tonumber(counts)
@@ -243,7 +243,7 @@ ops.give_back = function(nonce, lease, attempt, retryable, counts, most, heads)
         row.state, row.attempt, row.rest = 'wanted', row.attempt + 1, ''
         again[#again + 1], rows[#rows + 1] = seqs[i], row
       else
-        lost[#lost + 1], chosen[#chosen + 1], lines[#lines + 1] = seqs[i], i, skips[i]
+        lost[#lost + 1], chosen[#chosen + 1] = seqs[i], i
       end
     end
   end
@@ -251,35 +251,41 @@ ops.give_back = function(nonce, lease, attempt, retryable, counts, most, heads)
   want_all(again)
   give_up(lost)
   settle(lease)
-  if #lines > 0 then
-    append(nonce, heads_of(heads, chosen), lines)
+  if #lost > 0 then
+    append(nonce, cut(heads, lines, chosen))
   end
   return lost
 end
 
--- heads: of all the list; list: seq, generation, bytes and line of each sample
-ops.commit = function(nonce, lease, attempt, heads)
+-- total: of the bytes of all the list; heads, lines: of its records; list: seq, and "bytes generation", of each sample
+ops.commit = function(nonce, lease, attempt, total, heads, lines)
   if finished() then
     return {}
   end
-  local seqs, chosen, accepted, lines, pairs, more = listed(4, 1), {}, {}, {}, {}, 0
+  local seqs, chosen, accepted, pairs, reserved = listed(2, 1), {}, {}, {}, 0
   for i, text in ipairs(texts_of(seqs)) do
-    local of, tries, reserved, holder
+    local of, tries, bytes, holder
     if text then
-      of, tries, reserved, holder = string.match(text, '^leased (%d+) (%d+) (%d+) (.*)$')
+      of, tries, bytes, holder = string.match(text, '^leased (%d+) (%d+) (%d+) (.*)$')
     end
     if of == attempt and holder == lease then  -- is_held, in the digits as they are
-      local at, n = REST + 4 * (i - 1), #accepted + 1
-      local bytes = ARGV[at + 2]
-      more = more + bytes - reserved
-      chosen[n], accepted[n], lines[n] = i, seqs[i], ARGV[at + 3]
-      pairs[2 * n - 1], pairs[2 * n] = seqs[i], 'published ' .. of .. ' ' .. tries .. ' ' .. bytes .. ' ' .. ARGV[at + 1]
+      local n = #accepted + 1
+      reserved = reserved + bytes
+      chosen[n], accepted[n] = i, seqs[i]
+      pairs[2 * n - 1], pairs[2 * n] = seqs[i], 'published ' .. of .. ' ' .. tries .. ' ' .. ARGV[REST + 2 * i - 1]
     end
   end
   if #accepted == 0 then
     return {}
   end
-  append(nonce, #accepted == #seqs and heads or heads_of(heads, chosen), lines)
+  if #accepted < #seqs then
+    total = 0
+    for n, i in ipairs(chosen) do
+      total = total + string.match(ARGV[REST + 2 * i - 1], '^%d+')
+    end
+    heads, lines = cut(heads, lines, chosen)
+  end
+  append(nonce, heads, lines)
   many('HSET', ROWS, pairs)
   if redis.call('HGET', HOLDERS, lease) == table.concat(accepted, ' ') then
     redis.call('HDEL', HOLDERS, lease)
@@ -287,7 +293,7 @@ ops.commit = function(nonce, lease, attempt, heads)
   else
     settle(lease)
   end
-  redis.call('HINCRBY', TOTALS, 'bytes_in_flight', int(more))
+  redis.call('HINCRBY', TOTALS, 'bytes_in_flight', int(total - reserved))
   redis.call('HINCRBY', TOTALS, 'published', #accepted)
   if attempt ~= '0' then
     redis.call('HINCRBY', TOTALS, 'recaptured', #accepted)

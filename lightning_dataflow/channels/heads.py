@@ -9,7 +9,8 @@ from lightning_dataflow.contracts import LogRecord
 from lightning_dataflow.contracts.log import MAX_SEQ, Kind
 
 KINDS: tuple[Kind, ...] = ("begin", "ref", "supersede", "skip", "end")
-REF, SUPERSEDE = KINDS.index("ref"), KINDS.index("supersede")
+KIND_CODES = {kind: code for code, kind in enumerate(KINDS)}
+REF, SUPERSEDE = KIND_CODES["ref"], KIND_CODES["supersede"]
 ROW = np.dtype(
     [
         ("number", "<u8"),
@@ -69,7 +70,7 @@ class Heads(NamedTuple):
 
 def head_of(record: LogRecord, number: int) -> RecordHead:
     """Of a record that has been read."""
-    kind, ref = KINDS.index(record.kind), record.ref
+    kind, ref = KIND_CODES[record.kind], record.ref
     if ref is None:
         return RecordHead(number, record.seq, 0, 0, 0, 0, kind)
     return RecordHead(number, record.seq, ref.num_bytes, ref.num_tokens, ref.origin.attempt, 0, kind)

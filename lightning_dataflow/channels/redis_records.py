@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lightning_dataflow.channels.heads import ROW, RecordHead, head_of
+from lightning_dataflow.channels.heads import KIND_CODES, ROW, RecordHead
 from lightning_dataflow.contracts import LogRecord
 
 _HEAD = struct.Struct("<QQIIIB3x")
@@ -26,8 +26,10 @@ assert HEAD_BYTES == 32, "redis_log.lua cuts heads off by it"
 
 def pack(record: LogRecord, line: bytes) -> bytes:
     """A record's head and its line."""
-    head = head_of(record, 0)
-    return _HEAD.pack(head.seq, head.num_bytes, head.num_tokens, head.attempt, len(line), head.kind) + line
+    kind, ref = KIND_CODES[record.kind], record.ref
+    if ref is None:
+        return _HEAD.pack(record.seq, 0, 0, 0, len(line), kind) + line
+    return _HEAD.pack(record.seq, ref.num_bytes, ref.origin.num_tokens, ref.origin.attempt, len(line), kind) + line
 
 
 def split(records: Sequence[bytes]) -> tuple[bytes, bytes]:

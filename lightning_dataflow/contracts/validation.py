@@ -60,6 +60,7 @@ def check_id(value: Any, what: str) -> str:
 def validate_ref(ref: SampleRef) -> SampleRef:
     """Return `ref` if every field is within bounds; raise UserError naming the field otherwise."""
     _check_fields(ref)
+    _check_capture(ref.origin.capture)
     return _check_total(ref, _payload(ref))
 
 
@@ -69,14 +70,10 @@ def _check_fields(ref: SampleRef) -> None:
     check_id(origin.sample_id, "sample_id")
     check_id(origin.source_task_id, "source_task_id")
     check_id(origin.source_id, "source_id")
-    capture = origin.capture
     try:
         _check_of_run(origin.run_id, origin.target_model_version, origin.tokenizer_version, ref.uri, ref.schema_version)
-        _check_count(capture.hidden_size, MAX_TOKENS, "hidden_size", "its capture")
     except (UserError, TypeError) as error:  # TypeError: a list where a text belongs
         raise UserError(f"ref {origin.sample_id}: {error}") from error
-    if capture.norm not in ("post", "pre") or not 0 < len(capture.layer_ids) <= MAX_FEATURES:
-        raise UserError(f"capture of {origin.sample_id} is {_short(capture)}, expected layer ids and norm post or pre")
     if not isinstance(ref.generation, str) or not _GENERATION.fullmatch(ref.generation):
         raise UserError(f"ref {origin.sample_id} has generation {_short(ref.generation)}, expected attempt-nonce")
     _check_count(origin.num_tokens, MAX_TOKENS, "num_tokens", origin.sample_id)
@@ -114,15 +111,15 @@ def _check_total(ref: SampleRef, total: int) -> SampleRef:
 def ref_to_json(ref: SampleRef) -> dict[str, Any]:
     """Containers fit for JSON. Fields at their defaults are left out: the log holds one line a sample.
 
-    Features are a line of text, `name/dtype/sizes=target_repr …`, without the first size, which is the tokens; those that
-    do not fit into one are a mapping.
+    The capture is a line of text, `layer-layer-…/norm/hidden_size`. So are the features, `name/dtype/sizes=target_repr …`
+    without the first size, which is the tokens; those that do not fit into a line are a mapping.
     """
     origin = dict(vars(ref.origin))
     for name, default in _ORIGIN_DEFAULTS.items():
         if origin[name] == default:
             del origin[name]
     capture = ref.origin.capture
-    origin["capture"] = {"layer_ids": capture.layer_ids, "norm": capture.norm, "hidden_size": capture.hidden_size}
+    origin["capture"] = f"{'-'.join(map(str, capture.layer_ids))}/{capture.norm}/{capture.hidden_size}"
     return {
         "origin": origin,
         "uri": ref.uri,
@@ -137,8 +134,7 @@ def ref_from_json(data: Any) -> SampleRef:
     """Rebuild and validate a ref from `json.loads` output. Raises UserError for anything malformed."""
     try:
         told, features = data["origin"], data["features"]
-        layer_ids, norm, hidden_size = _fields_of_capture(told["capture"])
-        capture = _capture(tuple(map(int, layer_ids)), norm, hidden_size)
+        capture = _read_capture(told["capture"])
         origin = _filled(SampleOrigin, {"metadata": {}, **_ORIGIN_DEFAULTS, **told, "capture": capture})
         total = None
         if isinstance(features, str):
@@ -157,10 +153,10 @@ def ref_from_json(data: Any) -> SampleRef:
 
 def _layout(ref: SampleRef) -> str | None:
     """None where the features do not fit into a line."""
-    told = []
+    told, num_tokens = [], ref.origin.num_tokens
     for name, spec in ref.features.items():
         shape = spec.shape
-        if spec.target_meta or spec.name != name or not shape or shape[0] != ref.origin.num_tokens:
+        if not shape or shape[0] != num_tokens or spec.name != name or spec.target_meta:
             return None
         told.append((name, spec.dtype, shape[1:], spec.target_repr))
     return _write_layout(tuple(told))
@@ -190,17 +186,11 @@ def _read_layout(layout: str, num_tokens: int) -> tuple[dict[str, FeatureSpec], 
 
 def _filled(cls: type[T], values: dict[str, Any]) -> T:
     """An instance with `values` for all its fields. The constructor of a frozen class sets each by a call of its own."""
-    if values.keys() != _FIELDS[cls]:
+    if len(values) != len(_FIELDS[cls]) or not _FIELDS[cls].issuperset(values):
         raise TypeError(f"fields of {cls.__name__}: {', '.join(map(str, values.keys() ^ _FIELDS[cls]))}")
     filled = object.__new__(cls)
     filled.__dict__.update(values)
     return filled
-
-
-def _fields_of_capture(data: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-    if len(data) != 3:
-        raise TypeError(f"capture has {', '.join(map(str, data))}")
-    return data["layer_ids"], data["norm"], data["hidden_size"]
 
 
 def _spec_to_json(spec: FeatureSpec) -> dict[str, Any]:
@@ -213,9 +203,18 @@ def _spec_to_json(spec: FeatureSpec) -> dict[str, Any]:
 
 
 @lru_cache(CACHED_CAPTURES, typed=True)
-def _capture(layer_ids: tuple[int, ...], norm: Any, hidden_size: int) -> CaptureSpec:
+def _read_capture(text: str) -> CaptureSpec:
     """All samples of a run have one."""
-    return CaptureSpec(layer_ids=layer_ids, norm=norm, hidden_size=hidden_size)
+    layer_ids, norm, hidden_size = text.split("/")
+    spec = CaptureSpec(layer_ids=tuple(map(int, layer_ids.split("-"))), norm=cast(Any, norm), hidden_size=int(hidden_size))
+    return _check_capture(spec)
+
+
+def _check_capture(spec: CaptureSpec) -> CaptureSpec:
+    _check_count(spec.hidden_size, MAX_TOKENS, "hidden_size", "a capture")
+    if spec.norm not in ("post", "pre") or not 0 < len(spec.layer_ids) <= MAX_FEATURES:
+        raise UserError(f"{_short(spec)} is no capture: it needs layer ids and norm post or pre")
+    return spec
 
 
 @lru_cache(CACHED_SPECS, typed=True)

@@ -25,7 +25,7 @@ from lightning_dataflow.data import StreamingRefQueue
 from lightning_dataflow.producers.rollout import IDLE_S
 from lightning_dataflow.stores import MemoryFeatureStore
 
-MARKS = Watermarks(high_bytes=1 << 50, low_bytes=1 << 49, high_refs=4096, low_refs=3072)
+WINDOWS_IN_FLIGHT = 8
 
 
 def resident_mb() -> float:
@@ -77,13 +77,19 @@ class Meeting:
             go.release()
 
 
-def produce(place: Place, name: str, group: int, seen: Any) -> None:
+def marks(window: int) -> Watermarks:
+    """References in flight are bounded by whole windows."""
+    high = WINDOWS_IN_FLIGHT * window
+    return Watermarks(high_bytes=1 << 50, low_bytes=1 << 49, high_refs=high, low_refs=high * 3 // 4)
+
+
+def produce(place: Place, name: str, group: int, watermarks: Watermarks, seen: Any) -> None:
     """`seen` holds this process's memory in MB and its CPU seconds."""
     plane = place.open()
     plane.log.announce({"run_id": "bench"})
     seen[1] = time.process_time()
     while True:
-        lease = plane.ledger.lease(name, group=group, num_bytes=num_bytes, watermarks=MARKS, lease_s=60.0)
+        lease = plane.ledger.lease(name, group=group, num_bytes=num_bytes, watermarks=watermarks, lease_s=60.0)
         if lease is None:
             if plane.ledger.finished() is not None:
                 return
@@ -134,8 +140,12 @@ def measure(place: Place, options: argparse.Namespace, group: int) -> None:
     seen = [context.Array("d", 2) for _ in range(options.producers)]
     cpu, begun, options.reports = context.Array("d", options.readers), context.Event(), context.Queue()
     meeting = Meeting(context, options.readers)
+    watermarks = marks(options.window)
     processes = [
-        *(context.Process(target=produce, args=(place, f"producer-{index}", group, one)) for index, one in enumerate(seen)),
+        *(
+            context.Process(target=produce, args=(place, f"producer-{index}", group, watermarks, one))
+            for index, one in enumerate(seen)
+        ),
         *(
             context.Process(target=read, args=(place, rank, options, meeting, cpu, begun))
             for rank in range(options.readers)

@@ -10,6 +10,7 @@ import time
 
 from benchmarks.references import reference
 from lightning_dataflow.channels import LocalRedis, RedisChannel
+from lightning_dataflow.channels.heads import SEQ
 from lightning_dataflow.channels.redis_server import RedisServer
 from lightning_dataflow.contracts import LogRecord
 
@@ -44,7 +45,7 @@ def main() -> None:
             own = time.process_time()
             for rank, channel in enumerate(channels):
                 while heads := channel.poll_heads():
-                    channel.load(heads.rows[heads.rows["seq"] // 8 % readers == rank])
+                    channel.load(heads.rows[heads.rows[:, SEQ] // 8 % readers == rank])
             more_cpu, more_sent = counters(server)
             micros = 1e6 * (time.process_time() - own) / options.refs / readers
             print(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from lightning_dataflow.channels.heads import ROW, Heads, head_of
+from lightning_dataflow.channels.heads import Heads, head_of, rows_of
 from lightning_dataflow.contracts import LogRecord, PeerTimeoutError, UserError, assert_no_tensors
 from lightning_dataflow.contracts.log import record_to_json
 
@@ -75,7 +75,7 @@ class StreamingRefChannel(ABC):
     def poll_heads(self, max_records: int = 1024) -> Heads:
         """As `poll`, only what every reader needs; a channel that has to read the records anyway gives them along."""
         records = self.poll(max_records)
-        return Heads(np.array([head_of(record, next(self._numbers)) for record in records], ROW), records)
+        return Heads(rows_of(head_of(record, next(self._numbers)) for record in records), records)
 
     def load(self, rows: np.ndarray) -> list[LogRecord]:
         """The records of rows of heads, where `poll_heads` of this reader gave none along."""

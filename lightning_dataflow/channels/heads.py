@@ -1,6 +1,6 @@
 """Heads of records: the little that every reader needs of every record, as columns."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -11,19 +11,9 @@ from lightning_dataflow.contracts.log import MAX_SEQ, Kind
 KINDS: tuple[Kind, ...] = ("begin", "ref", "supersede", "skip", "end")
 KIND_CODES = {kind: code for code, kind in enumerate(KINDS)}
 REF, SUPERSEDE = KIND_CODES["ref"], KIND_CODES["supersede"]
-ROW = np.dtype(
-    [
-        ("number", "<u8"),
-        ("seq", "<u8"),
-        ("num_bytes", "<u8"),
-        ("num_tokens", "<u4"),
-        ("attempt", "<u4"),
-        ("size", "<u4"),
-        ("kind", "u1"),
-        ("append", "<u8"),
-        ("offset", "<u8"),
-    ]
-)
+NUMBER, SEQ, NUM_BYTES, NUM_TOKENS, ATTEMPT, SIZE, KIND, APPEND, OFFSET = range(9)
+"""Columns of rows, whole numbers of 64 bits: the fields of RecordHead."""
+NUM_COLUMNS = 9
 
 
 class RecordHead(NamedTuple):
@@ -57,7 +47,7 @@ class Heads(NamedTuple):
     """What `poll_heads` returns.
 
     Attributes:
-        rows: of dtype ROW, in the order of the log.
+        rows: [number of records, NUM_COLUMNS] of int64, in the order of the log.
         records: of the rows, where the channel had to read them anyway.
     """
 
@@ -76,17 +66,24 @@ def head_of(record: LogRecord, number: int) -> RecordHead:
     return RecordHead(number, record.seq, ref.num_bytes, ref.num_tokens, ref.origin.attempt, 0, kind)
 
 
+def rows_of(heads: Iterable[RecordHead]) -> np.ndarray:
+    """Heads as rows."""
+    return np.array(list(heads), np.int64).reshape(-1, NUM_COLUMNS)
+
+
 def heads_in(rows: np.ndarray) -> list[RecordHead]:
     """Rows one by one."""
-    return [RecordHead(*row) for row in rows.tolist()]
+    return list(map(RecordHead._make, rows.tolist()))
 
 
 def have_refs(rows: np.ndarray) -> np.ndarray:
     """Which rows have features to read."""
-    return cast(np.ndarray, (rows["kind"] == REF) | (rows["kind"] == SUPERSEDE))
+    kinds = rows[:, KIND]
+    return cast(np.ndarray, (kinds == REF) | (kinds == SUPERSEDE))
 
 
 def first_damaged(rows: np.ndarray) -> int | None:
     """Index of the first row that no record can have."""
-    damaged = (rows["kind"] >= len(KINDS)) | (rows["seq"] > MAX_SEQ)
+    seqs, num_bytes = rows[:, SEQ], rows[:, NUM_BYTES]
+    damaged = (rows[:, KIND] >= len(KINDS)) | (seqs > MAX_SEQ) | (seqs < 0) | (num_bytes < 0)
     return int(damaged.argmax()) if damaged.any() else None

@@ -10,7 +10,17 @@ import numpy as np
 import orjson
 
 from lightning_dataflow.channels.base import MAX_LINE_BYTES, StreamingRefChannel, check_card
-from lightning_dataflow.channels.heads import KINDS, ROW, Heads, RecordHead, first_damaged, heads_in
+from lightning_dataflow.channels.heads import (
+    APPEND,
+    KINDS,
+    NUMBER,
+    SEQ,
+    Heads,
+    RecordHead,
+    first_damaged,
+    heads_in,
+    rows_of,
+)
 from lightning_dataflow.channels.redis_records import HEAD_BYTES, Piece, pack, pieces_of, split, unpack
 from lightning_dataflow.channels.redis_scripts import ALLOW_OOM, NO_WRITES, Script, change_script, read_script
 from lightning_dataflow.channels.redis_server import RedisServer
@@ -41,7 +51,7 @@ class RedisChannel(StreamingRefChannel):
         self._run_id: str | None = None
         self._position = (0, 0)  # of the last entry of the index that was read
         self._last_number = 0
-        self._rows = np.empty(0, ROW)  # read, not handed out
+        self._rows = rows_of([])  # read, not handed out
         self._read: deque[tuple[int, int]] = deque()  # by entry of the index: the number after it, its highest seq
         self._connections = server.num_connections
         self.card()
@@ -108,12 +118,12 @@ class RedisChannel(StreamingRefChannel):
     def rewind(self) -> None:
         """See StreamingRefChannel."""
         self._position, self._last_number = (0, 0), 0
-        self._rows = np.empty(0, ROW)
+        self._rows = rows_of([])
         self._read.clear()
 
     def trim(self, seq: int) -> None:
         """See StreamingRefChannel. The last entry that was read stays: by it a server that lost some is found out."""
-        handed_out = int(self._rows[0]["number"]) if len(self._rows) else self._last_number
+        handed_out = int(self._rows[0, NUMBER]) if len(self._rows) else self._last_number
         following = None
         while len(self._read) > 1 and self._read[0][1] < seq and self._read[0][0] <= handed_out:
             following, _ = self._read.popleft()
@@ -137,11 +147,12 @@ class RedisChannel(StreamingRefChannel):
         if (index := first_damaged(rows)) is not None:
             (head,) = heads_in(rows[index : index + 1])
             raise self._damaged(head.number, UserError(f"it has kind {head.kind} and seq {head.seq}"))
-        begins = np.flatnonzero(rows["number"] == rows["append"])
-        highest = np.maximum.reduceat(rows["seq"], begins).tolist()
-        following = [*rows["number"][begins[1:] - 1].tolist(), int(rows["number"][-1])]
+        numbers = rows[:, NUMBER]
+        begins = np.flatnonzero(numbers == rows[:, APPEND])
+        highest = np.maximum.reduceat(rows[:, SEQ], begins).tolist()
+        following = [*numbers[begins[1:] - 1].tolist(), int(numbers[-1])]
         self._read.extend((last + 1, seq) for last, seq in zip(following, highest, strict=True))
-        self._rows = np.concatenate([self._rows, rows])
+        self._rows = np.concatenate([self._rows, rows]) if len(self._rows) else rows
         self._position, self._last_number = positions[-1], self._read[-1][0]
         return True
 

@@ -7,15 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lightning_dataflow.channels.heads import KIND_CODES, ROW, RecordHead
+from lightning_dataflow.channels.heads import APPEND, KIND_CODES, NUM_COLUMNS, NUMBER, OFFSET, SEQ, SIZE, RecordHead
 from lightning_dataflow.contracts import LogRecord
 
 _HEAD = struct.Struct("<QQIIIB3x")
-_FIELDS = ("seq", "num_bytes", "num_tokens", "attempt", "size", "kind")
 _HEADS = np.dtype(
     {
-        "names": _FIELDS,
-        "formats": [ROW[name] for name in _FIELDS],
+        "names": ("seq", "num_bytes", "num_tokens", "attempt", "size", "kind"),
+        "formats": ("<i8", "<i8", "<u4", "<u4", "<u4", "u1"),
         "offsets": (0, 8, 16, 20, 24, 28),
         "itemsize": _HEAD.size,
     }
@@ -39,19 +38,19 @@ def split(records: Sequence[bytes]) -> tuple[bytes, bytes]:
 
 
 def unpack(appends: Sequence[tuple[int, bytes]]) -> np.ndarray:
-    """Rows of dtype ROW of appends, each the number of its first record and its heads. No field is checked."""
+    """Rows of appends, each the number of its first record and its heads. No field is checked."""
     firsts = np.array([first for first, _ in appends], np.int64)
     counts = np.array([len(heads) // HEAD_BYTES for _, heads in appends], np.int64)
     packed = np.frombuffer(b"".join([heads for _, heads in appends]), _HEADS)
-    rows = np.empty(len(packed), ROW)
-    for name in _FIELDS:
-        rows[name] = packed[name]
+    rows = np.empty((len(packed), NUM_COLUMNS), np.int64)
+    for column, name in enumerate(_HEADS.names or (), SEQ):
+        rows[:, column] = packed[name]
     begins = np.cumsum(counts) - counts
-    rows["append"] = np.repeat(firsts, counts)
-    rows["number"] = rows["append"] + np.arange(len(rows)) - np.repeat(begins, counts)
-    ends = np.cumsum(rows["size"], dtype=np.int64)
-    starts = ends - rows["size"]
-    rows["offset"] = starts - np.repeat(starts[begins], counts)
+    ends = np.cumsum(rows[:, SIZE])
+    starts = ends - rows[:, SIZE]
+    rows[:, APPEND] = np.repeat(firsts, counts)
+    rows[:, NUMBER] = rows[:, APPEND] + np.arange(len(rows)) - np.repeat(begins, counts)
+    rows[:, OFFSET] = starts - np.repeat(starts[begins], counts)
     return rows
 
 

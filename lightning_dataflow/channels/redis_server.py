@@ -1,12 +1,13 @@
 """A connection to Redis for one run: patient while the server is away, and certain that each change happens once."""
 
 import contextlib
-import json
 import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import orjson
 
 from lightning_dataflow.channels.redis_connections import CONNECT_S, Argument, RedisAddress, RedisConnections
 from lightning_dataflow.channels.redis_scripts import ALLOW_OOM, Script
@@ -97,7 +98,7 @@ class RedisServer:
             command = (*self._keys, self._client, self._acked, self._request, *what)
             reply = self.patiently(lambda: self._evaluate(script, command))
             self._acked = self._request
-            return json.loads(reply)
+            return orjson.loads(reply)
 
     def ask(self, *command: Argument) -> Any:
         """Send a command that may be sent twice; returns the reply as it comes."""

@@ -5,12 +5,22 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import count
-from typing import Literal
 
 import numpy as np
 
 from lightning_dataflow.channels.base import POLL_S
-from lightning_dataflow.channels.heads import KINDS, ROW, Heads, RecordHead, have_refs, head_of, heads_in
+from lightning_dataflow.channels.heads import (
+    KINDS,
+    NUM_BYTES,
+    NUM_TOKENS,
+    SEQ,
+    Heads,
+    RecordHead,
+    have_refs,
+    head_of,
+    heads_in,
+    rows_of,
+)
 from lightning_dataflow.contracts import LogRecord, PeerFailedError, PeerTimeoutError, SampleRef, UserError
 from lightning_dataflow.contracts.log import replaces
 from lightning_dataflow.control import ControlPlane
@@ -19,7 +29,7 @@ from lightning_dataflow.data.head_table import HeadTable
 from lightning_dataflow.data.source import RefWindow, WindowEntry
 
 CHECK_PEERS_S = 0.5
-OWN_NUMBERS = 1 << 63
+OWN_NUMBERS = 1 << 62
 """From which on records are numbered that this reader made itself."""
 
 
@@ -64,6 +74,7 @@ class StreamingRefQueue:
         self._table = HeadTable(start)  # of the records that count, marked where they were handed out
         self._first: dict[int, RecordHead] = {}  # where another counts now: its sizes do, so that all ranks count alike
         self._loaded: dict[int, LogRecord] = {}  # by seq
+        self._pace_s = 0.0  # from one record to the next, as seen while waiting
         self._own_numbers = count(OWN_NUMBERS)
         self._lost: set[int] = set()  # their records are void; waiting for the next
         self._unwanted: list[tuple[int, SampleRef]] = []
@@ -96,7 +107,7 @@ class StreamingRefQueue:
     def num_tokens(self, seq: int) -> int:
         """Length of the sample at `seq`, 0 where it was skipped, once it is there. Raises as `get` does."""
         self._wait(range(seq, seq + 1))
-        return self._sum("num_tokens", range(seq, seq + 1))
+        return self._sum(NUM_TOKENS, range(seq, seq + 1))
 
     def get(self, seqs: range, share: Sequence[int]) -> RefWindow:
         """The window `seqs`, and of it the refs of `share`, once it is complete.
@@ -109,7 +120,7 @@ class StreamingRefQueue:
         self._wait(seqs)
         with self._lock:
             self._table.mark(seqs)
-        return RefWindow(entries=self.entries(share), num_tokens=self._sum("num_tokens", seqs))
+        return RefWindow(entries=self.entries(share), num_tokens=self._sum(NUM_TOKENS, seqs))
 
     def entries(self, seqs: Sequence[int]) -> list[WindowEntry]:
         """What is known of seqs of complete windows."""
@@ -124,7 +135,7 @@ class StreamingRefQueue:
 
     def num_bytes(self, seqs: range) -> int:
         """Payload of a complete window, the same on every rank."""
-        return self._sum("num_bytes", seqs)
+        return self._sum(NUM_BYTES, seqs)
 
     def ack(self, next_seq: int) -> list[SampleRef]:
         """Everything before `next_seq` has been trained. Returns refs of it that nobody reads, to be freed."""
@@ -150,7 +161,7 @@ class StreamingRefQueue:
             else:
                 self._plane.skip([seq], reason)
                 skip = LogRecord(kind="skip", seq=seq, reason=reason)
-                rows = np.array([head_of(skip, next(self._own_numbers))], ROW)
+                rows = rows_of([head_of(skip, next(self._own_numbers))])
                 self._take_in(Heads(rows, [skip]))
         with self._lock:
             self._table.mark(range(seq, seq + 1))
@@ -165,7 +176,7 @@ class StreamingRefQueue:
         """Refs that were not acknowledged."""
         with self._lock:
             rows = self._table.all_rows()
-        records = self._load(rows["seq"][have_refs(rows)].tolist())
+        records = self._load(rows[have_refs(rows), SEQ].tolist())
         return [record.ref for record in records if record.ref is not None] + self.take_unwanted()
 
     def take_unwanted(self) -> list[SampleRef]:
@@ -182,12 +193,12 @@ class StreamingRefQueue:
         self._unwanted = [(seq, ref) for seq, ref in self._unwanted if below is not None and seq >= below]
         return taken
 
-    def _sum(self, field: Literal["num_tokens", "num_bytes"], seqs: range) -> int:
+    def _sum(self, column: int, seqs: range) -> int:
         """Over the first records of a complete window."""
         with self._lock:
             rows = self._table.rows(seqs)
-            replaced = [(head, self._table.get(seq)) for seq, head in self._first.items() if seq in seqs]
-            return int(rows[field].sum()) + sum(getattr(one, field) - getattr(now, field) for one, now in replaced)
+            replaced = [(self._first[seq], rows[seq - seqs.start].tolist()) for seq in self._first if seq in seqs]
+            return int(rows[:, column].sum()) + sum(one[column] - now[column] for one, now in replaced)
 
     def _take_in(self, heads: Heads) -> None:
         rows, records = heads
@@ -195,7 +206,7 @@ class StreamingRefQueue:
             return
         with self._lock:
             simple = bool(have_refs(rows).all()) and not self._skip_ids and not self._lost
-            if simple and self._table.has_none_of(rows["seq"]):
+            if simple and self._table.has_none_of(rows[:, SEQ]):
                 self._table.put(rows)
                 if records is not None:
                     self._loaded.update((record.seq, record) for record in records)
@@ -244,7 +255,7 @@ class StreamingRefQueue:
     def _discard(self, head: RecordHead, record: LogRecord | None = None) -> None:
         if self._frees and head.has_ref:
             if record is None:
-                (record,) = self._plane.log.load(np.array([head], ROW))
+                (record,) = self._plane.log.load(rows_of([head]))
             assert record.ref is not None, "it has one"
             self._unwanted.append((head.seq, record.ref))
 
@@ -255,20 +266,21 @@ class StreamingRefQueue:
         while True:
             heads = self._plane.log.poll_heads()
             self._take_in(heads)
+            now = time.monotonic()
+            if heads and last_look is not None:
+                self._pace_s = (now - last_look) / len(heads.rows)
             num_missing = self._num_missing(seqs)
             if num_missing == 0:
                 self.waiting_for = ""
                 return
-            now = time.monotonic()
+            if self._cancelled.is_set():
+                raise QueueCancelledError
             if heads:
-                if self._pump is None:  # the rest is not there at once, but when it comes as fast as these
-                    rest_s = 0.0 if last_look is None else num_missing * (now - last_look) / len(heads.rows)
-                    time.sleep(min(max(rest_s, POLL_S[0]), POLL_S[1]))
+                if self._pump is None:  # the rest is not there at once, but when it comes as fast as others did
+                    time.sleep(min(max(num_missing * self._pace_s, POLL_S[0]), POLL_S[1]))
                 last_news, last_look, pause = now, now, POLL_S[0]
                 continue
             last_look = now
-            if self._cancelled.is_set():
-                raise QueueCancelledError
             if now - last_check > CHECK_PEERS_S:
                 last_check = now
                 self.waiting_for = f"{num_missing} of the {len(seqs)} samples of the window at seq {seqs.start}"

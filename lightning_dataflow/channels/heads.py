@@ -11,7 +11,7 @@ from lightning_dataflow.contracts.log import MAX_SEQ, Kind
 KINDS: tuple[Kind, ...] = ("begin", "ref", "supersede", "skip", "end")
 KIND_CODES = {kind: code for code, kind in enumerate(KINDS)}
 REF, SUPERSEDE = KIND_CODES["ref"], KIND_CODES["supersede"]
-NUMBER, SEQ, NUM_BYTES, NUM_TOKENS, ATTEMPT, SIZE, KIND, APPEND, OFFSET = range(9)
+NUMBER, SEQ, NUM_BYTES, NUM_TOKENS, ATTEMPT, SIZE, KIND, PLACE, OFFSET = range(9)
 """Columns of rows, whole numbers of 64 bits: the fields of RecordHead."""
 NUM_COLUMNS = 9
 
@@ -24,7 +24,7 @@ class RecordHead(NamedTuple):
         attempt, num_tokens, num_bytes: of its ref; 0 without one.
         size: of its line in bytes, where the channel needs it.
         kind: its place in KINDS.
-        append, offset: where the channel finds its line.
+        place, offset: where the channel finds its line.
     """
 
     number: int
@@ -34,7 +34,7 @@ class RecordHead(NamedTuple):
     attempt: int
     size: int
     kind: int
-    append: int = 0
+    place: int = 0
     offset: int = 0
 
     @property

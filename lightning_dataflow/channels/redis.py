@@ -3,7 +3,7 @@
 import json
 import secrets
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,6 @@ import orjson
 
 from lightning_dataflow.channels.base import MAX_LINE_BYTES, StreamingRefChannel, check_card
 from lightning_dataflow.channels.heads import (
-    APPEND,
     KINDS,
     NUMBER,
     SEQ,
@@ -21,8 +20,8 @@ from lightning_dataflow.channels.heads import (
     heads_in,
     rows_of,
 )
-from lightning_dataflow.channels.redis_records import HEAD_BYTES, Piece, pack, pieces_of, split, unpack
-from lightning_dataflow.channels.redis_scripts import ALLOW_OOM, NO_WRITES, Script, change_script, read_script
+from lightning_dataflow.channels.redis_records import HEAD_BYTES, pack, split, unpack
+from lightning_dataflow.channels.redis_scripts import ALLOW_OOM, change_script
 from lightning_dataflow.channels.redis_server import RedisServer
 from lightning_dataflow.contracts import SCHEMA_VERSION, LogRecord, UserError, assert_no_tensors
 from lightning_dataflow.contracts.log import record_from_json
@@ -35,7 +34,7 @@ NONCE_BITS = 48
 
 
 class RedisChannel(StreamingRefChannel):
-    """A stream, `index`, has an entry for the heads of each append, and a hash, `lines`, a field for their lines.
+    """A stream, `index`, has an entry for the heads of each append, and a hash, `lines`, fields for their lines.
 
     The id of an entry is `number-nonce`, of its first record. Trimming drops entries and their lines.
 
@@ -46,7 +45,6 @@ class RedisChannel(StreamingRefChannel):
     def __init__(self, server: RedisServer):
         self.server = server
         self.name = f"{server.name}, run {server.run_id}"
-        self._lines = Script(read_script("redis_lines.lua"), NO_WRITES)
         self._append, self._trim = change_script(), change_script(flags=ALLOW_OOM)
         self._run_id: str | None = None
         self._position = (0, 0)  # of the last entry of the index that was read
@@ -90,7 +88,8 @@ class RedisChannel(StreamingRefChannel):
     def append(self, lines: Sequence[bytes]) -> None:
         """See StreamingRefChannel."""
         if lines:
-            self.server.change(self._append, "append", new_nonce(), *split(lines))
+            heads, chunks = split(lines)
+            self.server.change(self._append, "append", new_nonce(), heads, listed=chunks)
 
     def poll(self, max_records: int = 1024) -> list[LogRecord]:
         """See StreamingRefChannel."""
@@ -147,11 +146,9 @@ class RedisChannel(StreamingRefChannel):
         if (index := first_damaged(rows)) is not None:
             (head,) = heads_in(rows[index : index + 1])
             raise self._damaged(head.number, UserError(f"it has kind {head.kind} and seq {head.seq}"))
-        numbers = rows[:, NUMBER]
-        begins = np.flatnonzero(numbers == rows[:, APPEND])
-        highest = np.maximum.reduceat(rows[:, SEQ], begins).tolist()
-        following = [*numbers[begins[1:] - 1].tolist(), int(numbers[-1])]
-        self._read.extend((last + 1, seq) for last, seq in zip(following, highest, strict=True))
+        counts = [len(text) // HEAD_BYTES for text in texts]
+        highest = np.maximum.reduceat(rows[:, SEQ], np.cumsum([0, *counts[:-1]])).tolist()
+        self._read.extend((first + size, seq) for (first, _), size, seq in zip(positions, counts, highest, strict=True))
         self._rows = np.concatenate([self._rows, rows]) if len(self._rows) else rows
         self._position, self._last_number = positions[-1], self._read[-1][0]
         return True
@@ -167,15 +164,13 @@ class RedisChannel(StreamingRefChannel):
 
     def _load(self, heads: Sequence[RecordHead]) -> list[LogRecord | None]:
         """None for those that were dropped."""
-        found: list[bytes | None] = []
-        pieces = pieces_of(heads, READ_BYTES)
-        for some in _batches(pieces):
-            places = [part for one in some for part in (one.append, one.offset + 1, one.offset + sum(one.sizes))]
-            for piece, text in zip(some, self.server.ask_script(self._lines, *places), strict=True):
-                found.extend([None] * len(piece.sizes) if text is None else piece.cut(text))
-        return [None if line is None else self._parse(head, line) for head, line in zip(heads, found, strict=True)]
+        chunks: dict[int, bytes | None] = {}
+        for places in _batches(heads):
+            chunks.update(zip(places, self.server.ask("HMGET", self.server.key("lines"), *places), strict=True))
+        return [None if (chunk := chunks[head.place]) is None else self._parse(head, chunk) for head in heads]
 
-    def _parse(self, head: RecordHead, line: bytes) -> LogRecord:
+    def _parse(self, head: RecordHead, chunk: bytes) -> LogRecord:
+        line = chunk[head.offset : head.offset + head.size]
         try:
             if len(line) > MAX_LINE_BYTES:
                 raise UserError(f"it has over {MAX_LINE_BYTES} bytes")
@@ -219,15 +214,15 @@ def _position(name: bytes) -> tuple[int, int]:
     return int(number), int(nonce)
 
 
-def _batches(pieces: Sequence[Piece]) -> list[list[Piece]]:
-    """Pieces that are asked for at a time."""
-    batches: list[list[Piece]] = []
-    room = 0
-    for piece in pieces:
-        size = sum(piece.sizes)
-        if size > room:
-            batches.append([])
-            room = READ_BYTES
-        batches[-1].append(piece)
-        room -= size
-    return batches
+def _batches(heads: Sequence[RecordHead]) -> Iterator[list[int]]:
+    """Places of chunks that are asked for at a time."""
+    places: dict[int, None] = {}
+    size = 0
+    for head in heads:
+        places[head.place] = None
+        size += head.size
+        if size > READ_BYTES:
+            yield list(places)
+            places, size = {}, 0
+    if places:
+        yield list(places)

@@ -2,7 +2,8 @@
 -- arguments of their own and, behind them in ARGV, from `REST` on, a list of any length.
 local CARD, LINES, INDEX, TOTALS, CLIENTS, ROWS, WANTED, LEASED, HOLDERS, PARTS, FAILED = unpack(KEYS)
 local MOST = 4000  -- arguments that fit on Lua's stack
-local HEAD, SIZE_AT = 32, 25  -- bytes of a record's head, and where its line's size stands: see redis_records.py
+-- bytes of a record's head, where its line's size stands, and lines that are kept together: see redis_records.py
+local HEAD, SIZE_AT, CHUNK = 32, 25, 8
 local KEEP_S = 3600  -- what nobody needs any more stays that long
 local REST = 7 + tonumber(ARGV[6])
 local ops = {}
@@ -16,10 +17,10 @@ local function int(number)  -- concatenation would round above 1e14
   return string.format('%d', number)
 end
 
--- every `step`th of the list, from its `first`th on
-local function listed(step, first)
+-- every `step`th of the list, from its `first`th on, to its `last`th at most
+local function listed(step, first, last)
   local found = {}
-  for i = REST + first - 1, #ARGV, step do
+  for i = REST + first - 1, last and REST + last - 1 or #ARGV, step do
     found[#found + 1] = ARGV[i]
   end
   return found
@@ -46,41 +47,51 @@ local function many(command, key, list)
 end
 
 -- Each record is its head and its line. Their numbers in the log count up from 1. One entry of the index holds the heads of
--- one append, and one field of the lines, called by the number of its first record, its lines; the nonce tells apart what two
--- histories of one server wrote under one number.
-local function append(nonce, heads, lines)
-  local count = #heads / HEAD
-  local first = int(redis.call('HINCRBY', TOTALS, 'records', count) - count + 1)
-  redis.call('HSET', LINES, first, lines)
-  redis.call('XADD', INDEX, first .. '-' .. nonce, 'h', heads)
+-- one append, a field of the lines those of CHUNK of its records, called by the number of the first; the nonce tells apart what
+-- two histories of one server wrote under one number.
+local function append(nonce, heads, chunks)
+  local count, pairs = #heads / HEAD, {}
+  local first = redis.call('HINCRBY', TOTALS, 'records', count) - count + 1
+  for i, chunk in ipairs(chunks) do
+    pairs[2 * i - 1], pairs[2 * i] = int(first + CHUNK * (i - 1)), chunk
+  end
+  many('HSET', LINES, pairs)
+  redis.call('XADD', INDEX, int(first) .. '-' .. nonce, 'h', heads)
 end
 
--- of the heads and lines of records, those of the records chosen, in their order
-local function cut(heads, lines, chosen)
-  local some_heads, some_lines, at, n = {}, {}, 1, 1
+-- heads and chunks of those records alone that are chosen, in their order
+local function cut(heads, chunks, chosen)
+  local all, some_heads, lines, at, n = table.concat(chunks), {}, {}, 1, 0
   for i = 1, #heads / HEAD do
     local from = HEAD * (i - 1)
     local size = struct.unpack('<I4', heads, from + SIZE_AT)
-    if chosen[n] == i then
-      some_heads[n], some_lines[n] = string.sub(heads, from + 1, from + HEAD), string.sub(lines, at, at + size - 1)
+    if chosen[n + 1] == i then
       n = n + 1
+      some_heads[n], lines[n] = string.sub(heads, from + 1, from + HEAD), string.sub(all, at, at + size - 1)
     end
     at = at + size
   end
-  return table.concat(some_heads), table.concat(some_lines)
+  local some_chunks = {}
+  for i = 1, n, CHUNK do
+    some_chunks[#some_chunks + 1] = table.concat(lines, '', i, math.min(i + CHUNK - 1, n))
+  end
+  return table.concat(some_heads), some_chunks
 end
 
-ops.append = function(nonce, heads, lines)
-  append(nonce, heads, lines)
+-- list: chunks
+ops.append = function(nonce, heads)
+  append(nonce, heads, listed(1, 1))
   return true
 end
 
 -- drops all records before one of the index
 ops.trim = function(following)
-  local entries = redis.call('XRANGE', INDEX, '-', '(' .. following .. '-0')
-  local numbers = {}
-  for i, entry in ipairs(entries) do
-    numbers[i] = string.match(entry[1], '^%d+')
+  local entries, numbers = redis.call('XRANGE', INDEX, '-', '(' .. following .. '-0'), {}
+  for _, entry in ipairs(entries) do
+    local first = tonumber(string.match(entry[1], '^%d+'))
+    for number = first, first + #entry[2][2] / HEAD - 1, CHUNK do
+      numbers[#numbers + 1] = int(number)
+    end
   end
   many('HDEL', LINES, numbers)
   redis.call('XTRIM', INDEX, 'MINID', following .. '-0')

@@ -2,12 +2,10 @@
 
 import struct
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
-from typing import NamedTuple
 
 import numpy as np
 
-from lightning_dataflow.channels.heads import APPEND, KIND_CODES, NUM_COLUMNS, NUMBER, OFFSET, SEQ, SIZE, RecordHead
+from lightning_dataflow.channels.heads import KIND_CODES, NUM_COLUMNS, NUMBER, OFFSET, PLACE, SEQ, SIZE
 from lightning_dataflow.contracts import LogRecord
 
 _HEAD = struct.Struct("<QQIIIB3x")
@@ -20,7 +18,9 @@ _HEADS = np.dtype(
     }
 )
 HEAD_BYTES = _HEAD.size
-assert HEAD_BYTES == 32, "redis_log.lua cuts heads off by it"
+CHUNK = 8
+"""Lines that are kept, and read, together."""
+assert (HEAD_BYTES, CHUNK) == (32, 8), "redis_log.lua goes by them"
 
 
 def pack(record: LogRecord, line: bytes) -> bytes:
@@ -31,10 +31,11 @@ def pack(record: LogRecord, line: bytes) -> bytes:
     return _HEAD.pack(record.seq, ref.num_bytes, ref.origin.num_tokens, ref.origin.attempt, len(line), kind) + line
 
 
-def split(records: Sequence[bytes]) -> tuple[bytes, bytes]:
-    """The heads of packed records, and their lines."""
-    heads, lines = [record[:HEAD_BYTES] for record in records], [record[HEAD_BYTES:] for record in records]
-    return b"".join(heads), b"".join(lines)
+def split(records: Sequence[bytes]) -> tuple[bytes, list[bytes]]:
+    """The heads of packed records, and their lines in chunks."""
+    lines = [record[HEAD_BYTES:] for record in records]
+    chunks = [b"".join(lines[first : first + CHUNK]) for first in range(0, len(lines), CHUNK)]
+    return b"".join([record[:HEAD_BYTES] for record in records]), chunks
 
 
 def unpack(appends: Sequence[tuple[int, bytes]]) -> np.ndarray:
@@ -45,42 +46,12 @@ def unpack(appends: Sequence[tuple[int, bytes]]) -> np.ndarray:
     rows = np.empty((len(packed), NUM_COLUMNS), np.int64)
     for column, name in enumerate(_HEADS.names or (), SEQ):
         rows[:, column] = packed[name]
-    begins = np.cumsum(counts) - counts
-    ends = np.cumsum(rows[:, SIZE])
-    starts = ends - rows[:, SIZE]
-    rows[:, APPEND] = np.repeat(firsts, counts)
-    rows[:, NUMBER] = rows[:, APPEND] + np.arange(len(rows)) - np.repeat(begins, counts)
-    rows[:, OFFSET] = starts - np.repeat(starts[begins], counts)
+    begins = np.repeat(np.cumsum(counts) - counts, counts)
+    within = np.arange(len(rows)) - begins
+    chunk = within // CHUNK * CHUNK
+    starts = np.cumsum(rows[:, SIZE]) - rows[:, SIZE]
+    first = np.repeat(firsts, counts)
+    rows[:, NUMBER] = first + within
+    rows[:, PLACE] = first + chunk
+    rows[:, OFFSET] = starts - starts[begins + chunk]
     return rows
-
-
-class Piece(NamedTuple):
-    """Lines that follow each other in what was appended at once.
-
-    Attributes:
-        append: number of its first record.
-        offset: of the first of these lines, in bytes.
-        sizes: of the lines.
-    """
-
-    append: int
-    offset: int
-    sizes: list[int]
-
-    def cut(self, text: bytes) -> list[bytes]:
-        """The lines."""
-        ends = list(accumulate(self.sizes, initial=0))
-        return [text[start:end] for start, end in pairwise(ends)]
-
-
-def pieces_of(heads: Sequence[RecordHead], most_bytes: int) -> list[Piece]:
-    """The lines of heads, in their order, in pieces of at most so many bytes unless one line has more."""
-    pieces: list[Piece] = []
-    append, end, room = -1, 0, 0
-    for head in heads:
-        if head.append != append or head.offset != end or head.size > room:
-            append, room = head.append, most_bytes
-            pieces.append(Piece(append, head.offset, []))
-        pieces[-1].sizes.append(head.size)
-        end, room = head.offset + head.size, room - head.size
-    return pieces

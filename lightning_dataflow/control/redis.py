@@ -115,17 +115,18 @@ class RedisMetadataStore(MetadataStore):
     ) -> list[int]:
         """See MetadataStore."""
         self._check_log(log)
-        records = split([skips[seq] for seq in lease.wanted])
-        how = (_name(lease), lease.attempt, int(retryable), int(counts), MAX_ATTEMPTS, *records)
-        return [int(seq) for seq in self.server.change(self._freeing, "give_back", new_nonce(), *how, listed=lease.wanted)]
+        heads, chunks = split([skips[seq] for seq in lease.wanted])
+        how = (new_nonce(), _name(lease), lease.attempt, int(retryable), int(counts), MAX_ATTEMPTS, heads)
+        given_up = self.server.change(self._freeing, "give_back", *how, listed=[*lease.wanted, *chunks])
+        return [int(seq) for seq in given_up]
 
     def commit(self, lease: Lease, captured: Mapping[int, Captured], log: StreamingRefChannel) -> list[int]:
         """See MetadataStore."""
         self._check_log(log)
-        records = split([one.line for one in captured.values()])
+        heads, chunks = split([one.line for one in captured.values()])
         samples = [part for seq, one in captured.items() for part in (seq, f"{one.num_bytes} {one.generation}")]
-        how = (new_nonce(), _name(lease), lease.attempt, sum([one.num_bytes for one in captured.values()]), *records)
-        accepted = self.server.change(self._growing, "commit", *how, listed=samples)
+        how = (new_nonce(), _name(lease), lease.attempt, sum([one.num_bytes for one in captured.values()]), heads)
+        accepted = self.server.change(self._growing, "commit", *how, listed=[*samples, *chunks])
         return list(captured) if accepted is True else [int(seq) for seq in accepted]
 
     def want(self, seq: int, generation: str) -> bool:

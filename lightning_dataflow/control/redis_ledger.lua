@@ -233,9 +233,10 @@ ops.renew = function(worker, lease_s)
   return true
 end
 
--- heads, lines: of skip records of all the list; list: seqs of the lease
-ops.give_back = function(nonce, lease, attempt, retryable, counts, most, heads, lines)
-  local seqs, lost, chosen, again, rows = listed(1, 1), {}, {}, {}, {}
+-- heads: of skip records of all seqs; list: seqs of the lease, then chunks of the records
+ops.give_back = function(nonce, lease, attempt, retryable, counts, most, heads)
+  local count = #heads / HEAD
+  local seqs, lost, chosen, again, rows = listed(1, 1, count), {}, {}, {}, {}
   for i, row in ipairs(rows_of(seqs)) do
     if is_held(row, lease, tonumber(attempt)) then
       row.tries = row.tries + tonumber(counts)
@@ -252,17 +253,19 @@ ops.give_back = function(nonce, lease, attempt, retryable, counts, most, heads, 
   give_up(lost)
   settle(lease)
   if #lost > 0 then
-    append(nonce, cut(heads, lines, chosen))
+    append(nonce, cut(heads, listed(1, count + 1), chosen))
   end
   return lost
 end
 
--- total: of the bytes of all the list; heads, lines: of its records; list: seq, and "bytes generation", of each sample
-ops.commit = function(nonce, lease, attempt, total, heads, lines)
+-- total: of the bytes of all samples; heads: of their records; list: seq and "bytes generation" of each sample, then chunks
+ops.commit = function(nonce, lease, attempt, total, heads)
   if finished() then
     return {}
   end
-  local seqs, chosen, accepted, pairs, reserved = listed(2, 1), {}, {}, {}, 0
+  local count = #heads / HEAD
+  local seqs, chunks = listed(2, 1, 2 * count), listed(1, 2 * count + 1)
+  local chosen, accepted, pairs, reserved = {}, {}, {}, 0
   for i, text in ipairs(texts_of(seqs)) do
     local of, tries, bytes, holder
     if text then
@@ -283,9 +286,9 @@ ops.commit = function(nonce, lease, attempt, total, heads, lines)
     for n, i in ipairs(chosen) do
       total = total + string.match(ARGV[REST + 2 * i - 1], '^%d+')
     end
-    heads, lines = cut(heads, lines, chosen)
+    heads, chunks = cut(heads, chunks, chosen)
   end
-  append(nonce, heads, lines)
+  append(nonce, heads, chunks)
   many('HSET', ROWS, pairs)
   if redis.call('HGET', HOLDERS, lease) == table.concat(accepted, ' ') then
     redis.call('HDEL', HOLDERS, lease)

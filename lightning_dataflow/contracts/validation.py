@@ -38,10 +38,10 @@ MAX_RANK = 8
 MAX_TEXT = 1024
 MAX_FEATURES = 64
 CACHED_LAYOUTS, CACHED_SPECS, CACHED_CAPTURES = 1 << 13, 1 << 15, 16
-_ORIGIN_DEFAULTS = {"attempt": 0, "draft_weight_version": None}
-_REF_DEFAULTS = {"schema_version": SCHEMA_VERSION}
-_FIELDS: dict[type, frozenset[str]] = {
-    cls: frozenset(field.name for field in fields(cls)) for cls in (SampleOrigin, SampleRef)
+_ORIGIN_DEFAULTS: dict[str, Any] = {"attempt": 0, "draft_weight_version": None, "metadata": {}}
+_FIELDS: dict[type, tuple[frozenset[str], dict[str, Any]]] = {
+    cls: (frozenset(field.name for field in fields(cls)), defaults)
+    for cls, defaults in ((SampleOrigin, _ORIGIN_DEFAULTS), (SampleRef, {"schema_version": SCHEMA_VERSION}))
 }
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:#-]{0,254}")
 _GENERATION = re.compile(r"[0-9]{1,9}-[0-9a-f]{16,64}")
@@ -119,7 +119,7 @@ def ref_to_json(ref: SampleRef) -> dict[str, Any]:
         if origin[name] == default:
             del origin[name]
     capture = ref.origin.capture
-    origin["capture"] = f"{'-'.join(map(str, capture.layer_ids))}/{capture.norm}/{capture.hidden_size}"
+    origin["capture"] = _write_capture(capture.layer_ids, capture.norm, capture.hidden_size)
     return {
         "origin": origin,
         "uri": ref.uri,
@@ -135,14 +135,14 @@ def ref_from_json(data: Any) -> SampleRef:
     try:
         told, features = data["origin"], data["features"]
         capture = _read_capture(told["capture"])
-        origin = _filled(SampleOrigin, {"metadata": {}, **_ORIGIN_DEFAULTS, **told, "capture": capture})
+        origin = _filled(SampleOrigin, told, capture=capture)
         total = None
         if isinstance(features, str):
             _check_count(origin.num_tokens, MAX_TOKENS, "num_tokens", str(origin.sample_id))
             features, total = _read_layout(features, origin.num_tokens)
         else:
             features = {name: FeatureSpec(**{**spec, "shape": tuple(spec["shape"])}) for name, spec in features.items()}
-        ref = _filled(SampleRef, {**_REF_DEFAULTS, **data, "origin": origin, "features": features})
+        ref = _filled(SampleRef, data, origin=origin, features=features)
     except UserError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -184,12 +184,14 @@ def _read_layout(layout: str, num_tokens: int) -> tuple[dict[str, FeatureSpec], 
     return features, total
 
 
-def _filled(cls: type[T], values: dict[str, Any]) -> T:
-    """An instance with `values` for all its fields. The constructor of a frozen class sets each by a call of its own."""
-    if len(values) != len(_FIELDS[cls]) or not _FIELDS[cls].issuperset(values):
-        raise TypeError(f"fields of {cls.__name__}: {', '.join(map(str, values.keys() ^ _FIELDS[cls]))}")
+def _filled(cls: type[T], told: Mapping[str, Any], **others: Any) -> T:
+    """An instance of what is told and others. The constructor of a frozen class sets each field by a call of its own."""
+    names, defaults = _FIELDS[cls]
+    values = {**defaults, **told, **others}
+    if len(values) != len(names) or not names.issuperset(values):
+        raise TypeError(f"fields of {cls.__name__}: {', '.join(map(str, values.keys() ^ names))}")
     filled = object.__new__(cls)
-    filled.__dict__.update(values)
+    object.__setattr__(filled, "__dict__", values)
     return filled
 
 
@@ -200,6 +202,11 @@ def _spec_to_json(spec: FeatureSpec) -> dict[str, Any]:
     if spec.target_meta:
         data["target_meta"] = spec.target_meta
     return data
+
+
+@lru_cache(CACHED_CAPTURES)
+def _write_capture(layer_ids: tuple[int, ...], norm: str, hidden_size: int) -> str:
+    return f"{'-'.join(map(str, layer_ids))}/{norm}/{hidden_size}"
 
 
 @lru_cache(CACHED_CAPTURES, typed=True)

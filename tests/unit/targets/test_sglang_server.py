@@ -232,17 +232,14 @@ def answer_with(**changes: Any) -> Alter:
     return lambda answer: {**answer, **changes} if "ref" in answer else answer
 
 
-CAPTURE = {"layer_ids": [1, 3, 5], "norm": "post", "hidden_size": 64}
-
-
 @pytest.mark.parametrize(
     ("alter", "kind", "message"),
     [
         (answer_with(tokens="00"), CaptureMismatchError, "read other tokens"),
         (ref_with(uri="mooncake://other"), CaptureMismatchError, "captured other store"),
-        (origin_with(capture=CAPTURE), CaptureMismatchError, "captured other layers, norm and width"),
+        (origin_with(capture="1-3-5/post/64"), CaptureMismatchError, "captured other layers, norm and width"),
         (
-            origin_with(capture={**CAPTURE, "layer_ids": [1, 3, 4], "norm": "pre"}),
+            origin_with(capture="1-3-4/pre/64"),
             CaptureMismatchError,
             "captured other layers",
         ),
@@ -288,7 +285,7 @@ def described(**changes: Any) -> Alter:
     ("alter", "info", "message"),
     [
         (described(model_version="0" * 16), {}, "has other weights .* start it with the same model"),
-        (described(capture=CAPTURE), {}, r"captures layers \[1, 3, 5\] .* --return-aux-hidden-state-layer-ids 1 3 4"),
+        (described(capture={"layer_ids": [1, 3, 5], "norm": "post", "hidden_size": 64}), {}, r"captures layers \[1, 3, 5\] .* --return-aux-hidden-state-layer-ids 1 3 4"),
         (described(uri="mooncake://x"), {}, "stores into mooncake://x"),
         (lambda answer: {"error": "store", "message": "no Mooncake"}, {}, "no Mooncake"),
         (dict, {"version": "0.5.10"}, r"SGLang 0\.5\.10 is not supported"),

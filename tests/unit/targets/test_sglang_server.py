@@ -232,6 +232,9 @@ def answer_with(**changes: Any) -> Alter:
     return lambda answer: {**answer, **changes} if "ref" in answer else answer
 
 
+OTHER_LAYERS = {"layer_ids": [1, 3, 5], "norm": "post", "hidden_size": 64}
+
+
 @pytest.mark.parametrize(
     ("alter", "kind", "message"),
     [
@@ -285,7 +288,7 @@ def described(**changes: Any) -> Alter:
     ("alter", "info", "message"),
     [
         (described(model_version="0" * 16), {}, "has other weights .* start it with the same model"),
-        (described(capture={"layer_ids": [1, 3, 5], "norm": "post", "hidden_size": 64}), {}, r"captures layers \[1, 3, 5\] .* --return-aux-hidden-state-layer-ids 1 3 4"),
+        (described(capture=OTHER_LAYERS), {}, r"captures layers \[1, 3, 5\] .* --return-aux-hidden-state-layer-ids 1 3 4"),
         (described(uri="mooncake://x"), {}, "stores into mooncake://x"),
         (lambda answer: {"error": "store", "message": "no Mooncake"}, {}, "no Mooncake"),
         (dict, {"version": "0.5.10"}, r"SGLang 0\.5\.10 is not supported"),

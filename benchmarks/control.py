@@ -25,7 +25,7 @@ from lightning_dataflow.data import StreamingRefQueue
 from lightning_dataflow.producers.rollout import IDLE_S
 from lightning_dataflow.stores import MemoryFeatureStore
 
-WINDOWS_IN_FLIGHT = 8
+WINDOWS_IN_FLIGHT, REFS_IN_FLIGHT = 8, 4096
 
 
 def resident_mb() -> float:
@@ -78,8 +78,8 @@ class Meeting:
 
 
 def marks(window: int) -> Watermarks:
-    """References in flight are bounded by whole windows."""
-    high = WINDOWS_IN_FLIGHT * window
+    """Bounds of the references in flight."""
+    high = max(WINDOWS_IN_FLIGHT * window, REFS_IN_FLIGHT)
     return Watermarks(high_bytes=1 << 50, low_bytes=1 << 49, high_refs=high, low_refs=high * 3 // 4)
 
 

@@ -281,6 +281,27 @@ def test_a_log_that_ends_before_the_window(plane):
     assert queue.get(range(2, 4), range(2, 4)).entries
 
 
+def test_cancelled_while_others_keep_publishing(plane):
+    """The window lacks one sample, and each look at the log finds news."""
+    queue, stop = queue_of(plane), threading.Event()
+
+    def keep_publishing() -> None:
+        for seq in range(1, 10_000):
+            if stop.wait(0.0005):
+                return
+            publish(plane, seq)
+
+    thread = threading.Thread(target=keep_publishing, daemon=True)
+    thread.start()
+    soon(queue.cancel)
+    started = time.monotonic()
+    with pytest.raises(QueueCancelledError):
+        queue.get(range(4), range(4))
+    assert time.monotonic() - started < 2
+    stop.set()
+    thread.join(10)
+
+
 def test_cancelled_from_another_thread(plane):
     queue = queue_of(plane)
     soon(queue.cancel)

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lightning_dataflow.app.redis_runs import add_arguments, address, open_run
+from lightning_dataflow.app.redis_runs import add_arguments, address, in_arguments, open_run
 from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
 from lightning_dataflow.control import RedisMetadataStore
 from lightning_dataflow.control.heartbeat import FRESH_S
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         print(clean(options))
     except (UserError, PermissionError, PeerTimeoutError, PeerFailedError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_arguments(str(error))}", file=sys.stderr)
         sys.exit(1)
 
 

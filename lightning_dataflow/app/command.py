@@ -4,12 +4,15 @@ import _thread
 import errno
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import wraps
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
@@ -38,8 +41,12 @@ def terminate(number: int, frame: object) -> NoReturn:
     raise Terminated
 
 
-def command(function: Command) -> Callable[[], None]:
-    """Make a Hydra command of `function(config, settings)`: typed configuration, and the same as plain containers."""
+def command(function: Command, *, keeps_folder: bool = True) -> Callable[[], None]:
+    """Make a Hydra command of `function(config, settings)`: typed configuration, and the same as plain containers.
+
+    Args:
+        keeps_folder: whether the folder that Hydra makes for each call stays where nothing was written into it.
+    """
     register_schemas()
 
     @hydra.main(version_base="1.3", config_path="pkg://lightning_dataflow.conf", config_name="train")
@@ -62,6 +69,9 @@ def command(function: Command) -> Callable[[], None]:
             print(f"error: {error}", file=sys.stderr, flush=True)
             lasting = isinstance(error, UserError | PermissionError) or config.role == "auto"
             sys.exit(BAD_SETTINGS if lasting else MAYBE_LATER)
+        finally:
+            if not keeps_folder and not is_multirun():
+                _remove_unused(Path(HydraConfig.get().runtime.output_dir))
 
     @wraps(function)
     def checked() -> None:
@@ -150,6 +160,15 @@ def job_arguments() -> list[str]:
     found = HydraConfig.get()
     sources = [source.path for source in found.runtime.config_sources if source.provider == "command-line"]
     return [*(f"--config-dir={path}" for path in sources), *found.overrides.task]
+
+
+def _remove_unused(folder: Path) -> None:
+    """Unless the folder holds more than Hydra's copy of the settings and an empty log."""
+    written = [path for path in folder.rglob("*") if path.is_file()]
+    if all(path.parent.name == ".hydra" or (path.suffix == ".log" and not path.stat().st_size) for path in written):
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # others are in there
+            folder.parent.rmdir()
 
 
 def _check_run_name() -> None:

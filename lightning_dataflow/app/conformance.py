@@ -30,4 +30,4 @@ def conformance(config: TrainConfig, settings: dict[str, Any]) -> None:
         raise CaptureMismatchError(f"{bad} of {len(found)} captures by {other.backend} are not what hf captures")
 
 
-main = command(conformance)
+main = command(conformance, keeps_folder=False)

@@ -175,4 +175,4 @@ def _shown(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else "" if value is None else str(value)
 
 
-main = command(evaluate)
+main = command(evaluate, keeps_folder=False)

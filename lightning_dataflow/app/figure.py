@@ -11,11 +11,13 @@ def draw_result(result_file: Path, figure_file: Path) -> None:
     where there are more."""
     result = json.loads(result_file.read_text())
     evaluations = result.get("acceptance", [])
-    figure, (loss_axes, *axes) = _panels(2 + (len(evaluations) > 2))
+    figure, (loss_axes, *axes) = _panels(1 + bool(evaluations) + (len(evaluations) > 2))
     loss_axes.plot(range(1, len(result["losses"]) + 1), result["losses"])
     loss_axes.set(xlabel="optimizer step", ylabel="loss", title=f"{result['strategy']} training loss")
-    shown = [evaluations[0], evaluations[-1]] if len(evaluations) > 1 else evaluations
-    _by_position(axes[0], shown, "held-out prompts, real decoding")
+    _whole_steps(loss_axes)
+    if evaluations:
+        shown = [evaluations[0], evaluations[-1]] if len(evaluations) > 1 else evaluations
+        _by_position(axes[0], shown, "held-out prompts, real decoding")
     if len(evaluations) > 2:
         _by_step(axes[1], evaluations)
     figure.savefig(figure_file, dpi=120)
@@ -42,7 +44,7 @@ def _panels(count: int) -> tuple[Any, list[Any]]:
 
 
 def _by_position(axes: Any, evaluations: Sequence[dict[str, Any]], title: str) -> None:
-    width = 0.8 / max(1, len(evaluations))
+    width = 0.8 / len(evaluations)
     for index, evaluation in enumerate(evaluations):
         shares = evaluation["acceptance_per_position"]
         places = [position + 1 + width * (index + 0.5) - 0.4 for position in range(len(shares))]
@@ -50,9 +52,8 @@ def _by_position(axes: Any, evaluations: Sequence[dict[str, Any]], title: str) -
         axes.bar(places, shares, width=width, label=f"{name}: length {evaluation['acceptance_length']:.2f}")
     axes.set(xlabel="draft position", ylabel="share of drafts accepted", title=title)
     axes.set_ylim(0, 1)
-    if evaluations:
-        axes.set_xticks(range(1, len(evaluations[0]["acceptance_per_position"]) + 1))
-        axes.legend()
+    axes.set_xticks(range(1, len(evaluations[0]["acceptance_per_position"]) + 1))
+    axes.legend()
 
 
 def _by_step(axes: Any, evaluations: Sequence[dict[str, Any]]) -> None:
@@ -61,5 +62,12 @@ def _by_step(axes: Any, evaluations: Sequence[dict[str, Any]]) -> None:
         shares = [evaluation["acceptance_per_position"][position] for evaluation in evaluations]
         axes.plot(steps, shares, marker="o", markersize=3, label=f"position {position + 1}")
     axes.set(xlabel="optimizer step", ylabel="share of drafts accepted", title="by checkpoint")
+    _whole_steps(axes)
     axes.set_ylim(0, 1)
     axes.legend(fontsize="small")
+
+
+def _whole_steps(axes: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -1,6 +1,7 @@
 """Runs in a Redis, for the commands that look at them from outside."""
 
 import argparse
+import logging
 import re
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from lightning_dataflow.channels import RedisAddress
 from lightning_dataflow.channels.redis_local import ADDRESS, SECRET
 from lightning_dataflow.channels.redis_server import KEYS, PREFIX, RedisServer
 from lightning_dataflow.contracts import UserError
+
+log = logging.getLogger(__name__)
 
 PATIENCE_S = 2.0
 _KEY = re.compile(rf"{PREFIX}:\{{(.*)\}}:(?:{'|'.join(KEYS)})")
@@ -34,6 +37,12 @@ def address(options: argparse.Namespace) -> RedisAddress:
         cert_file=options.redis_cert_file,
         key_file=options.redis_key_file,
     )
+
+
+def in_arguments(text: str) -> str:
+    """A message about settings of `channel`, for somebody who gave arguments."""
+    names = re.sub(r"channel\.(\w+)", lambda match: f"--redis-{match[1].replace('_', '-')}", text)
+    return names.replace("--redis-address", "--redis")
 
 
 def local_address(folder: Path) -> RedisAddress | None:
@@ -83,6 +92,8 @@ def read_secret_file(path: str | None, setting: str) -> str | None:
     if path is None:
         return None
     try:
+        if Path(path).stat().st_mode & 0o004:
+            log.warning("%s=%s can be read by everybody on this machine: chmod 600 %s", setting, path, path)
         return Path(path).read_text().strip()
     except OSError as error:
         raise UserError(f"cannot read {setting}={path}: {error.strerror}") from error

@@ -19,4 +19,4 @@ def show_mask(config: TrainConfig, settings: dict[str, Any]) -> None:
     print(f"{len(training)} samples to train on, {len(held_out)} held out; records left out: {skipped}")
 
 
-main = command(show_mask)
+main = command(show_mask, keeps_folder=False)

@@ -8,9 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_dataflow.app.redis_runs import add_arguments, address, local_address, open_local_run, open_run, runs_at
+from lightning_dataflow.app.redis_runs import (
+    add_arguments,
+    address,
+    in_arguments,
+    local_address,
+    open_local_run,
+    open_run,
+    runs_at,
+)
 from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
 from lightning_dataflow.control import MetadataStore, RedisMetadataStore, SqliteMetadataStore
+from lightning_dataflow.control.heartbeat import FRESH_S
 from lightning_dataflow.control.plane import LEDGER
 
 
@@ -30,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         status = measure(open_ledger(options), options.interval)
     except (UserError, PermissionError, PeerTimeoutError, PeerFailedError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_arguments(str(error))}", file=sys.stderr)
         sys.exit(1)
     print(json.dumps(status, indent=1) if options.json else "\n".join(describe(status)))
 
@@ -75,7 +84,7 @@ def describe(status: dict[str, Any]) -> list[str]:
         return ["not begun: no trainer has said what it needs", *_parts(status)]
     total = plan["stop"] - plan["start"]
     rows = {
-        "state": status["finished"] or "running",
+        "state": status["finished"] or _running(status),
         "prompts": f"{total} from seq {plan['start']}, {plan['window']} a step",
         "leased": f"{status['leased']} being captured, {status['wanted_again']} to be captured again",
         "published": f"{status['published']} ({status['recaptured']} of them again), {status['given_up']} given up",
@@ -90,8 +99,18 @@ def describe(status: dict[str, Any]) -> list[str]:
     return [f"{name:12}{value}" for name, value in rows.items()] + _parts(status)
 
 
+def _running(status: dict[str, Any]) -> str:
+    if all(part["seen_s_ago"] >= FRESH_S for part in status["parts"]):
+        return "not ended, but none of its parts is seen any more: resume it with ckpt_path=last"
+    return "running"
+
+
 def _parts(status: dict[str, Any]) -> list[str]:
-    return [
-        f"{part['name']} (pid {part['pid']} on {part['host']}, seen {part['seen_s_ago']:.0f} s ago): {part['state']}"
-        for part in status["parts"]
-    ]
+    return [f"{part['name']} (pid {part['pid']} on {part['host']}, {_seen(part)}" for part in status["parts"]]
+
+
+def _seen(part: dict[str, Any]) -> str:
+    """A part that was killed or cut off leaves the state that it was in."""
+    if part["seen_s_ago"] < FRESH_S:
+        return f"seen {part['seen_s_ago']:.0f} s ago): {part['state']}"
+    return f"not seen for {part['seen_s_ago']:.0f} s), at last: {part['state']}"

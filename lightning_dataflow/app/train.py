@@ -9,6 +9,7 @@ from lightning_dataflow.app.command import command, is_multirun, job_arguments
 from lightning_dataflow.app.ranks import leave_process_group
 from lightning_dataflow.app.schema import TrainConfig
 from lightning_dataflow.app.sweep import run_job
+from lightning_dataflow.checkpoints.markers import latest_checkpoint
 from lightning_dataflow.contracts import UserError
 
 if TYPE_CHECKING:
@@ -58,7 +59,12 @@ def train(config: TrainConfig, settings: dict[str, Any]) -> None:
         go_on_from(Path(checkpoint), run_dir)
     parts = Builder(config, settings)
     trainer = parts.trainer
-    trainer.fit(parts.module, parts.data, ckpt_path=checkpoint, weights_only=True)
+    try:
+        trainer.fit(parts.module, parts.data, ckpt_path=checkpoint, weights_only=True)
+    except (KeyboardInterrupt, SystemExit):
+        if trainer.is_global_zero:
+            print(_how_far(trainer.global_step, run_dir), flush=True)
+        raise
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
     if parts.result_writer.path is None:
@@ -80,6 +86,14 @@ def train(config: TrainConfig, settings: dict[str, Any]) -> None:
             print(f"acceptance length {first['acceptance_length']:.3f} → {last['acceptance_length']:.3f}", flush=True)
         print(f"results in {run_dir}: result.json, figure.png, checkpoints/", flush=True)
     leave_process_group()
+
+
+def _how_far(step: int, run_dir: Path) -> str:
+    """What an interrupted run has to show."""
+    newest = latest_checkpoint(run_dir / "checkpoints", on_skip=lambda line: None)
+    if newest is None:
+        return f"ended at step {step}, without a checkpoint"
+    return f"ended at step {step}; resume from {newest.name} with ckpt_path=last run_name={run_dir.name}"
 
 
 def _conclude(parts: "Builder", trainer: "L.Trainer") -> None:

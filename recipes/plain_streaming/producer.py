@@ -1,10 +1,12 @@
 """Captures prompts for trainers anywhere on this machine: `python producer.py TARGET PROMPTS CONTROL MASTER [CLIENT]`."""
 
 import os
+import signal
 import sys
 
 import lightning_dataflow as ldf
 
+signal.signal(signal.SIGTERM, signal.default_int_handler)  # gives its leases back, as with Ctrl-C
 target_path, prompts_path, control, master, *client = sys.argv[1:]
 plane = ldf.resolve_control_plane("disaggregated", "plain", path=control)
 store = ldf.MooncakeFeatureStore("plain", master_address=master, client_address=client[0] if client else None)

@@ -1,6 +1,7 @@
 """SIGTERM, as scancel, a preemption or the end of a container sends it, ends each part as Ctrl-C does."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -99,6 +100,8 @@ def test_a_trainer_that_trains(folder, ranks, launched):
             code = process.wait(timeout=15)
         assert producer.wait(timeout=10) == 0
     assert launched or (code == 143 and "Traceback" not in process.shown())
+    told = rf"ended at step \d+; resume from step-\d+\.ckpt with ckpt_path=last run_name={name}"
+    assert len(re.findall(told, process.shown())) == 1
     check_ended(folder, name)
     assert result(folder, name)["status"] == "interrupted"
 

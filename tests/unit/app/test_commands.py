@@ -222,7 +222,9 @@ def test_train_then_resume_then_evaluate(run, tmp_path, capsys):
         assert ended[name] == whole[name], name
     assert run(train.main, "trainer.max_steps=5", "run_name=other", f"ckpt_path='{checkpoint}'") == 1
     assert "the checkpoint belongs to the run test, this is other" in one_line(capsys)
-    assert run(evaluate.main, "evaluate.checkpoint=null") == 1
+    assert run(evaluate.main, "evaluate.checkpoint=null", "run_name=unused") == 1
+    assert run(evaluate.main, *options, "run_name=unused") == 0
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["other", "test"]  # a measurement leaves no folder
     assert run(train.main) == 1  # would mix its checkpoints with these
     assert "resume it with ckpt_path=last, or choose another run_name" in capsys.readouterr().err
 

@@ -59,6 +59,44 @@ def test_what_is_missing_is_said(redis_server, tmp_path, there, capsys):
     assert "error: no Redis answers at 127.0.0.1:1 " in fails(clean, capsys, "a", "--redis", "127.0.0.1:1")
 
 
+def test_errors_name_the_arguments_and_not_the_settings(redis_server, tmp_path, capsys):
+    address = redis_server.where.address
+    refused = fails(status, capsys, "a", "--redis", address)
+    assert "check --redis-username and the password in --redis-secret-file" in refused
+    nobody = fails(clean, capsys, "a", "--redis", "127.0.0.1:1")
+    assert "correct --redis or --redis-tls" in nobody
+    assert "channel." not in refused + nobody + fails(status, capsys, "a", "--redis", "nowhere")
+
+
+def test_a_secret_that_everybody_can_read_is_told(redis_server, tmp_path, caplog):
+    file = tmp_path / "secret"
+    file.write_bytes(redis_server.secret_file.read_bytes())
+    for mode, told in ((0o600, False), (0o640, False), (0o644, True)):
+        caplog.clear()
+        file.chmod(mode)
+        status.main(["--redis", redis_server.where.address, "--redis-secret-file", str(file)])
+        assert (f"can be read by everybody on this machine: chmod 600 {file}" in caplog.text) == told
+    assert file.read_text() not in caplog.text
+
+
+def test_parts_that_were_killed_are_not_shown_as_at_work(redis_run, ledger, there, capsys):
+    def shown() -> str:
+        status.main([redis_run.run_id, *there, "--interval=0"])
+        return capsys.readouterr().out
+
+    ledger.report("trainer-0", "training")
+    assert "state       running\n" in shown()
+    assert "s ago): training" in shown()
+    key = redis_run.key("parts")
+    part = json.loads(redis_run.ask("HGET", key, "trainer-0"))
+    redis_run.ask("HSET", key, "trainer-0", json.dumps(part | {"seen": f"{float(part['seen']) - 60:.6f}"}))
+    killed = shown()
+    assert "state       not ended, but none of its parts is seen any more: resume it with ckpt_path=last" in killed
+    assert "not seen for 60 s), at last: training" in killed
+    ledger.report("producer-0", "capturing")
+    assert "state       running\n" in shown()
+
+
 def test_a_run_with_a_redis_of_its_own_is_shown_by_its_folder(redis_server, redis_run, ledger, tmp_path, capsys):
     folder = tmp_path / redis_run.run_id / "control"
     folder.mkdir(parents=True)

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import orjson
 
-from lightning_dataflow.channels.heads import Heads, head_of, rows_of
+from lightning_dataflow.channels.heads import MAX_LINE_BYTES, Heads, head_of, rows_of
 from lightning_dataflow.contracts import LogRecord, PeerTimeoutError, UserError, assert_no_tensors
 from lightning_dataflow.contracts.log import record_to_json
 
-MAX_LINE_BYTES = 1 << 20
 POLL_S = (0.002, 0.05)
 """Waits between two looks at a log without news: they grow from the first to the second."""
 _AS_LINE = orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS | orjson.OPT_PASSTHROUGH_DATACLASS

@@ -7,13 +7,18 @@ import numpy as np
 
 from lightning_dataflow.contracts import LogRecord
 from lightning_dataflow.contracts.log import MAX_SEQ, Kind
+from lightning_dataflow.contracts.validation import MAX_ATTEMPT, MAX_SAMPLE_BYTES, MAX_TOKENS
 
+MAX_LINE_BYTES = 1 << 20
 KINDS: tuple[Kind, ...] = ("begin", "ref", "supersede", "skip", "end")
 KIND_CODES = {kind: code for code, kind in enumerate(KINDS)}
 REF, SUPERSEDE = KIND_CODES["ref"], KIND_CODES["supersede"]
 NUMBER, SEQ, NUM_BYTES, NUM_TOKENS, ATTEMPT, SIZE, KIND, PLACE, OFFSET = range(9)
 """Columns of rows, whole numbers of 64 bits: the fields of RecordHead."""
 NUM_COLUMNS = 9
+
+MAX_NUMBER = 1 << 62
+"""Below it are the numbers that a channel gives."""
 
 
 class RecordHead(NamedTuple):
@@ -83,7 +88,13 @@ def have_refs(rows: np.ndarray) -> np.ndarray:
 
 
 def first_damaged(rows: np.ndarray) -> int | None:
-    """Index of the first row that no record can have."""
-    seqs, num_bytes = rows[:, SEQ], rows[:, NUM_BYTES]
-    damaged = (rows[:, KIND] >= len(KINDS)) | (seqs > MAX_SEQ) | (seqs < 0) | (num_bytes < 0)
+    """Index of the first row that no record can have, of a channel that needs sizes of lines."""
+    refs, counts = have_refs(rows), rows[:, [NUM_BYTES, NUM_TOKENS, ATTEMPT]]
+    least, most = (
+        np.where(refs[:, None], (1, 1, 0), 0),
+        np.where(refs[:, None], (MAX_SAMPLE_BYTES, MAX_TOKENS, MAX_ATTEMPT), 0),
+    )
+    damaged = ((counts < least) | (counts > most)).any(axis=1)
+    for column, lowest, highest in ((KIND, 0, len(KINDS) - 1), (SEQ, 0, MAX_SEQ), (SIZE, 1, MAX_LINE_BYTES)):
+        damaged |= (rows[:, column] < lowest) | (rows[:, column] > highest)
     return int(damaged.argmax()) if damaged.any() else None

@@ -12,6 +12,7 @@ import orjson
 from lightning_dataflow.channels.base import MAX_LINE_BYTES, StreamingRefChannel, check_card
 from lightning_dataflow.channels.heads import (
     KINDS,
+    MAX_NUMBER,
     NUMBER,
     SEQ,
     Heads,
@@ -20,7 +21,7 @@ from lightning_dataflow.channels.heads import (
     heads_in,
     rows_of,
 )
-from lightning_dataflow.channels.redis_records import HEAD_BYTES, pack, split, unpack
+from lightning_dataflow.channels.redis_records import CHUNK, HEAD_BYTES, pack, split, unpack
 from lightning_dataflow.channels.redis_scripts import ALLOW_OOM, change_script
 from lightning_dataflow.channels.redis_server import RedisServer
 from lightning_dataflow.contracts import SCHEMA_VERSION, LogRecord, UserError, assert_no_tensors
@@ -29,7 +30,9 @@ from lightning_dataflow.contracts.log import record_from_json
 INDEX_ENTRIES = 64
 """Appends whose heads are asked for at a time."""
 READ_BYTES = 8 << 20
-"""Lines that are asked for at a time."""
+"""Lines that are asked for at a time, about."""
+MAX_READ = 1 << 14
+"""Entries of the index that a reader remembers one by one, to trim them."""
 NONCE_BITS = 48
 
 
@@ -50,7 +53,7 @@ class RedisChannel(StreamingRefChannel):
         self._position = (0, 0)  # of the last entry of the index that was read
         self._last_number = 0
         self._rows = rows_of([])  # read, not handed out
-        self._read: deque[tuple[int, int]] = deque()  # by entry of the index: the number after it, its highest seq
+        self._read = _Read()
         self._connections = server.num_connections
         self.card()
 
@@ -118,16 +121,16 @@ class RedisChannel(StreamingRefChannel):
         """See StreamingRefChannel."""
         self._position, self._last_number = (0, 0), 0
         self._rows = rows_of([])
-        self._read.clear()
+        self._read = _Read()
 
     def trim(self, seq: int) -> None:
         """See StreamingRefChannel. The last entry that was read stays: by it a server that lost some is found out."""
-        handed_out = int(self._rows[0, NUMBER]) if len(self._rows) else self._last_number
-        following = None
-        while len(self._read) > 1 and self._read[0][1] < seq and self._read[0][0] <= handed_out:
-            following, _ = self._read.popleft()
+        rows = self._rows  # another thread reads on
+        handed_out = int(rows[0, NUMBER]) if len(rows) else self._last_number
+        following = self._read.pop_below(seq, handed_out)
         if following is not None:
-            self.server.change(self._trim, "trim", following)
+            while self.server.change(self._trim, "trim", following):
+                pass
 
     def _fill(self) -> bool:
         """Read more of the index; False when there is no more yet."""
@@ -139,18 +142,23 @@ class RedisChannel(StreamingRefChannel):
         if not entries:
             return False
         positions, texts = [_position(name) for name, _ in entries], [fields[1] for _, fields in entries]
+        following = self._last_number
         for (first, _), text in zip(positions, texts, strict=True):
             if not text or len(text) % HEAD_BYTES:
                 raise self._damaged(first, UserError(f"{len(text)} bytes of heads are no whole number of them"))
+            if not max(1, following) <= first < MAX_NUMBER - len(text):
+                raise self._damaged(first, UserError(f"its number does not follow {following - 1}"))
+            following = first + len(text) // HEAD_BYTES
         rows = unpack([(first, text) for (first, _), text in zip(positions, texts, strict=True)])
         if (index := first_damaged(rows)) is not None:
             (head,) = heads_in(rows[index : index + 1])
-            raise self._damaged(head.number, UserError(f"it has kind {head.kind} and seq {head.seq}"))
+            raise self._damaged(head.number, UserError(f"no record has the {head}"))
         counts = [len(text) // HEAD_BYTES for text in texts]
         highest = np.maximum.reduceat(rows[:, SEQ], np.cumsum([0, *counts[:-1]])).tolist()
-        self._read.extend((first + size, seq) for (first, _), size, seq in zip(positions, counts, highest, strict=True))
+        for (first, _), size, seq in zip(positions, counts, highest, strict=True):
+            self._read.add(first + size, seq)
         self._rows = np.concatenate([self._rows, rows]) if len(self._rows) else rows
-        self._position, self._last_number = positions[-1], self._read[-1][0]
+        self._position, self._last_number = positions[-1], following
         return True
 
     def _check_position(self) -> None:
@@ -164,10 +172,14 @@ class RedisChannel(StreamingRefChannel):
 
     def _load(self, heads: Sequence[RecordHead]) -> list[LogRecord | None]:
         """None for those that were dropped."""
-        chunks: dict[int, bytes | None] = {}
-        for places in _batches(heads):
-            chunks.update(zip(places, self.server.ask("HMGET", self.server.key("lines"), *places), strict=True))
-        return [None if (chunk := chunks[head.place]) is None else self._parse(head, chunk) for head in heads]
+        records: list[LogRecord | None] = []
+        for some in _batches(heads):
+            places = list(dict.fromkeys(head.place for head in some))
+            chunks = dict(zip(places, self.server.ask("HMGET", self.server.key("lines"), *places), strict=True))
+            for head in some:
+                chunk = chunks[head.place]
+                records.append(None if chunk is None else self._parse(head, chunk))
+        return records
 
     def _parse(self, head: RecordHead, chunk: bytes) -> LogRecord:
         line = chunk[head.offset : head.offset + head.size]
@@ -214,15 +226,50 @@ def _position(name: bytes) -> tuple[int, int]:
     return int(number), int(nonce)
 
 
-def _batches(heads: Sequence[RecordHead]) -> Iterator[list[int]]:
-    """Places of chunks that are asked for at a time."""
-    places: dict[int, None] = {}
-    size = 0
-    for head in heads:
-        places[head.place] = None
-        size += head.size
-        if size > READ_BYTES:
-            yield list(places)
-            places, size = {}, 0
-    if places:
-        yield list(places)
+def _batches(heads: Sequence[RecordHead]) -> Iterator[Sequence[RecordHead]]:
+    """Heads whose chunks are asked for at a time."""
+    first, size, place = 0, 0, None
+    for index, head in enumerate(heads):
+        if head.place != place:
+            place, size = head.place, size + CHUNK * head.size
+            if size > READ_BYTES and index > first:
+                yield heads[first:index]
+                first, size = index, CHUNK * head.size
+    if heads:
+        yield heads[first:]
+
+
+class _Read:
+    """The entries of the index that were read, to trim them: the number after each, and its highest seq.
+
+    Of a long log, which somebody else trims or nobody, several that follow each other count as one.
+    """
+
+    def __init__(self) -> None:
+        self._spans: deque[tuple[int, int]] = deque()
+        self._most_in_one, self._in_last = 1, 0
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def add(self, after: int, highest: int) -> None:
+        """The next entry."""
+        if self._spans and self._in_last < self._most_in_one:
+            self._spans[-1] = after, max(self._spans[-1][1], highest)
+            self._in_last += 1
+            return
+        self._spans.append((after, highest))
+        self._in_last = 1
+        if len(self._spans) > MAX_READ:
+            spans = [*self._spans]
+            pairs = zip(spans[::2], spans[1::2], strict=False)
+            self._spans = deque((later[0], max(one[1], later[1])) for one, later in pairs)
+            self._spans.extend(spans[len(spans) // 2 * 2 :])
+            self._most_in_one *= 2
+
+    def pop_below(self, seq: int, number: int) -> int | None:
+        """Forget entries that are below `seq` and end by `number`, all but the last; returns the number after them."""
+        following = None
+        while len(self._spans) > 1 and self._spans[0][1] < seq and self._spans[0][0] <= number:
+            following, _ = self._spans.popleft()
+        return following

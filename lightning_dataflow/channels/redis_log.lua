@@ -2,6 +2,7 @@
 -- arguments of their own and, behind them in ARGV, from `REST` on, a list of any length.
 local CARD, LINES, INDEX, TOTALS, CLIENTS, ROWS, WANTED, LEASED, HOLDERS, PARTS, FAILED = unpack(KEYS)
 local MOST = 4000  -- arguments that fit on Lua's stack
+local SLICE = 1000  -- appends that are dropped at a time: nobody else is served meanwhile
 -- bytes of a record's head, where its line's size stands, and lines that are kept together: see redis_records.py
 local HEAD, SIZE_AT, CHUNK = 32, 25, 8
 local KEEP_S = 3600  -- what nobody needs any more stays that long
@@ -84,16 +85,21 @@ ops.append = function(nonce, heads)
   return true
 end
 
--- drops all records before one of the index
+-- drops the records before one of the index, of at most SLICE appends; returns whether there are more
 ops.trim = function(following)
-  local entries, numbers = redis.call('XRANGE', INDEX, '-', '(' .. following .. '-0'), {}
-  for _, entry in ipairs(entries) do
+  local entries = redis.call('XRANGE', INDEX, '-', '(' .. following .. '-0', 'COUNT', SLICE + 1)
+  local numbers, next = {}, following .. '-0'
+  for i, entry in ipairs(entries) do
+    if i > SLICE then
+      next = entry[1]
+      break
+    end
     local first = tonumber(string.match(entry[1], '^%d+'))
     for number = first, first + #entry[2][2] / HEAD - 1, CHUNK do
       numbers[#numbers + 1] = int(number)
     end
   end
   many('HDEL', LINES, numbers)
-  redis.call('XTRIM', INDEX, 'MINID', following .. '-0')
-  return true
+  redis.call('XTRIM', INDEX, 'MINID', next)
+  return #entries > SLICE
 end

@@ -34,11 +34,12 @@ DTYPE_BYTES = {
 }
 MAX_SAMPLE_BYTES = 1 << 38
 MAX_TOKENS = 1 << 24
+MAX_ATTEMPT = 10**9 - 1
 MAX_RANK = 8
 MAX_TEXT = 1024
 MAX_FEATURES = 64
 CACHED_LAYOUTS, CACHED_SPECS, CACHED_CAPTURES = 1 << 13, 1 << 15, 16
-_ORIGIN_DEFAULTS: dict[str, Any] = {"attempt": 0, "draft_weight_version": None, "metadata": {}}
+_ORIGIN_DEFAULTS: dict[str, Any] = {"attempt": 0, "draft_weight_version": None}
 _FIELDS: dict[type, tuple[frozenset[str], dict[str, Any]]] = {
     cls: (frozenset(field.name for field in fields(cls)), defaults)
     for cls, defaults in ((SampleOrigin, _ORIGIN_DEFAULTS), (SampleRef, {"schema_version": SCHEMA_VERSION}))
@@ -79,8 +80,16 @@ def _check_fields(ref: SampleRef) -> None:
     _check_count(origin.num_tokens, MAX_TOKENS, "num_tokens", origin.sample_id)
     if not 0 < len(ref.features) <= MAX_FEATURES:
         raise UserError(f"ref {origin.sample_id} has {len(ref.features)} features, expected 1 to {MAX_FEATURES}")
-    if not isinstance(origin.attempt, int) or not 0 <= origin.attempt < 10**9:
+    if not isinstance(origin.attempt, int) or not 0 <= origin.attempt <= MAX_ATTEMPT:
         raise UserError(f"attempt of {origin.sample_id} is {_short(origin.attempt)}, expected a whole number from 0")
+
+
+def _check_version(version: Any) -> None:
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"a sample reference has schema version {_short(version)}, this release reads {SCHEMA_VERSION}: capture again "
+            "with this release"
+        )
 
 
 def _payload(ref: SampleRef) -> int:
@@ -118,6 +127,8 @@ def ref_to_json(ref: SampleRef) -> dict[str, Any]:
     for name, default in _ORIGIN_DEFAULTS.items():
         if origin[name] == default:
             del origin[name]
+    if not ref.origin.metadata:
+        del origin["metadata"]
     capture = ref.origin.capture
     origin["capture"] = _write_capture(capture.layer_ids, capture.norm, capture.hidden_size)
     return {
@@ -134,8 +145,9 @@ def ref_from_json(data: Any) -> SampleRef:
     """Rebuild and validate a ref from `json.loads` output. Raises UserError for anything malformed."""
     try:
         told, features = data["origin"], data["features"]
+        _check_version(data["schema_version"])
         capture = _read_capture(told["capture"])
-        origin = _filled(SampleOrigin, told, capture=capture)
+        origin = _filled(SampleOrigin, {"metadata": {}, **told}, capture=capture)
         total = None
         if isinstance(features, str):
             _check_count(origin.num_tokens, MAX_TOKENS, "num_tokens", str(origin.sample_id))
@@ -248,10 +260,7 @@ def _check_of_run(run_id: Any, target: Any, tokenizer: Any, uri: Any, schema_ver
     for what, value in (("uri", uri), ("target_model_version", target), ("tokenizer_version", tokenizer)):
         if not isinstance(value, str) or not 0 < len(value) <= MAX_TEXT:
             raise UserError(f"its {what} is {_short(value)}, expected up to {MAX_TEXT} characters")
-    if schema_version != SCHEMA_VERSION:
-        raise UserError(
-            f"it has schema version {schema_version}, this release reads {SCHEMA_VERSION}: capture again with this release"
-        )
+    _check_version(schema_version)
 
 
 def _check_count(value: Any, limit: int, what: str, whose: str) -> None:

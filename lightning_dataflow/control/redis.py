@@ -82,8 +82,9 @@ class RedisMetadataStore(MetadataStore):
         """See MetadataStore."""
         marks = (watermarks.high_bytes, watermarks.high_refs, watermarks.low_bytes, watermarks.low_refs)
         while True:
-            sizes = [num_bytes(seq) for seq in self._expected]
-            how = (worker, group, lease_s, *marks, self._expected.start)
+            expected = self._expected  # another thread may lease too
+            sizes = [num_bytes(seq) for seq in expected]
+            how = (worker, group, lease_s, *marks, expected.start)
             found = self.server.change(self._growing, "lease", *how, listed=sizes)
             if not found:
                 return None

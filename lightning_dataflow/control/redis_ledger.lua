@@ -87,12 +87,14 @@ local function held_by(lease)
   return held
 end
 
--- a lease is over that holds nothing
+-- a lease is over that holds nothing; returns whether it does
 local function settle(lease)
-  if #held_by(lease) == 0 then
+  local holds = #held_by(lease) > 0
+  if not holds then
     redis.call('HDEL', HOLDERS, lease)
     redis.call('ZREM', LEASED, lease)
   end
+  return holds
 end
 
 local function finished()
@@ -226,7 +228,7 @@ end
 ops.renew = function(worker, lease_s)
   local ends = milliseconds(now() + lease_s)
   for _, lease in ipairs(redis.call('HKEYS', HOLDERS)) do
-    if string.match(lease, '^%d+ (.*)$') == worker then
+    if string.match(lease, '^%d+ (.*)$') == worker and settle(lease) then
       redis.call('ZADD', LEASED, ends, lease)
     end
   end
@@ -279,6 +281,7 @@ ops.commit = function(nonce, lease, attempt, total, heads)
     end
   end
   if #accepted == 0 then
+    settle(lease)
     return {}
   end
   if #accepted < #seqs then

@@ -53,11 +53,14 @@ class HeadTable:
 
     def rows(self, seqs: range) -> np.ndarray:
         """Those of consecutive seqs, with number 0 where there is none; the last may be left out."""
-        return self._rows[seqs.start - self.start : max(seqs.stop - self.start, 0)]
+        assert seqs.start >= self.start, "those before have been dropped"
+        return self._rows[seqs.start - self.start : seqs.stop - self.start]
 
     def pick(self, seqs: Sequence[int]) -> np.ndarray:
         """The rows of seqs that all have one, as a copy."""
-        return self._rows[np.array(seqs, np.int64) - self.start]
+        at = np.array(seqs, np.int64) - self.start
+        assert not len(at) or at.min() >= 0, "those before have been dropped"
+        return self._rows[at]
 
     def all_rows(self) -> np.ndarray:
         """The rows of all seqs that have one, as a copy."""
@@ -65,6 +68,7 @@ class HeadTable:
 
     def mark(self, seqs: range) -> None:
         """Mark the heads of seqs that all have one."""
+        assert seqs.start >= self.start, "those before have been dropped"
         self._marked[seqs.start - self.start : seqs.stop - self.start] = True
 
     def drop(self, next_seq: int) -> np.ndarray:
@@ -80,8 +84,8 @@ class HeadTable:
         at = seqs - self.start
         if (highest := int(at.max())) > MAX_AHEAD:
             raise UserError(
-                f"the log holds seq {highest + self.start}, over {MAX_AHEAD} after {self.start}: it is damaged, start "
-                "again under another run_name"
+                f"the log holds seq {highest + self.start}, over {MAX_AHEAD} after seq {self.start}, where this trainer "
+                "begins: resume from a later checkpoint, or start again under another run_name"
             )
         return at
 

@@ -11,6 +11,7 @@ import numpy as np
 from lightning_dataflow.channels.base import POLL_S
 from lightning_dataflow.channels.heads import (
     KINDS,
+    MAX_NUMBER,
     NUM_BYTES,
     NUM_TOKENS,
     SEQ,
@@ -29,8 +30,6 @@ from lightning_dataflow.data.head_table import HeadTable
 from lightning_dataflow.data.source import RefWindow, WindowEntry
 
 CHECK_PEERS_S = 0.5
-OWN_NUMBERS = 1 << 62
-"""From which on records are numbered that this reader made itself."""
 
 
 class QueueCancelledError(Exception):
@@ -75,7 +74,7 @@ class StreamingRefQueue:
         self._first: dict[int, RecordHead] = {}  # where another counts now: its sizes do, so that all ranks count alike
         self._loaded: dict[int, LogRecord] = {}  # by seq
         self._pace_s = 0.0  # from one record to the next, as seen while waiting
-        self._own_numbers = count(OWN_NUMBERS)
+        self._own_numbers = count(MAX_NUMBER)  # of records that this reader makes itself
         self._lost: set[int] = set()  # their records are void; waiting for the next
         self._unwanted: list[tuple[int, SampleRef]] = []
         self._end: int | None = None
@@ -143,7 +142,7 @@ class StreamingRefQueue:
             for head in heads_in(self._table.drop(next_seq)):  # came after its window was handed out
                 self._discard(head, self._loaded.get(head.seq))
             for of_seqs in (self._loaded, self._first, self._recaptured):
-                for seq in [seq for seq in of_seqs if seq < next_seq]:
+                for seq in [seq for seq in list(of_seqs) if seq < next_seq]:
                     del of_seqs[seq]
             return self._take_unwanted(next_seq)
 
@@ -249,7 +248,9 @@ class StreamingRefQueue:
         if missing:
             with self._lock:
                 rows = self._table.pick(missing)
-            loaded.update(zip(missing, self._plane.log.load(rows), strict=True))
+            records = self._plane.log.load(rows)
+            with self._lock:
+                loaded.update(zip(missing, records, strict=True))
         return [loaded[seq] for seq in seqs]
 
     def _discard(self, head: RecordHead, record: LogRecord | None = None) -> None:

@@ -151,7 +151,7 @@ def test_files_stay_bounded_when_trimmed_as_they_are_read(channel):
 def test_cards_of_another_schema_or_damaged(channel):
     card = channel.folder / "run.json"
     card.write_text(json.dumps(RUN | {"schema_version": 7}))
-    with pytest.raises(UserError, match="schema version 7, this release reads 1"):
+    with pytest.raises(UserError, match="schema version 7, this release reads 2"):
         reader(channel)
     for damaged in ("{", "[]", "{}"):
         card.write_text(damaged)
@@ -179,7 +179,7 @@ def line(**changes: Any) -> str:
         (line(origin__sample_id="../../etc/passwd"), "not a valid id"),
         (line(origin__run_id="a/b"), "not a valid id"),
         (line(generation="latest"), "expected attempt-nonce"),
-        (line(schema_version=2), "schema version 2, this release reads 1"),
+        (line(schema_version=3), "schema version 3, this release reads 2"),
         (line(features={}), "0 features"),
         ('{"kind":"ref","seq":0}\n', "not a sample reference"),
         ('{"kind":"drop","seq":0}\n', "not a log record"),

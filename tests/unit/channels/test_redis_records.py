@@ -1,13 +1,15 @@
 """How records lie in Redis, and how readers find theirs."""
 
 import random
+import struct
 
 import pytest
 
 from lightning_dataflow.channels import RedisChannel
+from lightning_dataflow.channels import redis as redis_channel
 from lightning_dataflow.channels.heads import SEQ
 from lightning_dataflow.channels.redis_records import CHUNK, HEAD_BYTES
-from lightning_dataflow.contracts import LogRecord
+from lightning_dataflow.contracts import LogRecord, UserError
 from lightning_dataflow.control import MAX_ATTEMPTS, ControlPlane, RedisMetadataStore, RunPlan
 from tests.streams import WIDE, make_ref
 
@@ -94,6 +96,83 @@ def test_what_is_trimmed_leaves_no_lines(plane, redis_run, passed):
     assert redis_run.ask("HLEN", redis_run.key("lines")) == sum(-(-count // CHUNK) for count in COUNTS[passed:])
     again = RedisChannel(redis_run)
     assert [record.seq for record in again.poll()] == list(range(sum(COUNTS[:passed]), sum(COUNTS)))
+
+
+def test_a_long_log_is_trimmed_in_slices(plane, redis_run):
+    """Redis serves nobody else while it drops some."""
+    for seq in range(2300):
+        plane.log.publish([skip(seq)])
+    while plane.log.poll():
+        pass
+    plane.log.trim(2250)
+    assert redis_run.ask("XLEN", redis_run.key("index")) == redis_run.ask("HLEN", redis_run.key("lines")) == 50
+    trims = [
+        int(line.split("calls=")[1].split(",")[0])
+        for line in redis_run.ask("INFO", "COMMANDSTATS").decode().split()
+        if line.startswith("cmdstat_xtrim")
+    ]
+    assert trims[0] >= 3
+
+
+def test_a_reader_that_does_not_trim_does_not_grow(plane, redis_run, monkeypatch):
+    monkeypatch.setattr(redis_channel, "MAX_READ", 8)
+    for first in range(0, 200, 2):
+        plane.log.publish([skip(first), skip(first + 1)])
+        assert [record.seq for record in plane.log.poll()] == [first, first + 1]
+        assert len(plane.log._read) <= 8
+    plane.log.trim(150)
+    left = [record.seq for record in RedisChannel(redis_run).poll()]
+    assert left == list(range(left[0], 200))
+    assert 50 <= len(left) <= 100  # what it remembers as one is dropped as one
+    plane.log.trim(1000)
+    assert redis_run.ask("XLEN", redis_run.key("index")) <= 32
+
+
+GOOD = (0, 10, 3, 0, 20, 1)  # seq, bytes, tokens, attempt, size, kind
+
+
+@pytest.mark.parametrize(
+    ("entry", "head", "message"),
+    [
+        ("1-7", (1 << 49, *GOOD[1:]), "no record has the RecordHead"),
+        ("1-7", (0, 1 << 62, *GOOD[2:]), "no record has the RecordHead"),
+        ("1-7", (0, (1 << 64) - 1, *GOOD[2:]), "no record has the RecordHead"),
+        ("1-7", (0, 0, *GOOD[2:]), "no record has the RecordHead"),
+        ("1-7", (0, 10, 4_000_000_000, *GOOD[3:]), "no record has the RecordHead"),
+        ("1-7", (*GOOD[:3], 4_000_000_000, *GOOD[4:]), "no record has the RecordHead"),
+        ("1-7", (*GOOD[:4], 0, 1), "no record has the RecordHead"),
+        ("1-7", (*GOOD[:4], 1 << 31, 1), "no record has the RecordHead"),
+        ("1-7", (*GOOD[:5], 5), "no record has the RecordHead"),
+        ("1-7", (*GOOD[:5], 3), "no record has the RecordHead"),  # a skip has no bytes
+        ("0-7", GOOD, "record 0: its number does not follow"),
+        (f"{(1 << 63) - 5}-7", GOOD, "its number does not follow"),
+        (f"{(1 << 64) - 5}-7", GOOD, "its number does not follow"),
+    ],
+)
+def test_a_head_that_no_record_has_is_refused(plane, redis_run, entry, head, message):
+    redis_run.ask("XADD", redis_run.key("index"), entry, "h", struct.pack("<QQIIIB3x", *head))
+    with pytest.raises(UserError, match=message):
+        plane.log.poll_heads()
+
+
+def test_entries_do_not_overlap(plane, redis_run):
+    for entry in ("5-7", "6-7"):
+        redis_run.ask("XADD", redis_run.key("index"), entry, "h", 2 * struct.pack("<QQIIIB3x", *GOOD))
+    with pytest.raises(UserError, match="record 6: its number does not follow 6"):
+        plane.log.poll_heads()
+
+
+def test_leases_that_hold_nothing_are_over(plane, redis_run):
+    """One was taken over, and of one nothing is wanted any more."""
+    late, freed = lease(plane, "a", 4, lease_s=-1), None
+    assert publish(plane, lease(plane, "b", 4)) == list(late.wanted)
+    assert publish(plane, late) == []
+    freed = lease(plane, "a", 4)
+    plane.ledger.free(freed.wanted)
+    assert redis_run.ask("ZCARD", redis_run.key("leased")) == 1
+    plane.ledger.renew("a", 60.0)
+    for name in ("leased", "holders"):
+        assert redis_run.ask("EXISTS", redis_run.key(name)) == 0
 
 
 def test_a_head_has_a_fixed_size(plane):

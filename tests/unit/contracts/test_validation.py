@@ -136,3 +136,17 @@ def test_lists_in_a_spec_with_meta():
     data["features"]["last_hidden_state"]["target_meta"] = {"vocab_map_version": "1"}
     with pytest.raises(UserError, match="ref run:00000001-p0: unhashable"):
         ref_from_json(data)
+
+
+def test_refs_without_metadata_share_nothing():
+    data = json.loads(json.dumps(ref_to_json(make_ref())))
+    data["origin"].pop("metadata", None)
+    one, other = ref_from_json(data), ref_from_json(data)
+    assert one.origin.metadata == other.origin.metadata == {}
+    assert one.origin.metadata is not other.origin.metadata
+
+
+def test_a_ref_of_an_older_release_is_told_by_its_version():
+    old = edited("origin.capture", {"layer_ids": [1], "norm": "post", "hidden_size": 64}) | {"schema_version": 1}
+    with pytest.raises(UserError, match="has schema version 1, this release reads 2: capture again"):
+        ref_from_json(old)

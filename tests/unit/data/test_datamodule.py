@@ -137,7 +137,7 @@ def test_damaged_captures(prompts, target, tmp_path):
     with pytest.raises(UserError, match=r"refs\.jsonl, line 1: .*not a valid id"):
         OfflineSource(tmp_path)
     (tmp_path / "manifest.json").write_text(json.dumps(json.loads(manifest) | {"schema_version": 0}))
-    with pytest.raises(UserError, match="schema version 0, this release reads 1"):
+    with pytest.raises(UserError, match="schema version 0, this release reads 2"):
         OfflineSource(tmp_path)
     (tmp_path / "manifest.json").write_text(json.dumps(json.loads(manifest) | {"card": {}}))
     with pytest.raises(UserError, match="is damaged"):

@@ -59,6 +59,8 @@ def test_a_seq_before_its_start_or_twice_is_not_new():
 def test_a_seq_that_no_log_can_hold_takes_no_memory():
     table = HeadTable(0)
     put(table, head(1, 1))
-    with pytest.raises(UserError, match=f"the log holds seq {MAX_AHEAD + 1}, over {MAX_AHEAD} after 0: it is damaged"):
+    with pytest.raises(
+        UserError, match=f"the log holds seq {MAX_AHEAD + 1}, over {MAX_AHEAD} after seq 0, where this trainer begins"
+    ):
         put(table, head(MAX_AHEAD + 1, 2))
     assert table.missing(range(3)).tolist() == [0, 2]

@@ -1,5 +1,6 @@
 """One rank's view of the log."""
 
+import sys
 import threading
 import time
 
@@ -279,6 +280,38 @@ def test_a_log_that_ends_before_the_window(plane):
     plane.log.publish([LogRecord(kind="begin", seq=0)])  # a new fit
     publish(plane, 3)
     assert queue.get(range(2, 4), range(2, 4)).entries
+
+
+def test_windows_are_read_while_others_are_acknowledged(plane):
+    """By two threads, which Python switches between as often as it can."""
+    refs = publish(plane, *range(2000))
+    queue, errors, read = queue_of(plane), [], threading.Semaphore(0)
+
+    def read_windows() -> None:
+        try:
+            for first in range(0, 2000, 10):
+                assert [entry.ref for entry in queue.get(range(first, first + 10), range(first, first + 10)).entries] == [
+                    refs[seq] for seq in range(first, first + 10)
+                ]
+                read.release()
+        except BaseException as error:
+            errors.append(error)
+            read.release()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        thread = threading.Thread(target=read_windows, daemon=True)
+        thread.start()
+        for first in range(0, 2000, 10):
+            assert read.acquire(timeout=30)
+            if errors:
+                break
+            assert queue.ack(first + 10) == []
+        thread.join(30)
+    finally:
+        sys.setswitchinterval(interval)
+    assert errors == []
 
 
 def test_cancelled_while_others_keep_publishing(plane):

@@ -37,8 +37,18 @@ class Terminated(KeyboardInterrupt):
 def terminate(number: int, frame: object) -> NoReturn:
     """The handler of SIGTERM. Heeds it once: a scheduler may tell all parts, and their supervisor then tells them again."""
     for one in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(one, signal.SIG_IGN)
+        signal.signal(one, _heed_no_more)
     raise Terminated
+
+
+def _heed_no_more(number: int, frame: object) -> None:
+    """Not SIG_IGN: of a signal that is on its way Python would print that it is ignored."""
+
+
+def answer_once(number: int, frame: object) -> NoReturn:
+    """The handler of SIGINT. A SIGTERM after it asks for the same, and must not disturb the answer; a second Ctrl-C may."""
+    signal.signal(signal.SIGTERM, _heed_no_more)
+    raise KeyboardInterrupt
 
 
 def command(function: Command, *, keeps_folder: bool = True) -> Callable[[], None]:
@@ -77,6 +87,8 @@ def command(function: Command, *, keeps_folder: bool = True) -> Callable[[], Non
     def checked() -> None:
         _check_choices(sys.argv[1:])
         signal.signal(signal.SIGTERM, terminate)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell's background job has it
+            signal.signal(signal.SIGINT, answer_once)
         report, sys.unraisablehook = sys.unraisablehook, _raise_again
         try:
             run()

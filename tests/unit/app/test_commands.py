@@ -11,7 +11,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from lightning_dataflow.app import capture, commands, evaluate, show_mask, train
-from lightning_dataflow.app.command import Terminated, _raise_again, terminate
+from lightning_dataflow.app.command import Terminated, _raise_again, command, terminate
 from lightning_dataflow.app.commands import MAYBE_LATER
 
 BY_HAND = ("topology=disagg_online", "store=shared_dir", "role=producer", "run_name=test")
@@ -345,6 +345,28 @@ def test_show_mask(run, capsys):
     shown = capsys.readouterr().out
     assert shown.count("⟦") >= 2
     assert "88 samples to train on, 8 held out; records left out: none" in shown
+
+
+def test_a_sigterm_after_ctrl_c_does_not_disturb_its_answer(run, monkeypatch):
+    """The supervisor tells its parts by the one, and a scheduler all processes by the other."""
+    answered = []
+
+    def interrupted(config, settings):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.05)
+            answered.append(True)
+
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    try:
+        assert run(command(interrupted)) == 130
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+    assert answered == [True]
 
 
 @pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), ([], 0), (["fly"], 1)])

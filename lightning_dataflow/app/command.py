@@ -45,7 +45,7 @@ def _heed_no_more(number: int, frame: object) -> None:
     """Not SIG_IGN: of a signal that is on its way Python would print that it is ignored."""
 
 
-def answer_once(number: int, frame: object) -> NoReturn:
+def break_off(number: int, frame: object) -> NoReturn:
     """The handler of SIGINT. A SIGTERM after it asks for the same, and must not disturb the answer; a second Ctrl-C may."""
     signal.signal(signal.SIGTERM, _heed_no_more)
     raise KeyboardInterrupt
@@ -88,7 +88,7 @@ def command(function: Command, *, keeps_folder: bool = True) -> Callable[[], Non
         _check_choices(sys.argv[1:])
         signal.signal(signal.SIGTERM, terminate)
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell's background job has it
-            signal.signal(signal.SIGINT, answer_once)
+            signal.signal(signal.SIGINT, break_off)
         report, sys.unraisablehook = sys.unraisablehook, _raise_again
         try:
             run()

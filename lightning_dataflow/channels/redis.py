@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from lightning_dataflow.channels.base import MAX_LINE_BYTES, StreamingRefChannel, check_card
+from lightning_dataflow.channels.base import StreamingRefChannel, check_card
 from lightning_dataflow.channels.heads import (
     KINDS,
     MAX_NUMBER,
@@ -184,8 +184,6 @@ class RedisChannel(StreamingRefChannel):
     def _parse(self, head: RecordHead, chunk: bytes) -> LogRecord:
         line = chunk[head.offset : head.offset + head.size]
         try:
-            if len(line) > MAX_LINE_BYTES:
-                raise UserError(f"it has over {MAX_LINE_BYTES} bytes")
             record = record_from_json(orjson.loads(line))
         except ValueError as error:  # UserError is one
             raise self._damaged(head.number, error) from error

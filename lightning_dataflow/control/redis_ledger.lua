@@ -73,8 +73,8 @@ local function is_held(row, lease, attempt)
   return row and row.state == 'leased' and row.rest == lease and row.attempt == attempt
 end
 
--- seqs that a lease holds
-local function held_by(lease)
+-- settles what a lease still holds: returns its seqs; one that holds nothing is over
+local function settle(lease)
   local seqs, held = {}, {}
   for seq in string.gmatch(redis.call('HGET', HOLDERS, lease) or '', '%d+') do
     seqs[#seqs + 1] = seq
@@ -84,17 +84,11 @@ local function held_by(lease)
       held[#held + 1] = seqs[i]
     end
   end
-  return held
-end
-
--- a lease is over that holds nothing; returns whether it does
-local function settle(lease)
-  local holds = #held_by(lease) > 0
-  if not holds then
+  if #held == 0 then
     redis.call('HDEL', HOLDERS, lease)
     redis.call('ZREM', LEASED, lease)
   end
-  return holds
+  return held
 end
 
 local function finished()
@@ -109,12 +103,11 @@ local function first_open(time)
   local first = redis.call('ZRANGE', WANTED, 0, 0)[1]
   local lowest = first and tonumber(first)
   for _, lease in ipairs(redis.call('ZRANGEBYSCORE', LEASED, '-inf', '(' .. time)) do
-    for _, seq in ipairs(held_by(lease)) do
+    for _, seq in ipairs(settle(lease)) do
       if not lowest or tonumber(seq) < lowest then
         lowest = tonumber(seq)
       end
     end
-    settle(lease)
   end
   return lowest
 end
@@ -228,7 +221,7 @@ end
 ops.renew = function(worker, lease_s)
   local ends = milliseconds(now() + lease_s)
   for _, lease in ipairs(redis.call('HKEYS', HOLDERS)) do
-    if string.match(lease, '^%d+ (.*)$') == worker and settle(lease) then
+    if string.match(lease, '^%d+ (.*)$') == worker and #settle(lease) > 0 then
       redis.call('ZADD', LEASED, ends, lease)
     end
   end

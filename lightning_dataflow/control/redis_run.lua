@@ -17,7 +17,7 @@ end
 
 ops.fence = function()
   for _, lease in ipairs(redis.call('HKEYS', HOLDERS)) do
-    local seqs = held_by(lease)
+    local seqs = settle(lease)
     local rows = rows_of(seqs)
     for _, row in ipairs(rows) do
       row.state, row.attempt, row.rest = 'wanted', row.attempt + 1, ''

@@ -142,7 +142,7 @@ class StreamingRefQueue:
             for head in heads_in(self._table.drop(next_seq)):  # came after its window was handed out
                 self._discard(head, self._loaded.get(head.seq))
             for of_seqs in (self._loaded, self._first, self._recaptured):
-                for seq in [seq for seq in list(of_seqs) if seq < next_seq]:
+                for seq in [seq for seq in of_seqs if seq < next_seq]:
                     del of_seqs[seq]
             return self._take_unwanted(next_seq)
 

@@ -162,17 +162,31 @@ def test_entries_do_not_overlap(plane, redis_run):
         plane.log.poll_heads()
 
 
-def test_leases_that_hold_nothing_are_over(plane, redis_run):
-    """One was taken over, and of one nothing is wanted any more."""
-    late, freed = lease(plane, "a", 4, lease_s=-1), None
+def held_leases(redis_run) -> list[int]:
+    return [redis_run.ask("ZCARD", redis_run.key("leased")), redis_run.ask("HLEN", redis_run.key("holders"))]
+
+
+def test_a_lease_whose_samples_are_gone_is_over_with_its_commit(plane, redis_run):
+    held = lease(plane, "a", 4)
+    plane.ledger.free(held.wanted)
+    assert held_leases(redis_run) == [1, 1]
+    assert publish(plane, held) == []
+    assert held_leases(redis_run) == [0, 0]
+
+
+def test_a_heartbeat_does_not_keep_a_lease_whose_samples_are_gone(plane, redis_run):
+    lease(plane, "a", 4)
+    gone = lease(plane, "a", 4)
+    plane.ledger.free(gone.wanted)
+    plane.ledger.renew("a", 60.0)
+    assert held_leases(redis_run) == [1, 1]
+
+
+def test_a_lease_that_was_taken_over_is_over(plane, redis_run):
+    late = lease(plane, "a", 4, lease_s=-1)
     assert publish(plane, lease(plane, "b", 4)) == list(late.wanted)
     assert publish(plane, late) == []
-    freed = lease(plane, "a", 4)
-    plane.ledger.free(freed.wanted)
-    assert redis_run.ask("ZCARD", redis_run.key("leased")) == 1
-    plane.ledger.renew("a", 60.0)
-    for name in ("leased", "holders"):
-        assert redis_run.ask("EXISTS", redis_run.key(name)) == 0
+    assert held_leases(redis_run) == [0, 0]
 
 
 def test_a_head_has_a_fixed_size(plane):

@@ -287,29 +287,30 @@ def test_windows_are_read_while_others_are_acknowledged(redis_run):
     """By two threads, which Python switches between as often as it can; a Redis, because there refs are loaded later."""
     plane = ControlPlane(run_id="run", ledger=RedisMetadataStore(redis_run), channel=RedisChannel(redis_run), durable=True)
     plane.log.announce({"run_id": "run"})
-    refs = publish(plane, *range(3000))
+    total, window, behind = 6000, 20, 50  # windows that are read and not acknowledged
+    refs = publish(plane, *range(total))
     queue, errors, read = StreamingRefQueue(plane), [], threading.Semaphore(0)
+    windows = [range(first, first + window) for first in range(0, total, window)]
 
     def read_windows() -> None:
         try:
-            for first in range(0, 3000, 10):
-                seqs = range(first, first + 10)
+            for seqs in windows:
                 assert [entry.ref for entry in queue.get(seqs, seqs).entries] == [refs[seq] for seq in seqs]
                 read.release()
         except BaseException as error:
             errors.append(error)
-            read.release()
+            read.release(len(windows))
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
         thread = threading.Thread(target=read_windows, daemon=True)
         thread.start()
-        for first in range(0, 3000, 10):
+        for _ in range(behind):
             assert read.acquire(timeout=30)
-            if errors:
-                break
-            assert queue.ack(first + 10) == []
+        for seqs in windows[:-behind]:
+            assert queue.ack(seqs.stop) == []
+            assert read.acquire(timeout=30)
         thread.join(30)
     finally:
         sys.setswitchinterval(interval)

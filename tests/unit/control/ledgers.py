@@ -1,0 +1,60 @@
+"""Calls of a ledger as tests make them, with the sizes and generations that they expect."""
+
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_dataflow.contracts import LogRecord
+from lightning_dataflow.control import (
+    Captured,
+    Lease,
+    MetadataStore,
+    RunPlan,
+    Watermarks,
+)
+from tests.streams import WIDE, log_of, make_ref
+
+SIZE = 10
+
+
+HOST = socket.gethostname()
+
+
+def begin(ledger: MetadataStore, start: int = 0, stop: int = 100, window: int = 4, **known: Any) -> None:
+    plan = RunPlan(start=start, stop=stop, window=window)
+    ledger.begin(plan, **{"published": {}, "wanted": {}, "frontier": start} | known)
+
+
+def lease(ledger: MetadataStore, worker: str = "a", group: int = 4, marks: Watermarks = WIDE, lease_s: float = 60.0):
+    return ledger.lease(worker, group=group, num_bytes=lambda seq: SIZE, watermarks=marks, lease_s=lease_s)
+
+
+def generation(found: Lease, seq: int) -> str:
+    return f"{found.attempt}-{seq:016x}"
+
+
+def commit(
+    ledger: MetadataStore, found: Lease, size: int | Sequence[int] = SIZE, seqs: Sequence[int] | None = None
+) -> list[int]:
+    log = log_of(ledger)
+    captured = {
+        seq: Captured(
+            generation=generation(found, seq),
+            num_bytes=size if isinstance(size, int) else size[seq],
+            line=log.encode(LogRecord(kind="ref", seq=seq, ref=make_ref(seq, found.attempt))),
+        )
+        for seq in (found.wanted if seqs is None else seqs)
+    }
+    return ledger.commit(found, captured, log)
+
+
+def give_back(ledger: MetadataStore, found: Lease, **options: bool) -> list[int]:
+    log = log_of(ledger)
+    skips = {seq: log.encode(LogRecord(kind="skip", seq=seq, reason="it failed")) for seq in found.wanted}
+    return ledger.give_back(found, skips, log, **options)
+
+
+def in_flight(ledger: MetadataStore) -> tuple[int, int]:
+    status = ledger.status()
+    assert ledger.in_flight() == (status["refs_in_flight"], status["bytes_in_flight"])
+    return ledger.in_flight()

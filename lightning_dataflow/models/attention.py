@@ -4,7 +4,7 @@ At unroll step k, the query at position t sees the keys of step 0 at positions �
 at its own position t. So a step is causal attention over S keys plus k more keys per query, never an [S, (k+1)·S] matrix.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, cached_property, lru_cache
 from typing import Any
 
@@ -165,43 +165,60 @@ def _flex_unrolled_attention(
     query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], rows: PackedRows | None = None
 ) -> Tensor:
     """The same through flex attention, whose block mask skips the empty part of [S, (k+1)·S]."""
-    from torch.nn.attention.flex_attention import flex_attention
-
     if rows is None:
         mask = _unrolled_block_mask(query.shape[2], len(keys), query.device)
     else:
         mask = _packed_block_mask(rows.sample, len(keys))
+    return flex(query, torch.cat(tuple(keys), 2), torch.cat(tuple(values), 2), mask)
+
+
+def flex(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
+    """Flex attention, compiled on CUDA: query [B, heads, Q, D], key and value [B, kv_heads, K, D]; heads is a multiple of
+    kv_heads. Returns [B, heads, Q, D].
+
+    Below 128 queries Inductor chooses the decoding kernel on its own, and finds none for some numbers of heads a kv_head.
+    The general kernel takes any shape.
+    """
+    from torch.nn.attention.flex_attention import flex_attention
+
     attend = compiled(flex_attention) if query.is_cuda else flex_attention
-    return attend(query, torch.cat(tuple(keys), 2), torch.cat(tuple(values), 2), block_mask=mask, enable_gqa=True)
+    return attend(query, key, value, block_mask=mask, enable_gqa=True, kernel_options={"BACKEND": "TRITON"})
+
+
+def flex_mask(
+    visible: Callable[..., Tensor], batch: int | None, num_queries: int, num_keys: int, device: torch.device
+) -> Any:
+    """Flex attention's mask of [num_queries, num_keys] from `visible(row, head, query, key)`, the same for all rows where
+    `batch` is None. Compiled on CUDA: eager, it would hold every entry of the mask."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    # Dynamic from the start: batches have many lengths, and Dynamo gives up on a function after 8 compilations.
+    make = compiled(create_block_mask, dynamic=True) if device.type == "cuda" else create_block_mask
+    return make(visible, batch, None, num_queries, num_keys, device=device)
 
 
 @cache
-def compiled(function: Any) -> Any:
-    """The function, compiled once."""
-    return torch.compile(function)
+def compiled(function: Any, dynamic: bool | None = None) -> Any:
+    """The function, compiled once; see torch.compile for `dynamic`."""
+    return torch.compile(function, dynamic=dynamic)
 
 
 @lru_cache(maxsize=64)
 def _unrolled_block_mask(length: int, num_steps: int, device: torch.device) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    def visible(batch: Tensor, head: Tensor, position: Tensor, key: Tensor) -> Tensor:
+    def visible(row: Tensor, head: Tensor, position: Tensor, key: Tensor) -> Tensor:
         return torch.where(key < length, key <= position, key % length == position)
 
-    return create_block_mask(visible, None, None, length, num_steps * length, device=device)
+    return flex_mask(visible, None, length, num_steps * length, device)
 
 
 def _packed_block_mask(sample: Tensor, num_steps: int) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
     batch, length = sample.shape
 
     def visible(row: Tensor, head: Tensor, position: Tensor, key: Tensor) -> Tensor:
         own_sample = sample[row, position] == sample[row, key % length]
         return torch.where(key < length, (key <= position) & own_sample, key % length == position)
 
-    make = compiled(create_block_mask) if sample.is_cuda else create_block_mask
-    return make(visible, batch, None, length, num_steps * length, device=sample.device)
+    return flex_mask(visible, batch, length, num_steps * length, sample.device)
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

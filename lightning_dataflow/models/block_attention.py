@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lightning_dataflow.models.attention import compiled
+from lightning_dataflow.models.attention import flex, flex_mask
 from lightning_dataflow.models.blocks import Blocks
 
 CHUNK_BLOCKS = 8
@@ -175,39 +175,33 @@ def _chunk_mask(chunk: _Chunk, anchor: Tensor, like: Tensor, window: int | None)
 
 def _flex_block_attention(query: Tensor, keys: ContextKeys, blocks: Blocks, window: int | None) -> Tensor:
     """The same through flex attention over all samples and blocks laid end to end, whose mask skips what is unseen."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    attend = compiled(flex_attention) if query.is_cuda else flex_attention
     batch, _, length, _ = keys.context_key.shape
     mask = flex_block_mask(blocks, (batch, length), query.shape[2], window)
     key = torch.cat((_end_to_end(keys.context_key), _end_to_end(keys.block_key)), dim=2)
     value = torch.cat((_end_to_end(keys.context_value), _end_to_end(keys.block_value)), dim=2)
-    out = attend(_end_to_end(query), key, value, block_mask=mask, enable_gqa=True)
+    out = flex(_end_to_end(query), key, value, mask)
     return out[0].unflatten(1, (-1, query.shape[2])).transpose(0, 1)
 
 
 def flex_block_mask(blocks: Blocks, context_shape: tuple[int, int], block_size: int, window: int | None) -> Any:
     """Flex attention's mask of [M·B, batch·S + M·B], in tiles; context_shape is (batch, S)."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
     length = context_shape[1]
     num_context, num_queries = context_shape[0] * length, len(blocks.anchor) * block_size
     row, start, anchor = blocks.row, blocks.start, blocks.anchor
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         block = query // block_size
-        key_block = (key - num_context).clamp(min=0) // block_size
+        # Negative where `key` is of the context, and not used there. Inductor cannot compile a clamp before // and %.
+        block_key = key - num_context
         of_context = (key // length == row[block]) & (key % length >= start[block]) & (key % length < anchor[block])
-        seen = torch.where(key < num_context, of_context, key_block == block)
+        seen = torch.where(key < num_context, of_context, block_key // block_size == block)
         if window is None:
             return seen
         position = anchor[block] + query % block_size
-        key_offset = (key - num_context).clamp(min=0) % block_size
-        key_position = torch.where(key < num_context, key % length, anchor[block] + key_offset)
+        key_position = torch.where(key < num_context, key % length, anchor[block] + block_key % block_size)
         return seen & _within(position, key_position, window)
 
-    make = compiled(create_block_mask) if anchor.is_cuda else create_block_mask
-    return make(visible, None, None, num_queries, num_context + num_queries, device=anchor.device)
+    return flex_mask(visible, None, num_queries, num_context + num_queries, anchor.device)
 
 
 def _end_to_end(x: Tensor) -> Tensor:

@@ -94,8 +94,15 @@ class DominoDraft(DFlashDraft):
         return F.pad(self._read(tokens[:, : block_size - 1], embedding), (0, 0, 1, 0))
 
     def _read(self, tokens: Tensor, embedding: Tensor) -> Tensor:
-        states, _ = self.prefix_gru(F.embedding(tokens, embedding).to(self.fc.weight.dtype))
+        states, _ = self._run_gru(tokens, embedding, None)
         return states
+
+    def _run_gru(self, tokens: Tensor, embedding: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """States [M, L, G] after each of the tokens [M, L], and the last one; from `state`, zeros by default."""
+        embedded = F.embedding(tokens, embedding).to(self.fc.weight.dtype)
+        # On CUDA, autocast runs a GRU in float16 whatever dtype it is set to, and float16 overflows.
+        with torch.autocast(embedded.device.type, enabled=False):
+            return self.prefix_gru(embedded, state)
 
     def correction_features(self, hidden: Tensor, states: Tensor) -> Tensor:
         """u [..., E] from d [..., H] and g [..., G]."""
@@ -114,8 +121,7 @@ class DominoDraft(DFlashDraft):
 
         Returns the correction and the GRU's new state.
         """
-        embedded = F.embedding(torch.tensor([[token]], device=embedding.device), embedding).to(self.fc.weight.dtype)
-        output, state = self.prefix_gru(embedded, state)
+        output, state = self._run_gru(torch.tensor([[token]], device=embedding.device), embedding, state)
         if index < self.config.pure_draft_prefix_len:
             return None, state
         return F.linear(self.correction_features(hidden, output[0, 0]), self.correction_weight), state

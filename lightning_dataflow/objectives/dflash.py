@@ -64,7 +64,7 @@ def dpace_weights(labels: BlockLabels, cross_entropy: Tensor, alpha: float) -> T
 
 def num_samples(blocks: Blocks) -> Tensor:
     """How many samples have a block, a float32 scalar."""
-    counts = torch.zeros(len(blocks.row) + 1, device=blocks.row.device)
+    counts = torch.zeros(len(blocks.row) + 1, dtype=torch.float32, device=blocks.row.device)
     changes = (blocks.row.diff() != 0) | (blocks.start.diff() != 0)
     index = torch.cat((changes.new_zeros(1), changes)).cumsum(0)
     return (counts.index_add(0, index, blocks.valid.float()) > 0).sum().float()

@@ -93,7 +93,8 @@ class Eagle3Objective:
         whose target argmax is in the draft vocabulary).
         """
         if normaliser is None:
-            normaliser = torch.tensor(float(len(rows.teacher)), dtype=torch.float32, device=hidden.device)
+            # Not torch.tensor, which copies from the host and waits for the device.
+            normaliser = torch.full((), float(len(rows.teacher)), dtype=torch.float32, device=hidden.device)
         teacher = _Teacher(last_hidden_state.flatten(0, 1), target_head, target_ids, t2d, rows)
         total, sums = _UnrolledLoss.apply(hidden, lm_head, teacher, self, normaliser)
         loss_k, correct, masked, accepted, supervised = sums.unbind()

@@ -159,6 +159,22 @@ def test_dominos_correction_while_decoding_is_that_of_training(shift, prefix):
             assert expected.abs().max() > 0.01
 
 
+def test_autocast_leaves_dominos_gru_alone():
+    draft, embedding = make_draft("domino"), torch.randn(VOCAB, HIDDEN)
+    tokens = torch.randint(VOCAB, (3, BLOCK + 1))
+    expected, (_, state) = (
+        draft.prefix_states(tokens, embedding),
+        draft.decode_correction(1, embedding[0], 5, embedding, None),
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, (_, cast) = (
+            draft.prefix_states(tokens, embedding),
+            draft.decode_correction(1, embedding[0], 5, embedding, None),
+        )
+    assert torch.equal(found, expected)
+    assert torch.equal(cast, state)
+
+
 def test_a_new_domino_draft_starts_as_dflash():
     torch.manual_seed(1)
     assert DominoDraft(DominoConfig(**SIZES)).correction_weight.abs().max() == 0

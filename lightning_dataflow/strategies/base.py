@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_dataflow.callbacks.defaults import default_callbacks
+from lightning_dataflow.checkpoints.paths import forget_foreign_paths
 from lightning_dataflow.contracts import StepContext, UserError
 from lightning_dataflow.data import DataFlowDataModule, FeatureCard
 from lightning_dataflow.data.collate import Batch, SampleRows
@@ -279,6 +280,7 @@ class DraftModule(L.LightningModule):
         """Lightning's hook."""
         if self._trainer is not None and self.trainer.state.fn == "fit":
             self.check_checkpoint(checkpoint, self._data())
+            forget_foreign_paths(self.trainer.checkpoint_callbacks, checkpoint.get("callbacks", {}))
         self.step_losses = list(checkpoint.get("step_losses", []))
         self._initialised = True
         if self._trainer is not None and isinstance(data := self._data(), DataFlowDataModule):

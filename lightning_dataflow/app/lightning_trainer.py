@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy
 
 from lightning_dataflow.app.command import terminate
@@ -132,14 +133,16 @@ def _callbacks(parts: "Builder") -> list[L.Callback]:
         PlainProgress(),
     ]
     _check_monitors(parts)
+    configured: list[L.Callback] = []
     for entry in (parts.config.callbacks or {}).values():
         if entry["_target_"].rsplit(".", 1)[-1] == AcceptanceEvaluation.__name__:
             entry = {key: value for key, value in entry.items() if key != "_target_"}
             prompts = [prompt.question for prompt in parts.prompts[1]]
-            callbacks.append(AcceptanceEvaluation(parts.evaluation_target, prompts, **entry))
+            configured.append(AcceptanceEvaluation(parts.evaluation_target, prompts, **entry))
         else:
-            callbacks.append(hydra.utils.instantiate(entry, _convert_="all"))
-    return callbacks
+            configured.append(hydra.utils.instantiate(entry, _convert_="all"))
+    configured.sort(key=lambda callback: not isinstance(callback, WeightAveraging))  # updates come before measurements
+    return [*callbacks, *configured]
 
 
 def _check_monitors(parts: "Builder") -> None:

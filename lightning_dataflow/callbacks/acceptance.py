@@ -7,6 +7,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_dataflow.callbacks.averaging import averaged_weights
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.evaluation import AcceptanceReport, evaluate_acceptance
 from lightning_dataflow.targets.hf import HFTargetEngine
@@ -106,7 +107,8 @@ class AcceptanceEvaluation(L.Callback):
         if self._target is None:
             self._target = self._make_target()
             self._target.set_capture_layers(pl_module.layer_ids)
-        drafter = pl_module.drafter(num_draft_tokens=self.num_draft_tokens)
+        with averaged_weights(trainer, pl_module):
+            drafter = pl_module.drafter(num_draft_tokens=self.num_draft_tokens)
         mine = evaluate_acceptance(
             self._target,
             drafter,

@@ -6,25 +6,35 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_dataflow.checkpoints.markers import hidden_part, void
-from lightning_dataflow.checkpoints.reading import is_remote
+from lightning_dataflow.checkpoints.markers import hidden_part, remove
+from lightning_dataflow.checkpoints.paths import folder_of, local_path, resolve_folder
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Lightning's own, with three differences.
+    """Lightning's own, with four differences.
 
     A file gets its name once it is whole. (Lightning's passes through memory, twice, and the folder for temporary files,
     from where it is copied when that is another disk; a kill leaves it there.) It is loaded with `weights_only=True`,
-    whatever is asked for. And its completion marker is removed before it is.
+    whatever is asked for. Its completion marker is removed before it is. And nothing is removed but a `*.ckpt` directly in
+    a folder that was given to `admit`.
     """
+
+    def __init__(self) -> None:
+        self._folders: set[str] = set()
+
+    def admit(self, folder: str | Path) -> None:
+        """This run keeps checkpoints directly in `folder`, so it may remove them there."""
+        self._folders.add(resolve_folder(folder))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """See CheckpointIO."""
-        if is_remote(path) or storage_options is not None:
+        local = local_path(path)
+        if local is None or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        path = Path(path)
+        path = local
         path.parent.mkdir(parents=True, exist_ok=True)
         part = hidden_part(path)
         try:
@@ -45,7 +55,12 @@ class CheckpointFiles(TorchCheckpointIO):
         return super().load_checkpoint(path, map_location, weights_only=True)
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """See CheckpointIO."""
-        if not is_remote(path):
-            void(Path(path))
-        super().remove_checkpoint(path)
+        """See CheckpointIO. The path may come from a checkpoint's state: what is no checkpoint of this run stays, with a
+        warning."""
+        local = local_path(path)
+        if local is not None and not os.path.lexists(local):
+            return
+        if folder_of(path) not in self._folders or (local is not None and not remove(local)):
+            rank_zero_warn(f"{path} is not removed: it is no checkpoint (*.ckpt) directly in a folder of this run's")
+        elif local is None:
+            super().remove_checkpoint(path)

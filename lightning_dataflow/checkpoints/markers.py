@@ -100,13 +100,33 @@ def make_room(path: Path) -> None:
     for kind in (".ckpt", SUFFIX):
         for left in path.parent.glob(f".*{kind}{PART}"):
             left.unlink(missing_ok=True)
-    if path.is_dir() and any((path / name).is_file() for name in _SHARDED):
+    if path.is_symlink() or _is_sharded(path):
+        remove(path)
+
+
+def remove(path: Path) -> bool:
+    """Remove a checkpoint and its marker. A symlink goes, what it points to stays.
+
+    Returns False for a folder that Lightning did not write, which stays.
+    """
+    is_folder = path.is_dir() and not path.is_symlink()
+    if is_folder and not _is_sharded(path):
+        return False
+    void(path)
+    if is_folder:
         shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    return True
 
 
 def hidden_part(path: Path) -> Path:
     """Where `path` is written before it gets its name."""
     return path.with_name(f".{path.name}{PART}")
+
+
+def _is_sharded(path: Path) -> bool:
+    return any((path / name).is_file() for name in _SHARDED)
 
 
 def _marker(path: Path) -> Path:

@@ -67,11 +67,6 @@ def read_header(path: str | Path) -> dict[str, Any]:
     return header
 
 
-def is_remote(path: str | Path) -> bool:
-    """Whether fsspec would look for `path` elsewhere than on this machine's disks."""
-    return "://" in str(path)
-
-
 class _MetadataUnpickler(pickle.Unpickler):
     """Knows the records of torch.distributed.checkpoint and nothing else."""
 

@@ -1,5 +1,6 @@
 """A Lightning Trainer whose checkpoints say when they are complete, and that resumes only what fits."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from lightning.fabric.plugins import CheckpointIO
 
 from lightning_dataflow.checkpoints.files import CheckpointFiles
 from lightning_dataflow.checkpoints.markers import make_room, mark_complete
-from lightning_dataflow.checkpoints.reading import is_remote, read_header
+from lightning_dataflow.checkpoints.paths import local_path
+from lightning_dataflow.checkpoints.reading import read_header
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.data import DataFlowDataModule
 
@@ -19,8 +21,8 @@ class DataFlowTrainer(L.Trainer):
 
     Every save, a ModelCheckpoint's or your own, full or sharded, ends with a completion marker, written once all ranks are
     done; `latest_checkpoint(folder)` finds the newest that has one. Only then is the source of samples told that its
-    samples are safe. A resume from a checkpoint of something else is refused before anything is loaded, and nothing is
-    unpickled.
+    samples are safe. A resume from a checkpoint of something else is refused before anything is loaded, nothing is
+    unpickled, and nothing is removed but checkpoints directly in the folders that this Trainer saves them in.
 
     Files on remote file systems (`s3://…`) are saved as Lightning saves them, without markers.
 
@@ -32,7 +34,8 @@ class DataFlowTrainer(L.Trainer):
         given = [] if plugins is None else list(plugins) if isinstance(plugins, Sequence) else [plugins]
         if any(isinstance(plugin, CheckpointIO) for plugin in given):
             raise UserError("Trainer(plugins=…): a DataFlowTrainer writes checkpoints itself, leave CheckpointIO out")
-        super().__init__(plugins=[*given, CheckpointFiles()], **kwargs)
+        self._checkpoint_files = CheckpointFiles()
+        super().__init__(plugins=[*given, self._checkpoint_files], **kwargs)
 
     def fit(
         self,
@@ -45,25 +48,29 @@ class DataFlowTrainer(L.Trainer):
     ) -> None:
         """See lightning.Trainer. Raises UserError for a checkpoint that is damaged or does not belong to this training."""
         data = train_dataloaders if isinstance(train_dataloaders, L.LightningDataModule) else datamodule
-        if ckpt_path is not None and ckpt_path not in ("best", "last", "hpc", "registry") and not is_remote(ckpt_path):
-            check = getattr(model, "check_checkpoint", None)
-            if check is not None:
-                check(read_header(ckpt_path), data)
+        if ckpt_path is not None and ckpt_path not in ("best", "last", "hpc", "registry"):
+            check, local = getattr(model, "check_checkpoint", None), local_path(ckpt_path)
+            if check is not None and local is not None:
+                check(read_header(local), data)
+        for callback in self.checkpoint_callbacks:
+            if folder := getattr(callback, "dirpath", None):
+                self._checkpoint_files.admit(folder)
         super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
 
     def save_checkpoint(
         self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any | None = None
     ) -> None:
         """See lightning.Trainer. Weights alone are no checkpoint to resume from, and get no marker."""
-        local = not is_remote(filepath)
-        if local and self.is_global_zero:
-            make_room(Path(filepath))
+        local = local_path(filepath)
+        self._checkpoint_files.admit(os.path.dirname(filepath if local is None else local))
+        if local is not None and self.is_global_zero:
+            make_room(local)
         self.strategy.barrier("what had this name is void")
         data = getattr(self, "datamodule", None)
         try:
-            super().save_checkpoint(filepath, weights_only, storage_options)
-            if local and self.is_global_zero and not weights_only:
-                mark_complete(Path(filepath), self.global_step)
+            super().save_checkpoint(filepath if local is None else local, weights_only, storage_options)
+            if local is not None and self.is_global_zero and not weights_only:
+                mark_complete(local, self.global_step)
             self.strategy.barrier("the checkpoint is complete")
         except BaseException:
             if isinstance(data, DataFlowDataModule):

@@ -11,7 +11,9 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_dataflow.callbacks.averaging import complete_average, end_averages, follow_buffers
 from lightning_dataflow.callbacks.defaults import default_callbacks
+from lightning_dataflow.checkpoints.paths import forget_foreign_paths
 from lightning_dataflow.contracts import StepContext, UserError
 from lightning_dataflow.data import DataFlowDataModule, FeatureCard
 from lightning_dataflow.data.collate import Batch, SampleRows
@@ -23,7 +25,7 @@ from lightning_dataflow.strategies.features import check_features
 from lightning_dataflow.strategies.optimisation import adamw, scale_gradients, warmup_cosine
 from lightning_dataflow.strategies.registry import StrategySpec, resolve_strategy
 from lightning_dataflow.strategies.sharding import fsdp1_root, full_state_dict, shard_draft
-from lightning_dataflow.strategies.streaming import align_loops, check_trainer
+from lightning_dataflow.strategies.streaming import align_loops, check_averaging, check_trainer
 from lightning_dataflow.strategies.warm_start import check_settings, check_start, choose_layers, load_start
 from lightning_dataflow.strategies.window import WindowSums
 from lightning_dataflow.targets.info import read_target_info, tensor_names
@@ -89,6 +91,7 @@ class DraftModule(L.LightningModule):
         self._window = WindowSums()
         self._window_tokens = 0
         self._initialised = False  # whether the draft's weights are somebody's work
+        self._trained: dict[str, Tensor] | None = None  # at the end of training, where an average has taken their place
 
     @property
     def spec(self) -> StrategySpec:
@@ -174,6 +177,7 @@ class DraftModule(L.LightningModule):
             elif not self._initialised:
                 self.initialise_draft(data)
                 self._initialised = True
+            follow_buffers(self.trainer)
 
     def check_features(self, card: FeatureCard) -> None:
         """Raise UserError naming the first way in which features do not fit this draft."""
@@ -186,6 +190,8 @@ class DraftModule(L.LightningModule):
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Lightning's hook: the callbacks that a run needs, except those whose class the user passed."""
+        if self.trainer.state.fn == "fit":
+            check_averaging(self.trainer)
         return default_callbacks(self.trainer)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -209,6 +215,7 @@ class DraftModule(L.LightningModule):
     def on_train_start(self) -> None:
         """Lightning's hook. What an earlier, interrupted fit left behind is no part of this one."""
         self._window = WindowSums()
+        self._trained = None
         self.step_losses = self.step_losses[: self.trainer.global_step]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -227,6 +234,10 @@ class DraftModule(L.LightningModule):
         scale_gradients(self.parameters(), factor)
         self.step_losses.append(means["loss"])
         self._log_means(means)
+
+    def on_train_epoch_end(self) -> None:
+        """Lightning's hook, the last before an average takes the draft's place."""
+        self._trained = end_averages(self.trainer, self)
 
     def configure_gradient_clipping(
         self,
@@ -248,6 +259,7 @@ class DraftModule(L.LightningModule):
         checkpoint["strategy"] = self.strategy_name
         checkpoint["target_model_version"] = self.target_info.model_version
         checkpoint["identity"] = self.identity()
+        complete_average(checkpoint, self._trained)
         if "optimizer_states" not in checkpoint and isinstance(data := self._data(), DataFlowDataModule):
             data.forget_saved()  # weights alone: nothing resumes from them
 
@@ -279,6 +291,7 @@ class DraftModule(L.LightningModule):
         """Lightning's hook."""
         if self._trainer is not None and self.trainer.state.fn == "fit":
             self.check_checkpoint(checkpoint, self._data())
+            forget_foreign_paths(self.trainer.checkpoint_callbacks, checkpoint.get("callbacks", {}))
         self.step_losses = list(checkpoint.get("step_losses", []))
         self._initialised = True
         if self._trainer is not None and isinstance(data := self._data(), DataFlowDataModule):

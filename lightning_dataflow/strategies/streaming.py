@@ -3,6 +3,8 @@
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.data import DataFlowDataModule
@@ -41,6 +43,22 @@ def check_trainer(trainer: L.Trainer) -> None:
         raise UserError(
             f"Trainer(limit_train_batches={trainer.limit_train_batches}): {trainer.max_steps} steps of {accumulation} "
             f"micro-batches need limit_train_batches={batches}; otherwise a resume loses a batch"
+        )
+
+
+def check_averaging(trainer: L.Trainer) -> None:
+    """Raise UserError for a callback that would lose the training, or fail, by averaging weights. Before its `setup`."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
+        raise UserError(
+            "callback StochasticWeightAveraging averages once an epoch, before its first step, and a stream is one epoch: "
+            "this would discard the training. Use Lightning's EMAWeightAveraging or WeightAveraging"
+        )
+    averaging = [type(callback).__name__ for callback in callbacks if isinstance(callback, WeightAveraging)]
+    if averaging and isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+        raise UserError(
+            f"callback {averaging[0]} with {type(trainer.strategy).__name__}: Lightning averages no sharded weights, use "
+            "DDP (trainer=ddp) or one process"
         )
 
 

@@ -1,11 +1,14 @@
 """kill -9 while a checkpoint is written, and checkpoints that were damaged afterwards."""
 
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 
+from lightning_dataflow.checkpoints.markers import mark_complete
 from tests.processes import ROOT, TINY, TRAIN, environment, long, python, result, torchrun
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
@@ -72,3 +75,28 @@ def test_damaged_checkpoints(folder):
     shown = python(TRAIN, *settings, "ckpt_path=last", cwd=folder).stdout
     assert "going on from step-000002.ckpt" in shown
     assert result(folder, "damaged")["losses"] == losses
+
+
+def test_a_crafted_checkpoint_removes_nothing_outside_of_its_run(folder):
+    """Its list of the best checkpoints names folders beside the run, which Lightning would remove one after the other."""
+    run = folder / "runs" / "crafted"
+    shutil.copytree(folder / "runs" / "straight", run)
+    (run / "result.json").unlink()
+    path = run / "checkpoints" / "step-000008.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["DataFlowDataModule"]["run_id"] = "crafted"
+    (state,) = (state for key, state in checkpoint["callbacks"].items() if key.startswith("ModelCheckpoint"))
+    victims = ["local://scratch/victim", f"{run}/checkpoints/../../../scratch/other"]
+    for name in ("victim", "other"):
+        (folder / "scratch" / name).mkdir(parents=True)
+        (folder / "scratch" / name / "notes").write_text("keep")
+    state |= {"dirpath": str(run / "checkpoints"), "kth_best_model_path": victims[0], "best_model_path": victims[1]}
+    state["best_k_models"] = {name: torch.tensor(float(step)) for step, name in enumerate(victims)}
+    state["kth_value"] = torch.tensor(0.0)
+    torch.save(checkpoint, path)
+    mark_complete(path, 8)
+    shown = python(TRAIN, *TINY, EVERY_2, "run_name=crafted", "ckpt_path=last", "trainer.max_steps=14", cwd=folder)
+    assert [name.parent.name for name in sorted((folder / "scratch").glob("*/notes"))] == ["other", "victim"]
+    (line,) = (line for line in shown.stderr.splitlines() if "the list is left out" in line)
+    assert repr(victims[0]) in line
+    assert complete(folder, "crafted") == ["000006", "000008", "000012", "000014"]

@@ -97,3 +97,29 @@ def test_refusals_are_one_line(folder):
     shown = export(folder, "domino", "--engine", "vllm", status=1)
     errors = [line for line in shown.splitlines() if line]
     assert errors == ["error: vLLM does not serve domino drafts, only eagle3, dflash"]
+
+
+def test_a_moving_average_is_exported_and_training_goes_on_from_the_weights(folder):
+    """Averaging changes neither a loss, also after a resume, nor the vocabulary map."""
+    ema = ("+callbacks.ema._target_=lightning.pytorch.callbacks.EMAWeightAveraging", "+callbacks.ema.decay=0.9")
+    for run, settings in (("averaged", ema), ("plain", ())):
+        python(TRAIN, *SETTINGS, *settings, f"run_name={run}", cwd=folder)
+        python(TRAIN, *SETTINGS, *settings, f"run_name={run}", "ckpt_path=last", "trainer.max_steps=6", cwd=folder)
+    assert result(folder, "averaged")["losses"] == result(folder, "plain")["losses"]
+    averaged, plain = (
+        load_file(export(folder, run, "--engine", "vllm", "--dtype", "float32") / "model.safetensors")
+        for run in ("averaged", "plain")
+    )
+    for name in ("d2t", "t2d"):
+        assert torch.equal(averaged[name], plain[name])
+    assert not torch.equal(averaged["lm_head.weight"], plain["lm_head.weight"])
+    options = ("evaluate.checkpoint=runs/averaged/checkpoints/step-000006.ckpt", "data.num_eval_samples=2")
+    shown = python("-m", "lightning_dataflow", "evaluate", *SETTINGS, *options, cwd=folder).stdout
+    assert "acceptance_length" in shown
+
+
+def test_averaging_that_discards_the_training_is_refused(folder):
+    swa = ("+callbacks.swa._target_=lightning.pytorch.callbacks.StochasticWeightAveraging", "+callbacks.swa.swa_lrs=0.001")
+    shown = python(TRAIN, *SETTINGS, *swa, "run_name=swa", cwd=folder, status=1).stderr
+    (error,) = (line for line in shown.splitlines() if line.startswith("error: "))
+    assert error.endswith("Use Lightning's EMAWeightAveraging or WeightAveraging")

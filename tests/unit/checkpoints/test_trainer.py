@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 
 import lightning as L
 import numpy as np
@@ -16,6 +17,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning_dataflow import DataFlowTrainer, DFlashModule, Eagle3Module, latest_checkpoint
 from lightning_dataflow.callbacks import ResultWriter
 from lightning_dataflow.checkpoints.files import CheckpointFiles
+from lightning_dataflow.checkpoints.markers import mark_complete
 from lightning_dataflow.checkpoints.reading import read_header
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.data import DataFlowDataModule
@@ -51,15 +53,26 @@ class NoisyModule(Eagle3Module):
 
 @pytest.fixture
 def fit(tmp_path, target_path, prompts, target):
-    """fit(max_steps, …) → (module, data, trainer); checkpoints every step in `tmp_path/checkpoints`."""
+    """fit(max_steps, …) → (module, data, trainer); checkpoints every step in `tmp_path/checkpoints`, or `folder` there."""
 
-    def call(max_steps=2, *, cls=Eagle3Module, seed=0, data=None, source=None, ckpt_path=None, callbacks=(), **options):
+    def call(
+        max_steps=2,
+        *,
+        cls=Eagle3Module,
+        seed=0,
+        data=None,
+        source=None,
+        ckpt_path=None,
+        callbacks=(),
+        folder="checkpoints",
+        **options,
+    ):
         L.seed_everything(seed, verbose=False)
         module = cls(str(target_path), **{"draft_vocab_size": 64, "num_steps": 2} | options)
         source = source or Source(prompts[0], target)
         data = DataFlowDataModule(source, **{"global_batch_size": 2, "micro_batch_size": 2} | (data or {}))
         saves = ModelCheckpoint(
-            tmp_path / "checkpoints",
+            tmp_path / folder,
             filename="step-{step:06d}",
             auto_insert_metric_name=False,
             every_n_train_steps=1,
@@ -272,6 +285,45 @@ def test_shards_are_looked_into_before_torch_does(tmp_path):
     os.truncate(shard, 100)
     with pytest.raises(UserError, match="is missing or cut short"):
         read_header(tmp_path / "fine.ckpt")
+
+
+@pytest.mark.parametrize("victim", ["local://{}", "file://{}", "{}", "checkpoints/../{}", "local://checkpoints/../{}"])
+def test_a_checkpoint_that_names_others_removes_none_of_them(fit, tmp_path, monkeypatch, victim):
+    """A crafted list of the best checkpoints, each of which the next saves would replace."""
+    monkeypatch.chdir(tmp_path)
+    fit(2)
+    path = tmp_path / "checkpoints" / "step-000002.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    (state,) = (state for key, state in checkpoint["callbacks"].items() if key.startswith("ModelCheckpoint"))
+    named = [victim.format(name) for name in ("victim", "other.ckpt")]
+    for name in ("victim", "other.ckpt"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "meta.pt").write_text("keep")
+    state["best_k_models"] = {name: torch.tensor(-1.0) for name in named}
+    state |= {"kth_best_model_path": named[0], "kth_value": torch.tensor(-1.0), "best_model_path": named[1]}
+    state["last_model_path"] = named[1]
+    torch.save(checkpoint, path)
+    mark_complete(path, 2)
+    with pytest.warns(UserWarning, match="the list is left out"):
+        module, *_ = fit(5, ckpt_path=path)
+    assert all((tmp_path / name / "meta.pt").exists() for name in ("victim", "other.ckpt"))
+    assert len(module.step_losses) == 5
+    assert [name for name in names(tmp_path / "checkpoints") if name.endswith("ckpt")] == [
+        f"step-00000{step}.ckpt"
+        for step in (1, 2, 4, 5)  # the first two are listed nowhere now
+    ]
+
+
+def test_a_run_that_was_moved_goes_on_and_leaves_its_old_folder_alone(fit, tmp_path):
+    fit(2)
+    shutil.copytree(tmp_path / "checkpoints", tmp_path / "moved")
+    before = names(tmp_path / "checkpoints")
+    with pytest.warns(UserWarning, match="the list is left out"):
+        moved, *_ = fit(5, ckpt_path=tmp_path / "moved" / "step-000002.ckpt", folder="moved")
+    assert names(tmp_path / "checkpoints") == before
+    stayed, *_ = fit(5, ckpt_path=tmp_path / "checkpoints" / "step-000002.ckpt")
+    assert numbers(moved.step_losses) == numbers(stayed.step_losses)
+    assert latest_checkpoint(tmp_path / "moved") == tmp_path / "moved" / "step-000005.ckpt"
 
 
 def test_a_plugin_that_returns_before_the_file_is_there_is_refused():

@@ -36,7 +36,7 @@ def make_data(prompts, target, **options) -> DataFlowDataModule:
     return DataFlowDataModule(source, **{"global_batch_size": GLOBAL_BATCH, "micro_batch_size": 2} | options)
 
 
-def make_trainer(folder: Path, data: DataFlowDataModule, max_steps: int = 4, **options) -> L.Trainer:
+def make_trainer(folder: Path, data: DataFlowDataModule, max_steps: int = 4, cls=L.Trainer, **options) -> L.Trainer:
     accumulation = data.accumulate_grad_batches(1)
     fitting = {
         "max_steps": max_steps,
@@ -45,7 +45,7 @@ def make_trainer(folder: Path, data: DataFlowDataModule, max_steps: int = 4, **o
         "accumulate_grad_batches": accumulation,
     }
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return L.Trainer(accelerator="cpu", default_root_dir=folder, **quiet, **fitting | options)
+    return cls(accelerator="cpu", default_root_dir=folder, **quiet, **fitting | options)
 
 
 @pytest.mark.parametrize("clip", [None, 0.05])

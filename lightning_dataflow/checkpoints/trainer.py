@@ -1,5 +1,6 @@
 """A Lightning Trainer whose checkpoints say when they are complete, and that resumes only what fits."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning_dataflow.checkpoints.files import CheckpointFiles
 from lightning_dataflow.checkpoints.markers import make_room, mark_complete
 from lightning_dataflow.checkpoints.reading import is_remote, read_header
-from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts import NotFiniteError, UserError
 from lightning_dataflow.data import DataFlowDataModule
 
 
@@ -54,7 +55,16 @@ class DataFlowTrainer(L.Trainer):
     def save_checkpoint(
         self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any | None = None
     ) -> None:
-        """See lightning.Trainer. Weights alone are no checkpoint to resume from, and get no marker."""
+        """See lightning.Trainer. Weights alone are no checkpoint to resume from, and get no marker.
+
+        Does nothing while a NotFiniteError ends the fit, whichever callback asks for it. Raises one, before anything is
+        written or voided, when the weights are not finite.
+        """
+        if isinstance(sys.exc_info()[1], NotFiniteError):
+            return
+        check = getattr(self.lightning_module, "check_weights", None)
+        if check is not None:
+            check()
         local = not is_remote(filepath)
         if local and self.is_global_zero:
             make_room(Path(filepath))

@@ -70,6 +70,7 @@ def fit(tmp_path, target_path, prompts, target):
     def call(
         cls=Module, *, max_steps=4, engine=target, callbacks=None, trainer_cls=DataFlowTrainer, plugins=None, **options
     ):
+        callbacks = [saves(tmp_path)] if callbacks is None else callbacks
         module = cls(str(target_path), **{"draft_vocab_size": 64, "num_steps": 2, "lr": 1e-3} | options)
         data = DataFlowDataModule(OnlineSource(prompts[0], engine), global_batch_size=2, micro_batch_size=1)
         trainer = trainer_cls(
@@ -82,7 +83,8 @@ def fit(tmp_path, target_path, prompts, target):
             max_epochs=1,
             accumulate_grad_batches=2,
             limit_train_batches=2 * max_steps,
-            callbacks=[saves(tmp_path)] if callbacks is None else callbacks,
+            callbacks=callbacks,
+            enable_checkpointing=bool(callbacks),
             plugins=plugins or [],
         )
         try:
@@ -160,10 +162,16 @@ def test_weights_that_are_not_finite_are_not_saved(fit, tmp_path, trainer_cls):
     for name in ("last", "step=1"):
         saved = torch.load(tmp_path / "checkpoints" / f"{name}.ckpt", weights_only=True)
         assert saved["global_step"] == 1
-    if trainer_cls is DataFlowTrainer:
-        newest = latest_checkpoint(tmp_path / "checkpoints")
-        assert newest is not None
-        assert newest.name in ("last.ckpt", "step=1.ckpt")
+
+
+def test_an_older_checkpoint_of_the_same_name_stays_complete(fit, tmp_path):
+    callback = saves(tmp_path, save_last=False, save_top_k=1, enable_version_counter=False)
+    callback.filename = "newest"
+    error, *_ = fit(Spoiled, callbacks=[callback])
+    assert "are not saved" in str(error)
+    newest = tmp_path / "checkpoints" / "newest.ckpt"
+    assert latest_checkpoint(tmp_path / "checkpoints") == newest
+    assert torch.load(newest, weights_only=True)["global_step"] == 1
 
 
 def test_the_last_step_counts_too(fit, tmp_path):
@@ -176,7 +184,7 @@ def test_the_last_step_counts_too(fit, tmp_path):
 def test_steps_that_a_grad_scaler_skips_are_no_error(fit, tmp_path):
     """Its first scales overflow; it halves them until one fits."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
-    error, module, trainer = fit(callbacks=[], max_steps=2, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    error, _, trainer = fit(callbacks=[], max_steps=2, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
     assert error is None
     assert scaler.get_scale() < 2.0**127, "no step overflowed"
     assert trainer.global_step == 2

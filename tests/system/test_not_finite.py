@@ -16,6 +16,7 @@ EVERY_STEP = ("callbacks.checkpoint.every_n_train_steps=1",)
 RARE = "k"
 """Of the first eight samples one has it, of the second rank."""
 TWO_RANKS = ("trainer=ddp", "trainer.devices=2")
+SHARDED = ("trainer=fsdp2", "trainer.devices=2")
 DISAGG = ("topology=disagg_online", "store.capacity_bytes=64000000", "topology.restarts=2")
 
 
@@ -44,8 +45,8 @@ def fail(folder, *settings) -> tuple[str, dict, list[str]]:
 
 @pytest.mark.parametrize(
     "settings",
-    [(), pytest.param(TWO_RANKS, marks=pytest.mark.slow), pytest.param(DISAGG, marks=pytest.mark.slow)],
-    ids=["online", "ddp", "disagg_online"],
+    [(), *(pytest.param(settings, marks=pytest.mark.slow) for settings in (TWO_RANKS, SHARDED, DISAGG))],
+    ids=["online", "ddp", "fsdp2", "disagg_online"],
 )
 def test_a_learning_rate_that_spoils_the_draft(tmp_path, settings):
     error, result, checkpoints = fail(tmp_path, "optimizer.lr=1e20", *settings)
@@ -58,7 +59,8 @@ def test_a_learning_rate_that_spoils_the_draft(tmp_path, settings):
 
 
 @pytest.mark.slow
-def test_a_last_step_that_spoils_the_draft(tmp_path):
+@pytest.mark.parametrize("settings", [(), SHARDED], ids=["online", "fsdp2"])
+def test_a_last_step_that_spoils_the_draft(tmp_path, settings):
     """Decay and step together overflow, and nobody computes a loss of what is left."""
     optimizer = (
         "optimizer.lr=3.3e38",
@@ -66,7 +68,7 @@ def test_a_last_step_that_spoils_the_draft(tmp_path):
         "optimizer.weight_decay=1.0",
         "optimizer.warmup_ratio=0",
     )
-    error, result, checkpoints = fail(tmp_path, "trainer.max_steps=1", *optimizer)
+    error, result, checkpoints = fail(tmp_path, "trainer.max_steps=1", *optimizer, *settings)
     assert "step 1, of samples " in error and "the draft's weights hold NaN or infinity" in error
     assert checkpoints == []
     assert result["status"].startswith("failed: step 1, of samples ")

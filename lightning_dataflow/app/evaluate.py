@@ -1,6 +1,5 @@
 """The `evaluate` command: acceptance and speed-up of drafts, decoded by this package, vLLM or an SGLang server."""
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_dataflow.app.command import command
 from lightning_dataflow.app.schema import TrainConfig
 from lightning_dataflow.checkpoints.markers import has_marker, incomplete
-from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts import UserError, strict_json
 
 if TYPE_CHECKING:
     from lightning_dataflow.app.build import Builder
@@ -61,7 +60,7 @@ def evaluate(config: TrainConfig, settings: dict[str, Any]) -> None:
                 report = backend.measure(draft, prompts)
                 measurements.append({"name": draft.name, "step": draft.step, **report.to_json()})
                 if output is not None:
-                    output.write_text(json.dumps({"measurements": measurements, "settings": used}, indent=1) + "\n")
+                    output.write_text(strict_json({"measurements": measurements, "settings": used}, indent=1) + "\n")
                 if len(drafts) > 1:
                     told = f"acceptance length {report.acceptance_length:.3f}, {number} of {len(drafts)} drafts"
                     print(f"{draft.name}: {told}", flush=True)

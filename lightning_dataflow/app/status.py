@@ -1,7 +1,6 @@
 """The `status` command: a run as seen from outside, from its ledger."""
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from lightning_dataflow.app.redis_runs import (
     open_run,
     runs_at,
 )
-from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
+from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError, strict_json
 from lightning_dataflow.control import MetadataStore, RedisMetadataStore, SqliteMetadataStore
 from lightning_dataflow.control.heartbeat import FRESH_S
 from lightning_dataflow.control.plane import LEDGER
@@ -41,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (UserError, PermissionError, PeerTimeoutError, PeerFailedError) as error:
         print(f"error: {in_arguments(str(error))}", file=sys.stderr)
         sys.exit(1)
-    print(json.dumps(status, indent=1) if options.json else "\n".join(describe(status)))
+    print(strict_json(status, indent=1) if options.json else "\n".join(describe(status)))
 
 
 def open_ledger(options: argparse.Namespace) -> MetadataStore:

@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from lightning_dataflow.app.parts import Part, end_all, interrupts_wait, without
@@ -15,7 +16,7 @@ from lightning_dataflow.app.topologies import redis_address, run_id, watermarks
 from lightning_dataflow.app.watch import Restarts, Watch
 from lightning_dataflow.callbacks.result import write_result
 from lightning_dataflow.channels import LocalRedis
-from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts import PeerFailedError, UserError
 from lightning_dataflow.control import ControlPlane, resolve_control_plane
 from lightning_dataflow.control.heartbeat import SUPERVISOR, Heartbeat, check_no_other_trainer
 from lightning_dataflow.stores import LocalMooncake
@@ -57,7 +58,7 @@ def supervise(config: TrainConfig, arguments: Sequence[str]) -> None:
                 f"store.capacity_bytes={mooncake.capacity_bytes}",
             ]
         restarts = Restarts(config.topology.restarts)
-        stack.callback(_count_restarts, Path(config.run_dir) / "result.json", restarts, time.time())
+        stack.push(partial(_complete_result, Path(config.run_dir) / "result.json", restarts, time.time()))
         parts: list[Part] = []
         stack.callback(end_all, parts)
         threads = _num_threads(config)
@@ -79,10 +80,16 @@ def supervise(config: TrainConfig, arguments: Sequence[str]) -> None:
         watch.run()
 
 
-def _count_restarts(result: Path, restarts: Restarts, since: float) -> None:
-    """The trainer, which writes its result, does not know of them."""
-    if result.is_file() and result.stat().st_mtime >= since:
-        write_result(result, json.loads(result.read_text()) | {"restarts": restarts.counts})
+def _complete_result(
+    path: Path, restarts: Restarts, since: float, kind: object, error: BaseException | None, trace: object
+) -> None:
+    """The trainer, which writes its result, knows neither of restarts nor of the error for which it was interrupted."""
+    if not path.is_file() or path.stat().st_mtime < since:
+        return
+    result = json.loads(path.read_text()) | {"restarts": restarts.counts}
+    if isinstance(error, PeerFailedError) and result["status"] != "completed":
+        result["status"] = f"failed: {error}"
+    write_result(path, result)
 
 
 def _control_plane(config: TrainConfig) -> ControlPlane:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from hydra.experimental.callback import Callback
@@ -13,6 +14,7 @@ from omegaconf import DictConfig
 
 from lightning_dataflow.contracts import UserError
 
+STATUS_WIDTH = 60
 COLUMNS = ("loss", "acceptance", "tokens/s", "status")
 
 
@@ -43,6 +45,8 @@ def read_metric(result: dict[str, Any], metric: str) -> float:
         known["acceptance_length"] = result["acceptance"][-1]["acceptance_length"]
     if metric not in known:
         raise UserError(f"sweep_metric={metric} is not in the results: available are {', '.join(sorted(known))}")
+    if known[metric] is None:
+        raise UserError(f"sweep_metric={metric} is NaN or infinity in the results: sweep over other values")
     return float(known[metric])
 
 
@@ -80,8 +84,12 @@ def _cells(path: Path) -> tuple[str, ...]:
     result = json.loads(path.read_text())
     acceptance = result.get("acceptance") or []
     return (
-        f"{result['losses'][-1]:.4f}" if result["losses"] else "",
-        f"{acceptance[-1]['acceptance_length']:.3f}" if acceptance else "",
-        f"{result['throughput'].get('tokens_per_second', 0):.0f}",
-        result["status"],
+        _shown(result["losses"][-1], 4) if result["losses"] else "",
+        _shown(acceptance[-1]["acceptance_length"], 3) if acceptance else "",
+        _shown(result["throughput"].get("tokens_per_second", 0), 0),
+        shorten(result["status"], STATUS_WIDTH, placeholder=" …"),
     )
+
+
+def _shown(number: float | None, digits: int) -> str:
+    return "not finite" if number is None else f"{number:.{digits}f}"

@@ -10,7 +10,7 @@ from lightning_dataflow.app.ranks import leave_process_group
 from lightning_dataflow.app.schema import TrainConfig
 from lightning_dataflow.app.sweep import run_job
 from lightning_dataflow.checkpoints.markers import latest_checkpoint
-from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts import NotFiniteError, UserError
 
 if TYPE_CHECKING:
     import lightning as L
@@ -65,6 +65,8 @@ def train(config: TrainConfig, settings: dict[str, Any]) -> None:
         if trainer.is_global_zero:
             print(_how_far(trainer.global_step, run_dir), flush=True)
         raise
+    except NotFiniteError as error:
+        raise NotFiniteError(f"{error}; {_how_far(trainer.global_step, run_dir)}") from error
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
     if parts.result_writer.path is None:
@@ -89,7 +91,7 @@ def train(config: TrainConfig, settings: dict[str, Any]) -> None:
 
 
 def _how_far(step: int, run_dir: Path) -> str:
-    """What an interrupted run has to show."""
+    """One line: how far the run got, and how to resume it."""
     newest = latest_checkpoint(run_dir / "checkpoints", on_skip=lambda line: None)
     if newest is None:
         return f"ended at step {step}, without a checkpoint"

@@ -104,6 +104,7 @@ class AcceptanceEvaluation(L.Callback):
     def _evaluate(self, trainer: L.Trainer, pl_module: Any) -> dict[str, float]:
         if self.history and self.history[-1]["step"] == trainer.global_step:  # resumed at a measured step
             self.history.pop()
+        pl_module.check_weights()
         if self._target is None:
             self._target = self._make_target()
             self._target.set_capture_layers(pl_module.layer_ids)

@@ -5,6 +5,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_dataflow.contracts import NotFiniteError
+
 
 class StreamCursor(L.Callback):
     """Tells the DataModule, after every optimizer step and before any checkpoint of it, what is applied.
@@ -32,6 +34,12 @@ class StreamCursor(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lightning's hook."""
         trainer.datamodule.mark_saved(trainer.global_step)  # type: ignore[attr-defined]
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Lightning's hook, called before ModelCheckpoint's, which may save: after a NotFiniteError nothing is."""
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(exception, NotFiniteError) and isinstance(callback, ModelCheckpoint):
+                callback.save_on_exception = False
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

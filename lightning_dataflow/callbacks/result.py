@@ -1,6 +1,5 @@
 """`result.json`: what a run was, did and measured."""
 
-import json
 import platform
 from collections import Counter
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_dataflow.callbacks.acceptance import AcceptanceEvaluation
 from lightning_dataflow.callbacks.early import EarlyCheckpoints
 from lightning_dataflow.callbacks.metrics import RunMetrics
+from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError, strict_json
 
 PACKAGES = (
     "lightning-dataflow",
@@ -57,7 +57,8 @@ class ResultWriter(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Lightning's hook."""
         interrupted = isinstance(exception, KeyboardInterrupt | SIGTERMException)
-        status = "interrupted" if interrupted else f"failed: {type(exception).__name__}"
+        says_all = isinstance(exception, UserError | PeerFailedError | PeerTimeoutError)
+        status = "interrupted" if interrupted else f"failed: {exception if says_all else type(exception).__name__}"
         try:
             self._write(trainer, pl_module, status)
         except OSError as error:  # the exception at hand says more
@@ -108,10 +109,10 @@ def _stopping_reason(trainer: L.Trainer) -> str | None:
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
-    """Write `result` to `path`, all of it or nothing."""
+    """Write `result` to `path`, all of it or nothing; a number that is not finite as null."""
     part = path.with_name(f".{path.name}.part")
     try:
-        part.write_text(json.dumps(result, indent=1) + "\n")
+        part.write_text(strict_json(result, indent=1) + "\n")
         part.replace(path)
     except OSError:
         part.unlink(missing_ok=True)

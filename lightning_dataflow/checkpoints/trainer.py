@@ -1,6 +1,7 @@
 """A Lightning Trainer whose checkpoints say when they are complete, and that resumes only what fits."""
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from lightning_dataflow.checkpoints.files import CheckpointFiles
 from lightning_dataflow.checkpoints.markers import make_room, mark_complete
 from lightning_dataflow.checkpoints.paths import local_path
 from lightning_dataflow.checkpoints.reading import read_header
-from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts import NotFiniteError, UserError
 from lightning_dataflow.data import DataFlowDataModule
 
 
@@ -60,7 +61,16 @@ class DataFlowTrainer(L.Trainer):
     def save_checkpoint(
         self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any | None = None
     ) -> None:
-        """See lightning.Trainer. Weights alone are no checkpoint to resume from, and get no marker."""
+        """See lightning.Trainer. Weights alone are no checkpoint to resume from, and get no marker.
+
+        Does nothing while a NotFiniteError ends the fit, whichever callback asks for it. Raises one, before anything is
+        written or voided, when the weights are not finite.
+        """
+        if isinstance(sys.exc_info()[1], NotFiniteError):
+            return
+        check = getattr(self.lightning_module, "check_weights", None)
+        if check is not None:
+            check()
         local = local_path(filepath)
         self._checkpoint_files.admit(os.path.dirname(filepath if local is None else local))
         if local is not None and self.is_global_zero:

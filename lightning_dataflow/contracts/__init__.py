@@ -3,6 +3,7 @@
 from lightning_dataflow.contracts.errors import (
     CapacityError,
     CaptureMismatchError,
+    NotFiniteError,
     PeerFailedError,
     PeerGoneError,
     PeerTimeoutError,
@@ -21,6 +22,7 @@ from lightning_dataflow.contracts.records import (
     SampleRef,
 )
 from lightning_dataflow.contracts.step import StepContext
+from lightning_dataflow.contracts.strict_json import strict_json
 from lightning_dataflow.contracts.validation import ref_from_json, ref_to_json, validate_ref
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "FeatureHandle",
     "FeatureSpec",
     "LogRecord",
+    "NotFiniteError",
     "PeerFailedError",
     "PeerGoneError",
     "PeerTimeoutError",
@@ -43,5 +46,6 @@ __all__ = [
     "assert_no_tensors",
     "ref_from_json",
     "ref_to_json",
+    "strict_json",
     "validate_ref",
 ]

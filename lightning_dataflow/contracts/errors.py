@@ -20,6 +20,11 @@ class CaptureMismatchError(UserError):
     """A target returned other features than the run was announced with; the message names the difference."""
 
 
+class NotFiniteError(UserError):
+    """NaN or infinity where training needs numbers. It ends the run, and no checkpoint is written from then on; the message
+    names where."""
+
+
 class PeerTimeoutError(TimeoutError):
     """Nothing came from another process for too long. The message names who was waited for, for what, and how long."""
 

@@ -8,12 +8,14 @@ import torch
 
 from lightning_dataflow.contracts import FeatureHandle
 from lightning_dataflow.data.collate import Batch, Sample, SampleRows
+from lightning_dataflow.data.finite import broken_features
 from lightning_dataflow.data.source import FeatureCard, RefSource, WindowEntry
 from lightning_dataflow.data.windows import MIN_ROW_TOKENS, Batching, PassOrder, share_of
 from lightning_dataflow.stores.base import Tensors
 
 Collate = Callable[[SampleRows], Batch]
 STAND_IN_TOKENS = MIN_ROW_TOKENS
+SKIPPED = "skipped"
 READ_BYTES = 64 << 20
 """Samples that are read in one round trip."""
 
@@ -28,7 +30,9 @@ class _Held(NamedTuple):
 class WindowReader:
     """Reads and collates windows, and holds what it read until the optimizer step that used it has run.
 
-    A row whose samples were all skipped, or that is empty, is a few tokens without loss weight.
+    A row whose samples were all skipped, or that is empty, is a few tokens without loss weight. Features with NaN or
+    infinity, wherever they were captured, are found here. Raising would leave other ranks waiting: the batch says it, and
+    the optimizer step, where ranks meet, ends the run.
 
     Args:
         start: the first seq.
@@ -76,7 +80,7 @@ class WindowReader:
                 for _ in micro_batches:
                     self._pending.popleft()
                 for samples in read:
-                    yield self._collate(samples) | common
+                    yield self._collate(samples) | common | _described(samples)
 
     def release(self, next_seq: int) -> list[int]:
         """Give up what seqs below `next_seq` hold; returns those seqs."""
@@ -132,12 +136,22 @@ class WindowReader:
                     pass_index=self._order.locate(entry.seq)[1],
                     num_tokens=ref.num_tokens,
                     tensors=tensors,
+                    broken=broken_features(tensors, ref.origin.source_id, ref.sample_id),
                 )
             entry = self._source.replace(entry, str(found.args[0]) if found else "it was never read")
             if entry.ref is not None:
                 (found,) = self._source.store.get_many([entry.ref])
         self._held.append(_Held(entry.seq, None))
         return None
+
+
+def _described(samples: SampleRows) -> Batch:
+    """What an error's line needs: whose batch it is, and what is wrong with its features."""
+    real = [sample for row in samples.rows for sample in row if sample.source_id != SKIPPED]
+    return {
+        "source_ids": [sample.source_id for sample in real],
+        "broken": next((sample.broken for sample in real if sample.broken), None),
+    }
 
 
 def stand_in(card: FeatureCard) -> Sample:
@@ -150,4 +164,4 @@ def stand_in(card: FeatureCard) -> Sample:
         "last_hidden_state": torch.zeros(n, size, dtype=dtype),
     }
     kept = {name: tensors[name] for name in card.features}
-    return Sample(sample_id="skipped", source_id="skipped", pass_index=0, num_tokens=n, tensors=kept)
+    return Sample(sample_id=SKIPPED, source_id=SKIPPED, pass_index=0, num_tokens=n, tensors=kept)

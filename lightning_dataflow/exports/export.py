@@ -11,9 +11,9 @@ from lightning_dataflow.contracts import UserError
 from lightning_dataflow.exports.card import model_card
 from lightning_dataflow.exports.training import TrainingRecord
 from lightning_dataflow.formats import DraftSpec, PublishedDraft, is_published, read_draft, resolve_format, write_draft
-from lightning_dataflow.formats.folder import check_destination
+from lightning_dataflow.formats.folder import DTYPES, check_destination
 from lightning_dataflow.strategies import DraftModule
-from lightning_dataflow.strategies.checkpoint import load_module
+from lightning_dataflow.strategies.checkpoint import check_finite, load_module
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -54,6 +54,7 @@ def export_draft(
 
     Raises:
         UserError: `folder` exists, there is no checkpoint, or the engine does not serve such a draft.
+        NotFiniteError: its weights hold NaN or infinity, or would in `dtype`.
     """
     form, folder = resolve_format(engine, format), Path(folder)
     check_destination(folder)
@@ -71,6 +72,9 @@ def export_draft(
     if tokenizer and not copies:
         raise UserError(f"no tokenizer in {spec.target}: leave --tokenizer out")
     tensors = module.draft.state_dict()
+    if dtype in DTYPES:
+        cast = {name: one.to(DTYPES[dtype]) for name, one in tensors.items() if one.is_floating_point()}
+        check_finite(checkpoint, cast, f"dtype={dtype} is too narrow for it, use bfloat16 or float32")
     return write_draft(folder, form, spec, tensors, dtype=dtype, card=card, copies=copies)
 
 

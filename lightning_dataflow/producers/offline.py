@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lightning_dataflow.contracts import SampleRef, UserError
+from lightning_dataflow.contracts import NotFiniteError, SampleRef, UserError
+from lightning_dataflow.data.finite import broken_features
 from lightning_dataflow.data.offline import is_captured, write_manifest
 from lightning_dataflow.producers.capture import capture_prompts
 from lightning_dataflow.producers.online import feature_card
@@ -35,6 +36,7 @@ def capture_to_folder(
 
     Raises:
         UserError: the folder cannot be written, or holds a finished capture; or the prompts do not fit the target.
+        NotFiniteError: the target captures NaN or infinity.
         CapacityError: the disk is full, or `capacity_bytes` is reached.
     """
     if is_captured(folder):
@@ -48,6 +50,9 @@ def capture_to_folder(
         group = order[start : start + capture_batch_size]
         tasks = [prompts.task(index, 0, run_id=RUN_ID, target_model_version=version) for index in group]
         captured = capture_prompts(tasks, target, card)
+        for origin, tensors in captured:
+            if broken := broken_features(tensors, origin.source_id, origin.sample_id):
+                raise NotFiniteError(broken)
         refs |= {index: store.put(tensors, origin) for index, (origin, tensors) in zip(group, captured, strict=True)}
         progress(len(refs), len(order))
     in_order = [refs[index] for index in range(len(prompts))]

@@ -14,20 +14,21 @@ from torch.optim import Optimizer
 from lightning_dataflow.callbacks.averaging import complete_average, end_averages, follow_buffers
 from lightning_dataflow.callbacks.defaults import default_callbacks
 from lightning_dataflow.checkpoints.paths import forget_foreign_paths
-from lightning_dataflow.contracts import StepContext, UserError
+from lightning_dataflow.contracts import NotFiniteError, StepContext, UserError
 from lightning_dataflow.data import DataFlowDataModule, FeatureCard
 from lightning_dataflow.data.collate import Batch, SampleRows
+from lightning_dataflow.data.finite import first_not_finite
 from lightning_dataflow.evaluation import Drafter
 from lightning_dataflow.formats import read_draft
 from lightning_dataflow.models import FrozenTarget
 from lightning_dataflow.objectives import ObjectiveSums
 from lightning_dataflow.strategies.features import check_features
-from lightning_dataflow.strategies.optimisation import adamw, scale_gradients, warmup_cosine
+from lightning_dataflow.strategies.optimisation import adamw, gradient_norm, scale_gradients, warmup_cosine
 from lightning_dataflow.strategies.registry import StrategySpec, resolve_strategy
 from lightning_dataflow.strategies.sharding import fsdp1_root, full_state_dict, shard_draft
 from lightning_dataflow.strategies.streaming import align_loops, check_averaging, check_trainer
 from lightning_dataflow.strategies.warm_start import check_settings, check_start, choose_layers, load_start
-from lightning_dataflow.strategies.window import WindowSums
+from lightning_dataflow.strategies.window import WindowSamples, WindowSums
 from lightning_dataflow.targets.info import read_target_info, tensor_names
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -40,6 +41,10 @@ class DraftModule(L.LightningModule):
     the batch is cut into. The denominator D is unknown at the first backward pass, so `training_step` returns
     numerator · W · A / P (W ranks and A micro-batches, which Lightning divides by, P the window's tokens), and
     `on_before_optimizer_step`, which runs before clipping, multiplies the gradients by P / D.
+
+    A loss or gradient norm that is not finite ends the fit on every rank, before it gets into the weights; weights that are
+    not finite are not saved. Both raise NotFiniteError. Under `16-mixed` precision the gradient's is left to the
+    GradScaler: it has unscaled gradients by then, and skips the steps that overflow, which is how it finds its scale.
 
     Subclasses set `strategy_name`, build `self.draft` in their constructor, and implement `collate`, `objective` and
     `drafter`; `packs` says that these heed where samples begin in a row. A constructor names its own arguments and passes
@@ -90,6 +95,7 @@ class DraftModule(L.LightningModule):
         self._frozen: FrozenTarget | None = None
         self._window = WindowSums()
         self._window_tokens = 0
+        self._samples = WindowSamples()
         self._initialised = False  # whether the draft's weights are somebody's work
         self._trained: dict[str, Tensor] | None = None  # at the end of training, where an average has taken their place
 
@@ -216,6 +222,7 @@ class DraftModule(L.LightningModule):
         """Lightning's hook. What an earlier, interrupted fit left behind is no part of this one."""
         self._window = WindowSums()
         self._trained = None
+        self._samples = WindowSamples()
         self.step_losses = self.step_losses[: self.trainer.global_step]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -225,15 +232,53 @@ class DraftModule(L.LightningModule):
         sums = self.objective(batch, StepContext(global_step=trainer.global_step, total_steps=total_steps))
         self._window.add(sums)
         self._window_tokens = batch["window_num_tokens"]
+        self._samples.add(batch, self._data().next_seq)
         return sums.loss.numerator * (trainer.world_size * trainer.accumulate_grad_batches / self._window_tokens)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Lightning's hook: reduce the window's sums once, scale the gradients, log the means."""
-        means, denominator = self._window.reduce(self.trainer.strategy.reduce)
+        means, denominator, norm = self._window.reduce(self.trainer.strategy.reduce, self._gradient_norm())
         factor = torch.where(denominator > 0, self._window_tokens / denominator.clamp(min=1e-12), 0)
+        self._check_step(means["loss"], norm * factor)
         scale_gradients(self.parameters(), factor)
         self.step_losses.append(means["loss"])
         self._log_means(means)
+
+    def _gradient_norm(self) -> Tensor:
+        """This rank's; NaN where its features are broken, so that all ranks hear of it; 0 under a GradScaler."""
+        norm = gradient_norm(self.parameters())
+        if self._samples.broken is not None:
+            return torch.full_like(norm, float("nan"))
+        has_scaler = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        return torch.zeros_like(norm) if has_scaler else norm
+
+    def _check_step(self, loss: Tensor, norm: Tensor) -> None:
+        """Raise NotFiniteError, on every rank alike, before a step spoils the weights. Waits for the device once."""
+        if torch.stack([loss, norm]).isfinite().all().item():
+            return
+        names, broken = self._samples.of_all_ranks(self.trainer.world_size)
+        what = "the loss" if not loss.isfinite() else "the gradient's norm"
+        remedy = (
+            "start again with a lower optimizer.lr or without these samples, or resume with a lower "
+            "trainer.gradient_clip_val"
+        )
+        reason = broken or f"{what} is NaN or infinity: {remedy}"
+        raise NotFiniteError(f"step {self.trainer.global_step + 1}, of {names}: {reason}")
+
+    def check_weights(self) -> None:
+        """Raise NotFiniteError, on every rank alike, when a weight of the draft is NaN or infinity. A collective."""
+        name = first_not_finite(dict(self.draft.named_parameters()))
+        found = torch.tensor(float(name is not None), device=self.trainer.strategy.root_device)
+        if self.trainer.strategy.reduce(found, reduce_op="sum") > 0:
+            names, _ = self._samples.of_all_ranks(self.trainer.world_size)
+            raise NotFiniteError(
+                f"step {self.trainer.global_step}, of {names}: the draft's weights hold NaN or infinity "
+                f"({name or 'on another rank'}) and are not saved: start again with a lower optimizer.lr"
+            )
+
+    def on_train_end(self) -> None:
+        """Lightning's hook: no loss shows what the last step did."""
+        self.check_weights()
 
     def on_train_epoch_end(self) -> None:
         """Lightning's hook, the last before an average takes the draft's place."""
@@ -253,7 +298,8 @@ class DraftModule(L.LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Lightning's hook: losses so far travel with the weights."""
+        """Lightning's hook: losses so far travel with the weights. Raises NotFiniteError; see `check_weights`."""
+        self.check_weights()
         self.step_losses = [float(loss) for loss in self.step_losses]
         checkpoint["step_losses"] = self.step_losses
         checkpoint["strategy"] = self.strategy_name

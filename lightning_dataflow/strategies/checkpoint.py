@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_dataflow.checkpoints.reading import HEADER, read_header
-from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts import NotFiniteError, UserError
+from lightning_dataflow.data.finite import first_not_finite
 from lightning_dataflow.formats import is_published, read_draft
 from lightning_dataflow.strategies.base import DraftModule
 from lightning_dataflow.strategies.eagle3 import Eagle3Module
@@ -27,6 +28,7 @@ def load_module(path: str | Path, *, target: str | None = None) -> DraftModule:
 
     Raises:
         UserError: no such checkpoint, not one of a draft or not a whole one, or one for another target.
+        NotFiniteError: its weights hold NaN or infinity.
     """
     path = Path(path)
     if is_published(path) and not (path / HEADER).exists():
@@ -38,7 +40,14 @@ def load_module(path: str | Path, *, target: str | None = None) -> DraftModule:
         module.on_load_checkpoint(checkpoint)
     except KeyError as error:  # what a strategy keeps beside its weights
         raise _incomplete(path, str(error.args[0])) from error
+    check_finite(path, module.state_dict())
     return module.eval()
+
+
+def check_finite(path: Path, tensors: Mapping[str, Tensor], remedy: str = REMEDY) -> None:
+    """Raise NotFiniteError naming the first of a draft's tensors that holds NaN or infinity."""
+    if name := first_not_finite(tensors):
+        raise NotFiniteError(f"{path}: {name} holds NaN or infinity, so it is no draft to use: {remedy}")
 
 
 def load_published(folder: str | Path, *, target: str | None) -> DraftModule:
@@ -57,6 +66,7 @@ def load_published(folder: str | Path, *, target: str | None) -> DraftModule:
         module = Eagle3Module(target=target, init_from=str(folder), train_embeddings=own)
         module.load_frozen_target(torch.device("cpu"))
     module.load_start()
+    check_finite(Path(folder), module.state_dict())
     return module.eval()
 
 

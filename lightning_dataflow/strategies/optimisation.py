@@ -45,7 +45,20 @@ def _factor(warmup_ratio: float, min_lr_ratio: float, total_steps: int) -> Calla
 
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: torch.Tensor) -> None:
     """Multiply every gradient by a scalar on its device, shard by shard under FSDP2, without a host sync."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    local = [getattr(gradient, "_local_tensor", gradient) for gradient in gradients]
+    local = _local_gradients(parameters)
     if local:
         torch._foreach_mul_(local, factor.to(local[0].dtype))
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+    """The sum of the gradients' norms, of this rank's parts under sharding; a scalar on their device, without a host sync.
+
+    Not less than the norm of all together, and finite where that is.
+    """
+    local = _local_gradients(parameters)
+    return torch.stack([norm.float() for norm in torch._foreach_norm(local)]).sum()
+
+
+def _local_gradients(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return [getattr(gradient, "_local_tensor", gradient) for gradient in gradients]

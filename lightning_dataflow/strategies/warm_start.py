@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts import NotFiniteError, UserError
+from lightning_dataflow.data.finite import first_not_finite
 from lightning_dataflow.formats import PublishedDraft
 from lightning_dataflow.models import Eagle3Config, FrozenTarget
 from lightning_dataflow.models.dflash import FULL
@@ -87,8 +88,11 @@ def load_start(start: PublishedDraft, draft: nn.Module, target: FrozenTarget) ->
     Raises:
         UserError: it is not whole, or another network; it has an embedding or head of its own where this draft uses the
             target's; or no sensible vocabulary map.
+        NotFiniteError: it holds NaN or infinity.
     """
     check_tensors(start, draft)
+    if broken := next((name for name in start.shapes if first_not_finite({name: start.tensor(name)})), None):
+        raise NotFiniteError(f"{start.folder}: {broken} holds NaN or infinity: name another draft to start from")
     state = draft.state_dict()
     for name, ours in (EMBEDDING, target.embedding), (HEAD, target.head):
         if name in start.shapes and name not in state and not same_tensor(start.tensor(name), ours):

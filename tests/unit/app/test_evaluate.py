@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hydra.core.global_hydra import GlobalHydra
+from safetensors.torch import load_file, save_file
 
 from lightning_dataflow import DFlashModule, export_draft
 from lightning_dataflow.app import evaluate, train
@@ -231,6 +233,25 @@ def test_vllm_measures_and_leaves_what_lies_in_the_run(run, trained, target_path
     files = {path.name for path in (tmp_path / "runs" / "test").iterdir()}
     assert {"vllm.log", "vllm-plain.log", "exported"} <= files
     assert not any(name.startswith(".exported") for name in files)
+
+
+def test_a_draft_that_is_not_finite_is_not_measured(run, trained, target_path, tmp_path, vllm, capsys):
+    """A checkpoint, and a folder that vLLM would read by itself; by either backend."""
+    checkpoint, folder = tmp_path / "step-000004.ckpt", tmp_path / "draft"
+    export_draft(trained / "checkpoints" / "step-000004.ckpt", folder, engine="vllm", target=str(target_path))
+    saved = torch.load(trained / "checkpoints" / "step-000004.ckpt", weights_only=True)
+    tensors = load_file(folder / "model.safetensors")
+    for one in (saved["state_dict"]["draft.fc.weight"], tensors["fc.weight"]):
+        one[0, 0] = float("nan")
+    torch.save(saved, checkpoint)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    options, asked = vllm
+    for backend in ((), options):
+        for source in (checkpoint, folder):
+            assert run(evaluate.main, *backend, f"evaluate.checkpoint={source}") == 1
+            shown = one_line(capsys.readouterr().err)
+            assert str(source) in shown and "fc.weight holds NaN or infinity" in shown
+    assert asked() == []
 
 
 def test_vllm_measures_the_folder_around_this_one(run_in, trained, target_path, tmp_path, vllm):

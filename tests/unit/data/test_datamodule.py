@@ -3,9 +3,10 @@ import json
 import pytest
 import torch
 
-from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts import NotFiniteError, UserError
 from lightning_dataflow.data import DataFlowDataModule, OfflineSource, PassOrder, SampleRows
 from lightning_dataflow.producers import OnlineSource, capture_to_folder
+from lightning_dataflow.targets import HFTargetEngine
 
 
 def take(data: DataFlowDataModule, count: int) -> list[dict]:
@@ -109,6 +110,17 @@ def test_capturing_twice_into_one_folder(prompts, target, tmp_path):
     capture_to_folder(few, target, tmp_path)
     with pytest.raises(UserError, match="already holds a finished capture"):
         capture_to_folder(few, target, tmp_path)
+
+
+def test_a_capture_that_is_not_finite_leaves_no_manifest(target_path, prompts, tmp_path):
+    few = prompts[0].__class__(prompts=prompts[0][:3], max_length=128)
+    broken = HFTargetEngine(target_path, layer_ids=(1, 3, 4), dtype="float32", device="cpu")
+    with torch.no_grad():
+        broken.model.model.norm.weight[5] = float("nan")
+    with pytest.raises(NotFiniteError, match=f"last_hidden_state of sample {few[0].source_id} .* holds NaN or infinity"):
+        capture_to_folder(few, broken, tmp_path)
+    with pytest.raises(UserError, match="no finished capture in"):
+        OfflineSource(tmp_path)
 
 
 def test_an_unfinished_capture(prompts, target, tmp_path):

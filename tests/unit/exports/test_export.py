@@ -1,6 +1,7 @@
 """Checkpoints of real fits become folders, and folders become drafts again."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -135,6 +136,10 @@ BROKEN = {
         lambda saved: saved["hyper_parameters"].update(colour="red"),
         "has settings of another eagle3 (got an unexpected keyword argument 'colour'): read it with the version",
     ),
+    "infinite": (
+        lambda saved: saved["state_dict"]["draft.fc.weight"].view(-1)[3:4].fill_(math.inf),
+        "draft.fc.weight holds NaN or infinity, so it is no draft to use: name another checkpoint",
+    ),
 }
 
 
@@ -184,6 +189,16 @@ def test_bfloat16_is_rounded_once(kind, checkpoint, target_path, tmp_path):
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
     assert (first / "config.json").read_bytes() == (second / "config.json").read_bytes()
     assert "which does not say" in (second / "README.md").read_text()
+
+
+def test_weights_that_a_dtype_cannot_hold_are_not_exported(checkpoint, tmp_path):
+    saved = torch.load(checkpoint(), weights_only=True)
+    saved["state_dict"]["draft.fc.weight"][0, 0] = 1e6
+    torch.save(saved, tmp_path / "large.ckpt")
+    with pytest.raises(UserError, match=r"large.ckpt: fc.weight holds NaN or infinity.*dtype=float16 is too narrow for it"):
+        export(tmp_path / "large.ckpt", tmp_path / "draft", dtype="float16")
+    assert not (tmp_path / "draft").exists()
+    export(tmp_path / "large.ckpt", tmp_path / "draft", dtype="bfloat16")
 
 
 def test_one_engine_s_folder_becomes_another_s(checkpoint, target_path, tmp_path):
@@ -383,6 +398,10 @@ def test_full_attention_may_be_spelt_out(layer_types, checkpoint, target_path, t
         (lambda tensors: tensors.pop("fc.weight"), "lacks fc.weight: it is not a whole eagle3 draft"),
         (lambda tensors: [tensors.pop(name) for name in list(tensors)[:7]], " and 3 more: it is not a whole"),
         (lambda tensors: tensors.pop("d2t"), "lacks d2t"),
+        (
+            lambda tensors: tensors["norm.weight"][3:4].fill_(math.nan),
+            "norm.weight holds NaN or infinity: name another draft",
+        ),
         (
             lambda tensors: tensors.update({"midlayer.self_attn.q_norm.weight": torch.ones(8)}),
             "has no place: it is another",

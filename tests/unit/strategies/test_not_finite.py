@@ -1,0 +1,190 @@
+"""NaN and infinity end a fit before they get into the weights, and nothing is saved from then on."""
+
+import json
+import math
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
+
+from lightning_dataflow import DataFlowTrainer, Eagle3Module, latest_checkpoint
+from lightning_dataflow.contracts import NotFiniteError
+from lightning_dataflow.data import DataFlowDataModule
+from lightning_dataflow.producers import OnlineSource
+
+SPOILS = {"lr": 1e20, "warmup_ratio": 0.0}
+
+
+class Module(Eagle3Module):
+    """Keeps the weights that each window began with."""
+
+    def training_step(self, batch, batch_idx):
+        self.before = [parameter.detach().clone() for parameter in self.parameters()]
+        return super().training_step(batch, batch_idx)
+
+
+class InfiniteGradient(Module):
+    """Of one weight, from the second step on; the loss stays finite."""
+
+    def on_before_optimizer_step(self, optimizer):
+        if self.trainer.global_step == 1:
+            self.draft.fc.weight.grad[0, 0] = math.inf
+        super().on_before_optimizer_step(optimizer)
+
+
+class Spoiled(Module):
+    """The second step makes a weight infinite."""
+
+    def optimizer_step(self, *arguments, **options):
+        super().optimizer_step(*arguments, **options)
+        if len(self.step_losses) == 2:
+            with torch.no_grad():
+                self.draft.fc.weight[0, 0] = math.inf
+
+
+class BrokenTarget:
+    """Stands before a target; the n-th sample that it captures has an infinity."""
+
+    def __init__(self, target, number):
+        self.target, self.number, self.count = target, number, 0
+
+    def __getattr__(self, name):
+        return getattr(self.target, name)
+
+    def capture(self, batch):
+        captured = self.target.capture(batch)
+        for features in captured:
+            self.count += 1
+            if self.count == self.number:
+                features["last_hidden_state"] = features["last_hidden_state"].clone()
+                features["last_hidden_state"][0, 5] = math.inf
+        return captured
+
+
+@pytest.fixture
+def fit(tmp_path, target_path, prompts, target):
+    """fit(cls, …) → (error, module, trainer); a checkpoint after every step, unless `callbacks` are given."""
+
+    def call(
+        cls=Module, *, max_steps=4, engine=target, callbacks=None, trainer_cls=DataFlowTrainer, plugins=None, **options
+    ):
+        callbacks = [saves(tmp_path)] if callbacks is None else callbacks
+        module = cls(str(target_path), **{"draft_vocab_size": 64, "num_steps": 2, "lr": 1e-3} | options)
+        data = DataFlowDataModule(OnlineSource(prompts[0], engine), global_batch_size=2, micro_batch_size=1)
+        trainer = trainer_cls(
+            accelerator="cpu",
+            default_root_dir=tmp_path,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            max_steps=max_steps,
+            max_epochs=1,
+            accumulate_grad_batches=2,
+            limit_train_batches=2 * max_steps,
+            callbacks=callbacks,
+            enable_checkpointing=bool(callbacks),
+            plugins=plugins or [],
+        )
+        try:
+            trainer.fit(module, data)
+        except NotFiniteError as error:
+            return error, module, trainer
+        return None, module, trainer
+
+    return call
+
+
+def saves(folder, **options) -> ModelCheckpoint:
+    settings = {"every_n_train_steps": 1, "save_top_k": -1, "save_on_exception": True, "save_last": True} | options
+    return ModelCheckpoint(folder / "checkpoints", filename="{step}", **settings)
+
+
+def written(folder) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*.ckpt"))
+
+
+def status(folder) -> str:
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    return json.loads((folder / "result.json").read_text(), parse_constant=refuse)["status"]
+
+
+@pytest.mark.parametrize(
+    ("cls", "broken", "reason"),
+    [
+        (InfiniteGradient, None, "the gradient's norm is NaN or infinity"),
+        (Module, 4, "last_hidden_state of sample NAME"),
+    ],
+)
+def test_a_step_that_is_not_finite_does_not_run(fit, tmp_path, prompts, target, cls, broken, reason):
+    engine = target if broken is None else BrokenTarget(target, broken)
+    error, module, trainer = fit(cls, engine=engine)
+    names = [prompts[0][index].source_id for index in map(lambda seq: trainer.datamodule.order.locate(seq)[0], (2, 3))]
+    assert f"step 2, of samples {names[0]}, {names[1]} (seq 2 to 3): {reason.replace('NAME', names[1])}" in str(error)
+    assert "\n" not in str(error)
+    assert all(map(torch.equal, module.parameters(), module.before))
+    assert trainer.global_step == len(module.step_losses) == 1
+    assert written(tmp_path) == ["last.ckpt", "step=1.ckpt"]
+    assert status(tmp_path) == f"failed: {error}"
+
+
+def test_a_loss_that_is_not_finite_ends_the_fit(fit, tmp_path):
+    error, *_ = fit(callbacks=[], **SPOILS)
+    assert str(error).startswith("step 2, of samples ")
+    assert "the loss is NaN or infinity: start again with a lower optimizer.lr" in str(error)
+    assert status(tmp_path) == f"failed: {error}"
+
+
+@pytest.mark.parametrize("trainer_cls", [DataFlowTrainer, L.Trainer])
+def test_no_model_checkpoint_saves_what_an_exception_ends(fit, tmp_path, trainer_cls):
+    callback = saves(tmp_path, every_n_train_steps=3)
+    error, *_ = fit(InfiniteGradient, callbacks=[callback], trainer_cls=trainer_cls)
+    assert error is not None
+    assert written(tmp_path) == []
+
+
+def test_nothing_else_saves_through_the_trainer(fit, tmp_path):
+    error, *_ = fit(InfiniteGradient, callbacks=[OnExceptionCheckpoint(tmp_path)])
+    assert error is not None
+    assert written(tmp_path) == []
+
+
+@pytest.mark.parametrize("trainer_cls", [DataFlowTrainer, L.Trainer])
+def test_weights_that_are_not_finite_are_not_saved(fit, tmp_path, trainer_cls):
+    """Also where the loss of the step that made them so is finite."""
+    error, *_ = fit(Spoiled, trainer_cls=trainer_cls)
+    assert "the draft's weights hold NaN or infinity (fc.weight) and are not saved" in str(error)
+    assert str(error).startswith("step 2, of samples ")
+    assert written(tmp_path) == ["last.ckpt", "step=1.ckpt"]
+    for name in ("last", "step=1"):
+        saved = torch.load(tmp_path / "checkpoints" / f"{name}.ckpt", weights_only=True)
+        assert saved["global_step"] == 1
+
+
+def test_an_older_checkpoint_of_the_same_name_stays_complete(fit, tmp_path):
+    callback = saves(tmp_path, save_last=False, save_top_k=1, enable_version_counter=False)
+    callback.filename = "newest"
+    error, *_ = fit(Spoiled, callbacks=[callback])
+    assert "are not saved" in str(error)
+    newest = tmp_path / "checkpoints" / "newest.ckpt"
+    assert latest_checkpoint(tmp_path / "checkpoints") == newest
+    assert torch.load(newest, weights_only=True)["global_step"] == 1
+
+
+def test_the_last_step_counts_too(fit, tmp_path):
+    """No loss and no checkpoint comes after it."""
+    error, *_ = fit(Spoiled, max_steps=2, callbacks=[])
+    assert "fc.weight" in str(error)
+    assert status(tmp_path) == f"failed: {error}"
+
+
+def test_steps_that_a_grad_scaler_skips_are_no_error(fit, tmp_path):
+    """Its first scales overflow; it halves them until one fits."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    error, _, trainer = fit(callbacks=[], max_steps=2, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    assert error is None
+    assert scaler.get_scale() < 2.0**127, "no step overflowed"
+    assert trainer.global_step == 2

@@ -58,6 +58,7 @@ def broken_file(folder: Path) -> str:
     [
         (["data.path=nowhere.jsonl"], "no prompt file nowhere.jsonl"),
         (["data.path=BROKEN"], "line 2: not JSON"),
+        (["data.path=MASKED"], "masked.jsonl, record 2: 6 input_ids, 0 loss_mask entries: give 0 or 1 for each"),
         (["data.max_length=4"], "nothing supervised within max_length"),
         (["target.path=nowhere"], "no target model in nowhere"),
         (["strategy.draft_vocab_size=1000"], "the target's vocabulary has 320 tokens"),
@@ -158,7 +159,10 @@ def test_bad_input_is_one_line_and_status_1(run, tmp_path, capsys, overrides, me
     long_file.write_text(json.dumps({"text": "x" * 1500}) + "\n")
     alternating = tmp_path / "alternating.jsonl"
     alternating.write_text((json.dumps({"input_ids": [5] * 20, "loss_mask": [0, 1] * 10}) + "\n") * 16)
-    names = {"BROKEN": broken_file(tmp_path), "LONG": str(long_file), "ALTERNATING": str(alternating)}
+    masked = tmp_path / "masked.jsonl"
+    masked.write_text("".join(json.dumps({"input_ids": [5] * 6, "loss_mask": mask}) + "\n" for mask in ([1] * 6, [])))
+    files = {"LONG": long_file, "ALTERNATING": alternating, "MASKED": masked}
+    names = {"BROKEN": broken_file(tmp_path), **{name: str(file) for name, file in files.items()}}
     for placeholder, path in names.items():
         overrides = [override.replace(placeholder, path) for override in overrides]
     if "data.path=" in " ".join(overrides):

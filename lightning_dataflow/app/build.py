@@ -97,7 +97,7 @@ class Builder:
         try:
             return self.spec.module(target=config.target.path, seed=config.seed, **arguments, **optimizer)
         except TypeError as error:
-            if "unexpected keyword" not in str(error):
+            if "keyword argument" not in str(error):
                 raise
             raise UserError(f"strategy={self.spec.name}: {str(error).split('() ')[-1]}; see conf/strategy") from error
 

@@ -1,6 +1,8 @@
 """What all commands share: configuration, logging, and one-line errors."""
 
 import _thread
+import dataclasses
+import difflib
 import errno
 import logging
 import os
@@ -8,7 +10,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import wraps
 from importlib.resources import files
@@ -150,11 +152,31 @@ def _check_choices(overrides: Sequence[str]) -> None:
 
 
 def typed(config: DictConfig) -> TrainConfig:
-    """Dataclasses instead of omegaconf's containers: no library module sees those. Raises UserError for missing values."""
+    """Dataclasses instead of omegaconf's containers: no library module sees those.
+
+    Raises:
+        UserError: a value is missing, or there is a key that nothing reads: `+key=…` adds one even to what is typed.
+    """
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise UserError(f"no value for {', '.join(missing)}: set it on the command line, for example {missing[0]}=…")
-    return OmegaConf.to_object(config)  # type: ignore[return-value]
+    made: TrainConfig = OmegaConf.to_object(config)  # type: ignore[assignment]
+    for prefix, name, known in _unread(made):
+        near = difflib.get_close_matches(name, known)
+        hint = "did you mean" if near else "available are"
+        names = ", ".join(prefix + one for one in near or known)
+        raise UserError(f"there is no setting {prefix}{name}, so nothing would read it: {hint} {names}")
+    return made
+
+
+def _unread(node: Any, prefix: str = "") -> Iterator[tuple[str, str, list[str]]]:
+    """Keys that are not in the schema: where each is, its name, and the names that are there."""
+    known = [field.name for field in dataclasses.fields(node)]
+    for name, value in vars(node).items():
+        if name not in known:
+            yield prefix, name, known
+        elif dataclasses.is_dataclass(value):
+            yield from _unread(value, f"{prefix}{name}.")
 
 
 def plain_settings(config: DictConfig) -> dict[str, Any]:

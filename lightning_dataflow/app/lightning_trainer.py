@@ -1,12 +1,14 @@
 """The Lightning Trainer of a run: its arguments, loggers and callbacks."""
 
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import hydra
 import lightning as L
 import torch
+from hydra.errors import InstantiationException
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy
 
@@ -23,6 +25,8 @@ from lightning_dataflow.targets.hardware import multiplies_bfloat16
 if TYPE_CHECKING:
     from lightning_dataflow.app.build import Builder
 
+TRAINERS = ("lightning.Trainer", "lightning.pytorch.Trainer", "lightning_dataflow.DataFlowTrainer")
+"""What `trainer._target_` may say; a DataFlowTrainer is built for each."""
 DERIVED_ARGUMENTS = {
     "max_epochs": "trainer.max_steps, or trainer.max_steps=null data.num_passes=…",
     "limit_train_batches": "trainer.max_steps",
@@ -47,12 +51,19 @@ class _EndsAtSigterm(L.Callback):
 def make_trainer(parts: "Builder") -> L.Trainer:
     """The Trainer, with the arguments that follow from others filled in. Raises UserError for what does not fit."""
     config = parts.config
-    arguments = {key: value for key, value in config.trainer.items() if key != "_target_"}
+    arguments = dict(config.trainer)
+    target = arguments.pop("_target_", None)
+    if target not in (None, *TRAINERS):
+        raise UserError(
+            f"trainer._target_={target}: the Trainer is always Lightning's, so leave {TRAINERS[0]} and set its arguments, "
+            "or use your own in a script (recipes/plain_lightning)"
+        )
     for name, instead in DERIVED_ARGUMENTS.items():
         if arguments.get(name) is not None:
             raise UserError(f"trainer.{name}={arguments[name]}: this follows from other settings, use {instead}")
     world_size = num_processes(arguments)
     if isinstance(strategy := arguments.get("strategy"), dict):
+        _check_entry("trainer.strategy", strategy)
         arguments["strategy"] = _strategy(parts, dict(strategy), world_size)
     if arguments.get("precision") == "auto":
         arguments["precision"] = _auto_precision(arguments)
@@ -116,12 +127,36 @@ def _strategy(parts: "Builder", arguments: dict[str, Any], world_size: int) -> A
             raise UserError("trainer=fsdp needs a GPU, this machine has none: use trainer=fsdp2 or trainer=ddp")
         options = {key: value for key, value in arguments.items() if key != "_target_"}
         return FSDPStrategy(auto_wrap_policy={type(parts.module.draft)}, **options)
-    return hydra.utils.instantiate(arguments, _convert_="all")
+    return _make("trainer.strategy", arguments)
 
 
 def _loggers(config: Mapping[str, Any]) -> list[Any]:
-    entries = [config] if "_target_" in config else list(config.values())
-    return [hydra.utils.instantiate(entry, _convert_="all") for entry in entries]
+    entries = {"logger": config} if "_target_" in config else {f"logger.{name}": entry for name, entry in config.items()}
+    return [_make(setting, entry) for setting, entry in entries.items()]
+
+
+def _make(setting: str, entry: Any) -> Any:
+    """What `entry` names by `_target_`, made with its other keys."""
+    _check_entry(setting, entry)
+    with _keywords_of(setting):
+        return hydra.utils.instantiate(entry, _convert_="all")
+
+
+def _check_entry(setting: str, entry: Any) -> None:
+    if not isinstance(entry, Mapping) or "_target_" not in entry:
+        raise UserError(f"{setting}={entry} names no class, so nothing reads it: set {setting}._target_=…, or remove it")
+
+
+@contextmanager
+def _keywords_of(setting: str) -> Iterator[None]:
+    """A key that the class of `setting` does not take is the user's error; any other is shown as it comes."""
+    try:
+        yield
+    except (TypeError, InstantiationException) as error:
+        cause = str(error.__cause__ or error)
+        if "keyword argument" not in cause:
+            raise
+        raise UserError(f"{setting}: {cause}; remove it, or correct its name") from error
 
 
 def _callbacks(parts: "Builder") -> list[L.Callback]:
@@ -132,15 +167,19 @@ def _callbacks(parts: "Builder") -> list[L.Callback]:
         parts.result_writer,
         PlainProgress(),
     ]
+    entries = parts.config.callbacks or {}
+    for name, entry in entries.items():
+        _check_entry(f"callbacks.{name}", entry)
     _check_monitors(parts)
     configured: list[L.Callback] = []
-    for entry in (parts.config.callbacks or {}).values():
+    for name, entry in entries.items():
         if entry["_target_"].rsplit(".", 1)[-1] == AcceptanceEvaluation.__name__:
             entry = {key: value for key, value in entry.items() if key != "_target_"}
             prompts = [prompt.question for prompt in parts.prompts[1]]
-            configured.append(AcceptanceEvaluation(parts.evaluation_target, prompts, **entry))
+            with _keywords_of(f"callbacks.{name}"):
+                configured.append(AcceptanceEvaluation(parts.evaluation_target, prompts, **entry))
         else:
-            configured.append(hydra.utils.instantiate(entry, _convert_="all"))
+            configured.append(_make(f"callbacks.{name}", entry))
     configured.sort(key=lambda callback: not isinstance(callback, WeightAveraging))  # updates come before measurements
     return [*callbacks, *configured]
 

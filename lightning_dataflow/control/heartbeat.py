@@ -1,5 +1,6 @@
 """Signs of life: a thread that tells the ledger what a part of the run does."""
 
+import logging
 import os
 import threading
 import time
@@ -10,6 +11,8 @@ from typing import Any
 from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
 from lightning_dataflow.control.base import SILENT_S, MetadataStore
 from lightning_dataflow.control.processes import is_running, pid_space
+
+log = logging.getLogger(__name__)
 
 EVERY_S = 2.0
 FRESH_S = 10.0
@@ -22,6 +25,8 @@ CLAIM_TRIES = 10
 class Heartbeat:
     """Reports `name` as alive every two seconds until `stop`.
 
+    No error ends it, since the leases of a part that works would expire. Each kind is logged once.
+
     Args:
         describe: what the part does or waits for now.
         renew_s: also extend the leases of `name` by this much; None where it holds none.
@@ -32,6 +37,7 @@ class Heartbeat:
         self._name = name
         self._describe = describe
         self._renew_s = renew_s
+        self._logged: set[type[Exception]] = set()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"heartbeat of {name}", daemon=True)
         self._thread.start()
@@ -41,16 +47,29 @@ class Heartbeat:
         self._stop.set()
         self._thread.join()
         with suppress(PeerTimeoutError, PeerFailedError):
-            self._ledger.report(self._name, last_words, failed=failed, fatal=fatal)
+            self._survive(self._ledger.report, self._name, last_words, failed=failed, fatal=fatal)
 
     def _run(self) -> None:
         while True:
             with suppress(PeerTimeoutError, PeerFailedError):  # the part itself will say so, if it needs the ledger
-                self._ledger.report(self._name, self._describe())
+                self._survive(self._report)
                 if self._renew_s is not None:
-                    self._ledger.renew(self._name, self._renew_s)
+                    self._survive(self._ledger.renew, self._name, self._renew_s)
             if self._stop.wait(EVERY_S):
                 return
+
+    def _report(self) -> None:
+        self._ledger.report(self._name, self._describe())
+
+    def _survive(self, act: Callable[..., None], *arguments: Any, **options: Any) -> None:
+        try:
+            act(*arguments, **options)
+        except (PeerTimeoutError, PeerFailedError):
+            raise
+        except Exception as error:
+            if type(error) not in self._logged:
+                self._logged.add(type(error))
+                log.warning("%s could not give a sign of life (%r); it goes on and tries again", self._name, error)
 
 
 def end_leases(ledger: MetadataStore, pid: int) -> None:

@@ -1,10 +1,12 @@
 """The shapes of records that people have, brought to one: a list of `{"role", "content"}` messages, text, or ids."""
 
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.prompts.unread import check_record, check_turn
 
 FORMATS = ("auto", "sharegpt", "messages", "alpaca", "text", "tokens")
 SHAREGPT_ROLES = {
@@ -19,6 +21,8 @@ SHAREGPT_ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
+
+LARGEST_ID = 2**31 - 1
 
 Message = dict[str, Any]
 
@@ -46,22 +50,28 @@ class Tokens:
 
 
 def detect_format(record: Mapping[str, Any]) -> str | None:
-    """The format of one record by its keys, or None."""
-    if "input_ids" in record:
+    """The format of one record by its keys, or None. Data sets have null for a key that a row is without."""
+    keys = {key for key, value in record.items() if value is not None}
+    if "input_ids" in keys:
         return "tokens"
-    if "conversations" in record:
+    if "conversations" in keys:
         return "sharegpt"
-    if "messages" in record:
+    if "messages" in keys:
         return "messages"
-    if "instruction" in record and "output" in record:
+    if "instruction" in keys and "output" in keys:
         return "alpaca"
-    if "text" in record:
+    if "text" in keys:
         return "text"
     return None
 
 
 def normalise(record: Mapping[str, Any], format: str, where: str) -> Conversation | PlainText | Tokens:
-    """Read one record. Raises UserError naming `where` when it has not the keys of `format`."""
+    """Read one record.
+
+    Raises:
+        UserError: it has not the keys of `format`, values that are none of theirs, or a key that changes what it means and
+            that nothing reads; the message begins with `where`.
+    """
     detected = detect_format(record) if format == "auto" else format
     if detected is None:
         raise UserError(
@@ -69,22 +79,27 @@ def normalise(record: Mapping[str, Any], format: str, where: str) -> Conversatio
             "(role/content), instruction/output, text or input_ids"
         )
     try:
+        check_record(record, detected)
         return _READERS[detected](record)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{where}: not a record of format {detected} ({error!r}); mend it or set data.format") from error
 
 
 def _sharegpt(record: Mapping[str, Any]) -> Conversation:
     messages = []
-    for turn in record["conversations"]:
+    for number, turn in enumerate(record["conversations"], start=1):
         role = SHAREGPT_ROLES[turn["from"]] if "from" in turn else turn["role"]
+        check_turn(turn, number, role, in_messages=False)
         messages.append({"role": role, "content": _text(turn["value"] if "value" in turn else turn["content"])})
     return Conversation(messages=tuple(messages))
 
 
 def _messages(record: Mapping[str, Any]) -> Conversation:
     messages = []
-    for message in record["messages"]:
+    for number, message in enumerate(record["messages"], start=1):
+        check_turn(message, number, message["role"], in_messages=True)
         kept = {key: value for key, value in message.items() if value is not None}
         if "tool_calls" not in kept:
             kept["content"] = _text(kept["content"])
@@ -107,11 +122,27 @@ def _plain_text(record: Mapping[str, Any]) -> PlainText:
 
 
 def _tokens(record: Mapping[str, Any]) -> Tokens:
-    ids = tuple(int(token) for token in record["input_ids"])
-    mask = tuple(int(bool(flag)) for flag in record.get("loss_mask") or [1] * len(ids))
+    ids, mask = token_ids(record["input_ids"]), record.get("loss_mask")
+    if mask is None:
+        return Tokens(input_ids=ids, loss_mask=(1,) * len(ids))
+    if not isinstance(mask, list | tuple):
+        raise UserError(f"loss_mask is {reprlib.repr(mask)}: give a list with 0 or 1 for each of the input_ids")
     if len(mask) != len(ids):
-        raise ValueError(f"{len(ids)} input_ids, {len(mask)} loss_mask entries")
-    return Tokens(input_ids=ids, loss_mask=mask)
+        raise UserError(f"{len(ids)} input_ids, {len(mask)} loss_mask entries: give 0 or 1 for each of the input_ids")
+    for index, flag in enumerate(mask):
+        if flag not in (0, 1):
+            raise UserError(f"loss_mask[{index}] is {reprlib.repr(flag)}: give 1 where a token is supervised, else 0")
+    return Tokens(input_ids=ids, loss_mask=tuple(int(flag) for flag in mask))
+
+
+def token_ids(value: Any) -> tuple[int, ...]:
+    """`input_ids` of a record. Raises UserError unless they are a list of token ids."""
+    if not isinstance(value, list | tuple):
+        raise UserError(f"input_ids is {reprlib.repr(value)}: give a list of token ids")
+    for index, token in enumerate(value):
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token <= LARGEST_ID:
+            raise UserError(f"input_ids[{index}] is {reprlib.repr(token)}: token ids are integers from 0 to {LARGEST_ID}")
+    return tuple(value)
 
 
 def _text(value: Any) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.prompts.conversation import token_ids
 from lightning_dataflow.prompts.masking import Encoder, Unusable
 from lightning_dataflow.prompts.sources import read_records
 
@@ -57,9 +58,10 @@ def _question(record: Mapping[str, Any], where: str) -> str | list[int]:
             continue
         value = record[key]
         if key == "input_ids":
-            if isinstance(value, list) and all(isinstance(token, int) for token in value):
-                return value
-            raise UserError(f"{where}: input_ids is not a list of integers")
+            try:
+                return list(token_ids(value))
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from error
         if key in ("turns", "prompt") and isinstance(value, list) and value:
             value = value[0]
         if not isinstance(value, str):

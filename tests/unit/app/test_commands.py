@@ -58,11 +58,34 @@ def broken_file(folder: Path) -> str:
     [
         (["data.path=nowhere.jsonl"], "no prompt file nowhere.jsonl"),
         (["data.path=BROKEN"], "line 2: not JSON"),
+        (["data.path=MASKED"], "masked.jsonl, record 2: 6 input_ids, 0 loss_mask entries: give 0 or 1 for each"),
         (["data.max_length=4"], "nothing supervised within max_length"),
         (["target.path=nowhere"], "no target model in nowhere"),
         (["strategy.draft_vocab_size=1000"], "the target's vocabulary has 320 tokens"),
         (["strategy.layer_ids=[0,8]"], "ids go from 0 to 7"),
         (["+strategy.colour=red"], "unexpected keyword argument 'colour'"),
+        (["+strategy.lr=1"], "strategy=eagle3: got multiple values for keyword argument 'lr'; see conf/strategy"),
+        (["+trainer.colour=red"], "trainer: Trainer.__init__() got an unexpected keyword argument 'colour'"),
+        (["+trainer.strategy.colour=red"], "trainer.strategy={'colour': 'red'} names no class, so nothing reads it"),
+        (["trainer=fsdp2", "+trainer.strategy.colour=red"], "unexpected keyword argument 'colour'; remove it, or correct"),
+        (["logger=csv", "+logger.colour=red"], "logger: CSVLogger.__init__() got an unexpected keyword argument 'colour'"),
+        (["+logger.colour=red"], "logger.colour=red names no class, so nothing reads it: set logger.colour._target_=…"),
+        (["+logger.mine.colour=red"], "logger.mine={'colour': 'red'} names no class"),
+        (["+callbacks.colour=red"], "callbacks.colour=red names no class, so nothing reads it"),
+        (["+callbacks.mine.colour=red"], "callbacks.mine={'colour': 'red'} names no class"),
+        (
+            ["+callbacks.checkpoint.colour=red"],
+            "callbacks.checkpoint: ModelCheckpoint.__init__() got an unexpected keyword argument 'colour'; remove it",
+        ),
+        (
+            ["callbacks=default", "+callbacks.acceptance.colour=red"],
+            "callbacks.acceptance: AcceptanceEvaluation.__init__()",
+        ),
+        (["trainer._target_=my.Trainer"], "trainer._target_=my.Trainer: the Trainer is always Lightning's, so leave light"),
+        (
+            ["trainer._target_=pytorch_lightning.Trainer"],
+            "trainer._target_=pytorch_lightning.Trainer: the Trainer is always",
+        ),
         (["strategy.name=eagle9"], "unknown strategy 'eagle9': available are dflash, domino, eagle3"),
         (["topology.name=sideways"], "unknown topology 'sideways': available are disagg_offline, disagg_online, inter"),
         (["topology=offline", "store.root=nowhere"], "no finished capture in nowhere"),
@@ -148,6 +171,16 @@ def broken_file(folder: Path) -> str:
         (["data.path=???"], "no value for data.path"),
         (["store.capacity_bytes=1000"], "raise the store's capacity_bytes"),
         (["trainer.precision=12-true"], "12-true"),
+        (
+            ["++data.max_lenght=9"],
+            "there is no setting data.max_lenght, so nothing would read it: did you mean data.max_length",
+        ),
+        (["+colour.of.it=red"], "there is no setting colour, so nothing would read it: available are strategy, topology,"),
+        (
+            ["+evaluate.vlm_args.x=1"],
+            "there is no setting evaluate.vlm_args, so nothing would read it: did you mean evaluate.v",
+        ),
+        (["+optimizer.colour=red"], "there is no setting optimizer.colour, so nothing would read it: available are optimi"),
         (["+trainer.max_epochs=3"], "trainer.max_epochs=3: this follows from other settings, use trainer.max_steps"),
         (["+trainer.limit_train_batches=5"], "trainer.limit_train_batches=5: this follows"),
         (["+trainer.accumulate_grad_batches=2"], "use data.global_batch_size and data.micro_batch_size"),
@@ -158,7 +191,10 @@ def test_bad_input_is_one_line_and_status_1(run, tmp_path, capsys, overrides, me
     long_file.write_text(json.dumps({"text": "x" * 1500}) + "\n")
     alternating = tmp_path / "alternating.jsonl"
     alternating.write_text((json.dumps({"input_ids": [5] * 20, "loss_mask": [0, 1] * 10}) + "\n") * 16)
-    names = {"BROKEN": broken_file(tmp_path), "LONG": str(long_file), "ALTERNATING": str(alternating)}
+    masked = tmp_path / "masked.jsonl"
+    masked.write_text("".join(json.dumps({"input_ids": [5] * 6, "loss_mask": mask}) + "\n" for mask in ([1] * 6, [])))
+    files = {"LONG": long_file, "ALTERNATING": alternating, "MASKED": masked}
+    names = {"BROKEN": broken_file(tmp_path), **{name: str(file) for name, file in files.items()}}
     for placeholder, path in names.items():
         overrides = [override.replace(placeholder, path) for override in overrides]
     if "data.path=" in " ".join(overrides):
@@ -192,6 +228,15 @@ def test_an_unknown_choice_lists_what_there_is(run, capsys, override, listed):
 def test_an_unknown_key_is_refused(run, capsys):
     assert run(train.main, "data.micro_bach_size=1") == 1
     assert "micro_bach_size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("main", [train.main, capture.main, evaluate.main, show_mask.main])
+def test_an_unknown_key_is_refused_also_where_it_is_added(run, capsys, main):
+    """As Hydra's own message advises."""
+    assert run(main, "+data.micro_bach_size=1") == 1
+    assert "there is no setting data.micro_bach_size, so nothing would read it: did you mean data.micro_batch_size" in (
+        one_line(capsys)
+    )
 
 
 def test_train_then_resume_then_evaluate(run, tmp_path, capsys):

@@ -97,3 +97,10 @@ def test_arguments_of_vllm_as_the_documentation_gives_them(override):
     with initialize_config_module("lightning_dataflow.conf", version_base="1.3"):
         config = compose("train", ["experiment=tiny", override])
     assert config.evaluate.vllm_args == {"max_model_len": 64}
+
+
+def test_keys_of_the_groups_that_others_read_may_be_added():
+    added = ("+callbacks.mine._target_=a.B", "+trainer.deterministic=true", "+logger.mine._target_=c.D", "+strategy.size=3")
+    config = typed(make("logger=none", *added))
+    assert (config.callbacks["mine"], config.logger["mine"]) == ({"_target_": "a.B"}, {"_target_": "c.D"})
+    assert (config.trainer["deterministic"], config.strategy["size"]) == (True, 3)

@@ -1,6 +1,7 @@
 """Signs of life, and what follows from their absence."""
 
 import os
+import sqlite3
 import threading
 import time
 
@@ -79,6 +80,55 @@ def test_a_heartbeat_reports_and_renews(ledger, monkeypatch):
     assert ledger.status()["parts"][0]["state"] == "capturing"
     heartbeat.stop("it broke", failed=True)
     assert ledger.failures() == ["a: it broke"]
+
+
+FAULTS = (sqlite3.OperationalError("database is locked"), OSError(28, "No space left on device"), ValueError("odd"))
+
+
+def failing(function, times: int):
+    """Raises each of FAULTS so often, and then does what it should."""
+    left = [fault for fault in FAULTS for _ in range(times)]
+
+    def call(*arguments, **options):
+        if left:
+            raise left.pop()
+        return function(*arguments, **options)
+
+    return call, left
+
+
+@pytest.mark.parametrize("broken", ["report", "renew", "describe"])
+def test_no_error_ends_a_heartbeat(ledger, monkeypatch, caplog, broken):
+    """The lease is held while each beat fails, where that is possible, and once none does."""
+    monkeypatch.setattr("lightning_dataflow.control.heartbeat.EVERY_S", 0.01)
+    begin(ledger)
+    lease(ledger, "a", lease_s=0.5)
+    described, left = failing(lambda: "capturing", 2 if broken == "describe" else 0)
+    if broken != "describe":
+        call, left = failing(getattr(ledger, broken), 2)
+        monkeypatch.setattr(ledger, broken, call)
+    heartbeat = Heartbeat(ledger, "a", described, renew_s=60.0)
+    time.sleep(0.7)
+    assert left == []
+    assert lease(ledger, "b").seqs == (4, 5, 6, 7)
+    assert ledger.status()["parts"][0]["state"] == "capturing"
+    heartbeat.stop("done")
+    messages = [record.getMessage() for record in caplog.records if record.name.endswith("heartbeat")]
+    assert sorted(messages) == sorted(
+        f"a could not give a sign of life ({fault!r}); it goes on and tries again" for fault in FAULTS
+    )
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
+def test_last_words_that_fail_hide_no_other_error(ledger, monkeypatch, caplog, fault):
+    heartbeat = Heartbeat(ledger, "a", lambda: "capturing")
+
+    def fail(*arguments, **options):
+        raise fault
+
+    monkeypatch.setattr(ledger, "report", fail)
+    heartbeat.stop("it broke", failed=True)
+    assert repr(fault) in caplog.text
 
 
 def test_clocks_of_other_hosts_do_not_matter(redis_run, monkeypatch):

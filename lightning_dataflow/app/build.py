@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 from transformers import PreTrainedTokenizerBase
 
+from lightning_dataflow.app.claim import claim
 from lightning_dataflow.app.command import log_once
 from lightning_dataflow.app.lightning_trainer import make_trainer
 from lightning_dataflow.app.schema import DataConfig, TrainConfig
@@ -217,6 +218,7 @@ def capture_once(builder: Builder, folder: Path) -> None:
     from lightning_dataflow.data.offline import is_captured
 
     def capture() -> None:
+        claim(folder, "wait for it, or choose another store.root")
         config, prompts = builder.config, builder.prompts[0]
         order = PassOrder(len(prompts), config.seed)
         capture_to_folder(

@@ -15,11 +15,19 @@ SMALL = "store.capacity_bytes=64000000"
 LRS = ("1e-3", "2e-3")
 
 
-def start_both(folder, *arguments: str, launcher: tuple[str, ...] = ()) -> list[subprocess.Popen[str]]:
-    """Two commands that differ in their learning rate."""
+Shown = list[tuple[str, str]]
+
+
+def run_both(folder, *arguments: str, launcher: tuple[str, ...] = ()) -> tuple[list[subprocess.Popen[str]], Shown]:
+    """Two commands that differ in their learning rate, and what each printed: (stdout, stderr)."""
     commands = [[sys.executable, *launcher, TRAIN, *TINY, *arguments, f"optimizer.lr={lr}"] for lr in LRS]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return [subprocess.Popen(command, cwd=folder, env=environment(), **pipes) for command in commands]
+    twins = [subprocess.Popen(command, cwd=folder, env=environment(), **pipes) for command in commands]
+    try:
+        return twins, [process.communicate(timeout=240) for process in twins]
+    finally:
+        for process in twins:
+            process.kill()
 
 
 def check_winner(folder, lr: str) -> None:
@@ -45,8 +53,7 @@ def check_winner(folder, lr: str) -> None:
     ids=lambda settings: settings[0].partition("=")[2],
 )
 def test_one_of_two_trains(tmp_path, topology):
-    twins = start_both(tmp_path, *topology, "run_name=twins")
-    shown = [process.communicate(timeout=240) for process in twins]
+    twins, shown = run_both(tmp_path, *topology, "run_name=twins")
     assert sorted(process.returncode for process in twins) == [0, 1], shown
     won = next(index for index, process in enumerate(twins) if process.returncode == 0)
     stdout, stderr = shown[1 - won]
@@ -62,8 +69,7 @@ def test_one_of_two_trains(tmp_path, topology):
 def test_one_of_two_trains_on_two_ranks(tmp_path):
     """Rank 1 of the other must not write either, before its rank 0 has ended."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    twins = start_both(tmp_path, "run_name=twins", "trainer=ddp", "trainer.devices=2", launcher=launcher)
-    shown = [process.communicate(timeout=240) for process in twins]
+    twins, shown = run_both(tmp_path, "run_name=twins", "trainer=ddp", "trainer.devices=2", launcher=launcher)
     assert sorted(process.returncode for process in twins) == [0, 1], shown
     won = next(index for index, process in enumerate(twins) if process.returncode == 0)
     (error,) = [line for line in shown[1 - won][1].splitlines() if line.startswith("error: ")]

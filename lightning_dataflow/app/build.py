@@ -11,12 +11,21 @@ from typing import Any
 import lightning as L
 from transformers import PreTrainedTokenizerBase
 
+from lightning_dataflow.app.claim import claim
 from lightning_dataflow.app.command import log_once
 from lightning_dataflow.app.lightning_trainer import make_trainer
 from lightning_dataflow.app.schema import DataConfig, TrainConfig
-from lightning_dataflow.app.topologies import is_disaggregated, make_source, read_secret, run_id, shared_store
+from lightning_dataflow.app.topologies import (
+    control_plane,
+    is_disaggregated,
+    make_source,
+    read_secret,
+    run_id,
+    shared_store,
+)
 from lightning_dataflow.callbacks import ResultWriter
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.control import ControlPlane
 from lightning_dataflow.data import DataFlowDataModule, FeatureCard, PassOrder, RefSource
 from lightning_dataflow.producers import capture_to_folder
 from lightning_dataflow.prompts import PromptDataset, load_prompts
@@ -77,9 +86,16 @@ class Builder:
         return HFTargetEngine(target.path, layer_ids=self.layer_ids, dtype=target.dtype, device=target.device)
 
     @cached_property
+    def plane(self) -> ControlPlane:
+        """The log and the ledger of a disaggregated run."""
+        plane = control_plane(self.config)
+        self.resources.callback(plane.close)
+        return plane
+
+    @cached_property
     def shared_store(self) -> FeatureStore:
         """The store that producers and trainers of a disaggregated run share, as a producer uses it."""
-        store = shared_store(self.config)
+        store = shared_store(self.config, self.plane)
         self.resources.callback(store.close)
         return store
 
@@ -202,6 +218,7 @@ def capture_once(builder: Builder, folder: Path) -> None:
     from lightning_dataflow.data.offline import is_captured
 
     def capture() -> None:
+        claim(folder, "wait for it, or choose another store.root")
         config, prompts = builder.config, builder.prompts[0]
         order = PassOrder(len(prompts), config.seed)
         capture_to_folder(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_dataflow.app.schema import StoreConfig, TargetConfig
-from lightning_dataflow.app.topologies import read_secret, run_id, shared_dir_root
+from lightning_dataflow.app.topologies import read_secret, shared_dir_root, store_id
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.sglang_plugin.wire import SERVER_FILE
 from lightning_dataflow.stores import SharedDirFeatureStore
@@ -31,7 +31,7 @@ def served_target(parts: "Builder") -> SGLangServerTarget:
     return SGLangServerTarget(
         target.path,
         urls=urls,
-        store_id=run_id(config),
+        store_id=store_id(config, parts.plane),
         layer_ids=parts.layer_ids,
         store_uri=store.uri,
         reader=store,

@@ -22,6 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_dataflow.app.claim import ClaimRun
 from lightning_dataflow.app.commands import BAD_SETTINGS, INTERRUPTED, MAYBE_LATER, TERMINATED
 from lightning_dataflow.app.schema import TrainConfig, register_schemas
 from lightning_dataflow.contracts import CapacityError, PeerFailedError, PeerTimeoutError, UserError
@@ -53,11 +54,12 @@ def break_off(number: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def command(function: Command, *, keeps_folder: bool = True) -> Callable[[], None]:
+def command(function: Command, *, keeps_folder: bool = True, owns_folder: bool = False) -> Callable[[], None]:
     """Make a Hydra command of `function(config, settings)`: typed configuration, and the same as plain containers.
 
     Args:
         keeps_folder: whether the folder that Hydra makes for each call stays where nothing was written into it.
+        owns_folder: whether no other such command may write to that folder meanwhile; see ClaimRun.
     """
     register_schemas()
 
@@ -88,6 +90,7 @@ def command(function: Command, *, keeps_folder: bool = True) -> Callable[[], Non
     @wraps(function)
     def checked() -> None:
         _check_choices(sys.argv[1:])
+        ClaimRun.wanted = owns_folder
         signal.signal(signal.SIGTERM, terminate)
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell's background job has it
             signal.signal(signal.SIGINT, break_off)

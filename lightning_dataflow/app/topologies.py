@@ -142,7 +142,12 @@ def redis_address(config: TrainConfig) -> RedisAddress:
     )
 
 
-def shared_store(config: TrainConfig, *, retain: bool = False) -> FeatureStore:
+def store_id(config: TrainConfig, plane: ControlPlane) -> str:
+    """Names the run's store within a Mooncake, which another run of the same name may share."""
+    return f"{run_id(config)}.{plane.log.nonce()}"
+
+
+def shared_store(config: TrainConfig, plane: ControlPlane, *, retain: bool = False) -> FeatureStore:
     """The store that producers and trainers of a disaggregated run share."""
     store = config.store
     if store.kind == "shared_dir":
@@ -158,7 +163,7 @@ def shared_store(config: TrainConfig, *, retain: bool = False) -> FeatureStore:
             "docs/mooncake.md"
         )
     return MooncakeFeatureStore(
-        run_id(config),
+        store_id(config, plane),
         master_address=store.address,
         client_address=store.client_address,
         metrics_address=store.metrics_address,
@@ -224,9 +229,8 @@ def make_source(parts: "Builder") -> RefSource:
     retain = name == "disagg_offline"
     if not retain:
         options |= {"release_at": topology.release_at, "watermarks": watermarks(topology, store)}
-    plane = control_plane(config)
-    parts.resources.callback(plane.close)
-    streaming = (ManifestSource if retain else StreamingSource)(plane, shared_store(config, retain=retain), **options)
+    features = shared_store(config, parts.plane, retain=retain)
+    streaming = (ManifestSource if retain else StreamingSource)(parts.plane, features, **options)
     parts.check_prompts(streaming.card, streaming.plane.log.name)
     return streaming
 
@@ -248,8 +252,7 @@ def make_workers(parts: "Builder", name: str) -> list[RolloutWorker]:
     """
     config = parts.config
     served = config.target.engine == "sglang_server"
-    names, planes = [f"{name}-0" if served else name], [control_plane(config)]
-    parts.resources.callback(planes[0].close)
+    names, planes = [f"{name}-0" if served else name], [parts.plane]
     heartbeat = Heartbeat(planes[0].ledger, names[0], lambda: "loading")
     try:
         feed = make_feed(parts)

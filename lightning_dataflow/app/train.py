@@ -115,4 +115,4 @@ def _is_complete(path: Path, num_steps: int) -> bool:
     return (result["status"], result["optimizer_steps"]) == ("completed", num_steps)
 
 
-main = command(run)
+main = command(run, owns_folder=True)

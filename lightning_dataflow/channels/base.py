@@ -38,6 +38,13 @@ class StreamingRefChannel(ABC):
         """What was announced; None before that."""
 
     @abstractmethod
+    def nonce(self) -> str:
+        """A random name: the same for all that open this log, and of no other log, also of a run of the same name.
+
+        The first that asks makes it. What the run keeps elsewhere is named by it.
+        """
+
+    @abstractmethod
     def append(self, lines: Sequence[bytes]) -> None:
         """Append encoded records at once: a reader sees them in this order, and none from another writer between them."""
 

@@ -19,6 +19,7 @@ from lightning_dataflow.contracts import SCHEMA_VERSION, LogRecord, PeerTimeoutE
 from lightning_dataflow.contracts.log import record_from_json
 
 CARD = "run.json"
+NONCE = "nonce"
 SEGMENT_BYTES = 8 << 20
 CHUNK_BYTES = 1 << 20
 LOCK_TIMEOUT_S = 30.0
@@ -64,13 +65,7 @@ class FileChannel(StreamingRefChannel):
         """See StreamingRefChannel."""
         assert_no_tensors(card, "card")
         plain = json.loads(json.dumps({**card, "schema_version": SCHEMA_VERSION}))
-        temporary = self.folder / f".{CARD}-{secrets.token_hex(8)}"
-        temporary.write_text(json.dumps(plain))
-        try:
-            with suppress(FileExistsError):
-                os.link(temporary, self.folder / CARD)
-        finally:
-            temporary.unlink()
+        self._write_once(CARD, json.dumps(plain))
         found = json.loads((self.folder / CARD).read_text())
         check_card(found, plain, self.name)
 
@@ -89,6 +84,12 @@ class FileChannel(StreamingRefChannel):
                 "under another run_name"
             )
         return card
+
+    def nonce(self) -> str:
+        """See StreamingRefChannel."""
+        if not (self.folder / NONCE).exists():
+            self._write_once(NONCE, secrets.token_hex(8))
+        return (self.folder / NONCE).read_text()
 
     def append(self, lines: Sequence[bytes]) -> None:
         """See StreamingRefChannel."""
@@ -127,6 +128,16 @@ class FileChannel(StreamingRefChannel):
                 return
             self._path(segment).unlink(missing_ok=True)
             self._highest.pop(segment, None)
+
+    def _write_once(self, name: str, text: str) -> None:
+        """Whoever comes second changes nothing."""
+        temporary = self.folder / f".{name}-{secrets.token_hex(8)}"
+        temporary.write_text(text)
+        try:
+            with suppress(FileExistsError):
+                os.link(temporary, self.folder / name)
+        finally:
+            temporary.unlink()
 
     def _fill(self) -> bool:
         """Split more of the log into lines; False when it has no complete ones yet."""

@@ -84,6 +84,12 @@ class RedisChannel(StreamingRefChannel):
             )
         return card
 
+    def nonce(self) -> str:
+        """See StreamingRefChannel."""
+        while (found := self.server.ask("GET", self.server.key("nonce"))) is None:
+            self.server.ask("SET", self.server.key("nonce"), secrets.token_hex(8), "NX")
+        return found.decode()
+
     def encode(self, record: LogRecord) -> bytes:
         """See StreamingRefChannel."""
         return pack(record, super().encode(record).removesuffix(b"\n"))

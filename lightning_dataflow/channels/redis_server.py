@@ -27,6 +27,7 @@ KEYS = (
     "holders",
     "parts",
     "failed",
+    "nonce",
 )
 OLDEST = (7, 0)
 """The first version of Redis whose scripts have flags."""

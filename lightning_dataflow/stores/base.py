@@ -23,6 +23,10 @@ class FeatureStore(ABC):
     A ref is valid for one generation. Putting a sample again supersedes the older generation: its refs fail from then
     on. Attempts order: a put of an older attempt than the one that is there returns a ref that is stale at once. After
     `release` or `abort` returned, nobody is handed the old bytes again.
+
+    Attributes:
+        uri: names this instance of the store, and is on each of its refs. The ref of another instance finds nothing here:
+            `get` names both, `exists` is False, and `free` does nothing.
     """
 
     uri: str
@@ -41,7 +45,7 @@ class FeatureStore(ABC):
         """Read the tensors of `ref`. They stay valid for as long as somebody references them, also after `release`.
 
         Raises:
-            KeyError: missing, freed, of an older generation, or shorter than the ref says.
+            KeyError: missing, freed, of an older generation or another store, or shorter than the ref says.
             PermissionError: the shared secret no longer matches.
         """
 
@@ -95,6 +99,10 @@ class FeatureStore(ABC):
 
     def close(self) -> None:  # noqa: B027
         """Give up connections and buffers. The store is not used afterwards; what is stored stays."""
+
+    def _elsewhere(self, ref: SampleRef) -> KeyError:
+        """The error of a `get` whose ref another store has made."""
+        return KeyError(f"{ref.sample_id} generation {ref.generation} is in {ref.uri}, this store is {self.uri}")
 
 
 def feature_specs(tensors: Mapping[str, torch.Tensor]) -> dict[str, FeatureSpec]:

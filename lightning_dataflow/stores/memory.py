@@ -57,6 +57,8 @@ class MemoryFeatureStore(FeatureStore):
 
     def get(self, ref: SampleRef) -> tuple[Tensors, FeatureHandle]:
         """See FeatureStore.get. The tensors are shared with the store: do not write to them."""
+        if ref.uri != self.uri:
+            raise self._elsewhere(ref)
         token = secrets.token_hex(8)
         with self._lock:
             entry = self._entries.get(ref.sample_id)
@@ -81,7 +83,7 @@ class MemoryFeatureStore(FeatureStore):
         """See FeatureStore.free."""
         with self._lock:
             entry = self._entries.get(ref.sample_id)
-            if entry is not None and entry.generation == ref.generation:
+            if self._is(entry, ref):
                 self._free(ref.sample_id)
 
     def abort(self, sample_id: str) -> None:
@@ -94,7 +96,7 @@ class MemoryFeatureStore(FeatureStore):
         """See FeatureStore.exists."""
         with self._lock:
             entries = [self._entries.get(ref.sample_id) for ref in refs]
-        return [entry is not None and entry.generation == ref.generation for entry, ref in zip(entries, refs, strict=True)]
+        return [self._is(entry, ref) for entry, ref in zip(entries, refs, strict=True)]
 
     def health(self) -> dict[str, int]:
         """See FeatureStore.health."""
@@ -114,6 +116,9 @@ class MemoryFeatureStore(FeatureStore):
             for sample_id in orphans:
                 self._free(sample_id)
         return {"orphans": len(orphans)}
+
+    def _is(self, entry: _Entry | None, ref: SampleRef) -> bool:
+        return ref.uri == self.uri and entry is not None and entry.generation == ref.generation
 
     def _free(self, sample_id: str) -> None:
         self._resident_bytes -= self._entries.pop(sample_id).num_bytes

@@ -88,6 +88,8 @@ class SharedDirFeatureStore(FeatureStore):
     def get(self, ref: SampleRef) -> tuple[Tensors, FeatureHandle]:
         """See FeatureStore.get. The tensors are private copies."""
         self._check_secret()
+        if ref.uri != self.uri:
+            raise self._elsewhere(ref)
         path = self._path(ref.sample_id, ref.generation)
         try:
             with safe_open(path, framework="pt") as file:
@@ -110,8 +112,9 @@ class SharedDirFeatureStore(FeatureStore):
     def free(self, ref: SampleRef) -> None:
         """See FeatureStore.free; also what was to be retained."""
         self._check_secret()
-        self._path(ref.sample_id, ref.generation).unlink(missing_ok=True)
-        _remove_empty(self._folder(ref.sample_id))
+        if ref.uri == self.uri:
+            self._path(ref.sample_id, ref.generation).unlink(missing_ok=True)
+            _remove_empty(self._folder(ref.sample_id))
 
     def abort(self, sample_id: str) -> None:
         """See FeatureStore.abort."""
@@ -124,7 +127,7 @@ class SharedDirFeatureStore(FeatureStore):
     def exists(self, refs: Sequence[SampleRef]) -> list[bool]:
         """See FeatureStore.exists."""
         self._check_secret()
-        return [self._path(ref.sample_id, ref.generation).exists() for ref in refs]
+        return [ref.uri == self.uri and self._path(ref.sample_id, ref.generation).exists() for ref in refs]
 
     def clear(self) -> None:
         """See FeatureStore.clear. With `retain` the files stay."""

@@ -13,6 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from lightning_dataflow.app import capture, commands, evaluate, show_mask, train
 from lightning_dataflow.app.command import Terminated, _raise_again, command, terminate
 from lightning_dataflow.app.commands import MAYBE_LATER
+from tests.unit.app.test_claim import start_owner
 
 BY_HAND = ("topology=disagg_online", "store=shared_dir", "role=producer", "run_name=test")
 SERVED = ("target.engine=sglang_server", "target.urls=[http://127.0.0.1:9]")
@@ -302,6 +303,17 @@ def test_features_of_another_target_are_refused(run, tmp_path, capsys):
     checkpoint = tmp_path / "runs" / "mine" / "checkpoints" / "step-000002.ckpt"
     assert run(evaluate.main, f"evaluate.checkpoint='{checkpoint}'", f"target.path={other}") == 1
     assert "was trained for another target" in one_line(capsys)
+
+
+def test_two_captures_do_not_mix_in_one_folder(run, tmp_path, capsys):
+    owner = start_owner(tmp_path / "features")
+    assert owner.stdout.readline() == "mine\n"
+    assert run(capture.main, "store=shared_dir", "store.root=features") == 1
+    assert f"error: features is in use by process {owner.pid} on " in (error := one_line(capsys))
+    assert error.endswith("wait for it, or choose another store.root")
+    owner.kill()
+    owner.communicate()
+    assert run(capture.main, "store=shared_dir", "store.root=features") == 0
 
 
 def test_features_captured_for_another_strategy_are_refused(run, capsys):

@@ -20,9 +20,16 @@ def config(redis_server, redis_run):
     return typed(make("topology=disagg_online", "channel=redis", "control=redis", f"run_name={redis_run.run_id}", *where))
 
 
+def make_parts(config) -> SimpleNamespace:
+    """What producers need of a Builder."""
+    plane, resources = topologies.control_plane(config), ExitStack()
+    resources.callback(plane.close)
+    return SimpleNamespace(config=config, resources=resources, plane=plane, shared_store=MemoryFeatureStore())
+
+
 def test_a_producer_that_loads_while_the_run_completes_ends_and_leaves_nothing(config, redis_run, monkeypatch):
     """Whoever left a completed run last removed it; a producer that came then waited half an hour for a trainer."""
-    parts = SimpleNamespace(config=config, resources=ExitStack(), shared_store=MemoryFeatureStore())
+    parts = make_parts(config)
     monkeypatch.setattr(topologies, "make_feed", lambda parts: SeqFeed())
     with parts.resources:
         (first,) = topologies.make_workers(parts, "producer-1")
@@ -37,7 +44,7 @@ def test_a_producer_that_loads_while_the_run_completes_ends_and_leaves_nothing(c
             return SeqFeed()
 
         monkeypatch.setattr(topologies, "make_feed", load)
-        late = SimpleNamespace(config=config, resources=ExitStack(), shared_store=MemoryFeatureStore())
+        late = make_parts(config)
         with late.resources:
             (second,) = topologies.make_workers(late, "producer-2")
             start = time.monotonic()

@@ -1,6 +1,7 @@
 """One contract, every channel: what any number of writers append, every reader sees once, whole and in order."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -159,6 +160,14 @@ def test_announcing_twice(opener, channel):
     assert channel.card() == RUN
     with pytest.raises(TypeError, match=r"card\['weights'\] is a Tensor"):
         channel.announce(RUN | {"weights": torch.zeros(1)})
+
+
+def test_a_log_has_a_nonce_of_its_own(opener, channel):
+    """The same for all that ask, also for the first at the same moment."""
+    logs = [opener() for _ in range(8)]
+    with ThreadPoolExecutor(len(logs)) as pool:
+        (nonce,) = set(pool.map(lambda log: log.nonce(), logs))
+    assert opener().nonce() == nonce != opener("other").nonce()
 
 
 def test_references_of_another_run(channel):

@@ -173,6 +173,18 @@ def test_many_at_once(store):
     store.release_many([])
 
 
+def test_a_ref_names_the_instance_that_holds_it(store):
+    """What is here by chance under the same id and generation is of another store, and is neither read nor freed."""
+    mine = store.put(tensors(), origin())
+    theirs = replace(mine, uri="elsewhere://1")
+    with pytest.raises(KeyError, match=rf"generation {mine.generation} is in elsewhere://1, this store is {store.uri}"):
+        store.get(theirs)
+    assert [isinstance(one, KeyError) for one in store.get_many([theirs, mine])] == [True, False]
+    assert store.exists([theirs, mine]) == [False, True]
+    store.free(theirs)
+    assert store.exists([mine]) == [True]
+
+
 def test_tensors_outlive_their_release(store):
     ref = store.put(tensors(3.0), origin())
     found, handle = store.get(ref)

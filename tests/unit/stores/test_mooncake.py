@@ -5,11 +5,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
 import torch
 
+from lightning_dataflow.app.command import typed
+from lightning_dataflow.app.topologies import control_plane, shared_store
 from lightning_dataflow.contracts import CapacityError, UserError
 from lightning_dataflow.stores import LocalMooncake, MooncakeFeatureStore
 from lightning_dataflow.stores.mooncake_client import (
@@ -19,6 +22,7 @@ from lightning_dataflow.stores.mooncake_client import (
     StoreUnavailableError,
 )
 from lightning_dataflow.stores.mooncake_keys import _at_most
+from tests.unit.app.test_config import make
 from tests.unit.stores.conftest import VARIANTS, attach
 from tests.unit.stores.test_contract import origin, tensors
 
@@ -110,11 +114,36 @@ def test_retained_samples_stay(mooncake):
 
 
 def test_a_ref_of_another_store(store):
-    ref = replace(store.put(tensors(), origin()), uri="mooncake://other")
-    for call in (store.get, store.free):
-        with pytest.raises(KeyError, match="this store is"):
-            call(ref)
-    assert store.exists([ref]) == [False]
+    """Stands in its place among those that are read together."""
+    mine = store.put(tensors(), origin())
+    theirs = replace(mine, uri="mooncake://other")
+    found = store.get_many([theirs, mine, theirs])
+    assert [isinstance(one, KeyError) for one in found] == [True, False, True]
+    assert "is in mooncake://other, this store is mooncake://" in str(found[0])
+
+
+def test_runs_of_one_name_do_not_share_a_store(mooncake, tmp_path):
+    """The one that ends first leaves the other its features; a run that is resumed finds its own again."""
+    places = ("master_address", "client_address", "metrics_address")
+    where = [f"store.{name.replace('master_', '')}={getattr(mooncake, name)}" for name in places]
+
+    def attach_run(control: str) -> MooncakeFeatureStore:
+        config = typed(make("topology=disagg_online", "run_name=mine", f"channel.path={tmp_path / control}", *where))
+        with closing(control_plane(config)) as plane:
+            return shared_store(config, plane)
+
+    one, other, resumed = attach_run("one"), attach_run("other"), attach_run("one")
+    ref = one.put(tensors(), origin())
+    other.put(tensors(), origin())
+    assert other.exists([ref]) == [False]
+    with pytest.raises(KeyError, match=rf"is in {one.uri}, this store is {other.uri}"):
+        other.get(ref)
+    other.sweep(lambda sample_id, generation: False)
+    other.clear()
+    assert resumed.exists([ref]) == [True]
+    resumed.clear()
+    for store in (one, other, resumed):
+        store.close()
 
 
 def test_ids_are_taken_literally(store):

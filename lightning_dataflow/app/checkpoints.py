@@ -34,7 +34,7 @@ def resolve_checkpoint(ckpt_path: str | None, run_dir: Path, *, on_skip: Callabl
         if found is None and ckpt_path == "last":
             raise UserError(
                 "; ".join([f"no complete checkpoint in {run_dir}/checkpoints", *skipped])
-                + ": with ckpt_path=last also name the run to resume, run_name=…"
+                + ": name the run to resume by run_name=…, or start it without ckpt_path"
             )
         if rank_from_environment() == 0:
             for line in skipped:

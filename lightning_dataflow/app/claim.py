@@ -129,12 +129,17 @@ class ClaimRun(Callback):
             with read_write(config.hydra):
                 config.hydra.output_subdir = None  # else it would write the settings before rank 0 has the claim
             return
-        HydraConfig.instance().set_config(config)  # hydra.run.dir may refer to it
+        with read_write(config.hydra):
+            config.hydra.runtime.output_dir = str(
+                Path(config.hydra.run.dir).absolute()
+            )  # as Hydra will; run_dir refers to it
+        HydraConfig.instance().set_config(config)
         try:
-            claim(
-                Path(config.hydra.run.dir),
-                "choose another run_name; or end that process, or wait for it, and resume with ckpt_path=last",
-            )
+            for folder in dict.fromkeys((config.hydra.run.dir, config.run_dir)):
+                claim(
+                    Path(folder),
+                    "choose another run_name; or end that process, or wait for it, and resume with ckpt_path=last",
+                )
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(BAD_SETTINGS)

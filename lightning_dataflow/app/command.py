@@ -24,10 +24,19 @@ from omegaconf import DictConfig, OmegaConf
 
 from lightning_dataflow.app.claim import ClaimRun
 from lightning_dataflow.app.commands import BAD_SETTINGS, INTERRUPTED, MAYBE_LATER, TERMINATED
+from lightning_dataflow.app.ranks import rank_from_environment
 from lightning_dataflow.app.schema import TrainConfig, register_schemas
-from lightning_dataflow.contracts import CapacityError, PeerFailedError, PeerTimeoutError, UserError
+from lightning_dataflow.contracts import CapacityError, NotFiniteError, PeerFailedError, PeerTimeoutError, UserError
 
 CONFIG_DIR_FLAGS = ("-cd", "--config-dir")
+TRAINERS = (
+    "lightning.Trainer",
+    "lightning.pytorch.Trainer",
+    "lightning.pytorch.trainer.Trainer",
+    "lightning.pytorch.trainer.trainer.Trainer",
+    "lightning_dataflow.DataFlowTrainer",
+)
+"""What `trainer._target_` may say; a DataFlowTrainer is built for each."""
 AGAIN_S = 0.01
 
 Command = Callable[[TrainConfig, dict[str, Any]], Any]
@@ -80,7 +89,8 @@ def command(function: Command, *, keeps_folder: bool = True, owns_folder: bool =
         except Exception as error:
             if not _is_for_the_user(error):
                 raise
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            if not isinstance(error, NotFiniteError) or rank_from_environment() == 0:  # every rank raises the same
+                print(f"error: {error}", file=sys.stderr, flush=True)
             lasting = isinstance(error, UserError | PermissionError) or config.role == "auto"
             sys.exit(BAD_SETTINGS if lasting else MAYBE_LATER)
         finally:
@@ -158,7 +168,8 @@ def typed(config: DictConfig) -> TrainConfig:
     """Dataclasses instead of omegaconf's containers: no library module sees those.
 
     Raises:
-        UserError: a value is missing, or there is a key that nothing reads: `+key=…` adds one even to what is typed.
+        UserError: a value is missing; there is a key that nothing reads, which `+key=…` adds even to what is typed; or
+            another Trainer is asked for.
     """
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
@@ -168,7 +179,12 @@ def typed(config: DictConfig) -> TrainConfig:
         near = difflib.get_close_matches(name, known)
         hint = "did you mean" if near else "available are"
         names = ", ".join(prefix + one for one in near or known)
-        raise UserError(f"there is no setting {prefix}{name}, so nothing would read it: {hint} {names}")
+        raise UserError(f"there is no setting {prefix}{name}: {hint} {names}")
+    if (target := made.trainer.get("_target_")) not in (None, *TRAINERS):
+        raise UserError(
+            f"trainer._target_={target}: the Trainer is always Lightning's, so leave {TRAINERS[0]} and set its arguments, "
+            "or use your own in a script (recipes/plain_lightning)"
+        )
     return made
 
 

@@ -1,8 +1,9 @@
 """The Lightning Trainer of a run: its arguments, loggers and callbacks."""
 
 import signal
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from difflib import get_close_matches
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import hydra
@@ -14,7 +15,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 
 from lightning_dataflow.app.command import terminate
 from lightning_dataflow.app.ranks import num_processes
-from lightning_dataflow.app.schema import DataConfig
+from lightning_dataflow.app.schema import DataConfig, TrainConfig
 from lightning_dataflow.callbacks import AcceptanceEvaluation, RunMetrics, StreamCursor
 from lightning_dataflow.callbacks.progress import PlainProgress
 from lightning_dataflow.checkpoints.trainer import DataFlowTrainer
@@ -25,8 +26,6 @@ from lightning_dataflow.targets.hardware import multiplies_bfloat16
 if TYPE_CHECKING:
     from lightning_dataflow.app.build import Builder
 
-TRAINERS = ("lightning.Trainer", "lightning.pytorch.Trainer", "lightning_dataflow.DataFlowTrainer")
-"""What `trainer._target_` may say; a DataFlowTrainer is built for each."""
 DERIVED_ARGUMENTS = {
     "max_epochs": "trainer.max_steps, or trainer.max_steps=null data.num_passes=…",
     "limit_train_batches": "trainer.max_steps",
@@ -51,19 +50,12 @@ class _EndsAtSigterm(L.Callback):
 def make_trainer(parts: "Builder") -> L.Trainer:
     """The Trainer, with the arguments that follow from others filled in. Raises UserError for what does not fit."""
     config = parts.config
-    arguments = dict(config.trainer)
-    target = arguments.pop("_target_", None)
-    if target not in (None, *TRAINERS):
-        raise UserError(
-            f"trainer._target_={target}: the Trainer is always Lightning's, so leave {TRAINERS[0]} and set its arguments, "
-            "or use your own in a script (recipes/plain_lightning)"
-        )
+    arguments = {key: value for key, value in config.trainer.items() if key != "_target_"}
     for name, instead in DERIVED_ARGUMENTS.items():
         if arguments.get(name) is not None:
             raise UserError(f"trainer.{name}={arguments[name]}: this follows from other settings, use {instead}")
     world_size = num_processes(arguments)
     if isinstance(strategy := arguments.get("strategy"), dict):
-        _check_entry("trainer.strategy", strategy)
         arguments["strategy"] = _strategy(parts, dict(strategy), world_size)
     if arguments.get("precision") == "auto":
         arguments["precision"] = _auto_precision(arguments)
@@ -119,6 +111,22 @@ def count_steps(data: DataConfig, source: RefSource, max_steps: int | None) -> i
     return steps
 
 
+def check_parts(config: TrainConfig) -> None:
+    """Raise UserError for settings of the Trainer, its loggers and callbacks that nothing would read, before anything is
+    captured or started."""
+    if unknown := sorted(config.trainer.keys() - signature(L.Trainer).parameters.keys() - {"_target_"}):
+        near = get_close_matches(unknown[0], signature(L.Trainer).parameters)
+        hint = f"did you mean trainer.{near[0]}" if near else "see Lightning's documentation of Trainer"
+        raise UserError(f"trainer.{unknown[0]}: Lightning's Trainer has no such argument, {hint}")
+    entries = {f"callbacks.{name}": entry for name, entry in (config.callbacks or {}).items()}
+    entries |= _logger_entries(config.logger or {})
+    if isinstance(strategy := config.trainer.get("strategy"), dict):
+        entries["trainer.strategy"] = strategy
+    for setting, entry in entries.items():
+        if not isinstance(entry, Mapping) or "_target_" not in entry:
+            raise UserError(f"{setting} names no class, so nothing reads it: set {setting}._target_=…, or ~{setting}")
+
+
 def _strategy(parts: "Builder", arguments: dict[str, Any], world_size: int) -> Any:
     if arguments.get("data_parallel_size") == "auto":
         arguments["data_parallel_size"] = world_size
@@ -131,32 +139,29 @@ def _strategy(parts: "Builder", arguments: dict[str, Any], world_size: int) -> A
 
 
 def _loggers(config: Mapping[str, Any]) -> list[Any]:
-    entries = {"logger": config} if "_target_" in config else {f"logger.{name}": entry for name, entry in config.items()}
-    return [_make(setting, entry) for setting, entry in entries.items()]
+    return [_make(setting, entry) for setting, entry in _logger_entries(config).items()]
 
 
-def _make(setting: str, entry: Any) -> Any:
-    """What `entry` names by `_target_`, made with its other keys."""
-    _check_entry(setting, entry)
-    with _keywords_of(setting):
-        return hydra.utils.instantiate(entry, _convert_="all")
+def _logger_entries(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Loggers by the setting that names each; the group holds one, or several by name."""
+    return {"logger": config} if "_target_" in config else {f"logger.{name}": entry for name, entry in config.items()}
 
 
-def _check_entry(setting: str, entry: Any) -> None:
-    if not isinstance(entry, Mapping) or "_target_" not in entry:
-        raise UserError(f"{setting}={entry} names no class, so nothing reads it: set {setting}._target_=…, or remove it")
-
-
-@contextmanager
-def _keywords_of(setting: str) -> Iterator[None]:
-    """A key that the class of `setting` does not take is the user's error; any other is shown as it comes."""
+def _make(setting: str, entry: Mapping[str, Any], *arguments: Any) -> Any:
+    """What `entry` names by `_target_`, made with `arguments` and its other keys. Raises UserError where there is no such
+    class, or its arguments are others; any other error is shown as it comes."""
+    name = entry["_target_"].rsplit(".", 1)[-1]
     try:
-        yield
-    except (TypeError, InstantiationException) as error:
-        cause = str(error.__cause__ or error)
-        if "keyword argument" not in cause:
+        return hydra.utils.instantiate(entry, *arguments, _convert_="all")
+    except InstantiationException as error:
+        if str(error).startswith("Error locating target"):
+            raise UserError(f"{setting}._target_={entry['_target_']} cannot be imported: correct its name") from error
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        cause = str(error.__cause__)
+        if not (cause.startswith(f"{name}.__init__()") and "argument" in cause):
             raise
-        raise UserError(f"{setting}: {cause}; remove it, or correct its name") from error
+        raise UserError(f"{setting}: {cause}; correct the keys of {setting}") from error
 
 
 def _callbacks(parts: "Builder") -> list[L.Callback]:
@@ -167,17 +172,12 @@ def _callbacks(parts: "Builder") -> list[L.Callback]:
         parts.result_writer,
         PlainProgress(),
     ]
-    entries = parts.config.callbacks or {}
-    for name, entry in entries.items():
-        _check_entry(f"callbacks.{name}", entry)
     _check_monitors(parts)
     configured: list[L.Callback] = []
-    for name, entry in entries.items():
+    for name, entry in (parts.config.callbacks or {}).items():
         if entry["_target_"].rsplit(".", 1)[-1] == AcceptanceEvaluation.__name__:
-            entry = {key: value for key, value in entry.items() if key != "_target_"}
             prompts = [prompt.question for prompt in parts.prompts[1]]
-            with _keywords_of(f"callbacks.{name}"):
-                configured.append(AcceptanceEvaluation(parts.evaluation_target, prompts, **entry))
+            configured.append(_make(f"callbacks.{name}", entry, parts.evaluation_target, prompts))
         else:
             configured.append(_make(f"callbacks.{name}", entry))
     configured.sort(key=lambda callback: not isinstance(callback, WeightAveraging))  # updates come before measurements

@@ -23,6 +23,7 @@ def run(config: TrainConfig, settings: dict[str, Any]) -> float | None:
 
     In a multirun, a job of its own; returns what a sweeper optimises.
     """
+    from lightning_dataflow.app.lightning_trainer import check_parts
     from lightning_dataflow.app.topologies import check_topology, is_disaggregated
 
     check_topology(config)
@@ -32,7 +33,9 @@ def run(config: TrainConfig, settings: dict[str, Any]) -> float | None:
         from lightning_dataflow.app.producer import produce
 
         produce(config, settings)
-    elif config.role == "auto" and is_disaggregated(config):
+        return None
+    check_parts(config)
+    if config.role == "auto" and is_disaggregated(config):
         from lightning_dataflow.app.supervisor import supervise
 
         resolve_checkpoint(config.ckpt_path, Path(config.run_dir), on_skip=lambda line: None)  # the trainer says it
@@ -66,6 +69,8 @@ def train(config: TrainConfig, settings: dict[str, Any]) -> None:
             print(_how_far(trainer.global_step, run_dir), flush=True)
         raise
     except NotFiniteError as error:
+        if error is not parts.module.failure:  # the fit had not begun
+            raise
         raise NotFiniteError(f"{error}; {_how_far(trainer.global_step, run_dir)}") from error
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
@@ -94,7 +99,7 @@ def _how_far(step: int, run_dir: Path) -> str:
     """One line: how far the run got, and how to resume it."""
     newest = latest_checkpoint(run_dir / "checkpoints", on_skip=lambda line: None)
     if newest is None:
-        return f"ended at step {step}, without a checkpoint"
+        return f"ended at step {step}, without a checkpoint, so the same run_name can start anew"
     return f"ended at step {step}; resume from {newest.name} with ckpt_path=last run_name={run_dir.name}"
 
 

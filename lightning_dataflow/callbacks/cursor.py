@@ -36,10 +36,10 @@ class StreamCursor(L.Callback):
         trainer.datamodule.mark_saved(trainer.global_step)  # type: ignore[attr-defined]
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Lightning's hook, called before ModelCheckpoint's, which may save: after a NotFiniteError nothing is."""
+        """Lightning's hook, called before ModelCheckpoint's, which may save: after a NotFiniteError nothing is saved."""
         for callback in trainer.checkpoint_callbacks:
             if isinstance(exception, NotFiniteError) and isinstance(callback, ModelCheckpoint):
-                callback.save_on_exception = False
+                callback._last_global_step_saved = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -57,10 +57,8 @@ class CheckpointFiles(TorchCheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:
         """See CheckpointIO. The path may come from a checkpoint's state: what is no checkpoint of this run stays, with a
         warning."""
-        local = local_path(path)
-        if local is not None and not os.path.lexists(local):
-            return
-        if folder_of(path) not in self._folders or (local is not None and not remove(local)):
-            rank_zero_warn(f"{path} is not removed: it is no checkpoint (*.ckpt) directly in a folder of this run's")
-        elif local is None:
+        local, ours = local_path(path), folder_of(path) in self._folders
+        if local is None and ours:
             super().remove_checkpoint(path)
+        elif local is None or (not (ours and remove(local)) and os.path.lexists(local)):
+            rank_zero_warn(f"{path} is not removed: it is no checkpoint (*.ckpt) directly in a folder of this run")

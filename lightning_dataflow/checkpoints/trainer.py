@@ -1,7 +1,6 @@
 """A Lightning Trainer whose checkpoints say when they are complete, and that resumes only what fits."""
 
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from lightning_dataflow.checkpoints.files import CheckpointFiles
 from lightning_dataflow.checkpoints.markers import make_room, mark_complete
 from lightning_dataflow.checkpoints.paths import local_path
 from lightning_dataflow.checkpoints.reading import read_header
-from lightning_dataflow.contracts import NotFiniteError, UserError
+from lightning_dataflow.contracts import UserError
 from lightning_dataflow.data import DataFlowDataModule
 
 
@@ -36,6 +35,7 @@ class DataFlowTrainer(L.Trainer):
         if any(isinstance(plugin, CheckpointIO) for plugin in given):
             raise UserError("Trainer(plugins=…): a DataFlowTrainer writes checkpoints itself, leave CheckpointIO out")
         self._checkpoint_files = CheckpointFiles()
+        self._is_fitting = False
         super().__init__(plugins=[*given, self._checkpoint_files], **kwargs)
 
     def fit(
@@ -56,17 +56,21 @@ class DataFlowTrainer(L.Trainer):
         for callback in self.checkpoint_callbacks:
             if folder := getattr(callback, "dirpath", None):
                 self._checkpoint_files.admit(folder)
-        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+        self._is_fitting = True
+        try:
+            super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+        finally:
+            self._is_fitting = False
 
     def save_checkpoint(
         self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any | None = None
     ) -> None:
         """See lightning.Trainer. Weights alone are no checkpoint to resume from, and get no marker.
 
-        Does nothing while a NotFiniteError ends the fit, whichever callback asks for it. Raises one, before anything is
-        written or voided, when the weights are not finite.
+        Raises NotFiniteError, before anything is written or voided, when the weights are not finite or such an error has
+        ended the fit. Does nothing while it ends the fit, whichever callback asks.
         """
-        if isinstance(sys.exc_info()[1], NotFiniteError):
+        if self._is_fitting and getattr(self.lightning_module, "failure", None) is not None:
             return
         check = getattr(self.lightning_module, "check_weights", None)
         if check is not None:

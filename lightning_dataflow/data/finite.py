@@ -8,9 +8,12 @@ from torch import Tensor
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """Name of the first tensor with a NaN or an infinity; of a sharded one, in this rank's part."""
-    return next(
-        (name for name, tensor in tensors.items() if not _is_finite(getattr(tensor, "_local_tensor", tensor))), None
-    )
+    local = {name: getattr(tensor, "_local_tensor", tensor).detach() for name, tensor in tensors.items()}
+    checks = {name: _is_finite(tensor) for name, tensor in local.items() if tensor.is_floating_point() and tensor.numel()}
+    if not checks:
+        return None
+    finite = torch.stack(list(checks.values())).tolist()  # the only wait for the device
+    return next((name for name, is_finite in zip(checks, finite, strict=True) if not is_finite), None)
 
 
 def broken_features(tensors: Mapping[str, Tensor], source_id: str, sample_id: str) -> str | None:
@@ -24,8 +27,6 @@ def broken_features(tensors: Mapping[str, Tensor], source_id: str, sample_id: st
     )
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def _is_finite(tensor: Tensor) -> Tensor:
     """NaN and infinity show in the extremes, found in one pass; on a CPU `torch.isfinite` takes 30 times as long."""
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return True
-    return bool(torch.stack(tensor.detach().aminmax()).isfinite().all())
+    return torch.stack(tensor.aminmax()).isfinite().all()

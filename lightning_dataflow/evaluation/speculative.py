@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts import NotFiniteError, UserError
 from lightning_dataflow.targets.batch import TargetBatch
 from lightning_dataflow.targets.hf import HFTargetEngine
 
@@ -97,7 +97,10 @@ class SpeculativeDecoder:
         self.generator = torch.Generator(device=target.device).manual_seed(seed)
 
     def generate(self, prompt: Sequence[int], max_new_tokens: int) -> Generation:
-        """Continue `prompt` until one of the target's end tokens, or for `max_new_tokens`."""
+        """Continue `prompt` until one of the target's end tokens, or for `max_new_tokens`.
+
+        Raises NotFiniteError when the target's logits hold NaN or infinity: any draft would agree with such a target.
+        """
         return self.generate_batch([prompt], max_new_tokens, [self.generator])[0]
 
     def generate_batch(
@@ -152,12 +155,14 @@ class SpeculativeDecoder:
         batch.crop(lengths)
 
     def _choose(self, logits: Tensor, generator: torch.Generator) -> int:
+        _check_finite(logits)
         if self.temperature == 0:
             return int(logits.argmax())
         return _draw(torch.softmax(logits / self.temperature, -1), generator)
 
     def _verify(self, proposal: Proposal, logits: Tensor, generator: torch.Generator) -> tuple[int, int]:
         """(number of accepted tokens, the token that follows them). logits [K + 1, V]."""
+        _check_finite(logits)
         if self.temperature == 0:
             choices = logits.argmax(-1).tolist()
             accepted = 0
@@ -219,6 +224,14 @@ def rejection_sample(p: Tensor, q: Tensor, tokens: Sequence[int], generator: tor
 def greedy_decode(target: HFTargetEngine, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
     """The target's own greedy continuation, one token a forward pass."""
     return SpeculativeDecoder(target, NoDrafter()).generate(prompt, max_new_tokens).tokens
+
+
+def _check_finite(logits: Tensor) -> None:
+    """−inf excludes a token; NaN and infinity show in the largest."""
+    if not logits.amax().isfinite():
+        raise NotFiniteError(
+            "the target's logits hold NaN or infinity: check its weights, and whether evaluate.dtype is wide enough"
+        )
 
 
 def _draw(weights: Tensor, generator: torch.Generator) -> int:

@@ -60,11 +60,15 @@ class DraftModule(L.LightningModule):
         lr, betas, weight_decay: of AdamW.
         warmup_ratio, min_lr_ratio: warm-up as a share of max_steps, final learning rate as a share of `lr`.
         seed: of the draft's initial weights, which do not depend on the global random state.
+
+    Attributes:
+        failure: what ended the last fit, if a number was not finite; nothing is saved until another fit starts.
     """
 
     strategy_name: ClassVar[str]
     packs: ClassVar[bool] = False
     draft: nn.Module
+    failure: NotFiniteError | None = None
 
     def __init__(
         self,
@@ -163,6 +167,8 @@ class DraftModule(L.LightningModule):
                 embedding_names=embedding_names,
                 head_names=head_names,
             )
+            if first_not_finite({"head": self._frozen.head}):
+                raise NotFiniteError(f"the head of {info.path} holds NaN or infinity: check the target's files")
         self._frozen.to(device)
 
     def setup(self, stage: str) -> None:
@@ -216,6 +222,7 @@ class DraftModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Lightning's hook."""
+        self.failure = None
         check_trainer(self.trainer)
 
     def on_train_start(self) -> None:
@@ -258,23 +265,25 @@ class DraftModule(L.LightningModule):
             return
         names, broken = self._samples.of_all_ranks(self.trainer.world_size)
         what = "the loss" if not loss.isfinite() else "the gradient's norm"
-        remedy = (
-            "start again with a lower optimizer.lr or without these samples, or resume with a lower "
-            "trainer.gradient_clip_val"
-        )
+        remedy = "start again with a lower optimizer.lr or trainer.gradient_clip_val, or without these samples"
         reason = broken or f"{what} is NaN or infinity: {remedy}"
-        raise NotFiniteError(f"step {self.trainer.global_step + 1}, of {names}: {reason}")
+        self.failure = NotFiniteError(f"step {self.trainer.global_step + 1}, of {names}: {reason}")
+        raise self.failure
 
     def check_weights(self) -> None:
-        """Raise NotFiniteError, on every rank alike, when a weight of the draft is NaN or infinity. A collective."""
+        """Raise NotFiniteError, on every rank alike, when that has ended the fit, or when a weight of the draft is NaN or
+        infinity. A collective."""
+        if self.failure is not None:
+            raise self.failure
         name = first_not_finite(dict(self.draft.named_parameters()))
         found = torch.tensor(float(name is not None), device=self.trainer.strategy.root_device)
         if self.trainer.strategy.reduce(found, reduce_op="sum") > 0:
             names, _ = self._samples.of_all_ranks(self.trainer.world_size)
-            raise NotFiniteError(
+            self.failure = NotFiniteError(
                 f"step {self.trainer.global_step}, of {names}: the draft's weights hold NaN or infinity "
                 f"({name or 'on another rank'}) and are not saved: start again with a lower optimizer.lr"
             )
+            raise self.failure
 
     def on_train_end(self) -> None:
         """Lightning's hook: no loss shows what the last step did."""
@@ -282,6 +291,7 @@ class DraftModule(L.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Lightning's hook, the last before an average takes the draft's place."""
+        self.check_weights()
         self._trained = end_averages(self.trainer, self)
 
     def configure_gradient_clipping(
@@ -338,6 +348,11 @@ class DraftModule(L.LightningModule):
         if self._trainer is not None and self.trainer.state.fn == "fit":
             self.check_checkpoint(checkpoint, self._data())
             forget_foreign_paths(self.trainer.checkpoint_callbacks, checkpoint.get("callbacks", {}))
+            weights = {**checkpoint.get("state_dict", {}), **checkpoint.get("current_model_state", {})}  # none in shards
+            if name := first_not_finite(weights):
+                raise NotFiniteError(
+                    f"the checkpoint holds NaN or infinity ({name}): resume from an older one of the run by ckpt_path=PATH"
+                )
         self.step_losses = list(checkpoint.get("step_losses", []))
         self._initialised = True
         if self._trainer is not None and isinstance(data := self._data(), DataFlowDataModule):

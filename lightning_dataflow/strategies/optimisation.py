@@ -53,10 +53,11 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: torch.Tensor) ->
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
     """The sum of the gradients' norms, of this rank's parts under sharding; a scalar on their device, without a host sync.
 
-    Not less than the norm of all together, and finite where that is.
+    Not less than the norm of all together. In float32 at least: squares of half-precision numbers would overflow.
     """
     local = _local_gradients(parameters)
-    return torch.stack([norm.float() for norm in torch._foreach_norm(local)]).sum()
+    dtype = torch.promote_types(local[0].dtype, torch.float32)
+    return torch.stack(torch._foreach_norm(local, dtype=dtype)).sum().float()
 
 
 def _local_gradients(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:

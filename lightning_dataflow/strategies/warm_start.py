@@ -92,7 +92,7 @@ def load_start(start: PublishedDraft, draft: nn.Module, target: FrozenTarget) ->
     """
     check_tensors(start, draft)
     if broken := next((name for name in start.shapes if first_not_finite({name: start.tensor(name)})), None):
-        raise NotFiniteError(f"{start.folder}: {broken} holds NaN or infinity: name another draft to start from")
+        raise NotFiniteError(f"{start.folder}: {broken} holds NaN or infinity, so it is no draft to use: name another")
     state = draft.state_dict()
     for name, ours in (EMBEDDING, target.embedding), (HEAD, target.head):
         if name in start.shapes and name not in state and not same_tensor(start.tensor(name), ours):

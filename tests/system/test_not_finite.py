@@ -37,7 +37,7 @@ def fail(folder, *settings) -> tuple[str, dict, list[str]]:
     output = shown.stdout + shown.stderr
     assert "Traceback" not in output
     assert "starts again" not in output
-    (error,) = {line for line in output.splitlines() if line.startswith("error: ")}  # every rank says the same
+    (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
     run = folder / "runs" / "fails"
     result = json.loads((run / "result.json").read_text(), parse_constant=pytest.fail)
     return error, result, sorted(path.name for path in run.glob("checkpoints/*.ckpt"))

@@ -65,7 +65,7 @@ def test_none_is_complete(folder, capsys):
 def test_auto_is_a_new_run_where_there_is_nothing(tmp_path, capsys):
     assert resolve_checkpoint("auto", tmp_path) is None
     assert capsys.readouterr().out == ""
-    with pytest.raises(UserError, match="also name the run to resume, run_name=…"):
+    with pytest.raises(UserError, match="name the run to resume by run_name=…, or start it without"):
         resolve_checkpoint("last", tmp_path)
 
 

@@ -136,12 +136,31 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, capsys, num
     assert f"{tmp_path} cannot be locked ({os.strerror(number)}): do not start" in capsys.readouterr().out
 
 
-def test_ranks_leave_the_claim_to_the_first(owner, tmp_path, monkeypatch):
+@pytest.fixture
+def composed():
+    """The configuration of a training run, as Hydra has it before the run starts."""
+
+    def compose_with(*overrides: str):
+        register_schemas()
+        GlobalHydra.instance().clear()
+        with initialize_config_module("lightning_dataflow.conf", version_base="1.3"):
+            return compose("train", overrides, return_hydra_config=True)
+
+    return compose_with
+
+
+def test_the_folder_of_results_is_claimed_too(owner, composed, tmp_path, tmp_path_factory, monkeypatch, capsys):
+    """`run_dir` may be another folder than Hydra's."""
+    config = composed(f"hydra.run.dir={tmp_path_factory.mktemp('hydra')}", f"run_dir={tmp_path}")
+    monkeypatch.setattr(ClaimRun, "wanted", True)
+    with pytest.raises(SystemExit):
+        ClaimRun().on_run_start(config)
+    assert f"error: {tmp_path} is in use by process {owner.pid}" in capsys.readouterr().err
+
+
+def test_ranks_leave_the_claim_to_the_first(owner, composed, tmp_path, monkeypatch):
     """Lightning's own launch on two nodes has a first process on each."""
-    register_schemas()
-    GlobalHydra.instance().clear()
-    with initialize_config_module("lightning_dataflow.conf", version_base="1.3"):
-        config = compose("train", [f"hydra.run.dir={tmp_path}"], return_hydra_config=True)
+    config = composed(f"hydra.run.dir={tmp_path}")
     monkeypatch.setattr(ClaimRun, "wanted", True)
     for name in ("RANK", "NODE_RANK"):
         with monkeypatch.context() as patch:

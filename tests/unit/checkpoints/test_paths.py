@@ -75,7 +75,9 @@ def test_a_file_of_the_run_is_removed_with_its_marker(folders, tmp_path, path):
     mark_complete(run / "step-1.ckpt", 1)
     files.remove_checkpoint(path.format(run=run))
     assert not list(run.glob("step-1.ckpt*"))
-    files.remove_checkpoint(path.format(run=run))  # as Lightning does, nothing of that name is no error
+    (run / "step-1.ckpt.complete").touch()  # of a file that somebody else has removed
+    files.remove_checkpoint(path.format(run=run))
+    assert not list(run.glob("step-1.ckpt*"))
 
 
 def test_a_sharded_folder_of_the_run_is_removed_and_of_a_symlink_the_link(folders, tmp_path):

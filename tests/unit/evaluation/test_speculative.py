@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from lightning_dataflow.contracts import NotFiniteError
 from lightning_dataflow.evaluation import ChainDrafter, Drafter, SpeculativeDecoder, evaluate_acceptance
 from lightning_dataflow.evaluation.speculative import Proposal, greedy_decode, rejection_sample
 from lightning_dataflow.models import Eagle3Config, Eagle3Draft, FrozenTarget, build_draft_vocab
@@ -74,6 +75,17 @@ def test_acceptance_counts(target, questions, wrong_at, length):
     assert report.num_tokens == 25
     assert report.num_identical == 1
     assert report.tokens_per_target_forward == pytest.approx(25 / (24 // length + 1))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_target_without_finite_logits_is_refused(target_path, questions, temperature, value):
+    """Its argmax is the same token everywhere, so that any draft would agree with it."""
+    broken = HFTargetEngine(target_path, layer_ids=(1, 3, 4), dtype="float32", device="cpu")
+    with torch.no_grad():
+        broken.model.get_output_embeddings().weight[7] = value
+    with pytest.raises(NotFiniteError, match="the target's logits hold NaN or infinity: check its weights"):
+        evaluate_acceptance(broken, make_drafter(broken, target_path), questions, max_new_tokens=8, temperature=temperature)
 
 
 def test_it_stops_at_an_end_token(target, target_path, questions, monkeypatch):

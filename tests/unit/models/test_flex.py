@@ -31,7 +31,9 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize(
+    "name", ["blocks in a window", *(pytest.param(name, marks=pytest.mark.slow) for name in ("blocks", "unrolled"))]
+)
 def test_compiled_masks_are_the_eager_ones(monkeypatch, name):
     eager = [make() for make in MASKS[name]]
     compiled = attention.compiled(CREATE_BLOCK_MASK, dynamic=True)
@@ -44,9 +46,9 @@ def test_compiled_masks_are_the_eager_ones(monkeypatch, name):
 
 def test_the_unrolled_mask_is_compiled_on_cuda(monkeypatch):
     asked = []
-    monkeypatch.setattr(attention, "compiled", lambda function, **_: lambda *_, **__: asked.append(function))
+    monkeypatch.setattr(attention, "compiled", lambda *how, **options: lambda *_, **__: asked.append((*how, options)))
     _unrolled_block_mask.__wrapped__(300, 3, torch.device("cuda"))
-    assert asked == [CREATE_BLOCK_MASK]
+    assert asked == [(CREATE_BLOCK_MASK, {"dynamic": True})]
 
 
 def test_no_call_leaves_the_kernel_to_inductor(monkeypatch):

@@ -2,17 +2,21 @@
 
 import json
 import math
+import shutil
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
+from safetensors.torch import load_file, save_file
 
 from lightning_dataflow import DataFlowTrainer, Eagle3Module, latest_checkpoint
+from lightning_dataflow.checkpoints.markers import mark_complete
 from lightning_dataflow.contracts import NotFiniteError
 from lightning_dataflow.data import DataFlowDataModule
 from lightning_dataflow.producers import OnlineSource
+from lightning_dataflow.strategies.optimisation import gradient_norm
 
 SPOILS = {"lr": 1e20, "warmup_ratio": 0.0}
 
@@ -68,7 +72,15 @@ def fit(tmp_path, target_path, prompts, target):
     """fit(cls, …) → (error, module, trainer); a checkpoint after every step, unless `callbacks` are given."""
 
     def call(
-        cls=Module, *, max_steps=4, engine=target, callbacks=None, trainer_cls=DataFlowTrainer, plugins=None, **options
+        cls=Module,
+        *,
+        max_steps=4,
+        engine=target,
+        callbacks=None,
+        trainer_cls=DataFlowTrainer,
+        plugins=None,
+        ckpt_path=None,
+        **options,
     ):
         callbacks = [saves(tmp_path)] if callbacks is None else callbacks
         module = cls(str(target_path), **{"draft_vocab_size": 64, "num_steps": 2, "lr": 1e-3} | options)
@@ -88,7 +100,7 @@ def fit(tmp_path, target_path, prompts, target):
             plugins=plugins or [],
         )
         try:
-            trainer.fit(module, data)
+            trainer.fit(module, data, ckpt_path=ckpt_path)
         except NotFiniteError as error:
             return error, module, trainer
         return None, module, trainer
@@ -146,8 +158,9 @@ def test_no_model_checkpoint_saves_what_an_exception_ends(fit, tmp_path, trainer
     assert written(tmp_path) == []
 
 
-def test_nothing_else_saves_through_the_trainer(fit, tmp_path):
-    error, *_ = fit(InfiniteGradient, callbacks=[OnExceptionCheckpoint(tmp_path)])
+@pytest.mark.parametrize("trainer_cls", [DataFlowTrainer, L.Trainer])
+def test_nothing_else_saves_through_the_trainer(fit, tmp_path, trainer_cls):
+    error, *_ = fit(InfiniteGradient, callbacks=[OnExceptionCheckpoint(tmp_path)], trainer_cls=trainer_cls)
     assert error is not None
     assert written(tmp_path) == []
 
@@ -179,6 +192,58 @@ def test_the_last_step_counts_too(fit, tmp_path):
     error, *_ = fit(Spoiled, max_steps=2, callbacks=[])
     assert "fc.weight" in str(error)
     assert status(tmp_path) == f"failed: {error}"
+
+
+def test_a_fit_after_a_failed_one_saves_as_ever(fit, tmp_path):
+    """Also inside of the `except` block, where a script may try again with a lower rate."""
+    callback = saves(tmp_path, every_n_train_steps=3)
+    try:
+        error, _, trainer = fit(InfiniteGradient, callbacks=[callback])
+        raise error
+    except NotFiniteError:
+        with pytest.raises(NotFiniteError, match="step 2, of samples"):
+            trainer.save_checkpoint(tmp_path / "late.ckpt")
+        error, *_ = fit(callbacks=[callback])
+    assert error is None
+    assert callback.save_on_exception
+    assert written(tmp_path) == ["last.ckpt", "step=3.ckpt"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_norm_of_large_half_precision_gradients_is_finite(dtype):
+    weight = torch.nn.Parameter(torch.zeros(1_000_000, dtype=dtype))
+    weight.grad = torch.full_like(weight, 100)
+    assert gradient_norm([weight]).item() == pytest.approx(1e5, rel=1e-3)
+
+
+@pytest.mark.parametrize("update_every", [1, 3])
+def test_an_average_hides_no_broken_weights(fit, tmp_path, update_every):
+    """Lightning puts the average in the draft's place at the end; training would go on from what it replaces."""
+    average = EMAWeightAveraging(decay=0.5, update_every_n_steps=update_every)
+    error, *_ = fit(Spoiled, max_steps=2, callbacks=[average, saves(tmp_path, every_n_train_steps=100)])
+    assert "the draft's weights hold NaN or infinity (fc.weight)" in str(error)
+    assert written(tmp_path) == []
+
+
+def test_a_checkpoint_with_nan_is_not_resumed_from(fit, tmp_path):
+    fit(max_steps=2)
+    path = tmp_path / "checkpoints" / "step=2.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["state_dict"]["draft.fc.weight"][0, 0] = math.nan
+    torch.save(checkpoint, path)
+    mark_complete(path, 2)
+    error, *_ = fit(ckpt_path=path)
+    assert "the checkpoint holds NaN or infinity (draft.fc.weight): resume from an older one" in str(error)
+
+
+def test_a_head_with_infinity_is_refused(fit, target_path, tmp_path):
+    """Its token's positions would be left out without a word where the draft's vocabulary is without it."""
+    folder = shutil.copytree(target_path, tmp_path / "target")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"][313, 3] = math.inf
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NotFiniteError, match=f"the head of {folder} holds NaN or infinity"):
+        Module(str(folder)).load_frozen_target(torch.device("cpu"))
 
 
 def test_steps_that_a_grad_scaler_skips_are_no_error(fit, tmp_path):

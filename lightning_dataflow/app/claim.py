@@ -22,7 +22,7 @@ from lightning_dataflow.control.processes import pid_space
 
 LOCK = "owner.lock"
 PATIENCE_S = 0.5
-"""A killed process keeps its locks until the kernel has taken it apart."""
+"""A killed process keeps its locks until the kernel has finished removing it."""
 POLL_S = 0.02
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -34,8 +34,8 @@ def claim(folder: Path, remedy: str) -> None:
     """Own `folder` until this process ends. A second claim of the same process, or of a child that it starts, is granted.
 
     The lock is flock's: the kernel releases it however the process ends. It holds between the processes of one machine, and
-    between machines over NFS where the mount has locks. A file system without locks is named in a line, and nothing is
-    promised there.
+    between machines over NFS where the mount has locks. A file system without locks gets a warning, and nothing is promised
+    there.
 
     Args:
         remedy: ends the message of the error.

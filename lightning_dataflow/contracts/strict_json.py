@@ -15,7 +15,7 @@ def _strict(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {name: _strict(one) for name, one in value.items()}
+        return {name: _strict(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_strict(one) for one in value]
+        return [_strict(item) for item in value]
     return value

@@ -5,7 +5,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
@@ -17,9 +17,11 @@ log = logging.getLogger(__name__)
 EVERY_S = 2.0
 FRESH_S = 10.0
 CLOSE_S = 0.5
+RETRY_S = 0.2
 SUPERVISOR = "supervisor"
 TRAINER = "trainer-0"
 CLAIM_TRIES = 10
+NO_ANSWER = (PeerTimeoutError, PeerFailedError)
 
 
 class Heartbeat:
@@ -46,30 +48,42 @@ class Heartbeat:
         """End the thread and leave a last state; see MetadataStore.report."""
         self._stop.set()
         self._thread.join()
-        with suppress(PeerTimeoutError, PeerFailedError):
-            self._survive(self._ledger.report, self._name, last_words, failed=failed, fatal=fatal)
+        try:
+            _try_twice(partial(self._ledger.report, self._name, last_words, failed=failed, fatal=fatal))
+        except Exception as error:  # it must not hide the error that ended the part
+            log.warning("%s could not leave its last words (%r): %s", self._name, error, last_words)
 
     def _run(self) -> None:
         while True:
-            with suppress(PeerTimeoutError, PeerFailedError):  # the part itself will say so, if it needs the ledger
-                self._survive(self._report)
-                if self._renew_s is not None:
-                    self._survive(self._ledger.renew, self._name, self._renew_s)
+            if self._survive(self._report) and self._renew_s is not None:
+                self._survive(partial(self._ledger.renew, self._name, self._renew_s))
             if self._stop.wait(EVERY_S):
                 return
 
     def _report(self) -> None:
         self._ledger.report(self._name, self._describe())
 
-    def _survive(self, act: Callable[..., None], *arguments: Any, **options: Any) -> None:
+    def _survive(self, act: Callable[[], None]) -> bool:
+        """False when the ledger does not answer. The part itself reports that if it needs the ledger."""
         try:
-            act(*arguments, **options)
-        except (PeerTimeoutError, PeerFailedError):
-            raise
+            act()
         except Exception as error:
+            if isinstance(error, NO_ANSWER):
+                return False
             if type(error) not in self._logged:
                 self._logged.add(type(error))
                 log.warning("%s could not give a sign of life (%r); it goes on and tries again", self._name, error)
+        return True
+
+
+def _try_twice(act: Callable[[], None]) -> None:
+    try:
+        act()
+    except NO_ANSWER:  # that has waited long enough already
+        raise
+    except Exception:
+        time.sleep(RETRY_S)
+        act()
 
 
 def end_leases(ledger: MetadataStore, pid: int) -> None:

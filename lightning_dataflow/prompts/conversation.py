@@ -1,6 +1,7 @@
 """The shapes of records that people have, brought to one: a list of `{"role", "content"}` messages, text, or ids."""
 
 import reprlib
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -69,8 +70,7 @@ def normalise(record: Mapping[str, Any], format: str, where: str) -> Conversatio
     """Read one record.
 
     Raises:
-        UserError: it has not the keys of `format`, values that are none of theirs, or a key that changes what it means and
-            that nothing reads; the message begins with `where`.
+        UserError: keys are missing, a value has the wrong type, or a key is not supported; the message begins with `where`.
     """
     detected = detect_format(record) if format == "auto" else format
     if detected is None:
@@ -79,20 +79,31 @@ def normalise(record: Mapping[str, Any], format: str, where: str) -> Conversatio
             "(role/content), instruction/output, text or input_ids"
         )
     try:
-        check_record(record, detected)
-        return _READERS[detected](record)
+        read = _READERS[detected](record)
+        check_record(record, detected, _system(read))
+        return read
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{where}: not a record of format {detected} ({error!r}); mend it or set data.format") from error
+        raise UserError(
+            f"{where}: not a record of format {detected} ({_show(error, repr)}); mend it or set data.format"
+        ) from error
+
+
+def _system(read: Conversation | PlainText | Tokens) -> Any:
+    """The content of the first turn if that is a system prompt, else None."""
+    first = read.messages[0] if isinstance(read, Conversation) and read.messages else {}
+    return first.get("content") if first.get("role") == "system" else None
 
 
 def _sharegpt(record: Mapping[str, Any]) -> Conversation:
     messages = []
     for number, turn in enumerate(record["conversations"], start=1):
-        role = SHAREGPT_ROLES[turn["from"]] if "from" in turn else turn["role"]
+        role = turn["role"] if turn.get("from") is None else SHAREGPT_ROLES[turn["from"]]
         check_turn(turn, number, role, in_messages=False)
-        messages.append({"role": role, "content": _text(turn["value"] if "value" in turn else turn["content"])})
+        messages.append(
+            {"role": role, "content": _text(turn.get("content") if turn.get("value") is None else turn["value"])}
+        )
     return Conversation(messages=tuple(messages))
 
 
@@ -126,23 +137,31 @@ def _tokens(record: Mapping[str, Any]) -> Tokens:
     if mask is None:
         return Tokens(input_ids=ids, loss_mask=(1,) * len(ids))
     if not isinstance(mask, list | tuple):
-        raise UserError(f"loss_mask is {reprlib.repr(mask)}: give a list with 0 or 1 for each of the input_ids")
+        raise UserError(f"loss_mask is {_show(mask)}: give a list with 0 or 1 for each of the input_ids")
     if len(mask) != len(ids):
         raise UserError(f"{len(ids)} input_ids, {len(mask)} loss_mask entries: give 0 or 1 for each of the input_ids")
     for index, flag in enumerate(mask):
         if flag not in (0, 1):
-            raise UserError(f"loss_mask[{index}] is {reprlib.repr(flag)}: give 1 where a token is supervised, else 0")
+            raise UserError(f"loss_mask[{index}] is {_show(flag)}: give 1 where a token is supervised, else 0")
     return Tokens(input_ids=ids, loss_mask=tuple(int(flag) for flag in mask))
 
 
 def token_ids(value: Any) -> tuple[int, ...]:
     """`input_ids` of a record. Raises UserError unless they are a list of token ids."""
     if not isinstance(value, list | tuple):
-        raise UserError(f"input_ids is {reprlib.repr(value)}: give a list of token ids")
+        raise UserError(f"input_ids is {_show(value)}: give a list of token ids")
     for index, token in enumerate(value):
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token <= LARGEST_ID:
-            raise UserError(f"input_ids[{index}] is {reprlib.repr(token)}: token ids are integers from 0 to {LARGEST_ID}")
+            raise UserError(f"input_ids[{index}] is {_show(token)}: token ids are integers from 0 to {LARGEST_ID}")
     return tuple(value)
+
+
+def _show(value: Any, shorten: Callable[[Any], str] = reprlib.repr) -> str:
+    """`value` on one short line. Python writes no integer of thousands of digits."""
+    try:
+        return " ".join(shorten(value).split())
+    except ValueError:
+        return f"a number of more than {sys.get_int_max_str_digits()} digits"
 
 
 def _text(value: Any) -> str:

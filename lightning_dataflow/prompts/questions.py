@@ -9,6 +9,7 @@ from lightning_dataflow.contracts import UserError
 from lightning_dataflow.prompts.conversation import token_ids
 from lightning_dataflow.prompts.masking import Encoder, Unusable
 from lightning_dataflow.prompts.sources import read_records
+from lightning_dataflow.prompts.unread import check_question
 
 SHAPES = "turns (MT-Bench), question (GSM8K), prompt (HumanEval, or MT-Bench's list), or input_ids"
 
@@ -26,7 +27,8 @@ def load_questions(
         chat_template: replaces the tokenizer's own.
 
     Raises:
-        UserError: missing or broken file, a record of another shape, fewer records than asked for.
+        UserError: missing or broken file, a record of another shape or with a system prompt, tools or the like, fewer
+            records than asked for.
     """
     if num_prompts is not None and num_prompts < 1:
         raise UserError(f"evaluate.num_prompts={num_prompts}: ask at least 1 prompt, or null for all")
@@ -57,11 +59,12 @@ def _question(record: Mapping[str, Any], where: str) -> str | list[int]:
         if key not in record:
             continue
         value = record[key]
-        if key == "input_ids":
-            try:
+        try:
+            if key == "input_ids":
                 return list(token_ids(value))
-            except UserError as error:
-                raise UserError(f"{where}: {error}") from error
+            check_question(record)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
         if key in ("turns", "prompt") and isinstance(value, list) and value:
             value = value[0]
         if not isinstance(value, str):

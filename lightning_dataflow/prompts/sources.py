@@ -1,6 +1,7 @@
 """Where records come from: a JSONL file, or a data set that Hugging Face `datasets` can load."""
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,21 @@ def _read_jsonl(path: Path, setting: str) -> Iterator[tuple[int, Record]]:
 def _parse(line: str, path: Path, number: int) -> Record:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}); expected one JSON object a line, "
-            "mend or remove the line"
+            f"{path}, line {number}: {_reason(error)}; expected one JSON object a line, mend or remove the line"
         ) from error
     if not isinstance(record, dict):
         raise UserError(f"{path}, line {number}: a JSON {type(record).__name__}; expected one JSON object a line")
     return record
+
+
+def _reason(error: ValueError | RecursionError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON ({error.msg} at column {error.colno})"
+    if isinstance(error, RecursionError):
+        return "lists or objects are nested too deeply"
+    return f"a number has more than {sys.get_int_max_str_digits()} digits"
 
 
 def _read_dataset(name: str, split: str, setting: str) -> Iterator[tuple[int, Record]]:

@@ -119,16 +119,40 @@ def test_no_error_ends_a_heartbeat(ledger, monkeypatch, caplog, broken):
     )
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
+@pytest.mark.parametrize("fault", [*FAULTS, PeerTimeoutError("stopped")], ids=lambda fault: type(fault).__name__)
 def test_last_words_that_fail_hide_no_other_error(ledger, monkeypatch, caplog, fault):
-    heartbeat = Heartbeat(ledger, "a", lambda: "capturing")
+    """They are logged even where beats have failed in the same way before."""
+    monkeypatch.setattr("lightning_dataflow.control.heartbeat.EVERY_S", 0.01)
+    beats = threading.Semaphore(0)
 
     def fail(*arguments, **options):
+        beats.release()
         raise fault
 
     monkeypatch.setattr(ledger, "report", fail)
+    heartbeat = Heartbeat(ledger, "a", lambda: "capturing")
+    assert all(beats.acquire(timeout=5) for _ in range(2))  # at the second the first has been logged
+    caplog.clear()
     heartbeat.stop("it broke", failed=True)
-    assert repr(fault) in caplog.text
+    assert [record.getMessage() for record in caplog.records] == [f"a could not leave its last words ({fault!r}): it broke"]
+
+
+def test_last_words_are_tried_twice(ledger, monkeypatch, caplog):
+    beaten = threading.Event()
+    heartbeat = Heartbeat(ledger, "a", lambda: beaten.set() or "capturing")
+    assert beaten.wait(5)
+    report, left = ledger.report, [FAULTS[0]]
+
+    def fail_once(*arguments, failed=False, **options):
+        if failed and left:
+            raise left.pop()
+        report(*arguments, failed=failed, **options)
+
+    monkeypatch.setattr(ledger, "report", fail_once)
+    heartbeat.stop("it broke", failed=True)
+    assert ledger.failures() == ["a: it broke"]
+    assert left == []
+    assert caplog.text == ""
 
 
 def test_clocks_of_other_hosts_do_not_matter(redis_run, monkeypatch):

@@ -180,6 +180,11 @@ def test_the_version_tells_prompts_apart(tokenizer, conversations):
     ("lines", "message"),
     [
         ([SHAREGPT, "{broken"], r"line 2: not JSON .* mend or remove the line"),
+        (
+            [SHAREGPT, f'{{"input_ids": [{"9" * 5000}]}}'],
+            r"prompts.*, line 2: a number has more than 4300 digits; expected",
+        ),
+        ([SHAREGPT, "[" * 100_000], r"line 2: lists or objects are nested too deeply; expected one JSON object a line"),
         ([SHAREGPT, "[1, 2]"], r"line 2: a JSON list"),
         ([SHAREGPT, {"question": "q"}], r"record 2: keys \['question'\] fit no format"),
         ([{"conversations": [{"from": "martian", "value": "q"}]}], r"record 1: not a record of format sharegpt"),

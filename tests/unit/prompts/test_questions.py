@@ -71,6 +71,21 @@ def test_bad_files_are_one_line(write, tokenizer, records, num_prompts, message)
     assert "\n" not in str(raised.value)
 
 
+ASKED = ("system", "history", "tools", "functions", "documents", "chat_template_kwargs", "enable_thinking")
+
+
+@pytest.mark.parametrize("question", [{"prompt": "q"}, {"question": "q"}, {"turns": ["q"]}])
+@pytest.mark.parametrize("key", ASKED)
+def test_keys_that_change_what_is_asked(write, tokenizer, question, key):
+    with pytest.raises(
+        UserError, match=rf"line 2: the key {key} changes what is asked and is not supported yet: remove it"
+    ):
+        load_questions(write(question, {**question, key: [{"name": "f"}]}), tokenizer)
+    plain = load_questions(write(question), tokenizer)
+    assert load_questions(write({**question, key: [None]}), tokenizer) == plain
+    assert load_questions(write({"input_ids": plain[0], key: "rendered already"}), tokenizer) == plain
+
+
 def test_a_missing_file_names_its_own_setting(tokenizer):
     with pytest.raises(UserError, match=r"no prompt file nowhere.jsonl: set evaluate.data"):
         load_questions("nowhere.jsonl", tokenizer)

@@ -1,7 +1,9 @@
-"""Keys that change what a record means and that nothing reads are refused by name; all others are passed over."""
+"""Keys that change what a record means and are not supported are refused by name; all others are passed over."""
 
 import json
+import reprlib
 
+import numpy as np
 import pytest
 
 from lightning_dataflow.contracts import UserError
@@ -18,6 +20,7 @@ SHAPES = {
     "tokens": {"input_ids": [1, 2, 3]},
 }
 CONVERSATIONS = ("sharegpt", "messages", "alpaca")
+HUGE = 10**5000
 TOOLS = [{"type": "function", "function": {"name": "weather"}}]
 
 
@@ -47,11 +50,20 @@ def spoilt(shape: str, key: str, value) -> dict:
         (CONVERSATIONS, "functions", [{"name": "weather"}], "render the conversation yourself"),
         (CONVERSATIONS, "documents", [{"text": "d"}], "render the conversation yourself"),
         (CONVERSATIONS, "chat_template_kwargs", {"enable_thinking": False}, "render the conversation yourself"),
+        (CONVERSATIONS, "enable_thinking", False, "render the conversation yourself"),
+        (CONVERSATIONS, "available_tools", TOOLS, "render the conversation yourself"),
+        (CONVERSATIONS, "tools", np.array(TOOLS), "render the conversation yourself"),
         (("sharegpt",), "chosen", {"from": "gpt", "value": "b"}, "make the chosen answer a turn"),
         (("alpaca",), "context", "The text.", "call it input"),
         (("alpaca",), "reasoning_content", "Hm.", "give the conversation as `messages`"),
         (tuple(SHAPES), "images", ["cat.png"], "only text is trained on"),
         (tuple(SHAPES), "weight", 0, "all supervised tokens count alike"),
+        (tuple(SHAPES), "weight", np.array([1.0, 0.5]), "all supervised tokens count alike"),
+        (tuple(SHAPES), "token_weights", [1.0, 0.5, 1.0], "all supervised tokens count alike"),
+        (tuple(SHAPES), "labels", np.array([-100, 2, 3]), "give loss_mask, 0 where a label is -100"),
+        (tuple(SHAPES), "lossMask", [0, 1, 1], "give input_ids with a loss_mask"),
+        (tuple(SHAPES), "assistant_masks", np.array([[0, 1, 1]]), "give input_ids with a loss_mask"),
+        (tuple(SHAPES), "completion_mask", "0,1,1", "give input_ids with a loss_mask"),
         (tuple(SHAPES), "labels", [-100, 2, 3], "give loss_mask, 0 where a label is -100"),
         (tuple(SHAPES), "attention_mask", [0, 1, 1], "without padding"),
         (tuple(SHAPES), "position_ids", [0, 1, 0], "give one sample a record"),
@@ -64,7 +76,7 @@ def test_a_key_of_the_record_that_nothing_reads(shapes, key, value, remedy):
     for shape in shapes:
         for format in ("auto", shape):
             message = refused({**SHAPES[shape], key: value}, format)
-            assert f"record 7: the key {key} changes what is trained on, and nothing reads it: " in message
+            assert f"record 7: the key {key} changes what is trained on and is not supported yet: " in message
             assert remedy in message
 
 
@@ -75,6 +87,14 @@ def test_a_key_of_the_record_that_nothing_reads(shapes, key, value, remedy):
         (("sharegpt",), "function_call", {"name": "f"}, "give the conversation as `messages`"),
         (("sharegpt",), "reasoning_content", "Hm.", "give the conversation as `messages`"),
         (("sharegpt",), "thinking", "Hm.", "give the conversation as `messages`"),
+        (("sharegpt",), "tools", TOOLS, "render the conversation yourself"),
+        (("sharegpt",), "functions", TOOLS, "render the conversation yourself"),
+        (("sharegpt",), "documents", [{"text": "d"}], "render the conversation yourself"),
+        (("sharegpt",), "chat_template_kwargs", {"enable_thinking": False}, "render the conversation yourself"),
+        (("sharegpt",), "history", [["q", "a"]], "give the earlier turns in the conversation itself"),
+        (("sharegpt",), "system", "Be kind.", "give it as the first turn"),
+        (("sharegpt",), "toolCalls", [{"function": {"name": "f"}}], "give the conversation as `messages`"),
+        (("sharegpt", "messages"), "weight", np.array([0.5]), "all supervised tokens count alike"),
         (("sharegpt",), "image", "cat.png", "only text is trained on"),
         (("sharegpt", "messages"), "weight", 0.5, "all supervised tokens count alike"),
         (("sharegpt", "messages"), "train", True, "give input_ids with a loss_mask"),  # of the user's turn
@@ -85,7 +105,7 @@ def test_a_key_of_the_record_that_nothing_reads(shapes, key, value, remedy):
 def test_a_key_of_a_turn_that_nothing_reads(shapes, key, value, remedy):
     for shape in shapes:
         message = refused(spoilt(shape, key, value))
-        assert f"record 7: turn 1: the key {key} changes what is trained on, and nothing reads it: " in message
+        assert f"record 7: turn 1: the key {key} changes what is trained on and is not supported yet: " in message
         assert remedy in message
 
 
@@ -102,8 +122,57 @@ def test_weights_that_say_what_is_done_anyway():
         assert normalise({"conversations": turns, "weight": 1.0}, "auto", "here") == plain
 
 
+def test_tools_beside_the_system_prompt_of_chatglm():
+    turns = [{"role": "system", "content": "", "tools": TOOLS}, *MESSAGES]
+    assert "turn 1: the key tools changes" in refused({"conversations": turns})
+
+
+@pytest.mark.parametrize("key", ["system", "system_prompt", "system_message"])
+def test_the_system_prompt_of_the_first_turn_once_more(key):
+    for record in (
+        {"conversations": [{"from": "system", "value": "Be kind."}, *TURNS]},
+        {"messages": [{"role": "system", "content": "Be kind."}, *MESSAGES]},
+    ):
+        assert normalise({**record, key: "Be kind."}, "auto", "here") == normalise(record, "auto", "here")
+        assert f"the key {key} changes" in refused({**record, key: "Be rude."})
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("empty", [None, "", [], {}, {"enable_thinking": None, "tools": []}], ids=repr)
+def test_what_a_tokenizer_and_the_privacy_of_texts_leave(shape):
+    privacy = [{"value": "Ann", "label": "NAME", "start": 3}]
+    beside = {"special_tokens_mask": [1, 0, 0], "privacy_mask": privacy, "attention_mask": [1, 1, 1]}
+    plain = normalise(SHAPES[shape], "auto", "here")
+    assert normalise({**SHAPES[shape], **beside}, "auto", "here") == plain
+    arrays = {"special_tokens_mask": np.array([1, 0, 0]), "attention_mask": np.ones(3), "token_weights": np.ones(3)}
+    assert normalise({**SHAPES[shape], **arrays, "privacy_mask": str(privacy)}, "auto", "here") == plain
+
+
+def test_turns_of_two_shapes_in_one_column():
+    turns = [{"from": None, "value": None, "role": "user", "content": "q"}, {**TURNS[1], "role": None, "content": None}]
+    assert normalise({"conversations": turns}, "auto", "here") == normalise(SHAPES["sharegpt"], "auto", "here")
+    assert "KeyError('role')" in refused({"conversations": [{"from": None, "value": "q"}]})
+    assert "expected text, got NoneType" in refused({"conversations": [{"from": "human", "value": None}]})
+
+
+def nested(depth: int) -> list:
+    value: list = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+EMPTY = [
+    None,
+    *("", "[]", "{}", "null"),
+    *([], {}, np.array([])),
+    *([None], [["", ""]], [{"id": None, "function": {"name": None}}], np.array([None])),
+    {"enable_thinking": None, "tools": []},
+    nested(5000),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("empty", EMPTY, ids=lambda empty: reprlib.repr(empty))
 def test_empty_values_change_nothing(shape, empty):
     """As data sets have them where a row is without a column."""
     plain = normalise(SHAPES[shape], "auto", "here")
@@ -136,7 +205,7 @@ def test_keys_of_a_shape_that_was_not_chosen_are_passed_over():
     assert normalise(every, "auto", "here") == normalise(SHAPES["tokens"], "auto", "here")
     assert normalise(every, "text", "here") == normalise(SHAPES["text"], "auto", "here")
     tokenised = {**SHAPES["tokens"], **SHAPES["messages"], "attention_mask": [1, 1, 1], "labels": [-100, 2, 3]}
-    assert "the key attention_mask" in refused(tokenised)
+    assert "the key labels" in refused(tokenised)
     assert normalise(tokenised, "messages", "here") == normalise(SHAPES["messages"], "auto", "here")
     absent = {**SHAPES["messages"], "input_ids": None, "conversations": None}
     assert normalise(absent, "auto", "here") == normalise(SHAPES["messages"], "auto", "here")
@@ -166,6 +235,11 @@ def test_what_a_chat_template_reads_of_a_message_goes_to_it():
         ({"input_ids": [1, 2], "loss_mask": ["0", "1"]}, "loss_mask[0] is '0': give 1 where a token is supervised, else 0"),
         ({"input_ids": [1, 2], "loss_mask": [1, -100]}, "loss_mask[1] is -100: give 1 where"),
         ({"input_ids": [1, 2], "loss_mask": [1, 0.5]}, "loss_mask[1] is 0.5: give 1 where"),
+        ({"input_ids": [1, HUGE]}, "input_ids[1] is a number of more than 4300 digits: token ids are integers"),
+        ({"input_ids": HUGE}, "input_ids is a number of more than 4300 digits: give a list"),
+        ({"input_ids": [1, 2], "loss_mask": [1, HUGE]}, "loss_mask[1] is a number of more than 4300 digits: give 1"),
+        ({"conversations": [{"from": HUGE}]}, "not a record of format sharegpt (a number of more than 4300 digits)"),
+        ({"input_ids": np.ones((9, 9))}, "input_ids is array("),
         ({"input_ids": [1, 2], "loss_mask": [1, None]}, "loss_mask[1] is None: give 1 where"),
     ],
 )

@@ -10,7 +10,7 @@ SHAPE = (40, (9, 3))
 
 
 @pytest.mark.parametrize(
-    ("name", "packed"), [("eagle3", False), ("dflash", True), pytest.param("domino", True, marks=pytest.mark.slow)]
+    ("name", "packed"), [("eagle3", False), ("domino", True), pytest.param("dflash", True, marks=pytest.mark.slow)]
 )
 def test_a_row_for_each_precision(capsys, name, packed):
     assert gpu_check.check(name, SHAPE, packed, gpu_check.SMALL, "cpu")

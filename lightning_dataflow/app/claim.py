@@ -31,11 +31,11 @@ _claims: dict[Path, int] = {}
 
 
 def claim(folder: Path, remedy: str) -> None:
-    """Own `folder` until this process ends. A second claim of the same process, or of a child that it starts, is granted.
+    """Own `folder` until this process ends. The owner, and processes that it starts, may claim it again.
 
-    The lock is flock's: the kernel releases it however the process ends. It holds between the processes of one machine, and
-    between machines over NFS where the mount has locks. A file system without locks gets a warning, and nothing is promised
-    there.
+    The lock is an flock: the kernel releases it however the process ends. It holds between processes of one machine, and
+    between machines over NFS where the mount has locks. On a file system without locks a warning says so, and nothing is
+    promised.
 
     Args:
         remedy: ends the message of the error.
@@ -89,7 +89,7 @@ def _write_owner(file: int) -> None:
 
 
 def _read_owner(file: int) -> dict[str, Any]:
-    """Empty in the moment before the owner has written it."""
+    """Empty until the owner has written it."""
     try:
         return json.loads(os.pread(file, 4096, 0))
     except ValueError:
@@ -129,10 +129,8 @@ class ClaimRun(Callback):
             with read_write(config.hydra):
                 config.hydra.output_subdir = None  # else it would write the settings before rank 0 has the claim
             return
-        with read_write(config.hydra):
-            config.hydra.runtime.output_dir = str(
-                Path(config.hydra.run.dir).absolute()
-            )  # as Hydra will; run_dir refers to it
+        with read_write(config.hydra):  # Hydra does the same later; `run_dir` refers to it
+            config.hydra.runtime.output_dir = str(Path(config.hydra.run.dir).absolute())
         HydraConfig.instance().set_config(config)
         try:
             for folder in dict.fromkeys((config.hydra.run.dir, config.run_dir)):

@@ -148,8 +148,8 @@ def _logger_entries(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _make(setting: str, entry: Mapping[str, Any], *arguments: Any) -> Any:
-    """What `entry` names by `_target_`, made with `arguments` and its other keys. Raises UserError where there is no such
-    class, or its arguments are others; any other error is shown as it comes."""
+    """Instantiate the class that `entry` names by `_target_`, with `arguments` and the entry's other keys. Raises UserError
+    if there is no such class or it does not take these arguments; other errors pass through."""
     name = entry["_target_"].rsplit(".", 1)[-1]
     try:
         return hydra.utils.instantiate(entry, *arguments, _convert_="all")

@@ -47,7 +47,7 @@ def complete_average(checkpoint: dict[str, Any], trained: dict[str, Tensor] | No
 
 @contextmanager
 def averaged_weights(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
-    """The draft holds its averaged weights, where there are any: those that a checkpoint of now would hold."""
+    """Within, the draft holds its averaged weights, if there are any, as a checkpoint saved now would."""
     callbacks = [callback for callback in _callbacks(trainer) if callback._average_model.n_averaged > 0]
     for callback in callbacks:
         callback.on_validation_epoch_start(trainer, module)
@@ -63,6 +63,6 @@ def _averages(trainer: L.Trainer) -> list[AveragedModel]:
 
 
 def _callbacks(trainer: L.Trainer) -> list[Any]:
-    """Those that have made their copy of the model, which no public attribute gives."""
+    """Averaging callbacks that have copied the model. No public attribute gives that copy."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     return [one for one in callbacks if isinstance(one, WeightAveraging) and one._average_model is not None]

@@ -39,9 +39,9 @@ class StreamingRefChannel(ABC):
 
     @abstractmethod
     def nonce(self) -> str:
-        """A random name: the same for all that open this log, and of no other log, also of a run of the same name.
+        """A random name of this log, which no other log has, not even that of another run with the same name.
 
-        The first that asks makes it. What the run keeps elsewhere is named by it.
+        Made by the first caller. It tells apart what runs of one name keep in a shared store.
         """
 
     @abstractmethod

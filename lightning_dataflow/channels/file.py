@@ -130,7 +130,7 @@ class FileChannel(StreamingRefChannel):
             self._highest.pop(segment, None)
 
     def _write_once(self, name: str, text: str) -> None:
-        """Whoever comes second changes nothing."""
+        """Write a file of the folder unless it exists: the first of several writers wins."""
         temporary = self.folder / f".{name}-{secrets.token_hex(8)}"
         temporary.write_text(text)
         try:

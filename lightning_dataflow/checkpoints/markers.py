@@ -105,7 +105,7 @@ def make_room(path: Path) -> None:
 
 
 def remove(path: Path) -> bool:
-    """Remove a checkpoint and its marker. A symlink goes, what it points to stays.
+    """Remove a checkpoint and its marker. Of a symlink, remove the link, not its target.
 
     Returns False for a folder that Lightning did not write, which stays.
     """

@@ -18,7 +18,7 @@ class Sample:
         sample_id: unique in the run; it differs between topologies.
         source_id, pass_index: the prompt and the pass over it, the same in every topology: random draws are keyed by them.
         tensors: their first dimension is the sample's length.
-        broken: what to say when they hold NaN or infinity.
+        broken: the error message if they hold NaN or infinity.
     """
 
     sample_id: str

@@ -24,8 +24,8 @@ class DataFlowDataModule(L.LightningDataModule):
     Its state in a checkpoint is the cursor, the first seq that no applied optimizer step has used, and which samples before
     it were skipped or captured again. Batches are dicts of
     tensors; beside what `collate` makes they hold `window_num_tokens`, Σ tokens of the window over all ranks, `next_seq`,
-    the cursor once the window's optimizer step has run, the `source_ids` of their samples, and `broken`, what to say when
-    features of one hold NaN or infinity, or None.
+    the cursor once the window's optimizer step has run, the `source_ids` of their samples, and `broken`, the error
+    message if features of one hold NaN or infinity, else None.
 
     Args:
         source: where references come from, for example `OnlineSource` or `OfflineSource`.

@@ -17,7 +17,7 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def broken_features(tensors: Mapping[str, Tensor], source_id: str, sample_id: str) -> str | None:
-    """The error's line when features of a sample hold a NaN or an infinity."""
+    """The error message if features of a sample hold NaN or infinity; None otherwise."""
     name = first_not_finite(tensors)
     if name is None:
         return None

@@ -31,8 +31,8 @@ class WindowReader:
     """Reads and collates windows, and holds what it read until the optimizer step that used it has run.
 
     A row whose samples were all skipped, or that is empty, is a few tokens without loss weight. Features with NaN or
-    infinity, wherever they were captured, are found here. Raising would leave other ranks waiting: the batch says it, and
-    the optimizer step, where ranks meet, ends the run.
+    infinity are found here, wherever they were captured. Raising would leave other ranks waiting, so the batch carries the
+    message, and the optimizer step, where all ranks meet, ends the run.
 
     Args:
         start: the first seq.
@@ -146,7 +146,7 @@ class WindowReader:
 
 
 def _described(samples: SampleRows) -> Batch:
-    """What an error's line needs: whose batch it is, and what is wrong with its features."""
+    """The batch's sample names, and what is wrong with its features, for error messages."""
     real = [sample for row in samples.rows for sample in row if sample.source_id != SKIPPED]
     return {
         "source_ids": [sample.source_id for sample in real],

@@ -176,8 +176,8 @@ def flex(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
     """Flex attention, compiled on CUDA: query [B, heads, Q, D], key and value [B, kv_heads, K, D]; heads is a multiple of
     kv_heads. Returns [B, heads, Q, D].
 
-    Below 128 queries Inductor chooses the decoding kernel on its own, and finds none for some numbers of heads a kv_head.
-    The general kernel takes any shape.
+    Left to itself, Inductor chooses the decoding kernel below 128 queries, and finds no valid one for some ratios of heads
+    to key-value heads. The general kernel takes any shape.
     """
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -188,8 +188,8 @@ def flex(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
 def flex_mask(
     visible: Callable[..., Tensor], batch: int | None, num_queries: int, num_keys: int, device: torch.device
 ) -> Any:
-    """Flex attention's mask of [num_queries, num_keys] from `visible(row, head, query, key)`, the same for all rows where
-    `batch` is None. Compiled on CUDA: eager, it would hold every entry of the mask."""
+    """Flex attention's mask of [num_queries, num_keys] from `visible(row, head, query, key)`, shared by all rows if `batch`
+    is None. Compiled on CUDA: without compilation it would materialise every entry of the mask."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     # Dynamic from the start: batches have many lengths, and Dynamo gives up on a function after 8 compilations.

@@ -42,8 +42,8 @@ class DraftModule(L.LightningModule):
     numerator · W · A / P (W ranks and A micro-batches, which Lightning divides by, P the window's tokens), and
     `on_before_optimizer_step`, which runs before clipping, multiplies the gradients by P / D.
 
-    A loss or gradient norm that is not finite ends the fit on every rank, before it gets into the weights; weights that are
-    not finite are not saved. Both raise NotFiniteError. Under `16-mixed` precision the gradient's is left to the
+    A loss or gradient norm that is not finite ends the fit on every rank before the weights change. Weights that are not
+    finite are not saved. Both raise NotFiniteError. Under `16-mixed` precision the gradient's is left to the
     GradScaler: it has unscaled gradients by then, and skips the steps that overflow, which is how it finds its scale.
 
     Subclasses set `strategy_name`, build `self.draft` in their constructor, and implement `collate`, `objective` and
@@ -252,7 +252,7 @@ class DraftModule(L.LightningModule):
         self._log_means(means)
 
     def _gradient_norm(self) -> Tensor:
-        """This rank's; NaN where its features are broken, so that all ranks hear of it; 0 under a GradScaler."""
+        """This rank's share. NaN if its features are broken, which the reduction tells every rank; 0 under a GradScaler."""
         norm = gradient_norm(self.parameters())
         if self._samples.broken is not None:
             return torch.full_like(norm, float("nan"))
@@ -271,7 +271,7 @@ class DraftModule(L.LightningModule):
         raise self.failure
 
     def check_weights(self) -> None:
-        """Raise NotFiniteError, on every rank alike, when that has ended the fit, or when a weight of the draft is NaN or
+        """Raise NotFiniteError on every rank if such an error has ended the fit, or if a weight of the draft is NaN or
         infinity. A collective."""
         if self.failure is not None:
             raise self.failure
@@ -285,12 +285,8 @@ class DraftModule(L.LightningModule):
             )
             raise self.failure
 
-    def on_train_end(self) -> None:
-        """Lightning's hook: no loss shows what the last step did."""
-        self.check_weights()
-
     def on_train_epoch_end(self) -> None:
-        """Lightning's hook, the last before an average takes the draft's place."""
+        """Lightning's hook. No loss is computed after the last step, and an average takes the draft's place next."""
         self.check_weights()
         self._trained = end_averages(self.trainer, self)
 

@@ -39,10 +39,10 @@ class WindowSums:
 
 
 class WindowSamples:
-    """Whose step a window is, for the line of an error.
+    """Names of a window's samples, for error messages.
 
     Attributes:
-        broken: what is wrong with features of this rank, as batches say; None where nothing is.
+        broken: what is wrong with this rank's features; None if nothing is.
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class WindowSamples:
         self.broken = self.broken or batch["broken"]
 
     def of_all_ranks(self, world_size: int) -> tuple[str, str | None]:
-        """The samples in words, and what is wrong with the first broken features. A collective."""
+        """The names of all ranks' samples as text, and what is wrong with the first broken features. A collective."""
         mine = (self._names, self.broken)
         found = [mine] * world_size
         if world_size > 1:

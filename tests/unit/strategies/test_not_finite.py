@@ -17,6 +17,7 @@ from lightning_dataflow.contracts import NotFiniteError
 from lightning_dataflow.data import DataFlowDataModule
 from lightning_dataflow.producers import OnlineSource
 from lightning_dataflow.strategies.optimisation import gradient_norm
+from tests.unit.strategies.test_eagle3_module import make_trainer
 
 SPOILS = {"lr": 1e20, "warmup_ratio": 0.0}
 
@@ -85,20 +86,8 @@ def fit(tmp_path, target_path, prompts, target):
         callbacks = [saves(tmp_path)] if callbacks is None else callbacks
         module = cls(str(target_path), **{"draft_vocab_size": 64, "num_steps": 2, "lr": 1e-3} | options)
         data = DataFlowDataModule(OnlineSource(prompts[0], engine), global_batch_size=2, micro_batch_size=1)
-        trainer = trainer_cls(
-            accelerator="cpu",
-            default_root_dir=tmp_path,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            max_steps=max_steps,
-            max_epochs=1,
-            accumulate_grad_batches=2,
-            limit_train_batches=2 * max_steps,
-            callbacks=callbacks,
-            enable_checkpointing=bool(callbacks),
-            plugins=plugins or [],
-        )
+        options = {"callbacks": callbacks, "enable_checkpointing": bool(callbacks), "plugins": plugins or []}
+        trainer = make_trainer(tmp_path, data, max_steps, trainer_cls, **options)
         try:
             trainer.fit(module, data, ckpt_path=ckpt_path)
         except NotFiniteError as error:

@@ -23,12 +23,13 @@ from lightning_dataflow.formats import read_draft
 from lightning_dataflow.models import FrozenTarget
 from lightning_dataflow.objectives import ObjectiveSums
 from lightning_dataflow.strategies.features import check_features
-from lightning_dataflow.strategies.optimisation import adamw, gradient_norm, scale_gradients, warmup_cosine
+from lightning_dataflow.strategies.finite import NumberCheck
+from lightning_dataflow.strategies.optimisation import adamw, scale_gradients, warmup_cosine
 from lightning_dataflow.strategies.registry import StrategySpec, resolve_strategy
 from lightning_dataflow.strategies.sharding import fsdp1_root, full_state_dict, shard_draft
 from lightning_dataflow.strategies.streaming import align_loops, check_averaging, check_trainer
 from lightning_dataflow.strategies.warm_start import check_settings, check_start, choose_layers, load_start
-from lightning_dataflow.strategies.window import WindowSamples, WindowSums
+from lightning_dataflow.strategies.window import WindowSums
 from lightning_dataflow.targets.info import read_target_info, tensor_names
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -60,15 +61,11 @@ class DraftModule(L.LightningModule):
         lr, betas, weight_decay: of AdamW.
         warmup_ratio, min_lr_ratio: warm-up as a share of max_steps, final learning rate as a share of `lr`.
         seed: of the draft's initial weights, which do not depend on the global random state.
-
-    Attributes:
-        failure: what ended the last fit, if a number was not finite; nothing is saved until another fit starts.
     """
 
     strategy_name: ClassVar[str]
     packs: ClassVar[bool] = False
     draft: nn.Module
-    failure: NotFiniteError | None = None
 
     def __init__(
         self,
@@ -99,7 +96,7 @@ class DraftModule(L.LightningModule):
         self._frozen: FrozenTarget | None = None
         self._window = WindowSums()
         self._window_tokens = 0
-        self._samples = WindowSamples()
+        self._numbers = NumberCheck()
         self._initialised = False  # whether the draft's weights are somebody's work
         self._trained: dict[str, Tensor] | None = None  # at the end of training, where an average has taken their place
 
@@ -107,6 +104,11 @@ class DraftModule(L.LightningModule):
     def spec(self) -> StrategySpec:
         """This strategy's entry in the registry."""
         return resolve_strategy(self.strategy_name)
+
+    @property
+    def failure(self) -> NotFiniteError | None:
+        """What ended the last fit, if a number was not finite. Nothing is saved until another fit starts."""
+        return self._numbers.failure
 
     @property
     def frozen_target(self) -> FrozenTarget:
@@ -222,14 +224,13 @@ class DraftModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Lightning's hook."""
-        self.failure = None
+        self._numbers = NumberCheck()
         check_trainer(self.trainer)
 
     def on_train_start(self) -> None:
         """Lightning's hook. What an earlier, interrupted fit left behind is no part of this one."""
         self._window = WindowSums()
         self._trained = None
-        self._samples = WindowSamples()
         self.step_losses = self.step_losses[: self.trainer.global_step]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -239,51 +240,24 @@ class DraftModule(L.LightningModule):
         sums = self.objective(batch, StepContext(global_step=trainer.global_step, total_steps=total_steps))
         self._window.add(sums)
         self._window_tokens = batch["window_num_tokens"]
-        self._samples.add(batch, self._data().next_seq)
+        self._numbers.add(batch, self._data().next_seq)
         return sums.loss.numerator * (trainer.world_size * trainer.accumulate_grad_batches / self._window_tokens)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Lightning's hook: reduce the window's sums once, scale the gradients, log the means."""
-        means, denominator, norm = self._window.reduce(self.trainer.strategy.reduce, self._gradient_norm())
+        means, denominator, norm = self._window.reduce(
+            self.trainer.strategy.reduce, self._numbers.norm(self.parameters(), self.trainer)
+        )
         factor = torch.where(denominator > 0, self._window_tokens / denominator.clamp(min=1e-12), 0)
-        self._check_step(means["loss"], norm * factor)
+        self._numbers.check_step(means["loss"], norm * factor, self.trainer)
         scale_gradients(self.parameters(), factor)
         self.step_losses.append(means["loss"])
         self._log_means(means)
 
-    def _gradient_norm(self) -> Tensor:
-        """This rank's share. NaN if its features are broken, which the reduction tells every rank; 0 under a GradScaler."""
-        norm = gradient_norm(self.parameters())
-        if self._samples.broken is not None:
-            return torch.full_like(norm, float("nan"))
-        has_scaler = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        return torch.zeros_like(norm) if has_scaler else norm
-
-    def _check_step(self, loss: Tensor, norm: Tensor) -> None:
-        """Raise NotFiniteError, on every rank alike, before a step spoils the weights. Waits for the device once."""
-        if torch.stack([loss, norm]).isfinite().all().item():
-            return
-        names, broken = self._samples.of_all_ranks(self.trainer.world_size)
-        what = "the loss" if not loss.isfinite() else "the gradient's norm"
-        remedy = "start again with a lower optimizer.lr or trainer.gradient_clip_val, or without these samples"
-        reason = broken or f"{what} is NaN or infinity: {remedy}"
-        self.failure = NotFiniteError(f"step {self.trainer.global_step + 1}, of {names}: {reason}")
-        raise self.failure
-
     def check_weights(self) -> None:
         """Raise NotFiniteError on every rank if such an error has ended the fit, or if a weight of the draft is NaN or
         infinity. A collective."""
-        if self.failure is not None:
-            raise self.failure
-        name = first_not_finite(dict(self.draft.named_parameters()))
-        found = torch.tensor(float(name is not None), device=self.trainer.strategy.root_device)
-        if self.trainer.strategy.reduce(found, reduce_op="sum") > 0:
-            names, _ = self._samples.of_all_ranks(self.trainer.world_size)
-            self.failure = NotFiniteError(
-                f"step {self.trainer.global_step}, of {names}: the draft's weights hold NaN or infinity "
-                f"({name or 'on another rank'}) and are not saved: start again with a lower optimizer.lr"
-            )
-            raise self.failure
+        self._numbers.check_weights(self.draft, self.trainer)
 
     def on_train_epoch_end(self) -> None:
         """Lightning's hook. No loss is computed after the last step, and an average takes the draft's place next."""

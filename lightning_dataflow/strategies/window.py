@@ -4,13 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
-from lightning_dataflow.data.collate import Batch
 from lightning_dataflow.objectives import ObjectiveSums
-from lightning_dataflow.strategies.warm_start import some
-
-NAMES_SHOWN = 8
 
 
 class WindowSums:
@@ -36,36 +32,3 @@ class WindowSums:
         self._sums = {}
         means = {name: top / bottom.clamp(min=1e-12) for name, (top, bottom) in totals.items()}
         return means, totals["loss"][1], next(parts)[0]
-
-
-class WindowSamples:
-    """Names of a window's samples, for error messages.
-
-    Attributes:
-        broken: what is wrong with this rank's features; None if nothing is.
-    """
-
-    def __init__(self) -> None:
-        self.broken: str | None = None
-        self._seqs = range(0)
-        self._names: list[str] = []  # this rank's
-
-    def add(self, batch: Batch, start: int) -> None:
-        """Add a micro-batch of the window that begins at seq `start`."""
-        seqs = range(start, batch["next_seq"])
-        if self._seqs != seqs:
-            self._seqs, self._names, self.broken = seqs, [], None
-        self._names += batch["source_ids"]
-        self.broken = self.broken or batch["broken"]
-
-    def of_all_ranks(self, world_size: int) -> tuple[str, str | None]:
-        """The names of all ranks' samples as text, and what is wrong with the first broken features. A collective."""
-        mine = (self._names, self.broken)
-        found = [mine] * world_size
-        if world_size > 1:
-            distributed.all_gather_object(found, mine)
-        names = [name for shares, _ in found for name in shares]
-        if not names:
-            return "no samples yet", None
-        broken = next((broken for _, broken in found if broken is not None), None)
-        return f"samples {some(names, NAMES_SHOWN)} (seq {self._seqs.start} to {self._seqs.stop - 1})", broken

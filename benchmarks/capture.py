@@ -14,9 +14,10 @@ from statistics import median
 import torch
 
 from lightning_dataflow.contracts import SampleOrigin
-from lightning_dataflow.stores import LocalMooncake, MooncakeFeatureStore
+from lightning_dataflow.services.mooncake import LocalMooncake
+from lightning_dataflow.services.sglang import LocalSGLang
+from lightning_dataflow.stores import MooncakeFeatureStore
 from lightning_dataflow.targets import SGLangServerTarget, read_target_info
-from lightning_dataflow.targets.sglang_local import LocalSGLang
 
 NUM_PROMPTS, LENGTH, ROUNDS, IN_FLIGHT = 24, 256, 5, 8
 

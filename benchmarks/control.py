@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.references import num_bytes, reference
-from lightning_dataflow.channels import LocalRedis, RedisAddress
-from lightning_dataflow.channels.redis_server import KEYS, RedisServer
 from lightning_dataflow.control import ControlPlane, RunPlan, Watermarks, reconcile_on_restart, resolve_control_plane
+from lightning_dataflow.control.redis.connections import RedisAddress
+from lightning_dataflow.control.redis.server import KEYS, RedisServer
 from lightning_dataflow.data import StreamingRefQueue
 from lightning_dataflow.producers.rollout import IDLE_S
+from lightning_dataflow.services.redis import LocalRedis
 from lightning_dataflow.stores import MemoryFeatureStore
 
 WINDOWS_IN_FLIGHT, REFS_IN_FLIGHT = 8, 4096

@@ -20,15 +20,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lightning_dataflow.contracts import StepContext
-from lightning_dataflow.models import DFlashConfig, DFlashDraft, DominoConfig, DominoDraft, Eagle3Config, Eagle3Draft
-from lightning_dataflow.models.blocks import Span, cut_blocks
-from lightning_dataflow.objectives import (
-    BlockLabels,
-    DFlashObjective,
-    DominoObjective,
-    Eagle3Objective,
-    supervised_positions,
-)
+from lightning_dataflow.strategies.blocks.blocks import Span, cut_blocks
+from lightning_dataflow.strategies.blocks.labels import BlockLabels
+from lightning_dataflow.strategies.dflash.network import DFlashConfig, DFlashDraft
+from lightning_dataflow.strategies.dflash.objective import DFlashObjective
+from lightning_dataflow.strategies.domino.network import DominoConfig, DominoDraft
+from lightning_dataflow.strategies.domino.objective import DominoObjective
+from lightning_dataflow.strategies.eagle3.network import Eagle3Config, Eagle3Draft
+from lightning_dataflow.strategies.eagle3.objective import Eagle3Objective, supervised_positions
 
 FULL = {"hidden_size": 1024, "intermediate_size": 3072, "head_dim": 64, "vocab_size": 32000, "num_aux_layers": 5}
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "vocab_size": 500, "num_aux_layers": 5}

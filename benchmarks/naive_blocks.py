@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_dataflow.models import DFlashDraft, DominoDraft
-from lightning_dataflow.models.layers import RMSNorm, rotate
+from lightning_dataflow.strategies.common.layers import RMSNorm, rotate
+from lightning_dataflow.strategies.dflash.network import DFlashDraft
+from lightning_dataflow.strategies.domino.network import DominoDraft
 
 
 def norm(x: Tensor, layer: RMSNorm) -> Tensor:

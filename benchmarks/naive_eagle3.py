@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_dataflow.models import Eagle3Draft
-from lightning_dataflow.models.layers import rotate
+from lightning_dataflow.strategies.common.layers import rotate
+from lightning_dataflow.strategies.eagle3.network import Eagle3Draft
 
 
 def shift_left(x: Tensor, by: int) -> Tensor:

@@ -20,17 +20,14 @@ from torch import Tensor, nn
 from benchmarks.naive_blocks import naive_dflash, naive_domino
 from benchmarks.naive_eagle3 import naive_eagle3
 from lightning_dataflow.contracts import StepContext
-from lightning_dataflow.models import (
-    DFlashConfig,
-    DFlashDraft,
-    DominoConfig,
-    DominoDraft,
-    DraftVocab,
-    Eagle3Config,
-    Eagle3Draft,
-)
-from lightning_dataflow.models.blocks import cut_blocks
-from lightning_dataflow.objectives import DFlashObjective, DominoObjective, Eagle3Objective, supervised_positions
+from lightning_dataflow.strategies.blocks.blocks import cut_blocks
+from lightning_dataflow.strategies.dflash.network import DFlashConfig, DFlashDraft
+from lightning_dataflow.strategies.dflash.objective import DFlashObjective
+from lightning_dataflow.strategies.domino.network import DominoConfig, DominoDraft
+from lightning_dataflow.strategies.domino.objective import DominoObjective
+from lightning_dataflow.strategies.eagle3.draft_vocab import DraftVocab
+from lightning_dataflow.strategies.eagle3.network import Eagle3Config, Eagle3Draft
+from lightning_dataflow.strategies.eagle3.objective import Eagle3Objective, supervised_positions
 
 HIDDEN, VOCAB, DRAFT_VOCAB, STEPS, BATCH, LENGTH, ANCHORS = 576, 49152, 8192, 7, 2, 512, 64
 SIZES = {

@@ -9,10 +9,11 @@ import tempfile
 import time
 
 from benchmarks.references import reference
-from lightning_dataflow.channels import LocalRedis, RedisChannel
-from lightning_dataflow.channels.heads import SEQ
-from lightning_dataflow.channels.redis_server import RedisServer
 from lightning_dataflow.contracts import LogRecord
+from lightning_dataflow.control.heads import SEQ
+from lightning_dataflow.control.redis.log import RedisChannel
+from lightning_dataflow.control.redis.server import RedisServer
+from lightning_dataflow.services.redis import LocalRedis
 
 
 def counters(server: RedisServer) -> tuple[float, int]:

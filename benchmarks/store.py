@@ -25,8 +25,9 @@ from typing import Any
 import torch
 
 from lightning_dataflow.contracts import CaptureSpec, SampleOrigin
-from lightning_dataflow.stores import LocalMooncake, MooncakeFeatureStore
-from lightning_dataflow.stores.mooncake_client import MooncakeClient
+from lightning_dataflow.services.mooncake import LocalMooncake
+from lightning_dataflow.stores import MooncakeFeatureStore
+from lightning_dataflow.stores.mooncake.client import MooncakeClient
 
 HIDDEN = 2048
 SIZES_MB = (1, 8, 64)

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_dataflow.channels import LocalRedis
-from lightning_dataflow.channels.redis_server import RedisServer
+from lightning_dataflow.control.redis.server import RedisServer
 from lightning_dataflow.prompts import PromptDataset, load_prompts
+from lightning_dataflow.services.redis import LocalRedis
 from lightning_dataflow.targets import HFTargetEngine, load_tokenizer
 from lightning_dataflow.targets.tiny import write_tiny_conversations, write_tiny_target
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from lightning_dataflow.channels import FileChannel, RedisChannel, StreamingRefChannel
 from lightning_dataflow.contracts import CaptureSpec, FeatureSpec, SampleOrigin, SampleRef
 from lightning_dataflow.control import (
     ControlPlane,
@@ -20,6 +19,9 @@ from lightning_dataflow.control import (
     Watermarks,
     resolve_control_plane,
 )
+from lightning_dataflow.control.local.log import FileChannel
+from lightning_dataflow.control.log import StreamingRefChannel
+from lightning_dataflow.control.redis.log import RedisChannel
 from lightning_dataflow.data import FeatureCard, PassOrder, StreamingSource
 from lightning_dataflow.producers import Feed, RolloutWorker
 from lightning_dataflow.producers.capture import FEATURES

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
-from lightning_dataflow.control.base import SILENT_S, MetadataStore
+from lightning_dataflow.control.ledger import SILENT_S, MetadataStore
 from lightning_dataflow.control.processes import is_running, pid_space
 
 log = logging.getLogger(__name__)

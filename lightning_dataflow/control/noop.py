@@ -4,8 +4,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from lightning_dataflow.channels import StreamingRefChannel
-from lightning_dataflow.control.base import Captured, Lease, MetadataStore, RunPlan, Watermarks
+from lightning_dataflow.control.ledger import Captured, Lease, MetadataStore, RunPlan, Watermarks
+from lightning_dataflow.control.log import StreamingRefChannel
 
 
 class NoOpMetadataStore(MetadataStore):

@@ -5,14 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from lightning_dataflow.channels import FileChannel, RedisAddress, RedisChannel, StreamingRefChannel
-from lightning_dataflow.channels.redis_server import PATIENCE_S, RedisServer
 from lightning_dataflow.contracts import LogRecord, SampleRef, UnknownNameError, UserError
 from lightning_dataflow.contracts.log import replaces
-from lightning_dataflow.control.base import MAX_ATTEMPTS, Captured, Lease, MetadataStore, RunPlan, Watermarks
+from lightning_dataflow.control.ledger import MAX_ATTEMPTS, Captured, Lease, MetadataStore, RunPlan, Watermarks
+from lightning_dataflow.control.local.ledger import SqliteMetadataStore
+from lightning_dataflow.control.local.log import FileChannel
+from lightning_dataflow.control.log import StreamingRefChannel
 from lightning_dataflow.control.noop import NoOpMetadataStore
-from lightning_dataflow.control.redis import RedisMetadataStore
-from lightning_dataflow.control.sqlite import SqliteMetadataStore
+from lightning_dataflow.control.redis.connections import RedisAddress
+from lightning_dataflow.control.redis.ledger import RedisMetadataStore
+from lightning_dataflow.control.redis.log import RedisChannel
+from lightning_dataflow.control.redis.server import PATIENCE_S, RedisServer
 
 if TYPE_CHECKING:
     from lightning_dataflow.stores import FeatureStore

@@ -5,8 +5,8 @@ from typing import cast
 
 import numpy as np
 
-from lightning_dataflow.channels.heads import NUM_COLUMNS, NUMBER, SEQ, RecordHead
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.control.heads import NUM_COLUMNS, NUMBER, SEQ, RecordHead
 
 MAX_AHEAD = 1 << 24
 """Seqs that a log may hold beyond the first of interest; memory grows with them."""

@@ -8,8 +8,10 @@ from itertools import count
 
 import numpy as np
 
-from lightning_dataflow.channels.base import POLL_S
-from lightning_dataflow.channels.heads import (
+from lightning_dataflow.contracts import LogRecord, PeerFailedError, PeerTimeoutError, SampleRef, UserError
+from lightning_dataflow.contracts.log import replaces
+from lightning_dataflow.control import ControlPlane
+from lightning_dataflow.control.heads import (
     KINDS,
     MAX_NUMBER,
     NUM_BYTES,
@@ -22,10 +24,8 @@ from lightning_dataflow.channels.heads import (
     heads_in,
     rows_of,
 )
-from lightning_dataflow.contracts import LogRecord, PeerFailedError, PeerTimeoutError, SampleRef, UserError
-from lightning_dataflow.contracts.log import replaces
-from lightning_dataflow.control import ControlPlane
 from lightning_dataflow.control.heartbeat import why_over
+from lightning_dataflow.control.log import POLL_S
 from lightning_dataflow.data.head_table import HeadTable
 from lightning_dataflow.data.source import RefWindow, WindowEntry
 

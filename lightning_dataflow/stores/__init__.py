@@ -2,14 +2,12 @@
 
 from lightning_dataflow.stores.base import FeatureStore, feature_specs
 from lightning_dataflow.stores.memory import MemoryFeatureStore
-from lightning_dataflow.stores.mooncake import MooncakeFeatureStore
-from lightning_dataflow.stores.mooncake_client import StoreUnavailableError
-from lightning_dataflow.stores.mooncake_local import LocalMooncake
+from lightning_dataflow.stores.mooncake.client import StoreUnavailableError
+from lightning_dataflow.stores.mooncake.store import MooncakeFeatureStore
 from lightning_dataflow.stores.shared_dir import SharedDirFeatureStore
 
 __all__ = [
     "FeatureStore",
-    "LocalMooncake",
     "MemoryFeatureStore",
     "MooncakeFeatureStore",
     "SharedDirFeatureStore",

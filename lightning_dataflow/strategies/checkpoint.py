@@ -10,9 +10,9 @@ from torch import Tensor
 from lightning_dataflow.checkpoints.reading import HEADER, read_header
 from lightning_dataflow.contracts import NotFiniteError, UserError
 from lightning_dataflow.data.finite import first_not_finite
-from lightning_dataflow.formats import is_published, read_draft
-from lightning_dataflow.strategies.base import DraftModule
-from lightning_dataflow.strategies.eagle3 import Eagle3Module
+from lightning_dataflow.export.reading import is_published, read_draft
+from lightning_dataflow.strategies.eagle3.module import Eagle3Module
+from lightning_dataflow.strategies.module import DraftModule
 from lightning_dataflow.strategies.registry import resolve_strategy
 from lightning_dataflow.strategies.warm_start import EMBEDDING, same_tensor, some
 

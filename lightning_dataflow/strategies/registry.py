@@ -1,5 +1,6 @@
 """Strategies by name. A new algorithm registers its StrategySpec; no topology, store or launcher knows it."""
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING
 from lightning_dataflow.contracts import UnknownNameError
 
 if TYPE_CHECKING:
-    from lightning_dataflow.strategies.base import DraftModule
+    from lightning_dataflow.strategies.module import DraftModule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,13 @@ class StrategySpec:
     features: tuple[str, ...]
 
 
+_BUILT_IN = {
+    "dflash": "lightning_dataflow.strategies.dflash.module",
+    "domino": "lightning_dataflow.strategies.domino.module",
+    "eagle3": "lightning_dataflow.strategies.eagle3.module",
+}
+"""Modules that register the strategies of this package, imported when one is asked for."""
+
 _SPECS: dict[str, StrategySpec] = {}
 
 
@@ -38,6 +46,8 @@ def register_strategy(spec: StrategySpec) -> StrategySpec:
 
 def resolve_strategy(name: str) -> StrategySpec:
     """The spec of `name`. Raises KeyError listing the names that there are."""
+    if name in _BUILT_IN:
+        importlib.import_module(_BUILT_IN[name])
     try:
         return _SPECS[name]
     except KeyError:
@@ -46,4 +56,4 @@ def resolve_strategy(name: str) -> StrategySpec:
 
 def available_strategies() -> tuple[str, ...]:
     """Registered names, sorted."""
-    return tuple(sorted(_SPECS))
+    return tuple(sorted(_SPECS.keys() | _BUILT_IN.keys()))

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from lightning_dataflow.contracts import NotFiniteError, UserError
 from lightning_dataflow.data.finite import first_not_finite
-from lightning_dataflow.formats import PublishedDraft
-from lightning_dataflow.models import Eagle3Config, FrozenTarget
-from lightning_dataflow.models.dflash import FULL
+from lightning_dataflow.export.reading import PublishedDraft
+from lightning_dataflow.strategies.common.target_tensors import FrozenTarget
+from lightning_dataflow.strategies.dflash.network import FULL
+from lightning_dataflow.strategies.eagle3.network import Eagle3Config
 from lightning_dataflow.targets.info import TargetInfo
 
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dataflow.objectives import ObjectiveSums
+from lightning_dataflow.strategies.common.sums import ObjectiveSums
 
 
 class WindowSums:

@@ -14,7 +14,7 @@ from lightning_dataflow import DraftModule, StrategySpec, register_strategy
 from lightning_dataflow.contracts import StepContext
 from lightning_dataflow.data import SampleRows
 from lightning_dataflow.evaluation import Drafter, Proposal
-from lightning_dataflow.objectives import ObjectiveSums, Quotient
+from lightning_dataflow.strategies.common.sums import ObjectiveSums, Quotient
 
 
 class OneStepDraft(nn.Module):

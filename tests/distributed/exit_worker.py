@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from lightning_dataflow.app.ranks import leave_process_group
+from lightning_dataflow.run.ranks import leave_process_group
 
 distributed.init_process_group("gloo")
 kept = distributed.group.WORLD  # else its last reference ends its threads

@@ -9,7 +9,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 import lightning_dataflow as ldf
-from lightning_dataflow.app.ranks import leave_process_group
+from lightning_dataflow.run.ranks import leave_process_group
 
 
 class OnCPU(FSDPStrategy):

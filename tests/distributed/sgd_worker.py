@@ -9,7 +9,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.tensor import DTensor
 
 import lightning_dataflow as ldf
-from lightning_dataflow.app.ranks import leave_process_group
+from lightning_dataflow.run.ranks import leave_process_group
 
 STEPS, GLOBAL_BATCH = 2, 8
 

@@ -4,8 +4,8 @@ import sys
 
 import lightning as L
 
-from lightning_dataflow.app.train import main
-from lightning_dataflow.strategies import DraftModule
+from lightning_dataflow.cli.train import main
+from lightning_dataflow.strategies.module import DraftModule
 
 LAST_STEP = int(sys.argv.pop(1))
 

@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 from lightning_dataflow.contracts import StepContext
-from lightning_dataflow.models import DFlashConfig, DFlashDraft, DominoConfig, DominoDraft, Eagle3Config, Eagle3Draft
-from lightning_dataflow.models.blocks import Blocks, cut_blocks
-from lightning_dataflow.objectives import DFlashObjective, DominoObjective, Eagle3Objective, ObjectiveSums
-from lightning_dataflow.objectives.eagle3 import TargetRows
+from lightning_dataflow.strategies.blocks.blocks import Blocks, cut_blocks
+from lightning_dataflow.strategies.common.sums import ObjectiveSums
+from lightning_dataflow.strategies.dflash.network import DFlashConfig, DFlashDraft
+from lightning_dataflow.strategies.dflash.objective import DFlashObjective
+from lightning_dataflow.strategies.domino.network import DominoConfig, DominoDraft
+from lightning_dataflow.strategies.domino.objective import DominoObjective
+from lightning_dataflow.strategies.eagle3.network import Eagle3Config, Eagle3Draft
+from lightning_dataflow.strategies.eagle3.objective import Eagle3Objective, TargetRows
 
 
 @dataclass

@@ -12,10 +12,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from lightning_dataflow.channels.redis_local import PROGRAM
 from lightning_dataflow.control.processes import is_running
-from lightning_dataflow.stores.mooncake_client import TRANSFER_SETTINGS
-from lightning_dataflow.stores.mooncake_local import find_program
+from lightning_dataflow.services.mooncake import find_program
+from lightning_dataflow.services.redis import PROGRAM
+from lightning_dataflow.stores.mooncake.client import TRANSFER_SETTINGS
 from tests.processes import TRAIN, environment
 
 NETWORK = "10.213.77"

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from lightning_dataflow import DataFlowTrainer
-from lightning_dataflow.app.train import main
+from lightning_dataflow.cli.train import main
 
 NUMBER, RANK = int(sys.argv.pop(1)), int(sys.argv.pop(1))
 save_tensors, save_checkpoint, saves = torch.save, DataFlowTrainer.save_checkpoint, []

@@ -3,7 +3,7 @@
 import atexit
 import time
 
-from lightning_dataflow.app.train import main
+from lightning_dataflow.cli.train import main
 
 
 def linger() -> None:

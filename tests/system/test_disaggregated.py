@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_dataflow.stores import LocalMooncake
+from lightning_dataflow.services.mooncake import LocalMooncake
 from tests.processes import (
     ROOT,
     TINY,

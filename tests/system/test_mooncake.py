@@ -18,9 +18,9 @@ import pytest
 import torch
 
 from lightning_dataflow.contracts import CapacityError, SampleRef, ref_from_json, ref_to_json
-from lightning_dataflow.stores import LocalMooncake, MooncakeFeatureStore, StoreUnavailableError
-from lightning_dataflow.stores.mooncake_client import MooncakeAdmin
-from lightning_dataflow.stores.mooncake_local import CLIENT_PAUSE_S
+from lightning_dataflow.services.mooncake import CLIENT_PAUSE_S, LocalMooncake
+from lightning_dataflow.stores import MooncakeFeatureStore, StoreUnavailableError
+from lightning_dataflow.stores.mooncake.client import MooncakeAdmin
 from tests.processes import ROOT, environment, long
 from tests.unit.stores.test_contract import origin
 
@@ -31,7 +31,8 @@ import json, os, sys, time
 from dataclasses import replace
 import torch
 from lightning_dataflow.contracts import ref_from_json, ref_to_json
-from lightning_dataflow.stores import LocalMooncake, MooncakeFeatureStore
+from lightning_dataflow.stores import MooncakeFeatureStore
+from lightning_dataflow.services.mooncake import LocalMooncake
 from tests.unit.stores.test_contract import origin
 
 def put(sample_id, value, num_bytes=1 << 20, attempt=0):

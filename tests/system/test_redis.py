@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_dataflow.channels import LocalRedis
+from lightning_dataflow.services.redis import LocalRedis
 from tests.processes import TINY, TRAIN, long, python, result, wait_until
 from tests.system.test_disaggregated import DISAGG, started, status
 from tests.system.test_disaggregated import folder as folder

@@ -18,16 +18,17 @@ import torch
 from lightning_dataflow.contracts import CapacityError, PeerFailedError, PeerGoneError, SampleOrigin, UserError
 from lightning_dataflow.control import RunPlan, resolve_control_plane
 from lightning_dataflow.evaluation import SGLangDecoder
-from lightning_dataflow.evaluation.sglang_server import read_counts, sampling_params
+from lightning_dataflow.evaluation.judges.sglang_server import read_counts, sampling_params
 from lightning_dataflow.evaluation.speculative import greedy_decode
+from lightning_dataflow.services.mooncake import LocalMooncake
+from lightning_dataflow.services.sglang import LocalSGLang
 from lightning_dataflow.sglang_plugin.settings import REST_S
 from lightning_dataflow.sglang_plugin.wire import MAX_ANSWER_BYTES, CaptureRequest
-from lightning_dataflow.stores import LocalMooncake, MooncakeFeatureStore
+from lightning_dataflow.stores import MooncakeFeatureStore
 from lightning_dataflow.targets import HFTargetEngine, SGLangServerTarget
 from lightning_dataflow.targets.conformance import compare_engines, make_prompts, table
 from lightning_dataflow.targets.sglang_engine import SHARED_MEMORY
 from lightning_dataflow.targets.sglang_http import CaptureServer
-from lightning_dataflow.targets.sglang_local import LocalSGLang
 from tests.conftest import LAYER_IDS
 from tests.processes import TINY, TRAIN, environment, heed_ctrl_c, processes_in, python, result, wait_until
 from tests.sglang.environment import ARGUMENTS, VARIABLES, sglang_python

@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_dataflow import DFlashModule, DominoModule, Eagle3Module
-from lightning_dataflow.exports.export import describe
-from lightning_dataflow.formats import resolve_format, write_draft
-from lightning_dataflow.models.cache import DraftCache
-from lightning_dataflow.models.draft_vocab import build_draft_vocab
+from lightning_dataflow.export.export import describe
+from lightning_dataflow.export.folder import write_draft
+from lightning_dataflow.export.registry import resolve_format
+from lightning_dataflow.strategies.common.cache import DraftCache
+from lightning_dataflow.strategies.eagle3.draft_vocab import build_draft_vocab
 from tests.processes import ROOT
 from tests.sglang.environment import VARIABLES, sglang_python
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_dataflow.evaluation import VLLMDecoder, evaluate_acceptance
-from lightning_dataflow.exports import export_draft
+from lightning_dataflow.export.export import export_draft
 from lightning_dataflow.prompts import load_questions
 from lightning_dataflow.strategies.checkpoint import load_module
 from lightning_dataflow.targets import HFTargetEngine, load_tokenizer

@@ -9,47 +9,37 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "lightning_dataflow"
 
-# What each part may import of this package, beside itself.
+# What each folder may import of this package, beside itself.
 ALLOWED = {
     "contracts": set(),
-    "stores": {"contracts", "leash"},
-    "channels": {"contracts", "leash"},
-    "control": {"contracts", "channels", "stores"},
+    "stores": {"contracts"},
     "prompts": {"contracts"},
+    "control": {"contracts", "stores"},
     "sglang_plugin": {"contracts", "stores"},
-    "targets": {"contracts", "leash", "sglang_plugin"},
-    "models": {"contracts"},
-    "objectives": {"contracts", "models"},
-    "data": {"contracts", "stores", "channels", "control"},
-    "producers": {"contracts", "stores", "channels", "control", "prompts", "targets", "data"},
-    "evaluation": {"contracts", "leash", "models", "targets"},
-    "callbacks": {"contracts", "stores", "data", "evaluation", "targets"},
+    "services": {"contracts", "control", "stores", "sglang_plugin"},
+    "targets": {"contracts", "services", "sglang_plugin"},
+    "data": {"contracts", "stores", "control"},
     "checkpoints": {"contracts", "data"},
-    "formats": {"contracts", "models"},
-    "strategies": {
-        "contracts",
-        "checkpoints",
-        "models",
-        "formats",
-        "objectives",
-        "data",
-        "evaluation",
-        "callbacks",
-        "targets",
-    },
-    "exports": {"contracts", "checkpoints", "models", "formats", "strategies"},
-    "app": None,
+    "producers": {"contracts", "stores", "control", "prompts", "targets", "data"},
+    "evaluation": {"contracts", "services", "targets", "strategies"},
+    "strategies": {"contracts", "checkpoints", "data", "evaluation", "targets", "callbacks", "export"},
+    "export": {"contracts", "checkpoints", "strategies"},
+    "callbacks": {"contracts", "stores", "data", "evaluation", "targets"},
+    "config": {"contracts"},
+    "run": None,
+    "supervise": None,
+    "cli": None,
 }
-# Which parts may import a library.
+# Which folders may import a library.
 LIBRARIES = {
-    "hydra": {"app"},
-    "omegaconf": {"app"},
-    "lightning": {"data", "checkpoints", "strategies", "callbacks", "app"},
+    "hydra": {"config", "run", "cli"},
+    "omegaconf": {"config", "run", "cli"},
+    "lightning": {"data", "checkpoints", "strategies", "callbacks", "run", "cli"},
     "sglang": {"sglang_plugin", "targets"},
     "mooncake": {"stores"},
-    "redis": {"channels"},
-    "transformers": {"prompts", "targets", "app"},
-    "matplotlib": {"app"},
+    "redis": {"control"},
+    "transformers": {"prompts", "targets", "run", "cli"},
+    "matplotlib": {"cli"},
 }
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE)
 
@@ -84,11 +74,11 @@ def test_dependencies_point_one_way(path: Path):
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("lightning_dataflow.channels", ["torch", "redis"]),
+        ("lightning_dataflow.control.local.log", ["torch", "redis"]),
         ("lightning_dataflow", ["torch", "lightning", "transformers", "hydra"]),
         ("lightning_dataflow.contracts", ["torch", "numpy"]),
-        ("lightning_dataflow.app.checkpoints", ["torch", "lightning"]),
-        ("lightning_dataflow.app.status", ["torch", "lightning", "hydra"]),
+        ("lightning_dataflow.run.resume", ["torch", "lightning"]),
+        ("lightning_dataflow.cli.status", ["torch", "lightning", "hydra"]),
         ("lightning_dataflow.stores", ["lightning", "hydra", "transformers"]),
         ("lightning_dataflow.sglang_plugin.wire", ["torch"]),
         ("lightning_dataflow.sglang_plugin.hook", ["lightning", "hydra", "transformers"]),

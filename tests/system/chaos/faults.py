@@ -21,15 +21,15 @@ from typing import Any
 
 import torch
 
-from lightning_dataflow.channels import FileChannel
 from lightning_dataflow.checkpoints.files import CheckpointFiles
 from lightning_dataflow.contracts import CapacityError, SampleOrigin
 from lightning_dataflow.control import ControlPlane
-from lightning_dataflow.control.redis import RedisMetadataStore
+from lightning_dataflow.control.local.log import FileChannel
+from lightning_dataflow.control.redis.ledger import RedisMetadataStore
 from lightning_dataflow.data import DataFlowDataModule
 from lightning_dataflow.producers import feeds
 from lightning_dataflow.stores import MooncakeFeatureStore
-from lightning_dataflow.strategies import DraftModule
+from lightning_dataflow.strategies.module import DraftModule
 
 FOLDER = Path(os.environ["CHAOS"])
 MOMENTS: dict[str, dict[str, tuple[Any, str]]] = {

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from lightning_dataflow.channels import LocalRedis
-from lightning_dataflow.channels.redis_server import RedisServer
-from lightning_dataflow.stores import LocalMooncake
+from lightning_dataflow.control.redis.server import RedisServer
+from lightning_dataflow.services.mooncake import LocalMooncake
+from lightning_dataflow.services.redis import LocalRedis
 from tests.processes import TRAIN, environment, processes_in, wait_until
 
 Fault = Mapping[str, Any]

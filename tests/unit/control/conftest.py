@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_dataflow.channels.redis_server import RedisServer
 from lightning_dataflow.control import MetadataStore, RedisMetadataStore, SqliteMetadataStore
+from lightning_dataflow.control.redis.server import RedisServer
 
 
 @pytest.fixture(params=["sqlite", "redis"])

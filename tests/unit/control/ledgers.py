@@ -5,13 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_dataflow.contracts import LogRecord
-from lightning_dataflow.control import (
-    Captured,
-    Lease,
-    MetadataStore,
-    RunPlan,
-    Watermarks,
-)
+from lightning_dataflow.control import Captured, Lease, MetadataStore, RunPlan, Watermarks
 from tests.streams import WIDE, log_of, make_ref
 
 SIZE = 10

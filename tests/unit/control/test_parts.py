@@ -7,12 +7,10 @@ import time
 
 import pytest
 
-from lightning_dataflow.channels.redis_server import RedisServer
 from lightning_dataflow.contracts import PeerTimeoutError, UserError
-from lightning_dataflow.control import (
-    RedisMetadataStore,
-)
+from lightning_dataflow.control import RedisMetadataStore
 from lightning_dataflow.control.heartbeat import Heartbeat, become_trainer, check_no_other_trainer, why_over
+from lightning_dataflow.control.redis.server import RedisServer
 from tests.unit.control.ledgers import HOST, begin, lease
 
 
@@ -212,7 +210,7 @@ def test_another_trainer_on_another_host(redis_run, monkeypatch):
     monkeypatch.setattr("lightning_dataflow.control.heartbeat.FRESH_S", 1.0)
     monkeypatch.setattr("lightning_dataflow.control.heartbeat.CLOSE_S", 0.1)
     with monkeypatch.context() as patch:
-        patch.setattr("lightning_dataflow.control.redis.pid_space", lambda: "another host's")
+        patch.setattr("lightning_dataflow.control.redis.ledger.pid_space", lambda: "another host's")
         ledger.report("trainer-0", "training")
         start = time.monotonic()
         check_no_other_trainer(ledger, "run")

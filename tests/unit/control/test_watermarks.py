@@ -5,10 +5,7 @@ import random
 import pytest
 
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.control import (
-    Lease,
-    Watermarks,
-)
+from lightning_dataflow.control import Lease, Watermarks
 from tests.unit.control.ledgers import SIZE, begin, commit, give_back, in_flight, lease
 
 

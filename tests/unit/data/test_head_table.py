@@ -5,8 +5,8 @@ import random
 import numpy as np
 import pytest
 
-from lightning_dataflow.channels.heads import REF, RecordHead, heads_in, rows_of
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.control.heads import REF, RecordHead, heads_in, rows_of
 from lightning_dataflow.data.head_table import MAX_AHEAD, HeadTable
 
 

@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from lightning_dataflow.channels import RedisChannel
 from lightning_dataflow.contracts import LogRecord, PeerFailedError, PeerTimeoutError, UserError
 from lightning_dataflow.control import ControlPlane, RedisMetadataStore
+from lightning_dataflow.control.redis.log import RedisChannel
 from lightning_dataflow.data import StreamingRefQueue, rank_slice
 from lightning_dataflow.data import queue as queue_module
 from lightning_dataflow.data.queue import QueueCancelledError

@@ -12,7 +12,7 @@ from lightning_dataflow.data.reader import STAND_IN_TOKENS, WindowReader
 from lightning_dataflow.data.source import RefWindow, WindowEntry
 from lightning_dataflow.producers import OnlineSource
 from lightning_dataflow.stores import MemoryFeatureStore, SharedDirFeatureStore
-from lightning_dataflow.strategies import Eagle3Module
+from lightning_dataflow.strategies.eagle3.module import Eagle3Module
 from tests.streams import ORDER, PLAN, SeqFeed, make_source, make_worker, memory_plane
 
 

@@ -5,9 +5,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.evaluation import ChainDrafter, NoDrafter, SpeculativeDecoder, evaluate_acceptance
+from lightning_dataflow.evaluation import NoDrafter, SpeculativeDecoder, evaluate_acceptance
 from lightning_dataflow.evaluation.speculative import greedy_decode
-from lightning_dataflow.models import Eagle3Config, Eagle3Draft, FrozenTarget
+from lightning_dataflow.strategies.common.target_tensors import FrozenTarget
+from lightning_dataflow.strategies.eagle3.drafter import ChainDrafter
+from lightning_dataflow.strategies.eagle3.network import Eagle3Config, Eagle3Draft
 from lightning_dataflow.targets import HFTargetEngine
 from tests.unit.evaluation.test_block import make_drafter as make_block_drafter
 from tests.unit.evaluation.test_block import train_on

@@ -4,11 +4,15 @@ import pytest
 import torch
 
 from lightning_dataflow.contracts import StepContext, UserError
-from lightning_dataflow.evaluation import BlockDrafter, DominoDrafter, SpeculativeDecoder, evaluate_acceptance
+from lightning_dataflow.evaluation import SpeculativeDecoder, evaluate_acceptance
 from lightning_dataflow.evaluation.speculative import greedy_decode
-from lightning_dataflow.models import DFlashConfig, DFlashDraft, DominoConfig, DominoDraft, FrozenTarget
-from lightning_dataflow.models.blocks import cut_blocks
-from lightning_dataflow.objectives import DFlashObjective, DominoObjective
+from lightning_dataflow.strategies.blocks.blocks import cut_blocks
+from lightning_dataflow.strategies.blocks.drafter import BlockDrafter, DominoDrafter
+from lightning_dataflow.strategies.common.target_tensors import FrozenTarget
+from lightning_dataflow.strategies.dflash.network import DFlashConfig, DFlashDraft
+from lightning_dataflow.strategies.dflash.objective import DFlashObjective
+from lightning_dataflow.strategies.domino.network import DominoConfig, DominoDraft
+from lightning_dataflow.strategies.domino.objective import DominoObjective
 from lightning_dataflow.targets.hf import TargetSession
 
 KINDS = ["dflash", "sliding", "domino", "shifted"]

@@ -7,7 +7,7 @@ import pytest
 
 from lightning_dataflow.contracts import PeerFailedError, UserError
 from lightning_dataflow.evaluation import SGLangDecoder
-from lightning_dataflow.evaluation.sglang_server import read_counts
+from lightning_dataflow.evaluation.judges.sglang_server import read_counts
 from tests.sglang.speculating import INFO, SpeculatingServer
 
 

@@ -2,9 +2,12 @@ import pytest
 import torch
 
 from lightning_dataflow.contracts import NotFiniteError
-from lightning_dataflow.evaluation import ChainDrafter, Drafter, SpeculativeDecoder, evaluate_acceptance
+from lightning_dataflow.evaluation import Drafter, SpeculativeDecoder, evaluate_acceptance
 from lightning_dataflow.evaluation.speculative import Proposal, greedy_decode, rejection_sample
-from lightning_dataflow.models import Eagle3Config, Eagle3Draft, FrozenTarget, build_draft_vocab
+from lightning_dataflow.strategies.common.target_tensors import FrozenTarget
+from lightning_dataflow.strategies.eagle3.draft_vocab import build_draft_vocab
+from lightning_dataflow.strategies.eagle3.drafter import ChainDrafter
+from lightning_dataflow.strategies.eagle3.network import Eagle3Config, Eagle3Draft
 from lightning_dataflow.targets import HFTargetEngine
 from lightning_dataflow.targets.hf import TargetSession
 

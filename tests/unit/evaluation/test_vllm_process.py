@@ -8,8 +8,8 @@ import pytest
 
 from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
 from lightning_dataflow.evaluation import VLLMDecoder
-from lightning_dataflow.evaluation.vllm_process import find_python
-from lightning_dataflow.evaluation.vllm_worker import rounds
+from lightning_dataflow.evaluation.judges.vllm_process import find_python
+from lightning_dataflow.evaluation.judges.vllm_worker import rounds
 
 
 def decoder(folder, **options):

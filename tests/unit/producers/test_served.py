@@ -6,16 +6,11 @@ import time
 
 import pytest
 
-from lightning_dataflow.app import producer
-from lightning_dataflow.app.producer import run_all
 from lightning_dataflow.producers import ServedFeed, rollout
+from lightning_dataflow.run import producer
+from lightning_dataflow.run.producer import run_all
 from tests.streams import SeqFeed, begin, make_worker, memory_plane
-from tests.unit.targets.test_sglang_server import (  # noqa: F401 (fixtures)
-    answer_with,
-    connect,
-    servers,
-    store,
-)
+from tests.unit.targets.test_sglang_server import answer_with, connect, servers, store  # noqa: F401 (fixtures)
 
 NUM_SAMPLES = 12
 

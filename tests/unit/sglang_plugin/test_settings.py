@@ -5,10 +5,11 @@ import time
 import pytest
 
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.services.mooncake import LocalMooncake
 from lightning_dataflow.sglang_plugin import settings
 from lightning_dataflow.sglang_plugin.settings import ServerStores, read_settings
 from lightning_dataflow.sglang_plugin.wire import SERVER_FILE
-from lightning_dataflow.stores import LocalMooncake, SharedDirFeatureStore, StoreUnavailableError
+from lightning_dataflow.stores import SharedDirFeatureStore, StoreUnavailableError
 from tests.streams import make_origin, make_tensors
 
 

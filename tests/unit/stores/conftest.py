@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from lightning_dataflow.stores import LocalMooncake, MooncakeFeatureStore
+from lightning_dataflow.services.mooncake import LocalMooncake
+from lightning_dataflow.stores import MooncakeFeatureStore
 
 
 @pytest.fixture(scope="session")

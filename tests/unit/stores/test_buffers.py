@@ -7,7 +7,14 @@ import threading
 import pytest
 import torch
 
-from lightning_dataflow.stores.buffers import Block, BufferPool, PageAllocator, RegisteredMemory, offsets, size_class
+from lightning_dataflow.stores.mooncake.buffers import (
+    Block,
+    BufferPool,
+    PageAllocator,
+    RegisteredMemory,
+    offsets,
+    size_class,
+)
 
 
 class Registry:

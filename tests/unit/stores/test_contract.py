@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from lightning_dataflow.contracts import CapacityError, CaptureSpec, FeatureHandle, SampleOrigin, UserError
-from lightning_dataflow.stores import FeatureStore, LocalMooncake, MemoryFeatureStore, SharedDirFeatureStore
+from lightning_dataflow.services.mooncake import LocalMooncake
+from lightning_dataflow.stores import FeatureStore, MemoryFeatureStore, SharedDirFeatureStore
 from tests.unit.stores.conftest import VARIANTS, attach
 
 DTYPES = [

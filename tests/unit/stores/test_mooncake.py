@@ -11,18 +11,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lightning_dataflow.app.command import typed
-from lightning_dataflow.app.topologies import control_plane, shared_store
+from lightning_dataflow.cli.hydra_command import typed
 from lightning_dataflow.contracts import CapacityError, UserError
-from lightning_dataflow.stores import LocalMooncake, MooncakeFeatureStore
-from lightning_dataflow.stores.mooncake_client import (
-    NOT_FOUND,
-    PUT_TRIES,
-    MooncakeAdmin,
-    StoreUnavailableError,
-)
-from lightning_dataflow.stores.mooncake_keys import _at_most
-from tests.unit.app.test_config import make
+from lightning_dataflow.run.streams import control_plane, shared_store
+from lightning_dataflow.services.mooncake import LocalMooncake
+from lightning_dataflow.stores import MooncakeFeatureStore
+from lightning_dataflow.stores.mooncake.client import NOT_FOUND, PUT_TRIES, MooncakeAdmin, StoreUnavailableError
+from lightning_dataflow.stores.mooncake.keys import _at_most
+from tests.unit.config.test_config import make
 from tests.unit.stores.conftest import VARIANTS, attach
 from tests.unit.stores.test_contract import origin, tensors
 
@@ -289,7 +285,7 @@ class TestLocalMooncake:
             LocalMooncake(capacity_bytes=1 << 20, log_dir=tmp_path)
 
     def test_a_part_that_does_not_start(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("lightning_dataflow.stores.mooncake_local.find_program", lambda name: "/bin/false")
+        monkeypatch.setattr("lightning_dataflow.services.mooncake.find_program", lambda name: "/bin/false")
         with pytest.raises(UserError, match=r"mooncake_master exited with status 1; .*mooncake_master\.log ends") as caught:
             LocalMooncake(capacity_bytes=16 << 20, log_dir=tmp_path)
         assert "\n" not in str(caught.value)
@@ -298,7 +294,7 @@ class TestLocalMooncake:
         script = tmp_path / "sleeper"
         script.write_text("#!/bin/sh\necho waiting for nothing\nexec sleep 60\n")
         script.chmod(0o755)
-        monkeypatch.setattr("lightning_dataflow.stores.mooncake_local.find_program", lambda name: str(script))
+        monkeypatch.setattr("lightning_dataflow.services.mooncake.find_program", lambda name: str(script))
         began = time.monotonic()
         with pytest.raises(UserError, match=r"mooncake_master is not ready in time; .*waiting for nothing"):
             LocalMooncake(capacity_bytes=16 << 20, log_dir=tmp_path, start_timeout_s=0.5)

@@ -8,12 +8,15 @@ import torch
 
 from lightning_dataflow.contracts import StepContext, UserError
 from lightning_dataflow.data import DataFlowDataModule, OfflineSource, Sample, SampleRows
-from lightning_dataflow.objectives import DFlashObjective, DominoObjective
 from lightning_dataflow.producers import OnlineSource, capture_to_folder
-from lightning_dataflow.strategies import DFlashModule, DominoModule, resolve_strategy
-from lightning_dataflow.strategies.anchors import draw_anchors
+from lightning_dataflow.strategies.blocks.anchors import draw_anchors
+from lightning_dataflow.strategies.blocks.mask_token import choose_mask_token
 from lightning_dataflow.strategies.checkpoint import load_module
-from lightning_dataflow.strategies.mask_token import choose_mask_token
+from lightning_dataflow.strategies.dflash.module import DFlashModule
+from lightning_dataflow.strategies.dflash.objective import DFlashObjective
+from lightning_dataflow.strategies.domino.module import DominoModule
+from lightning_dataflow.strategies.domino.objective import DominoObjective
+from lightning_dataflow.strategies.registry import resolve_strategy
 from lightning_dataflow.targets import HFTargetEngine
 
 GLOBAL_BATCH, NUM_STEPS = 4, 2

@@ -10,8 +10,8 @@ from lightning_dataflow.callbacks import AcceptanceEvaluation, ResultWriter
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.data import DataFlowDataModule
 from lightning_dataflow.producers import OnlineSource
-from lightning_dataflow.strategies import Eagle3Module
 from lightning_dataflow.strategies.checkpoint import load_module
+from lightning_dataflow.strategies.eagle3.module import Eagle3Module
 
 GLOBAL_BATCH = 4
 

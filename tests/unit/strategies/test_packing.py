@@ -10,7 +10,10 @@ from lightning_dataflow.callbacks import ResultWriter
 from lightning_dataflow.contracts import StepContext, UserError
 from lightning_dataflow.data import DataFlowDataModule
 from lightning_dataflow.producers import OnlineSource
-from lightning_dataflow.strategies import DFlashModule, DominoModule, DraftModule, Eagle3Module
+from lightning_dataflow.strategies.dflash.module import DFlashModule
+from lightning_dataflow.strategies.domino.module import DominoModule
+from lightning_dataflow.strategies.eagle3.module import Eagle3Module
+from lightning_dataflow.strategies.module import DraftModule
 from lightning_dataflow.targets import HFTargetEngine
 
 BLOCKS = {"num_layers": 2, "block_size": 6, "num_anchors": 12}

@@ -2,12 +2,8 @@ from dataclasses import replace
 
 import pytest
 
-from lightning_dataflow.strategies import (
-    Eagle3Module,
-    available_strategies,
-    register_strategy,
-    resolve_strategy,
-)
+from lightning_dataflow.strategies.eagle3.module import Eagle3Module
+from lightning_dataflow.strategies.registry import available_strategies, register_strategy, resolve_strategy
 
 
 def test_eagle3_is_there():

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from lightning_dataflow.contracts import CapacityError, PeerGoneError, UserError, ref_to_json
+from lightning_dataflow.services.sglang import LocalSGLang
 from lightning_dataflow.sglang_plugin.wire import longest_prompt, token_digest
 from lightning_dataflow.stores import MemoryFeatureStore
 from lightning_dataflow.targets.sglang_engine import take_all
-from lightning_dataflow.targets.sglang_local import LocalSGLang
 from tests.streams import make_origin, make_tensors
 
 

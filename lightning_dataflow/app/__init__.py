@@ -1,1 +1,0 @@
-"""Commands and configuration. The only place that imports hydra."""

@@ -1,0 +1,178 @@
+"""Who decodes for the `evaluate` command."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from lightning_dataflow.contracts import UserError
+from lightning_dataflow.evaluation import AcceptanceReport, SGLangDecoder, VLLMDecoder, evaluate_acceptance
+from lightning_dataflow.evaluation.judges.vllm_process import Decoded, find_python, room_for
+from lightning_dataflow.evaluation.speculative import check_num_draft_tokens
+from lightning_dataflow.export.export import export_draft
+from lightning_dataflow.export.reading import is_published, read_draft
+from lightning_dataflow.run.target import read_api_key
+from lightning_dataflow.strategies.checkpoint import load_module
+from lightning_dataflow.targets import HFTargetEngine
+from lightning_dataflow.targets.hf import check_dtype
+from lightning_dataflow.targets.info import read_eos_token_ids
+
+if TYPE_CHECKING:
+    from lightning_dataflow.cli.evaluate import Draft
+    from lightning_dataflow.run.builder import Builder
+
+VLLM_FORMATS = ("vllm", "speculators")
+
+
+class Backend(Protocol):
+    """Measures drafts one after the other.
+
+    Attributes:
+        unused: settings of `evaluate` that it does not heed; `seed` too.
+        room: positions of the target behind the last token of an output, for proposals.
+    """
+
+    unused: ClassVar[tuple[str, ...]]
+    room: int
+
+    def measure(self, draft: "Draft", prompts: Sequence[Sequence[int]]) -> AcceptanceReport:
+        """Decode every prompt."""
+
+
+def make_backend(parts: "Builder") -> Backend:
+    """By `evaluate.backend`. Raises UserError where a setting is missing that it needs."""
+    kinds: dict[str, Callable[[Builder], Backend]] = {"hf": HFBackend, "vllm": VLLMBackend, "sglang_server": SGLangBackend}
+    return kinds[parts.config.evaluate.backend](parts)
+
+
+class HFBackend:
+    """This package, with the target in transformers."""
+
+    unused: ClassVar[tuple[str, ...]] = ("python", "vllm_args", "url", "baseline_url", "timeout_s")
+
+    def __init__(self, parts: "Builder"):
+        check_dtype(parts.config.evaluate.dtype, "evaluate.dtype")
+        self.parts = parts
+        self.room = parts.config.evaluate.num_draft_tokens
+        self.target: HFTargetEngine | None = None
+
+    def measure(self, draft: "Draft", prompts: Sequence[Sequence[int]]) -> AcceptanceReport:
+        """See Backend."""
+        config, options = self.parts.config, self.parts.config.evaluate
+        module = load_module(draft.path, target=config.target.path)
+        self.parts.layer_ids = module.layer_ids
+        if self.target is None:
+            self.target = self.parts.evaluation_target()
+        self.target.set_capture_layers(module.layer_ids)
+        module.load_frozen_target(self.target.device)
+        return evaluate_acceptance(
+            self.target,
+            module.to(self.target.device).drafter(num_draft_tokens=options.num_draft_tokens),
+            prompts,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            seed=config.seed,
+            batch_size=options.batch_size,
+            baseline=options.baseline,
+            progress=lambda done, total: print(f"\rdecoded {done}/{total}", end="\n" * (done == total), flush=True),
+        )
+
+
+class VLLMBackend:
+    """vLLM, in an environment of its own. What is no folder that it reads is exported for as long as it takes."""
+
+    unused: ClassVar[tuple[str, ...]] = ("url", "baseline_url")
+
+    def __init__(self, parts: "Builder"):
+        config, options = parts.config, parts.config.evaluate
+        check_dtype(options.dtype, "evaluate.dtype")
+        self.parts = parts
+        self.room = room_for(options.num_draft_tokens)
+        self.plain: Decoded | None = None
+        if not isinstance(options.vllm_args, dict | None):
+            raise UserError(
+                f"evaluate.vllm_args={options.vllm_args}: give arguments of vllm.LLM, such as {{max_model_len: 2048}}"
+            )
+        self.decoder = VLLMDecoder(
+            python=find_python(options.python),
+            target=str(Path(config.target.path).absolute()),
+            dtype=options.dtype,
+            folder=Path(config.run_dir),
+            max_new_tokens=options.max_new_tokens,
+            stop_token_ids=read_eos_token_ids(config.target.path),
+            temperature=options.temperature,
+            seed=config.seed,
+            batch_size=options.batch_size,
+            engine_args=options.vllm_args or {},
+            timeout_s=options.timeout_s,
+        )
+
+    def measure(self, draft: "Draft", prompts: Sequence[Sequence[int]]) -> AcceptanceReport:
+        """See Backend."""
+        options = self.parts.config.evaluate
+        with self._folder(draft) as folder:
+            published = read_draft(folder)
+            check_num_draft_tokens(options.num_draft_tokens, block_size=published.network.get("block_size"))
+            if options.baseline and self.plain is None:
+                self.plain = self.decoder.decode(prompts)
+            return self.decoder.evaluate(
+                str(folder.absolute()),
+                published.strategy,
+                prompts,
+                num_draft_tokens=options.num_draft_tokens,
+                num_layers=published.network.get("num_layers", 1),
+                plain=self.plain,
+            )
+
+    @contextmanager
+    def _folder(self, draft: "Draft") -> Iterator[Path]:
+        """As vLLM reads it. Raises UserError where it is not whole or of another target, which vLLM may not notice."""
+        target = self.parts.config.target.path
+        if is_published(draft.path) and read_draft(draft.path).format in VLLM_FORMATS:
+            load_module(draft.path, target=target)
+            yield draft.path
+            return
+        run = Path(self.parts.config.run_dir)
+        run.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".exported-", dir=run) as folder:  # a disk with room for checkpoints
+            yield export_draft(draft.path, Path(folder) / "draft", engine="vllm", dtype="float32", target=target)
+
+
+class SGLangBackend:
+    """A running SGLang server, which has its draft, its K and its dtype, and draws as it likes."""
+
+    unused: ClassVar[tuple[str, ...]] = (
+        "checkpoint",
+        "num_draft_tokens",
+        "dtype",
+        "baseline",
+        "seed",
+        "python",
+        "vllm_args",
+    )
+
+    def __init__(self, parts: "Builder"):
+        config, options = parts.config, parts.config.evaluate
+        self.parts = parts
+        if options.url is None:
+            raise UserError("backend sglang_server needs a server that speculates: set evaluate.url=http://HOST:PORT")
+        key = read_api_key(config.target)
+        self.decoder = SGLangDecoder(url=options.url, api_key=key, timeout_s=options.timeout_s)
+        self.plain = None
+        if options.baseline_url is not None:
+            self.plain = SGLangDecoder(url=options.baseline_url, api_key=key, timeout_s=options.timeout_s)
+        self.stop_token_ids = read_eos_token_ids(config.target.path)
+        self.room = self.decoder.num_draft_tokens() or 0  # a server without any is refused when it should decode
+
+    def measure(self, draft: "Draft", prompts: Sequence[Sequence[int]]) -> AcceptanceReport:
+        """See Backend."""
+        options = self.parts.config.evaluate
+        return self.decoder.evaluate(
+            prompts,
+            max_new_tokens=options.max_new_tokens,
+            stop_token_ids=self.stop_token_ids,
+            temperature=options.temperature,
+            batch_size=options.batch_size,
+            plain=self.plain,
+        )

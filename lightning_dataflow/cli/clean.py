@@ -1,0 +1,42 @@
+"""The `clean` command: remove what a run that nobody resumes left in Redis."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from lightning_dataflow.cli.redis_runs import add_arguments, address, in_arguments, open_run
+from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
+from lightning_dataflow.control import RedisMetadataStore
+from lightning_dataflow.control.heartbeat import FRESH_S
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Remove a run's keys from a Redis, unless one of its processes is alive."""
+    parser = argparse.ArgumentParser(prog="lightning-dataflow clean", description=__doc__)
+    parser.add_argument("run", help="name of the run; `lightning-dataflow status --redis HOST:PORT` lists them")
+    add_arguments(parser)
+    options = parser.parse_args(arguments)
+    if options.redis is None:
+        parser.error(
+            "--redis HOST:PORT says where the run is; one with a Redis of its own is all in its folder: delete that"
+        )
+    try:
+        print(clean(options))
+    except (UserError, PermissionError, PeerTimeoutError, PeerFailedError) as error:
+        print(f"error: {in_arguments(str(error))}", file=sys.stderr)
+        sys.exit(1)
+
+
+def clean(options: argparse.Namespace) -> str:
+    """Remove the run; returns what was removed. Raises UserError while it is alive."""
+    server = open_run(address(options), options.run)
+    status = RedisMetadataStore(server).status()
+    for part in sorted(status["parts"], key=lambda part: part["seen_s_ago"]):
+        if part["seen_s_ago"] < FRESH_S and not status["finished"]:
+            raise UserError(
+                f"run {options.run} is alive: {part['name']} on {part['host']} was seen {part['seen_s_ago']:.0f} s ago "
+                f"({part['state']}); end it first, and wait {FRESH_S:.0f} s"
+            )
+    sizes = server.ask_all([("MEMORY", "USAGE", key, "SAMPLES", 0) for key in server.keys])
+    num_keys = server.ask("DEL", *server.keys)
+    return f"removed run {options.run}: {num_keys} keys, {sum(size or 0 for size in sizes) / 1e6:.1f} MB"

@@ -1,0 +1,177 @@
+"""The `evaluate` command: acceptance and speed-up of drafts, decoded by this package, vLLM or an SGLang server."""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_dataflow.checkpoints.markers import has_marker, incomplete
+from lightning_dataflow.cli.hydra_command import command
+from lightning_dataflow.config.schema import TrainConfig
+from lightning_dataflow.contracts import UserError, strict_json
+
+if TYPE_CHECKING:
+    from lightning_dataflow.run.builder import Builder
+
+BACKENDS = ("hf", "vllm", "sglang_server")
+OF_TRAINING = ("every_n_steps",)
+SHARES, WIDTH = "acceptance_per_position", 28
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """One draft to measure.
+
+    Attributes:
+        name: for the table.
+        step: of the training that it comes from; None when not known.
+    """
+
+    name: str
+    path: Path
+    step: int | None
+
+
+def evaluate(config: TrainConfig, settings: dict[str, Any]) -> None:
+    """Decode prompts with every draft, print a table, and write JSON and a figure if asked to.
+
+    What was measured before a draft fails is in the JSON, and in the table.
+    """
+    from lightning_dataflow.cli.backends import make_backend
+    from lightning_dataflow.cli.figure import draw_measurements
+    from lightning_dataflow.evaluation.acceptance import check_decoding
+    from lightning_dataflow.run.builder import Builder
+
+    options = config.evaluate
+    check_decoding(max_new_tokens=options.max_new_tokens, temperature=options.temperature, batch_size=options.batch_size)
+    drafts = find_drafts(config)
+    output = None if options.output is None else _output_file(options.output)
+    parts = Builder(config, settings)
+    measurements: list[dict[str, Any]] = []
+    try:
+        with parts.resources:
+            backend = make_backend(parts)
+            prompts = _read_prompts(parts, backend.room)
+            used = settings["evaluate"] | {"seed": config.seed}
+            used = {name: value for name, value in used.items() if name not in (*backend.unused, *OF_TRAINING)}
+            for number, draft in enumerate(drafts, start=1):
+                report = backend.measure(draft, prompts)
+                measurements.append({"name": draft.name, "step": draft.step, **report.to_json()})
+                if output is not None:
+                    output.write_text(strict_json({"measurements": measurements, "settings": used}, indent=1) + "\n")
+                if len(drafts) > 1:
+                    told = f"acceptance length {report.acceptance_length:.3f}, {number} of {len(drafts)} drafts"
+                    print(f"{draft.name}: {told}", flush=True)
+    finally:
+        if measurements:
+            print(table(measurements), flush=True)
+    if output is not None:
+        draw_measurements(measurements, output.with_suffix(".png"))
+
+
+def find_drafts(config: TrainConfig) -> list[Draft]:
+    """What `evaluate.checkpoint` names: a draft, or those of a run by step. Raises UserError for what is none."""
+    options = config.evaluate
+    if options.backend not in BACKENDS:
+        raise UserError(f"evaluate.backend={options.backend} is unknown: use one of {', '.join(BACKENDS)}")
+    if options.backend == "sglang_server":
+        if options.checkpoint is not None:
+            raise UserError(
+                "evaluate.checkpoint with backend sglang_server: the server was started with its draft, leave it out"
+            )
+        return [Draft(name=str(options.url), path=Path(), step=None)]
+    if options.checkpoint is None:
+        raise UserError(
+            "evaluate needs a draft: set evaluate.checkpoint to a checkpoint, a run's folder, or an exported folder"
+        )
+    path = Path(options.checkpoint)
+    if (path / "checkpoints").is_dir():
+        found = [one for one in (path / "checkpoints").glob("*.ckpt") if has_marker(one) and incomplete(one) is None]
+        if not found:
+            raise UserError(f"no complete checkpoint in {path / 'checkpoints'}: name one by its own path")
+        drafts = [Draft(name=one.stem, path=one, step=_step(one)) for one in sorted(found)]
+        by_step = {draft.step or draft.name: draft for draft in drafts}  # the best one may be there twice
+        return sorted(by_step.values(), key=lambda draft: (draft.step or 0, draft.name))
+    if not path.exists():
+        raise UserError(f"evaluate.checkpoint={path} does not exist: give a checkpoint, a run's folder, or an exported one")
+    name = Path(os.path.abspath(path)).name.removesuffix(".ckpt")  # of `.` too
+    return [Draft(name=name, path=path, step=_step(path))]
+
+
+def table(measurements: Sequence[dict[str, Any]]) -> str:
+    """A line a quantity, a column a draft."""
+    rows: dict[str, list[str]] = {}
+    for name in measurements[0]:
+        if name in (SHARES, "accepted_per_position"):
+            for position in range(len(measurements[0][name])):
+                label = f"{'accepted' if name == SHARES else 'num_accepted'}_{position + 1}"
+                rows[label] = [_shown(one[name][position]) for one in measurements]
+        elif any(one[name] is not None for one in measurements):
+            rows[name] = [_shown(one[name]) for one in measurements]
+    widths = [max(len(row[column]) for row in rows.values()) for column in range(len(measurements))]
+    return "\n".join(
+        f"{name:{WIDTH}}" + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for name, row in rows.items()
+    )
+
+
+def _output_file(name: str) -> Path:
+    """`evaluate.output`, if JSON and a figure beside it can be written there."""
+    file = Path(name)
+    if not name or file.is_dir():
+        raise UserError(f"evaluate.output={name} is no name of a file: name a JSON file, such as {file / 'report.json'}")
+    figure = file.with_suffix(".png")
+    if file.suffix.lower() == figure.suffix:
+        raise UserError(f"evaluate.output={name} is the figure's name: name the JSON file, {file.with_suffix('.json')}")
+    if not file.absolute().parent.is_dir():
+        raise UserError(f"evaluate.output={name}: there is no such folder, make it first")
+    if figure.is_dir():
+        raise UserError(f"evaluate.output={name}: {figure}, where its figure goes, is a folder: choose another name")
+    return file
+
+
+def _read_prompts(parts: "Builder", room: int) -> list[list[int]]:
+    """Of `evaluate.data`, else the held-out ones, checked against the target, with `room` for proposals."""
+    from lightning_dataflow.prompts import load_questions
+    from lightning_dataflow.run.builder import read_chat_template
+    from lightning_dataflow.targets import read_target_info
+
+    config, options = parts.config, parts.config.evaluate
+    if options.data is not None:
+        template = read_chat_template(config.data)
+        prompts = load_questions(options.data, parts.tokenizer, num_prompts=options.num_prompts, chat_template=template)
+    else:
+        prompts = [list(prompt.question) for prompt in parts.prompts[1]]
+        if not prompts:
+            raise UserError("no held-out prompts: set data.num_eval_samples, or evaluate.data to a file of prompts")
+        if options.num_prompts is not None and not 1 <= options.num_prompts <= len(prompts):
+            raise UserError(
+                f"evaluate.num_prompts={options.num_prompts}: {len(prompts)} prompts are held out "
+                "(data.num_eval_samples), ask 1 up to that, or null for all"
+            )
+        prompts = prompts[: options.num_prompts]
+    info = read_target_info(config.target.path)
+    for number, prompt in enumerate(prompts, start=1):
+        if unknown := [token for token in prompt if not 0 <= token < info.vocab_size]:
+            raise UserError(f"prompt {number} has token id {unknown[0]}, the target's vocabulary has {info.vocab_size}")
+        needed = len(prompt) + options.max_new_tokens + room
+        if needed > info.max_position_embeddings:
+            raise UserError(
+                f"prompt {number} has {len(prompt)} tokens: with evaluate.max_new_tokens={options.max_new_tokens} and "
+                f"{room} of proposals that is {needed}, and the target reads {info.max_position_embeddings}; generate fewer"
+            )
+    return prompts
+
+
+def _step(path: Path) -> int | None:
+    found = re.search(r"step[-=](\d+)", path.name)
+    return int(found[1]) if found else None
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+main = command(evaluate, keeps_folder=False)

@@ -1,0 +1,99 @@
+"""Runs in a Redis, for the commands that look at them from outside."""
+
+import argparse
+import logging
+import re
+from pathlib import Path
+
+from lightning_dataflow.contracts import UserError
+from lightning_dataflow.control.redis.connections import RedisAddress
+from lightning_dataflow.control.redis.server import KEYS, PREFIX, RedisServer
+from lightning_dataflow.services.redis import ADDRESS, SECRET
+
+log = logging.getLogger(__name__)
+
+PATIENCE_S = 2.0
+_KEY = re.compile(rf"{PREFIX}:\{{(.*)\}}:(?:{'|'.join(KEYS)})")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """How to reach a Redis."""
+    parser.add_argument("--redis", metavar="HOST:PORT", help="the run is in the Redis there")
+    parser.add_argument("--redis-username", metavar="NAME", help="its user; the default one if left out")
+    parser.add_argument("--redis-secret-file", metavar="FILE", help="holds the password")
+    parser.add_argument("--redis-tls", action="store_true", help="it speaks TLS")
+    for what, text in (("ca", "authorities that signed its certificate"), ("cert", "own certificate"), ("key", "own key")):
+        parser.add_argument(f"--redis-{what}-file", metavar="FILE", help=f"with TLS: {text}")
+
+
+def address(options: argparse.Namespace) -> RedisAddress:
+    """What the arguments say."""
+    return RedisAddress(
+        address=options.redis,
+        username=options.redis_username,
+        password=read_secret_file(options.redis_secret_file, "--redis-secret-file"),
+        tls=options.redis_tls,
+        ca_file=options.redis_ca_file,
+        cert_file=options.redis_cert_file,
+        key_file=options.redis_key_file,
+    )
+
+
+def in_arguments(text: str) -> str:
+    """A message about settings of `channel`, for somebody who gave arguments."""
+    names = re.sub(r"channel\.(\w+)", lambda match: f"--redis-{match[1].replace('_', '-')}", text)
+    return names.replace("--redis-address", "--redis")
+
+
+def local_address(folder: Path) -> RedisAddress | None:
+    """Of the Redis that a run started in `folder`, its channel.path; None where it has none."""
+    try:
+        return RedisAddress(address=(folder / ADDRESS).read_text(), password=(folder / SECRET).read_text())
+    except FileNotFoundError:
+        return None
+
+
+def runs_at(where: RedisAddress) -> list[str]:
+    """Ids of all runs there."""
+    server, cursor, found = RedisServer(where, "", patience_s=PATIENCE_S), b"0", set[str]()
+    while True:
+        cursor, names = server.ask("SCAN", cursor, "MATCH", f"{PREFIX}:*", "COUNT", 1000)
+        found |= {match[1] for name in names if (match := _KEY.fullmatch(name.decode()))}
+        if cursor == b"0":
+            return sorted(found)
+
+
+def open_run(where: RedisAddress, run: str) -> RedisServer:
+    """The run there. Raises UserError where there is none; names those that are."""
+    there = runs_at(where)
+    if run not in there:
+        raise UserError(
+            f"no run {run} in Redis at {where.address}: it has ended well and left nothing, or not begun; there are "
+            f"{', '.join(there) or 'none'}"
+        )
+    return RedisServer(where, run, patience_s=PATIENCE_S)
+
+
+def open_local_run(where: RedisAddress, folder: Path) -> RedisServer:
+    """The run that started the Redis there. Raises UserError where that does not run."""
+    names = {folder.absolute().name, folder.absolute().parent.name}
+    try:
+        there = runs_at(where)
+    except UserError as error:
+        raise UserError(
+            f"the Redis of this run, {where.address}, is not running: the run was killed; resume it with ckpt_path=last, "
+            f"or delete {folder}"
+        ) from error
+    return RedisServer(where, next((one for one in there if one in names), (*there, "")[0]), patience_s=PATIENCE_S)
+
+
+def read_secret_file(path: str | None, setting: str) -> str | None:
+    """The content of a secret's file, without white space around it."""
+    if path is None:
+        return None
+    try:
+        if Path(path).stat().st_mode & 0o004:
+            log.warning("%s=%s can be read by everybody on this machine: chmod 600 %s", setting, path, path)
+        return Path(path).read_text().strip()
+    except OSError as error:
+        raise UserError(f"cannot read {setting}={path}: {error.strerror}") from error

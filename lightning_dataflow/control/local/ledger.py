@@ -1,0 +1,314 @@
+"""MetadataStores `sqlite` (a file, for the processes of one machine) and `memory` (for the threads of one process)."""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lightning_dataflow.contracts import PeerFailedError, UserError
+from lightning_dataflow.contracts.errors import TAKEN_OVER
+from lightning_dataflow.control.ledger import SILENT_S, Captured, Lease, MetadataStore, RunPlan, Watermarks
+from lightning_dataflow.control.local.tables import FATAL, LedgerTables
+from lightning_dataflow.control.log import StreamingRefChannel
+from lightning_dataflow.control.processes import pid_space
+
+
+class SqliteMetadataStore(MetadataStore):
+    """The ledger in SQLite.
+
+    Rows exist only for samples in flight, so file and memory stay small however long the run is. Every call is one
+    transaction. It survives the death of any process, not a loss of power.
+
+    Args:
+        path: of the file, in an existing folder; None keeps the ledger in the memory of this process.
+
+    Raises:
+        UserError: the file is not a ledger, cannot be written, or was made on another machine.
+    """
+
+    def __init__(self, path: str | Path | None = None):
+        self._tables = LedgerTables(path)
+        self._term: int | None = None  # of the claim that its changes belong to
+        self._host = socket.gethostname()
+        with self._tables.transaction():
+            self._tables.db.execute("INSERT OR IGNORE INTO run VALUES ('host', ?)", (self._host,))
+        host = self._tables.get("host")
+        if host != self._host:
+            raise UserError(
+                f"the ledger {path} was made on {host}, this is {self._host}: SQLite serves the processes of one machine, "
+                f"so start producers and trainers on {host}; if that machine is gone, delete the file, and the trainer "
+                "rebuilds it from the log"
+            )
+
+    def fence(self) -> dict[int, int]:
+        """See MetadataStore."""
+        with self._change():
+            self._tables.db.execute(
+                "UPDATE samples SET state = 'wanted', attempt = attempt + 1, worker = NULL WHERE state = 'leased'"
+            )
+            self._tables.set("plan", None)
+            return dict(self._tables.db.execute("SELECT seq, attempt FROM samples WHERE state = 'wanted'").fetchall())
+
+    def begin(
+        self, plan: RunPlan, *, published: Mapping[int, tuple[str, int]], wanted: Mapping[int, int], frontier: int
+    ) -> None:
+        """See MetadataStore."""
+        rows: list[tuple[int, str, int, str | None, int]]
+        rows = [(seq, "published", _attempt(generation), generation, size) for seq, (generation, size) in published.items()]
+        rows += [(seq, "wanted", attempt, None, 0) for seq, attempt in wanted.items()]
+        with self._change():
+            self._tables.db.execute("DELETE FROM samples")
+            self._tables.db.executemany(
+                "INSERT INTO samples (seq, state, attempt, generation, bytes) VALUES (?, ?, ?, ?, ?)", rows
+            )
+            self._tables.db.execute("DELETE FROM parts WHERE failed OR seen < ?", (time.time() - SILENT_S,))
+            self._tables.set("plan", json.dumps(asdict(plan)))
+            self._tables.set("finished", None)
+            self._tables.set_totals(
+                frontier=frontier,
+                refs_in_flight=len(rows),
+                bytes_in_flight=sum(row[-1] for row in rows),
+                trained_seq=plan.start,
+                trained_step=plan.start // plan.window,
+                paused=0,
+            )
+
+    def plan(self) -> RunPlan | None:
+        """See MetadataStore."""
+        text = self._tables.get("plan")
+        return None if text is None else RunPlan(**json.loads(text))
+
+    def lease(
+        self, worker: str, *, group: int, num_bytes: Callable[[int], int], watermarks: Watermarks, lease_s: float
+    ) -> Lease | None:
+        """See MetadataStore."""
+        with self._change():
+            plan = self.plan()
+            if plan is None or self.finished() is not None:
+                return None
+            now, totals = time.time(), self._tables.totals()
+            seq = self._tables.first_open(now)
+            if seq is None:
+                seq = totals["frontier"]
+                if seq >= plan.stop:
+                    return None
+            seqs = tuple(range(seq // group * group, min((seq // group + 1) * group, plan.stop)))
+            new = [one for one in seqs if one >= totals["frontier"]]
+            wanted = self._tables.open_in(seqs, now)
+            unreserved = {one: num_bytes(one) for one in (*wanted, *new) if not wanted.get(one)}
+            if unreserved and self._must_wait(seq, sum(unreserved.values()), len(new), totals, plan, watermarks):
+                return None
+            self._tables.reserve(unreserved, new, totals)
+            return self._tables.take(worker, seqs, [*wanted, *new], now + lease_s)
+
+    def renew(self, worker: str, lease_s: float) -> None:
+        """See MetadataStore."""
+        with self._change():
+            self._tables.db.execute(
+                "UPDATE samples SET expires = ? WHERE state = 'leased' AND worker = ?", (time.time() + lease_s, worker)
+            )
+
+    def give_back(
+        self,
+        lease: Lease,
+        skips: Mapping[int, bytes],
+        log: StreamingRefChannel,
+        *,
+        retryable: bool = True,
+        counts: bool = True,
+    ) -> list[int]:
+        """See MetadataStore."""
+        with self._change():
+            mine = self._tables.held(lease)
+            if retryable:
+                mine = [seq for seq in mine if not self._tables.want_again(seq, lease.attempt + 1, counts)]
+            self._give_up(mine)
+            if mine:
+                log.append([skips[seq] for seq in mine])
+            return mine
+
+    def commit(self, lease: Lease, captured: Mapping[int, Captured], log: StreamingRefChannel) -> list[int]:
+        """See MetadataStore."""
+        with self._change():
+            held = [] if self.finished() is not None else self._tables.held(lease)
+            accepted = [seq for seq in held if seq in captured]
+            if not accepted:
+                return []
+            log.append([captured[seq].line for seq in accepted])
+            reserved = self._tables.num_bytes(accepted)
+            committed = sum(captured[seq].num_bytes for seq in accepted)
+            self._tables.db.executemany(
+                "UPDATE samples SET state = 'published', generation = ?, bytes = ? WHERE seq = ?",
+                [(captured[seq].generation, captured[seq].num_bytes, seq) for seq in accepted],
+            )
+            self._tables.add(
+                bytes_in_flight=committed - reserved,
+                published=len(accepted),
+                recaptured=len(accepted) if lease.attempt else 0,
+            )
+            return accepted
+
+    def want(self, seq: int, generation: str) -> bool:
+        """See MetadataStore."""
+        with self._change():
+            if self.finished() is not None:
+                return True
+            row = self._tables.db.execute("SELECT state, attempt, generation FROM samples WHERE seq = ?", (seq,)).fetchone()
+            if row is None:
+                return False
+            state, attempt, current = row
+            if state != "published" or current != generation:
+                return True  # asked before
+            if self._tables.want_again(seq, attempt + 1):
+                return True
+            self._give_up([seq])
+            return False
+
+    def free(self, seqs: Iterable[int]) -> None:
+        """See MetadataStore."""
+        with self._change():
+            self._tables.drop(seqs)
+
+    def ack(self, next_seq: int, global_step: int, freed: Iterable[int] = ()) -> None:
+        """See MetadataStore."""
+        with self._change():
+            self._tables.drop(freed)
+            self._tables.set_totals(trained_seq=next_seq, trained_step=global_step)
+
+    def ack_durable(self, next_seq: int, global_step: int) -> None:
+        """See MetadataStore."""
+        with self._change():
+            self._tables.set_totals(durable_seq=next_seq, durable_step=global_step)
+
+    def count_wait(self) -> None:
+        """See MetadataStore."""
+        with self._change():
+            self._tables.add(train_waits=1)
+
+    def finish(self, status: str) -> None:
+        """See MetadataStore."""
+        with self._change():
+            self._tables.set("finished", status)
+            self._tables.set("finished_at", str(time.time()))
+            self._tables.db.execute("DELETE FROM samples")
+            self._tables.set_totals(bytes_in_flight=0, refs_in_flight=0)
+
+    def finished(self, since: float = 0.0) -> str | None:
+        """See MetadataStore."""
+        status = self._tables.get("finished")
+        return status if status is not None and float(self._tables.get("finished_at") or 0) >= since else None
+
+    def now(self) -> float:
+        """See MetadataStore. All processes are on one machine."""
+        return time.time()
+
+    def report(self, name: str, state: str, *, failed: bool = False, fatal: bool = False) -> None:
+        """See MetadataStore."""
+        with self._change():
+            self._report(name, state, FATAL if fatal else failed)
+
+    def claim(self, name: str, state: str, before: tuple[str, int] | None) -> bool:
+        """See MetadataStore."""
+        with self._tables.transaction():
+            if self._tables.db.execute("SELECT host, pid FROM parts WHERE name = ?", (name,)).fetchone() != before:
+                return False
+            self._term = int(self._tables.get("term") or 0) + 1
+            self._tables.set("term", str(self._term))
+            self._tables.set("claimed_by", f"process {os.getpid()} on {self._host}")
+            self._tables.set("plan", None)
+            self._tables.set("finished", None)
+            self._report(name, state, False)
+            return True
+
+    def join(self) -> None:
+        """See MetadataStore."""
+        self._term = int(self._tables.get("term") or 0)
+
+    def is_ours(self) -> bool:
+        """See MetadataStore."""
+        return self._term is None or self._term == int(self._tables.get("term") or 0)
+
+    def failures(self) -> Sequence[str]:
+        """See MetadataStore."""
+        return [f"{name}: {state}" for name, state in self._tables.failed_parts()]
+
+    def in_flight(self) -> tuple[int, int]:
+        """See MetadataStore."""
+        return self._tables.in_flight()
+
+    def status(self) -> dict[str, Any]:
+        """See MetadataStore."""
+        with self._tables.transaction():
+            states = dict(self._tables.db.execute("SELECT state, COUNT(*) FROM samples GROUP BY state"))
+            parts = self._tables.db.execute(
+                "SELECT name, host, pid, seen, state, failed FROM parts ORDER BY name"
+            ).fetchall()
+            plan = self.plan()
+            now, totals = time.time(), self._tables.totals()
+            kept_refs, kept_bytes = self._tables.published_below(totals["trained_seq"])
+            return {
+                "plan": None if plan is None else asdict(plan),
+                "finished": self.finished(),
+                **totals,
+                "leased": states.get("leased", 0),
+                "wanted_again": states.get("wanted", 0),
+                "waiting_to_be_trained": states.get("published", 0) - kept_refs,
+                "kept_refs": kept_refs,
+                "kept_bytes": kept_bytes,
+                "parts": [
+                    dict(
+                        name=name,
+                        host=host,
+                        pid=pid,
+                        pids=pid_space(),
+                        seen_s_ago=now - seen,
+                        state=state,
+                        failed=bool(failed),
+                        fatal=failed == FATAL,
+                    )
+                    for name, host, pid, seen, state, failed in parts
+                ],
+            }
+
+    def close(self) -> None:
+        """See MetadataStore."""
+        self._tables.close()
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        with self._tables.transaction():
+            if not self.is_ours():
+                raise PeerFailedError(TAKEN_OVER.format(self._tables.get("claimed_by")))
+            yield
+
+    def _must_wait(
+        self, seq: int, num_bytes: int, num_refs: int, totals: Mapping[str, int], plan: RunPlan, marks: Watermarks
+    ) -> bool:
+        in_bytes, in_refs = totals["bytes_in_flight"], totals["refs_in_flight"]
+        fits = in_bytes + num_bytes <= marks.high_bytes and in_refs + num_refs <= marks.high_refs
+        low = in_bytes <= marks.low_bytes and in_refs <= marks.low_refs
+        paused = not fits or (bool(totals["paused"]) and not low)
+        if paused != totals["paused"]:
+            self._tables.add(capture_waits=int(paused))
+            self._tables.set_totals(paused=int(paused))
+        if seq < totals["trained_seq"] + plan.window:  # the trainer waits for it
+            lost = num_refs == 0  # of a resumed run; what survived must not keep it out
+            return not fits and not lost
+        return paused
+
+    def _report(self, name: str, state: str, failed: int) -> None:
+        row = (name, self._host, os.getpid(), time.time(), state, failed)
+        self._tables.db.execute("INSERT OR REPLACE INTO parts VALUES (?, ?, ?, ?, ?, ?)", row)
+
+    def _give_up(self, seqs: Sequence[int]) -> None:
+        self._tables.drop(seqs)
+        self._tables.add(given_up=len(seqs))
+
+
+def _attempt(generation: str) -> int:
+    return int(generation.partition("-")[0])

@@ -1,0 +1,1 @@
+"""The control plane in a Redis, which any number of machines reach."""

@@ -1,0 +1,1 @@
+"""Serving engines that measure a draft's acceptance."""

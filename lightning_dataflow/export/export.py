@@ -1,0 +1,126 @@
+"""From a checkpoint to a folder that SGLang or vLLM serves."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning_dataflow.checkpoints.markers import latest_checkpoint
+from lightning_dataflow.checkpoints.reading import HEADER, read_header
+from lightning_dataflow.contracts import UserError
+from lightning_dataflow.export.base import DraftSpec
+from lightning_dataflow.export.card import model_card
+from lightning_dataflow.export.folder import DTYPES, check_destination, write_draft
+from lightning_dataflow.export.reading import PublishedDraft, is_published, read_draft
+from lightning_dataflow.export.registry import resolve_format
+from lightning_dataflow.export.training import TrainingRecord
+from lightning_dataflow.strategies.checkpoint import check_finite, load_module
+from lightning_dataflow.strategies.module import DraftModule
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+
+
+def export_draft(
+    source: str | Path,
+    folder: str | Path,
+    *,
+    engine: str,
+    format: str = "plain",
+    dtype: str = "bfloat16",
+    target: str | None = None,
+    tokenizer: bool = False,
+    on_skip: Callable[[str], None] = print,
+) -> Path:
+    """Write a draft as `engine` reads it: configuration, weights, and a model card. Returns the folder.
+
+    Args:
+        source: a checkpoint (file or folder), a run, whose newest complete checkpoint is taken, or a published draft's
+            folder, which is converted.
+        folder: must not exist.
+        engine: `sglang` or `vllm`.
+        format: `plain`; for vLLM also `speculators`.
+        dtype: of the weights: `bfloat16`, `float16`, or `float32` for those of the checkpoint.
+        target: where the target is now, if it moved. Serve commands and the speculators format name it
+            as given here, and `folder` as given.
+        tokenizer: copy the target's tokenizer files along.
+        on_skip: told of newer checkpoints of a run that are not complete.
+
+    Raises:
+        UserError: `folder` exists, there is no checkpoint, or the engine does not serve such a draft.
+        NotFiniteError: its weights hold NaN or infinity, or would in `dtype`.
+    """
+    form, folder = resolve_format(engine, format), Path(folder)
+    check_destination(folder)
+    checkpoint = find_checkpoint(Path(source), on_skip)
+    training = read_training(checkpoint)
+    origin = read_draft(checkpoint) if training is None else training
+    if origin.strategy not in form.strategies:  # before a target's folder is looked at, or a strategy that nobody imported
+        raise UserError(form.refusal(origin.strategy))
+    module = load_module(checkpoint, target=target)
+    said = origin.num_draft_tokens if isinstance(origin, PublishedDraft) else None
+    spec = describe(module, num_draft_tokens=said)
+    card = model_card(form, spec, training, folder=str(folder), dtype=dtype, assumed=training is None and said is None)
+    files = [Path(spec.target) / name for name in TOKENIZER_FILES] if tokenizer else []
+    copies = [file for file in files if file.is_file()]
+    if tokenizer and not copies:
+        raise UserError(f"no tokenizer in {spec.target}: leave --tokenizer out")
+    tensors = module.draft.state_dict()
+    if dtype in DTYPES:
+        cast = {name: one.to(DTYPES[dtype]) for name, one in tensors.items() if one.is_floating_point()}
+        check_finite(checkpoint, cast, f"dtype={dtype} is too narrow for it, use bfloat16 or float32")
+    return write_draft(folder, form, spec, tensors, dtype=dtype, card=card, copies=copies)
+
+
+def find_checkpoint(source: Path, on_skip: Callable[[str], None] = print) -> Path:
+    """The checkpoint that `source` is or, being a run, has. Raises UserError where there is none."""
+    if not (source / "checkpoints").is_dir():
+        return source
+    found = latest_checkpoint(source / "checkpoints", on_skip=on_skip)
+    if found is None:
+        raise UserError(f"no complete checkpoint in {source / 'checkpoints'}: name the one to export")
+    return found
+
+
+def describe(module: DraftModule, *, num_draft_tokens: int | None = None) -> DraftSpec:
+    """What a folder says of the draft of a module, which is one of this package's strategies.
+
+    Args:
+        num_draft_tokens: that a published draft says; by default as the module trains.
+    """
+    network: Any = module.draft.config
+    info = module.target_info
+    config = json.loads((Path(info.path) / "config.json").read_text())
+    trained = module.hparams["num_steps"] if module.strategy_name == "eagle3" else network.block_size - 1
+    return DraftSpec(
+        strategy=module.strategy_name,
+        network=network,
+        layer_ids=module.layer_ids,
+        num_target_layers=info.num_layers,
+        max_position_embeddings=info.max_position_embeddings,
+        num_draft_tokens=num_draft_tokens or trained,
+        target=info.path,
+        target_architectures=tuple(config.get("architectures") or ()),
+    )
+
+
+def read_training(checkpoint: Path) -> TrainingRecord | None:
+    """How a checkpoint was trained; None for a published draft, which does not say."""
+    if is_published(checkpoint) and not (checkpoint / HEADER).exists():
+        return None
+    run = checkpoint.resolve().parent.parent
+    result: dict[str, Any] = {}
+    if checkpoint.resolve().parent.name == "checkpoints" and (run / "result.json").is_file():
+        try:
+            result = json.loads((run / "result.json").read_text())
+        except ValueError as error:
+            raise UserError(f"cannot read {run / 'result.json'}: {error}") from error
+    return TrainingRecord.of(read_header(checkpoint), result)

@@ -1,0 +1,1 @@
+"""What one process of a run is made of."""

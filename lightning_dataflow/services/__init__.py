@@ -1,0 +1,1 @@
+"""Programs that a run starts on this machine, and ends."""

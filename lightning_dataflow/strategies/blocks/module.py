@@ -1,0 +1,165 @@
+"""What the modules that draft whole blocks share: anchors, the mask token, the batch, the drafter."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from lightning_dataflow.contracts import UserError
+from lightning_dataflow.data.collate import Batch, SampleRows
+from lightning_dataflow.data.datamodule import DataFlowDataModule
+from lightning_dataflow.strategies.blocks.anchors import draw_anchors
+from lightning_dataflow.strategies.blocks.blocks import Blocks, Span, cut_blocks
+from lightning_dataflow.strategies.blocks.labels import BlockLabels
+from lightning_dataflow.strategies.blocks.mask_token import choose_mask_token
+from lightning_dataflow.strategies.dflash.network import DFlashDraft
+from lightning_dataflow.strategies.module import DraftModule
+from lightning_dataflow.targets.base import check_layer_ids
+from lightning_dataflow.targets.info import load_tokenizer
+
+MAX_ANCHORS = 512
+BLOCK_FEATURES = ("input_ids", "loss_mask", "aux_hidden_states")
+_FIELDS = tuple(f"block_{name}" for name in Blocks._fields)
+Draft = TypeVar("Draft", bound=DFlashDraft)
+Config = TypeVar("Config")
+
+
+class BlockDraftModule(DraftModule):
+    """Trains a draft on blocks of tokens at random anchors.
+
+    Subclasses build `self.draft` with `self.new_draft`.
+
+    Args:
+        num_layers: of the draft; None for 5.
+        block_size: B, positions of a block; None for 16.
+        num_anchors: blocks drawn from a sample and pass, at most.
+        mask_token_id: None for one that the tokenizer leaves free.
+        intermediate_size: of the draft's MLPs; None for the target's.
+        layer_types, sliding_window: see DFlashConfig; None for full attention.
+
+    The other arguments are DraftModule's.
+    """
+
+    packs = True
+    draft: DFlashDraft
+    shift_label = False
+
+    def __init__(
+        self,
+        target: str,
+        layer_ids: list[int] | None = None,
+        num_layers: int | None = None,
+        block_size: int | None = None,
+        num_anchors: int = 256,
+        mask_token_id: int | None = None,
+        intermediate_size: int | None = None,
+        layer_types: list[str] | None = None,
+        sliding_window: int | None = None,
+        **options: Any,
+    ):
+        super().__init__(target, layer_ids, **options)
+        if not 1 <= num_anchors <= MAX_ANCHORS:
+            raise UserError(f"num_anchors={num_anchors}: choose 1 to {MAX_ANCHORS} blocks a sample")
+        info = self.target_info
+        self.layer_ids = check_layer_ids(self.layer_ids, info.num_layers)
+        self._has_blocks = False  # known once a whole pass was read
+        self._settings = {
+            "intermediate_size": intermediate_size,
+            "num_layers": num_layers,
+            "mask_token_id": mask_token_id,
+            "block_size": block_size,
+            "layer_types": layer_types,
+            "sliding_window": sliding_window,
+        }
+
+    def new_draft(self, draft: Callable[[Config], Draft], config: Callable[..., Config], **settings: Any) -> Draft:
+        """A draft of `config`, whose sizes are the target's and those of the constructor; its weights follow the seed."""
+        info = self.target_info
+        defaults = {
+            "num_layers": 5,
+            "intermediate_size": info.intermediate_size,
+            "num_attention_heads": info.num_attention_heads,
+            "num_key_value_heads": info.num_key_value_heads,
+            "head_dim": info.head_dim,
+            "rms_norm_eps": info.rms_norm_eps,
+            "rope_theta": info.rope_theta,
+        }
+        sizes = self.network_sizes(defaults, self._settings | settings)
+        if "mask_token_id" not in sizes:
+            sizes["mask_token_id"] = choose_mask_token(load_tokenizer(info.path), info.vocab_size)
+        sizes["layer_types"] = tuple(sizes.get("layer_types") or ())
+        of_target = {
+            "hidden_size": info.hidden_size,
+            "vocab_size": info.vocab_size,
+            "num_aux_layers": len(self.layer_ids),
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.hparams["seed"])
+            return draft(config(**of_target, **sizes))
+
+    @property
+    def mask_token_id(self) -> int:
+        """Stands for the tokens to be drafted."""
+        return self.draft.config.mask_token_id
+
+    def check_data(self, data: DataFlowDataModule) -> None:
+        """See DraftModule. A block must fit into a sample; the mask token must be none of the data's, and its embedding
+        must say something."""
+        block_size, longest = self.draft.config.block_size, data.source.card.max_num_tokens
+        if block_size > longest:
+            raise UserError(
+                f"block_size={block_size} is more than the {longest} tokens of the longest sample: set strategy.block_size "
+                f"to at most {longest}, or give longer samples (data.max_length)"
+            )
+        counts = data.source.token_counts(self.target_info.vocab_size)
+        remedy = "set strategy.mask_token_id to a token that the data does not have"
+        if counts[self.mask_token_id] > 0:
+            raise UserError(
+                f"mask_token_id={self.mask_token_id} occurs {int(counts[self.mask_token_id])} times among the supervised "
+                f"tokens of the training data: {remedy}"
+            )
+        if not self.frozen_target.embedding[self.mask_token_id].any():
+            raise UserError(f"mask_token_id={self.mask_token_id} has an embedding of zeros in this target: {remedy}")
+
+    def collate(self, rows: SampleRows) -> Batch:
+        """Features, the blocks, and which of their offsets are supervised (found here, on the CPU, so that a step needs
+        no sync)."""
+        batch = rows.stack(BLOCK_FEATURES)
+        num_anchors, seed, placed = self.hparams["num_anchors"], self.hparams["seed"], list(rows)
+        anchors = [draw_anchors(one.sample, num_anchors, seed) for one in placed]
+        spans = [Span(row=one.row, start=one.start, stop=one.stop) for one in placed]
+        blocks = cut_blocks(batch["input_ids"], batch["loss_mask"], anchors, self.draft.config.block_size, spans)
+        batch |= dict(zip(_FIELDS, blocks, strict=True))
+        batch["label_rows"] = BlockLabels.of(blocks, shift=self.shift_label).rows
+        return batch
+
+    def blocks(self, batch: Batch) -> Blocks:
+        """The batch's blocks."""
+        return Blocks(*(batch[name] for name in _FIELDS))
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Lightning's hook: refuse data without any block, once one pass over it, or the whole run, has shown that."""
+        data = self._data()
+        num_steps = len(self.step_losses)
+        if self._has_blocks or (data.next_seq < len(data.source) and num_steps < self.trainer.max_steps):
+            return
+        self._has_blocks = any(float(loss) > 0 for loss in self.step_losses)
+        if not self._has_blocks:
+            raise UserError(
+                f"no sample of {num_steps} steps has two supervised tokens in a row, so there is no block to train "
+                f"{self.strategy_name} on: look at the masks with `lightning-dataflow show-mask`, or train eagle3"
+            )
+
+    def unsharded(self, empty: Draft) -> Draft:
+        """Fill a new draft with the weights as they stand. A collective under sharding."""
+        copy = empty.to(self.device)
+        copy.load_state_dict(self.full_draft_state())
+        return copy.eval()
+
+
+def default_layer_ids(num_layers: int, num_ids: int = 5) -> tuple[int, ...]:
+    """`num_ids` layers spread evenly from 1 to L − 3; fewer where the target is too small for as many."""
+    num_ids = max(1, min(num_ids, num_layers - 3))
+    if num_ids == 1:
+        return (num_layers // 2,)
+    return tuple(round(1 + k * (num_layers - 4) / (num_ids - 1)) for k in range(num_ids))

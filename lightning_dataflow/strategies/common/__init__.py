@@ -1,0 +1,1 @@
+"""What the networks and objectives of all strategies share."""

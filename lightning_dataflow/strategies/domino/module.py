@@ -1,0 +1,78 @@
+"""Domino (arXiv 2605.29707) as a LightningModule."""
+
+from typing import Any
+
+from torch import Tensor
+
+from lightning_dataflow.contracts import StepContext
+from lightning_dataflow.data.collate import Batch
+from lightning_dataflow.strategies.blocks.drafter import DominoDrafter
+from lightning_dataflow.strategies.blocks.module import BLOCK_FEATURES, BlockDraftModule, default_layer_ids
+from lightning_dataflow.strategies.common.sums import ObjectiveSums
+from lightning_dataflow.strategies.domino.network import DominoConfig, DominoDraft
+from lightning_dataflow.strategies.domino.objective import DominoObjective
+from lightning_dataflow.strategies.registry import StrategySpec, register_strategy
+
+
+class DominoModule(BlockDraftModule):
+    """Trains a Domino draft: DFlash, and a correction of its logits by the tokens before each offset.
+
+    Args:
+        gru_hidden_dim, emb_dim, shift_label, pure_draft_prefix_len: see DominoConfig; None for its defaults.
+        gamma, lambda_start, lambda_decay_ratio: see DominoObjective.
+
+    The other arguments are BlockDraftModule's.
+    """
+
+    strategy_name = "domino"
+    draft: DominoDraft
+
+    def __init__(
+        self,
+        target: str,
+        gamma: float = 7.0,
+        gru_hidden_dim: int | None = None,
+        emb_dim: int | None = None,
+        shift_label: bool | None = None,
+        pure_draft_prefix_len: int | None = None,
+        lambda_start: float = 1.0,
+        lambda_decay_ratio: float = 0.5,
+        **options: Any,
+    ):
+        super().__init__(target, **options)
+        self.draft = self.new_draft(
+            DominoDraft,
+            DominoConfig,
+            gru_hidden_dim=gru_hidden_dim,
+            emb_dim=emb_dim,
+            shift_label=shift_label,
+            pure_draft_prefix_len=pure_draft_prefix_len,
+        )
+        self.shift_label = self.draft.config.shift_label
+        self._objective = DominoObjective(
+            gamma=gamma, shift_label=self.shift_label, lambda_start=lambda_start, lambda_decay_ratio=lambda_decay_ratio
+        )
+
+    def objective(self, batch: Batch, context: StepContext) -> ObjectiveSums:
+        """See DraftModule."""
+        target, blocks = self.frozen_target, self.blocks(batch)
+
+        def score(hidden: Tensor, features: Tensor, weight: Tensor) -> ObjectiveSums:
+            return self._objective(hidden, features, weight, target.head, blocks, context, batch["label_rows"])
+
+        return self.draft(batch["aux_hidden_states"], target.embedding, blocks, score, position=batch["position"])
+
+    def drafter(self, *, num_draft_tokens: int = 15) -> DominoDrafter:
+        """See DraftModule."""
+        draft = self.unsharded(DominoDraft(self.draft.config))
+        return DominoDrafter(draft, self.frozen_target, num_draft_tokens=num_draft_tokens)
+
+
+register_strategy(
+    StrategySpec(
+        name="domino",
+        module=DominoModule,
+        default_layer_ids=default_layer_ids,
+        features=BLOCK_FEATURES,
+    )
+)

@@ -1,0 +1,188 @@
+"""EAGLE3 (arXiv 2503.01840) as a LightningModule."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_dataflow.contracts import StepContext, UserError
+from lightning_dataflow.data.collate import Batch, SampleRows
+from lightning_dataflow.data.datamodule import DataFlowDataModule
+from lightning_dataflow.strategies.common.sums import ObjectiveSums
+from lightning_dataflow.strategies.eagle3.draft_vocab import DraftVocab, build_draft_vocab, check_draft_vocab_size
+from lightning_dataflow.strategies.eagle3.drafter import ChainDrafter
+from lightning_dataflow.strategies.eagle3.network import Eagle3Config, Eagle3Draft
+from lightning_dataflow.strategies.eagle3.objective import Eagle3Objective, TargetRows, supervised_positions
+from lightning_dataflow.strategies.module import DraftModule
+from lightning_dataflow.strategies.registry import StrategySpec, register_strategy
+from lightning_dataflow.targets.base import check_layer_ids
+
+
+class Eagle3Module(DraftModule):
+    """Trains an EAGLE3 draft with K unrolled steps.
+
+    A reduced draft vocabulary is cut from the supervised tokens of the training data when a new draft starts; embeddings
+    and head start from the target's.
+
+    Args:
+        draft_vocab_size: V_d; None for the target's whole vocabulary.
+        num_steps: K, how often the draft is unrolled on its own outputs.
+        intermediate_size: of the draft's MLP; None for the target's.
+        train_embeddings: train the token embedding too; by default the target's stays frozen.
+        step_weight_base, lk_loss, kl_scale, kl_decay: see Eagle3Objective.
+
+    The other arguments are DraftModule's.
+    """
+
+    strategy_name = "eagle3"
+    packs = True
+    draft: Eagle3Draft
+
+    def __init__(
+        self,
+        target: str,
+        layer_ids: list[int] | None = None,
+        draft_vocab_size: int | None = None,
+        num_steps: int = 7,
+        intermediate_size: int | None = None,
+        train_embeddings: bool = False,
+        step_weight_base: float = 0.8,
+        lk_loss: str | None = None,
+        kl_scale: float = 0.9,
+        kl_decay: float = 1.5,
+        **options: Any,
+    ):
+        super().__init__(target, layer_ids, **options)
+        if lk_loss not in (None, "alpha", "lambda"):
+            raise UserError(f"lk_loss={lk_loss} is unknown: use alpha, lambda, or leave it out")
+        if num_steps < 1:
+            raise UserError(f"num_steps={num_steps}: the draft needs at least one step")
+        info = self.target_info
+        self.layer_ids = check_layer_ids(self.layer_ids, info.num_layers)
+        if draft_vocab_size is not None:
+            check_draft_vocab_size(draft_vocab_size, info.vocab_size)
+        defaults = {
+            "intermediate_size": info.intermediate_size,
+            "num_attention_heads": info.num_attention_heads,
+            "num_key_value_heads": info.num_key_value_heads,
+            "head_dim": info.head_dim,
+            "draft_vocab_size": info.vocab_size,
+            "rms_norm_eps": info.rms_norm_eps,
+            "rope_theta": info.rope_theta,
+        }
+        settings = {"intermediate_size": intermediate_size, "draft_vocab_size": draft_vocab_size}
+        config = Eagle3Config(
+            hidden_size=info.hidden_size,
+            vocab_size=info.vocab_size,
+            target_hidden_size=info.hidden_size,
+            num_aux_layers=len(self.layer_ids),
+            train_embeddings=train_embeddings,
+            **self.network_sizes(defaults, settings),
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.hparams["seed"])
+            self.draft = Eagle3Draft(config)
+        self._vocab_prompts = ""  # version of the prompts that the draft vocabulary was cut from
+        self._objective = Eagle3Objective(
+            step_weight_base=step_weight_base,
+            lk_loss=lk_loss,  # type: ignore[arg-type]  # checked above
+            kl_scale=kl_scale,
+            kl_decay=kl_decay,
+        )
+
+    @torch.no_grad()
+    def initialise_draft(self, data: DataFlowDataModule) -> None:
+        """See DraftModule."""
+        target, config = self.frozen_target, self.draft.config
+        if config.draft_vocab_size < config.vocab_size:
+            self.draft.set_vocab(self._cut_vocab(data))
+            self._vocab_prompts = data.source.card.prompts_version
+        kept = self.draft.vocab.target_ids.to(target.head.device)
+        self.draft.lm_head.weight.copy_(target.head[kept])
+        if config.train_embeddings:
+            self.draft.embed_tokens.weight.copy_(target.embedding)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lightning's hook."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["draft_vocab"] = {"prompts": self._vocab_prompts, "version": self.draft.vocab.version}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Lightning's hook."""
+        super().on_load_checkpoint(checkpoint)
+        self._vocab_prompts = checkpoint["draft_vocab"]["prompts"]
+
+    def check_checkpoint(self, checkpoint: Mapping[str, Any], data: Any) -> None:
+        """See DraftModule. The map of the draft's vocabulary must be the one that these prompts give."""
+        super().check_checkpoint(checkpoint, data)
+        saved = checkpoint["draft_vocab"]
+        if isinstance(data, DataFlowDataModule) and saved["prompts"] == data.source.card.prompts_version:
+            version = self._cut_vocab(data).version
+            if version != saved["version"]:
+                raise UserError(
+                    f"the checkpoint is of a draft with another vocabulary map ({saved['version']}, these prompts give "
+                    f"{version}): resume with the prompts it was written with, or start a new run"
+                )
+
+    def _cut_vocab(self, data: DataFlowDataModule) -> DraftVocab:
+        config = self.draft.config
+        return build_draft_vocab(data.source.token_counts(config.vocab_size), config.draft_vocab_size)
+
+    def collate(self, rows: SampleRows) -> Batch:
+        """Features, and which rows supervise which (found here, on the CPU, so that a step needs no sync)."""
+        batch = rows.stack(self.spec.features)
+        batch["target_rows"] = tuple(supervised_positions(batch["loss_mask"], batch["position"]))
+        return batch
+
+    def objective(self, batch: Batch, context: StepContext) -> ObjectiveSums:
+        """See DraftModule."""
+        draft, target = self.draft, self.frozen_target
+        dtype = draft.fc.weight.dtype
+        d2t, t2d = draft.d2t, draft.t2d
+
+        def score(hidden: Tensor, lm_head: Tensor) -> ObjectiveSums:
+            return self._objective(
+                hidden,
+                lm_head,
+                last_hidden_state=batch["last_hidden_state"],
+                target_head=target.head,
+                target_ids=d2t + torch.arange(len(d2t), device=d2t.device),
+                t2d=t2d,
+                rows=TargetRows(*batch["target_rows"]),
+            )
+
+        next_ids = F.pad(batch["input_ids"][:, 1:], (0, 1))
+        embedding = None if draft.config.train_embeddings else target.embedding
+        aux, num_steps = batch["aux_hidden_states"].to(dtype), self.hparams["num_steps"]
+        return draft(next_ids, aux, embedding, num_steps, score, position=batch["position"])
+
+    def drafter(self, *, num_draft_tokens: int = 4) -> ChainDrafter:
+        """See DraftModule."""
+        copy = Eagle3Draft(self.draft.config).to(self.draft.d2t.device)
+        copy.load_state_dict(self.full_draft_state())
+        embedding = None if copy.config.train_embeddings else self.frozen_target.embedding
+        return ChainDrafter(copy.eval(), embedding, num_draft_tokens=num_draft_tokens)
+
+    def derived_metrics(self, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Simulated acceptance length 1 + a_0 + a_0·a_1 + …, greedy from accuracies, sampled from acceptance rates."""
+        return {
+            "acceptance_length_greedy": 1 + means["accuracy"].cumprod(0).sum(),
+            "acceptance_length_sampled": 1 + means["acceptance_rate"].cumprod(0).sum(),
+        }
+
+
+def default_layer_ids(num_layers: int) -> tuple[int, ...]:
+    """Low, middle and high: [1, L // 2 − 1, L − 4]."""
+    return check_layer_ids((1, num_layers // 2 - 1, num_layers - 4), num_layers)
+
+
+register_strategy(
+    StrategySpec(
+        name="eagle3",
+        module=Eagle3Module,
+        default_layer_ids=default_layer_ids,
+        features=("input_ids", "loss_mask", "aux_hidden_states", "last_hidden_state"),
+    )
+)

@@ -242,7 +242,7 @@ class MetadataStore(ABC):
 
     @abstractmethod
     def failures(self) -> Sequence[str]:
-        """What failed processes reported, since the latest `begin`. Others may still go on: see `heartbeat.producer_failures`."""
+        """What failed processes reported since the latest `begin`. Others may go on: see `heartbeat.producer_failures`."""
 
     @abstractmethod
     def in_flight(self) -> tuple[int, int]:

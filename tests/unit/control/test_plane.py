@@ -12,7 +12,7 @@ from lightning_dataflow.control import (
     resolve_control_plane,
 )
 from lightning_dataflow.stores import MemoryFeatureStore
-from tests.streams import WIDE, begin, make_origin, make_ref, make_tensors, memory_plane
+from tests.streams import WIDE, begin, leased, make_origin, make_ref, make_tensors, memory_plane
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def plane(opener):
 
 
 def lease(plane, worker="a", group=4, lease_s=60.0):
-    return plane.ledger.lease(worker, group=group, num_bytes=lambda seq: 8, watermarks=WIDE, lease_s=lease_s)
+    return leased(plane.ledger.lease(worker, group=group, num_bytes=lambda seq: 8, watermarks=WIDE, lease_s=lease_s))
 
 
 def capture(store, found):

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning_dataflow.contracts import LogRecord
 from lightning_dataflow.control import CommitEntry, Lease, MetadataStore, RunPlan, Watermarks
-from tests.streams import WIDE, leased, log_of, make_ref
+from tests.records import WIDE, leased, log_of, make_ref
 
 SIZE = 10
 

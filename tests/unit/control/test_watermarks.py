@@ -6,7 +6,7 @@ import pytest
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.control import Lease, Watermarks
-from tests.streams import leased
+from tests.records import leased
 from tests.unit.control.ledgers import SIZE, begin, commit, give_back, in_flight, lease
 
 

@@ -10,7 +10,7 @@ from lightning_dataflow.control import CommitEntry
 from lightning_dataflow.control.redis.log import RedisChannel
 from lightning_dataflow.control.redis.server import RedisServer
 from lightning_dataflow.services.redis import LocalRedis
-from tests.streams import WIDE
+from tests.records import WIDE
 from tests.unit.control.redis.calls import begun, channel, refs
 
 pytestmark = pytest.mark.skipif(

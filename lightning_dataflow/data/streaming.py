@@ -113,7 +113,7 @@ class StreamingSource(RefSource):
             self.reconciliation = reconcile_on_restart(self.plane, self.store, plan, self.queue.catch_up)
             self.queue.forget(self.reconciliation.lost)
         else:
-            self.queue.skim()
+            self.queue.catch_up()
         self.queue.take_unwanted()  # from before: swept
 
     def num_tokens(self, seq: int, order: PassOrder) -> int:

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.control.redis.connections import RedisAddress
+from lightning_dataflow.control.redis.address import RedisAddress
 from lightning_dataflow.control.redis.server import RedisServer
 from lightning_dataflow.services.leash import leashed_command
 
@@ -169,7 +169,7 @@ class LocalRedis:
     def _keeps_nothing(self) -> bool:
         try:
             server = RedisServer(self.where, "end", patience_s=STOP_TIMEOUT_S)
-            return all(left_s >= 0 for left_s in server.ask_all([("TTL", key) for key in server.ask("KEYS", "*")]))
+            return all(server.ask("TTL", key) >= 0 for key in server.ask("KEYS", "*"))
         except (UserError, PermissionError, OSError):
             return False
 

@@ -90,7 +90,7 @@ class Lease:
     tries: int = 0
 
 
-class Captured(NamedTuple):
+class CommitEntry(NamedTuple):
     """What the ledger and the log are told of a captured sample.
 
     Attributes:
@@ -170,7 +170,7 @@ class MetadataStore(ABC):
         """
 
     @abstractmethod
-    def commit(self, lease: Lease, captured: Mapping[int, Captured], log: StreamingRefChannel) -> list[int]:
+    def commit(self, lease: Lease, captured: Mapping[int, CommitEntry], log: StreamingRefChannel) -> list[int]:
         """Commit what was captured and append it to `log`, in one transaction. Returns the seqs whose commit this is.
 
         Leaves out seqs that another attempt took over or published, and everything once the run is finished.
@@ -242,7 +242,7 @@ class MetadataStore(ABC):
 
     @abstractmethod
     def failures(self) -> Sequence[str]:
-        """What failed processes reported, since the latest `begin`. Others may still go on: see `heartbeat.why_over`."""
+        """What failed processes reported since the latest `begin`. Others may go on: see `heartbeat.producer_failures`."""
 
     @abstractmethod
     def in_flight(self) -> tuple[int, int]:

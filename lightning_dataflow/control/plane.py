@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from lightning_dataflow.contracts import LogRecord, SampleRef, UnknownNameError, UserError
 from lightning_dataflow.contracts.log import replaces
-from lightning_dataflow.control.ledger import MAX_ATTEMPTS, Captured, Lease, MetadataStore, RunPlan, Watermarks
+from lightning_dataflow.control.ledger import MAX_ATTEMPTS, CommitEntry, Lease, MetadataStore, RunPlan, Watermarks
 from lightning_dataflow.control.local.ledger import SqliteMetadataStore
 from lightning_dataflow.control.local.log import FileChannel
 from lightning_dataflow.control.log import StreamingRefChannel
@@ -59,7 +59,7 @@ class ControlPlane:
         """Commit and publish in one transaction. Returns the seqs whose refs are in the log now; free the others."""
         kind: Literal["supersede", "ref"] = "supersede" if lease.attempt else "ref"
         captured = {
-            seq: Captured(
+            seq: CommitEntry(
                 generation=ref.generation,
                 num_bytes=ref.num_bytes,
                 line=self.log.encode(LogRecord(kind=kind, seq=seq, ref=ref)),

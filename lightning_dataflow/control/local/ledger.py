@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning_dataflow.contracts import PeerFailedError, UserError
 from lightning_dataflow.contracts.errors import TAKEN_OVER
-from lightning_dataflow.control.ledger import SILENT_S, Captured, Lease, MetadataStore, RunPlan, Watermarks
+from lightning_dataflow.control.ledger import SILENT_S, CommitEntry, Lease, MetadataStore, RunPlan, Watermarks
 from lightning_dataflow.control.local.tables import FATAL, LedgerTables
 from lightning_dataflow.control.log import StreamingRefChannel
 from lightning_dataflow.control.processes import pid_space
@@ -132,7 +132,7 @@ class SqliteMetadataStore(MetadataStore):
                 log.append([skips[seq] for seq in mine])
             return mine
 
-    def commit(self, lease: Lease, captured: Mapping[int, Captured], log: StreamingRefChannel) -> list[int]:
+    def commit(self, lease: Lease, captured: Mapping[int, CommitEntry], log: StreamingRefChannel) -> list[int]:
         """See MetadataStore."""
         with self._change():
             held = [] if self.finished() is not None else self._tables.held(lease)

@@ -11,7 +11,7 @@ from lightning_dataflow.control.ledger import (
     MAX_ATTEMPTS,
     SILENT_S,
     TOTALS,
-    Captured,
+    CommitEntry,
     Lease,
     MetadataStore,
     RunPlan,
@@ -121,7 +121,7 @@ class RedisMetadataStore(MetadataStore):
         given_up = self.server.change(self._freeing, "give_back", *how, listed=[*lease.wanted, *chunks])
         return [int(seq) for seq in given_up]
 
-    def commit(self, lease: Lease, captured: Mapping[int, Captured], log: StreamingRefChannel) -> list[int]:
+    def commit(self, lease: Lease, captured: Mapping[int, CommitEntry], log: StreamingRefChannel) -> list[int]:
         """See MetadataStore."""
         self._check_log(log)
         heads, chunks = split([one.line for one in captured.values()])

@@ -8,9 +8,7 @@ import pytest
 
 from lightning_dataflow.contracts import LogRecord
 from lightning_dataflow.control import ControlPlane, RunPlan, reconcile_on_restart, resolve_control_plane
-from lightning_dataflow.data import StreamingRefQueue
-from lightning_dataflow.stores import MemoryFeatureStore
-from tests.streams import WIDE, forked, make_ref
+from tests.records import WIDE, forked, make_ref
 
 NUM_SAMPLES, WINDOW, LEASE_S = 600, 8, 0.2
 
@@ -45,6 +43,9 @@ def opener(request, tmp_path) -> Callable[[], ControlPlane]:
 
 
 def test_producers_come_and_go(opener):
+    from lightning_dataflow.data import StreamingRefQueue
+    from lightning_dataflow.stores import MemoryFeatureStore
+
     draw = random.Random(0)
     plane = opener()
     plane.log.announce({"run_id": "run"})

@@ -6,7 +6,7 @@ import pytest
 
 from lightning_dataflow.contracts import LogRecord, PeerFailedError
 from lightning_dataflow.control import Lease, NoOpMetadataStore, RedisMetadataStore
-from tests.streams import log_of
+from tests.records import log_of
 from tests.unit.control.ledgers import HOST, SIZE, begin, commit, generation, give_back, in_flight, lease
 
 

@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from lightning_dataflow.contracts import CaptureMismatchError, CaptureSpec, PeerTimeoutError, UserError
-from lightning_dataflow.control import Watermarks
-from lightning_dataflow.control import heartbeat as heartbeat_module
-from lightning_dataflow.control.heartbeat import why_over
-from lightning_dataflow.producers import PromptFeed
-from lightning_dataflow.producers import rollout as rollout_module
+from lightning_dataflow.control import Watermarks, heartbeat as heartbeat_module
+from lightning_dataflow.control.heartbeat import producer_failures
+from lightning_dataflow.producers import PromptFeed, rollout as rollout_module
 from lightning_dataflow.stores import MemoryFeatureStore, StoreUnavailableError
-from tests.streams import CAPTURE, WIDE, SeqFeed, begin, make_worker, memory_plane
+from tests.records import CAPTURE, WIDE, begin, memory_plane
+from tests.streams import SeqFeed, make_worker
 
 
 @pytest.fixture
@@ -171,7 +170,7 @@ def test_a_target_that_returns_something_else(plane, store, prompts, target, mon
     with pytest.raises(CaptureMismatchError, match=message):
         worker.run()
     assert store.health()["num_samples"] == 0
-    assert why_over(plane.ledger) == plane.ledger.failures()
+    assert producer_failures(plane.ledger) == plane.ledger.failures()
     assert "expected" in plane.ledger.failures()[0] or "samples for" in plane.ledger.failures()[0]
 
 

@@ -5,15 +5,16 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
-
-import torch
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from lightning_dataflow.contracts import PromptTask, UserError
 from lightning_dataflow.prompts.conversation import FORMATS, normalise
 from lightning_dataflow.prompts.masking import Encoder, Unusable
 from lightning_dataflow.prompts.sources import read_records
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
 
 MIN_LABEL_POSITION = 2
 """A draft sees token t+1 and predicts token t+2, so the first two tokens of a sample are never labels."""
@@ -76,8 +77,10 @@ class PromptDataset(Sequence[TokenizedPrompt]):
                     f"set data.max_length to at most {max_positions}"
                 )
 
-    def token_counts(self, vocab_size: int) -> torch.Tensor:
+    def token_counts(self, vocab_size: int) -> "torch.Tensor":
         """How often each token id is supervised, int64 [vocab_size]; all ids are below that."""
+        import torch
+
         counts = torch.zeros(vocab_size, dtype=torch.int64)
         for prompt in self.prompts:
             ids = torch.tensor(prompt.input_ids)[torch.tensor(prompt.loss_mask, dtype=torch.bool)]
@@ -101,7 +104,7 @@ class PromptDataset(Sequence[TokenizedPrompt]):
 
 def load_prompts(
     path: str,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     *,
     max_length: int,
     format: str = "auto",

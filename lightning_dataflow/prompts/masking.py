@@ -2,13 +2,15 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
-from transformers import PreTrainedTokenizerBase
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.prompts.conversation import Conversation, Message, PlainText, Tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -31,7 +33,7 @@ class Encoder:
         chat_template: overrides the tokenizer's own.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", chat_template: str | None = None):
         self.tokenizer = tokenizer
         self.chat_template = chat_template
 

@@ -1,14 +1,17 @@
 """Show which tokens of a sample are supervised."""
 
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from lightning_dataflow.prompts.dataset import TokenizedPrompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SUPERVISED = "\x1b[30;42m"
 PLAIN = "\x1b[0m"
 
 
-def render_mask(prompt: TokenizedPrompt, tokenizer: PreTrainedTokenizerBase, *, colour: bool = True) -> str:
+def render_mask(prompt: TokenizedPrompt, tokenizer: "PreTrainedTokenizerBase", *, colour: bool = True) -> str:
     """The sample's text with supervised tokens on green, or between ⟦ and ⟧ without colour."""
     start, end = (SUPERVISED, PLAIN) if colour else ("⟦", "⟧")
     pieces = []

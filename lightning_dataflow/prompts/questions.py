@@ -1,9 +1,7 @@
 """Prompts to measure drafts on, in the shapes in which benchmarks are distributed."""
 
 from collections.abc import Mapping
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.prompts.conversation import token_ids
@@ -11,11 +9,14 @@ from lightning_dataflow.prompts.masking import Encoder, Unusable
 from lightning_dataflow.prompts.sources import read_records
 from lightning_dataflow.prompts.unread import check_question
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 SHAPES = "turns (MT-Bench), question (GSM8K), prompt (HumanEval, or MT-Bench's list), or input_ids"
 
 
 def load_questions(
-    path: str, tokenizer: PreTrainedTokenizerBase, *, num_prompts: int | None = None, chat_template: str | None = None
+    path: str, tokenizer: "PreTrainedTokenizerBase", *, num_prompts: int | None = None, chat_template: str | None = None
 ) -> list[list[int]]:
     """Token ids of each record's question, rendered as a user's message with the generation prompt.
 

@@ -11,9 +11,7 @@ import pytest
 
 from lightning_dataflow.services.redis import LocalRedis
 from tests.processes import TINY, TRAIN, long, python, result, wait_until
-from tests.system.test_disaggregated import DISAGG, started, status
-from tests.system.test_disaggregated import folder as folder
-from tests.system.test_disaggregated import nothing_is_left as nothing_is_left
+from tests.system.test_disaggregated import DISAGG, folder as folder, nothing_is_left as nothing_is_left, started, status
 
 pytestmark = [
     pytest.mark.system,

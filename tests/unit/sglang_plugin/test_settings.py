@@ -10,7 +10,8 @@ from lightning_dataflow.sglang_plugin import settings
 from lightning_dataflow.sglang_plugin.settings import ServerStores, read_settings
 from lightning_dataflow.sglang_plugin.wire import SERVER_FILE
 from lightning_dataflow.stores import SharedDirFeatureStore, StoreUnavailableError
-from tests.streams import make_origin, make_tensors
+from tests.records import make_origin
+from tests.streams import make_tensors
 
 
 @pytest.mark.parametrize(

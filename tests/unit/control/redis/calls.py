@@ -5,7 +5,7 @@ from lightning_dataflow.control import RedisMetadataStore, RunPlan
 from lightning_dataflow.control.redis.log import RedisChannel
 from lightning_dataflow.control.redis.server import RedisServer
 from lightning_dataflow.services.redis import LocalRedis
-from tests.streams import WIDE, make_ref
+from tests.records import WIDE, make_ref
 
 
 def kill(server: LocalRedis) -> None:

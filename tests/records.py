@@ -11,7 +11,9 @@ from typing import Any
 from lightning_dataflow.contracts import CaptureSpec, FeatureSpec, SampleOrigin, SampleRef
 from lightning_dataflow.control import (
     ControlPlane,
+    Lease,
     MetadataStore,
+    NoLease,
     RedisMetadataStore,
     RunPlan,
     Watermarks,
@@ -68,6 +70,10 @@ def log_of(ledger: MetadataStore) -> StreamingRefChannel:
 @cache
 def _scratch() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory()
+
+
+def leased(answer: Lease | NoLease) -> Lease | None:
+    return answer if isinstance(answer, Lease) else None
 
 
 def begin(plane: ControlPlane, start: int = 0, stop: int = 100, window: int = 4) -> None:

@@ -77,6 +77,7 @@ def test_dependencies_point_one_way(path: Path):
         ("lightning_dataflow.control.local.log", ["torch", "redis"]),
         ("lightning_dataflow", ["torch", "lightning", "transformers", "hydra"]),
         ("lightning_dataflow.contracts", ["torch", "numpy"]),
+        ("lightning_dataflow.prompts", ["torch", "transformers"]),
         ("lightning_dataflow.run.resume", ["torch", "lightning"]),
         ("lightning_dataflow.cli.status", ["torch", "lightning", "hydra"]),
         ("lightning_dataflow.stores", ["lightning", "hydra", "transformers"]),

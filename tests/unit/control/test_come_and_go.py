@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from lightning_dataflow.contracts import LogRecord
-from lightning_dataflow.control import ControlPlane, RunPlan, reconcile_on_restart, resolve_control_plane
+from lightning_dataflow.control import ControlPlane, NoLease, RunPlan, reconcile_on_restart, resolve_control_plane
 from tests.records import WIDE, forked, make_ref
 
 NUM_SAMPLES, WINDOW, LEASE_S = 600, 8, 0.2
@@ -15,9 +15,11 @@ NUM_SAMPLES, WINDOW, LEASE_S = 600, 8, 0.2
 
 def produce(opener: Callable[[], ControlPlane], name: str) -> None:
     plane = opener()
-    while plane.ledger.finished() is None:
+    while True:
         lease = plane.lease(name, group=4, num_bytes=lambda seq: 8, watermarks=WIDE, lease_s=LEASE_S)
-        if lease is None:
+        if isinstance(lease, NoLease):
+            if lease.reason == "finished":
+                return
             time.sleep(0.01)
             continue
         time.sleep(0.002)

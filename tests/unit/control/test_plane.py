@@ -11,7 +11,7 @@ from lightning_dataflow.control import (
     reconcile_on_restart,
     resolve_control_plane,
 )
-from tests.records import WIDE, begin, make_origin, make_ref, memory_plane
+from tests.records import WIDE, begin, leased, make_origin, make_ref, memory_plane
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def plane(opener):
 
 
 def lease(plane, worker="a", group=4, lease_s=60.0):
-    return plane.ledger.lease(worker, group=group, num_bytes=lambda seq: 8, watermarks=WIDE, lease_s=lease_s)
+    return leased(plane.ledger.lease(worker, group=group, num_bytes=lambda seq: 8, watermarks=WIDE, lease_s=lease_s))
 
 
 def put(store, seq, attempt=0):

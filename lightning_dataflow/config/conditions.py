@@ -5,6 +5,7 @@ Hydra composes whole files only, so each entry is registered as a file: `experim
 """
 
 from importlib.resources.abc import Traversable
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -25,8 +26,8 @@ def register_conditions(conf: Traversable) -> None:
     for file in folder.iterdir() if folder.is_dir() else ():
         if not file.name.endswith(".yaml"):
             continue
-        strategy = OmegaConf.create(file.read_text())
-        for condition, settings in (OmegaConf.to_container(strategy).get(KEY) or {}).items():
+        strategy: Any = OmegaConf.to_container(OmegaConf.create(file.read_text()))
+        for condition, settings in (strategy.get(KEY) or {}).items():
             group, _, choice = condition.partition("=")
             if group not in GROUPS:
                 raise UserError(f"{file}: with: {condition}: an entry is target=NAME or experiment=NAME")

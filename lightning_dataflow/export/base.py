@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.strategies.dflash.network import SLIDING, DFlashConfig
+from lightning_dataflow.strategies.blocks.network import SLIDING, BlockConfig
 from lightning_dataflow.strategies.domino.network import DominoConfig
 from lightning_dataflow.strategies.eagle3.network import Eagle3Config
 
@@ -26,7 +26,7 @@ class DraftSpec:
     """
 
     strategy: str
-    network: Eagle3Config | DFlashConfig
+    network: Eagle3Config | BlockConfig
     layer_ids: tuple[int, ...]
     num_target_layers: int
     max_position_embeddings: int
@@ -127,7 +127,7 @@ def eagle3_fields(draft: DraftSpec, layer_ids: list[int]) -> Config:
 def block_fields(draft: DraftSpec) -> Config:
     """Fields of a plain DFlash or Domino folder; both engines count their layers our way."""
     network = draft.network
-    assert isinstance(network, DFlashConfig)
+    assert isinstance(network, BlockConfig)
     own: Config = {
         "block_size": network.block_size,
         "num_target_layers": draft.num_target_layers,

@@ -5,7 +5,7 @@ from pathlib import PurePath
 
 from lightning_dataflow.export.base import DraftFormat, DraftSpec
 from lightning_dataflow.export.training import DECODING, TrainingRecord
-from lightning_dataflow.strategies.dflash.network import DFlashConfig
+from lightning_dataflow.strategies.blocks.network import BlockConfig
 from lightning_dataflow.strategies.domino.network import DominoConfig
 from lightning_dataflow.strategies.eagle3.network import Eagle3Config
 
@@ -43,7 +43,7 @@ def _network(draft: DraftSpec) -> dict[str, object]:
     }
     if isinstance(network, Eagle3Config):
         rows["draft vocabulary"] = f"{network.draft_vocab_size} of {network.vocab_size}"
-    if isinstance(network, DFlashConfig):
+    if isinstance(network, BlockConfig):
         rows |= {"layers": network.num_layers, "block size": network.block_size, "mask token": network.mask_token_id}
         if network.sliding_window is not None:
             rows["sliding window"] = network.sliding_window

@@ -7,7 +7,7 @@ from typing import Any
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.export.speculators import DRAFT_TOKENS
 from lightning_dataflow.export.vllm import LAYER_IDS
-from lightning_dataflow.strategies.dflash.network import FULL, SLIDING
+from lightning_dataflow.strategies.blocks.network import FULL, SLIDING
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),

@@ -7,7 +7,7 @@ from typing import Any
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.export.base import Config, DraftFormat, DraftSpec, layer_fields
 from lightning_dataflow.export.vllm import LAYER_IDS, layers_before, states_after
-from lightning_dataflow.strategies.dflash.network import SLIDING, DFlashConfig
+from lightning_dataflow.strategies.blocks.network import SLIDING, BlockConfig
 from lightning_dataflow.strategies.eagle3.network import Eagle3Config
 
 MODEL_TYPE = "speculators_model_type"
@@ -25,7 +25,7 @@ class SpeculatorsFormat(DraftFormat):
     def check(self, draft: DraftSpec) -> None:
         """See DraftFormat."""
         super().check(draft)
-        if isinstance(draft.network, DFlashConfig) and len(set(draft.network.layer_types)) > 1:
+        if isinstance(draft.network, BlockConfig) and len(set(draft.network.layer_types)) > 1:
             raise UserError(
                 f"the speculators format has one causality for all layers, this draft has layer_types="
                 f"{list(draft.network.layer_types)}: export with --format plain, which vLLM serves on its V2 model runner, "

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from lightning_dataflow.contracts import NotFiniteError, UserError
 from lightning_dataflow.data.finite import first_not_finite
 from lightning_dataflow.export.reading import PublishedDraft
+from lightning_dataflow.strategies.blocks.network import FULL
 from lightning_dataflow.strategies.common.target_tensors import FrozenTarget
-from lightning_dataflow.strategies.dflash.network import FULL
 from lightning_dataflow.strategies.eagle3.network import Eagle3Config
 from lightning_dataflow.targets.info import TargetInfo
 

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lightning_dataflow.strategies.blocks.blocks import Blocks
-from lightning_dataflow.strategies.common.attention import flex, flex_mask
+from lightning_dataflow.strategies.common.flex import flex, flex_mask
 
 CHUNK_BLOCKS = 8
 """Blocks attended together on a CPU: their anchors are neighbours, so little of the context is masked out."""

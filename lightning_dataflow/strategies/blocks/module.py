@@ -12,7 +12,7 @@ from lightning_dataflow.strategies.blocks.anchors import draw_anchors
 from lightning_dataflow.strategies.blocks.blocks import Blocks, Span, cut_blocks
 from lightning_dataflow.strategies.blocks.labels import BlockLabels
 from lightning_dataflow.strategies.blocks.mask_token import choose_mask_token
-from lightning_dataflow.strategies.dflash.network import DFlashDraft
+from lightning_dataflow.strategies.blocks.network import BlockDraft
 from lightning_dataflow.strategies.module import DraftModule
 from lightning_dataflow.targets.base import check_layer_ids
 from lightning_dataflow.targets.info import load_tokenizer
@@ -20,7 +20,7 @@ from lightning_dataflow.targets.info import load_tokenizer
 MAX_ANCHORS = 512
 BLOCK_FEATURES = ("input_ids", "loss_mask", "aux_hidden_states")
 _FIELDS = tuple(f"block_{name}" for name in Blocks._fields)
-Draft = TypeVar("Draft", bound=DFlashDraft)
+Draft = TypeVar("Draft", bound=BlockDraft)
 Config = TypeVar("Config")
 
 
@@ -35,13 +35,13 @@ class BlockDraftModule(DraftModule):
         num_anchors: blocks drawn from a sample and pass, at most.
         mask_token_id: None for one that the tokenizer leaves free.
         intermediate_size: of the draft's MLPs; None for the target's.
-        layer_types, sliding_window: see DFlashConfig; None for full attention.
+        layer_types, sliding_window: see BlockConfig; None for full attention.
 
     The other arguments are DraftModule's.
     """
 
     packs = True
-    draft: DFlashDraft
+    draft: BlockDraft
     shift_label = False
 
     def __init__(
@@ -147,7 +147,8 @@ class BlockDraftModule(DraftModule):
         if not self._has_blocks:
             raise UserError(
                 f"no sample of {num_steps} steps has two supervised tokens in a row, so there is no block to train "
-                f"{self.strategy_name} on: look at the masks with `lightning-dataflow show-mask`, or train eagle3"
+                f"{self.strategy_name} on: look at the masks with `lightning-dataflow show-mask`, or train a strategy "
+                "that drafts token by token"
             )
 
     def unsharded(self, empty: Draft) -> Draft:

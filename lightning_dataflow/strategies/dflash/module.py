@@ -8,8 +8,9 @@ from lightning_dataflow.contracts import StepContext, UserError
 from lightning_dataflow.data.collate import Batch
 from lightning_dataflow.strategies.blocks.drafter import BlockDrafter
 from lightning_dataflow.strategies.blocks.module import BLOCK_FEATURES, BlockDraftModule, default_layer_ids
+from lightning_dataflow.strategies.blocks.network import BlockConfig
 from lightning_dataflow.strategies.common.sums import ObjectiveSums
-from lightning_dataflow.strategies.dflash.network import DFlashConfig, DFlashDraft
+from lightning_dataflow.strategies.dflash.network import DFlashDraft
 from lightning_dataflow.strategies.dflash.objective import DFlashObjective
 from lightning_dataflow.strategies.registry import StrategySpec, register_strategy
 
@@ -30,7 +31,7 @@ class DFlashModule(BlockDraftModule):
         super().__init__(target, **options)
         if loss not in ("decay", "dpace"):
             raise UserError(f"loss={loss} is unknown: use decay or dpace")
-        self.draft = self.new_draft(DFlashDraft, DFlashConfig)
+        self.draft = self.new_draft(DFlashDraft, BlockConfig)
         self._objective = DFlashObjective(gamma=gamma, dpace=loss == "dpace", dpace_alpha=dpace_alpha)
 
     def objective(self, batch: Batch, context: StepContext) -> ObjectiveSums:

@@ -6,9 +6,9 @@ from torch import Tensor
 
 from lightning_dataflow.contracts import StepContext
 from lightning_dataflow.data.collate import Batch
-from lightning_dataflow.strategies.blocks.drafter import DominoDrafter
 from lightning_dataflow.strategies.blocks.module import BLOCK_FEATURES, BlockDraftModule, default_layer_ids
 from lightning_dataflow.strategies.common.sums import ObjectiveSums
+from lightning_dataflow.strategies.domino.drafter import DominoDrafter
 from lightning_dataflow.strategies.domino.network import DominoConfig, DominoDraft
 from lightning_dataflow.strategies.domino.objective import DominoObjective
 from lightning_dataflow.strategies.registry import StrategySpec, register_strategy

@@ -3,7 +3,8 @@
 import torch
 
 from lightning_dataflow.export.base import DraftSpec
-from lightning_dataflow.strategies.dflash.network import DFlashConfig, DFlashDraft
+from lightning_dataflow.strategies.blocks.network import BlockConfig
+from lightning_dataflow.strategies.dflash.network import DFlashDraft
 from lightning_dataflow.strategies.domino.network import DominoConfig, DominoDraft
 from lightning_dataflow.strategies.eagle3.draft_vocab import build_draft_vocab
 from lightning_dataflow.strategies.eagle3.network import Eagle3Config, Eagle3Draft
@@ -23,14 +24,14 @@ NETWORKS = {
     "eagle3": Eagle3Config(**LAYERS, draft_vocab_size=12, target_hidden_size=16),
     "eagle3-whole": Eagle3Config(**LAYERS, draft_vocab_size=40, target_hidden_size=16),
     "eagle3-own-embedding": Eagle3Config(**LAYERS, draft_vocab_size=12, target_hidden_size=16, train_embeddings=True),
-    "dflash": DFlashConfig(**BLOCK),
-    "dflash-sliding": DFlashConfig(**BLOCK, layer_types=("sliding_attention",) * 2, sliding_window=4),
-    "dflash-mixed": DFlashConfig(**BLOCK, layer_types=("full_attention", "sliding_attention"), sliding_window=4),
+    "dflash": BlockConfig(**BLOCK),
+    "dflash-sliding": BlockConfig(**BLOCK, layer_types=("sliding_attention",) * 2, sliding_window=4),
+    "dflash-mixed": BlockConfig(**BLOCK, layer_types=("full_attention", "sliding_attention"), sliding_window=4),
     "domino": DominoConfig(**BLOCK, gru_hidden_dim=10, emb_dim=6, pure_draft_prefix_len=1),
     "domino-shifted": DominoConfig(**BLOCK, gru_hidden_dim=10, emb_dim=6, pure_draft_prefix_len=1, shift_label=True),
     "domino-corrected": DominoConfig(**BLOCK, gru_hidden_dim=10, emb_dim=6, pure_draft_prefix_len=0),
 }
-CLASSES = {Eagle3Config: Eagle3Draft, DFlashConfig: DFlashDraft, DominoConfig: DominoDraft}
+CLASSES = {Eagle3Config: Eagle3Draft, BlockConfig: DFlashDraft, DominoConfig: DominoDraft}
 
 
 def make_spec(kind: str, **fields) -> DraftSpec:

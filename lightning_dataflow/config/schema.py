@@ -15,7 +15,7 @@ class TargetConfig:
     """The target model.
 
     Attributes:
-        engine: who captures features: `hf` or `sglang` in this process, or `sglang_server`.
+        engine: who captures features: `hf` in this process, `sglang` a server for this process, or `sglang_server`.
         path: a Hugging Face folder.
         prepare: a folder that the tiny random target is written to first, unless it is there.
         dtype, device: of `hf`, and of the target that decodes; see HFTargetEngine.

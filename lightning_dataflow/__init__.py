@@ -27,7 +27,7 @@ _NAMES = {
     "RolloutWorker": "producers",
     "SharedDirFeatureStore": "stores",
     "SqliteMetadataStore": "control",
-    "StrategySpec": "strategies.registry",
+    "StrategySpec": "strategies.spec",
     "StreamingSource": "data",
     "Watermarks": "control",
     "available_strategies": "strategies.registry",

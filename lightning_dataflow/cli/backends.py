@@ -11,9 +11,9 @@ from lightning_dataflow.evaluation import AcceptanceReport, SGLangDecoder, VLLMD
 from lightning_dataflow.evaluation.judges.vllm_process import Decoded, find_python, room_for
 from lightning_dataflow.evaluation.speculative import check_num_draft_tokens
 from lightning_dataflow.export.export import export_draft
-from lightning_dataflow.export.reading import is_published, read_draft
 from lightning_dataflow.run.target import read_api_key
 from lightning_dataflow.strategies.checkpoint import load_module
+from lightning_dataflow.strategies.published.reading import is_published, read_draft
 from lightning_dataflow.targets import HFTargetEngine
 from lightning_dataflow.targets.hf import check_dtype
 from lightning_dataflow.targets.info import read_eos_token_ids

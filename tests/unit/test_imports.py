@@ -22,7 +22,7 @@ ALLOWED = {
     "checkpoints": {"contracts", "data"},
     "producers": {"contracts", "stores", "control", "prompts", "targets", "data"},
     "evaluation": {"contracts", "services", "targets", "strategies"},
-    "strategies": {"contracts", "checkpoints", "data", "evaluation", "targets", "callbacks", "export"},
+    "strategies": {"contracts", "checkpoints", "data", "evaluation", "targets", "callbacks"},
     "export": {"contracts", "checkpoints", "strategies"},
     "callbacks": {"contracts", "stores", "data", "evaluation", "targets"},
     "config": {"contracts"},

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from lightning_dataflow.control.ledger import CommitEntry, Lease, MetadataStore, RunPlan, Watermarks
+from lightning_dataflow.control.ledger import CommitEntry, Lease, MetadataStore, NoLease, RunPlan, Watermarks
 from lightning_dataflow.control.log import StreamingRefChannel
 
 
@@ -26,9 +26,9 @@ class NoOpMetadataStore(MetadataStore):
 
     def lease(
         self, worker: str, *, group: int, num_bytes: Callable[[int], int], watermarks: Watermarks, lease_s: float
-    ) -> Lease | None:
+    ) -> Lease | NoLease:
         """See MetadataStore."""
-        return None
+        return NoLease("not begun")
 
     def renew(self, worker: str, lease_s: float) -> None:
         """See MetadataStore."""

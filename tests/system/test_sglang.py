@@ -210,14 +210,16 @@ def test_a_server_that_was_started_otherwise(start, connect):
 
 
 def test_a_store_that_comes_and_goes(start, target_path, tmp_path):
-    port = LocalMooncake(capacity_bytes=16 << 20, log_dir=tmp_path)
-    port.close()
-    master = port.master_address
+    mooncake = LocalMooncake(capacity_bytes=16 << 20, log_dir=tmp_path)
+    mooncake.close()
+    master = mooncake.master_address
     options = {"store_id": "test", "layer_ids": LAYER_IDS, "api_key": KEY, "absence_s": 4.0}
     with start(store={"address": master}) as server:
         with pytest.raises(UserError, match=f"no Mooncake master listens at {master}"):
             SGLangServerTarget(target_path, urls=[server.url], **options)
-        with LocalMooncake(capacity_bytes=16 << 20, log_dir=tmp_path, master_port=int(master.rpartition(":")[2])):
+        with mooncake:
+            for each in mooncake.servers:
+                each.start()
             time.sleep(REST_S)
             store = MooncakeFeatureStore("test", master_address=master)
             engine = SGLangServerTarget(target_path, urls=[server.url], store_uri=store.uri, reader=store, **options)

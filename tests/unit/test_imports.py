@@ -77,6 +77,7 @@ def test_dependencies_point_one_way(path: Path):
         ("lightning_dataflow.control.local.log", ["torch", "redis"]),
         ("lightning_dataflow", ["torch", "lightning", "transformers", "hydra"]),
         ("lightning_dataflow.contracts", ["torch", "numpy"]),
+        ("lightning_dataflow.prompts", ["torch", "transformers"]),
         ("lightning_dataflow.run.resume", ["torch", "lightning"]),
         ("lightning_dataflow.cli.status", ["torch", "lightning", "hydra"]),
         ("lightning_dataflow.stores", ["lightning", "hydra", "transformers"]),
@@ -90,8 +91,14 @@ def test_what_an_import_does_not_load(module: str, absent: list[str]):
     assert result.stdout.strip() == "[]"
 
 
-def test_public_names_exist():
-    import lightning_dataflow
-
-    for name in lightning_dataflow.__all__:
-        assert getattr(lightning_dataflow, name) is not None
+@pytest.mark.parametrize("folder", ["contracts", "control", "prompts"])
+def test_a_folder_imports_neither_torch_nor_transformers(folder: str):
+    """The folder, and the tests of it: these run within a second."""
+    modules = [
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in (PACKAGE / folder).rglob("*.py")
+    ]
+    tests = str(Path(__file__).parent / folder)
+    code = f"import sys, pytest, {', '.join(modules)}; status = pytest.main(['-qq', '--collect-only', {tests!r}])"
+    loaded = "[name for name in ('torch', 'transformers', 'lightning') if name in sys.modules]"
+    result = subprocess.run([sys.executable, "-c", f"{code}; print(status, {loaded})"], capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1] == "0 []", f"{folder} must stay light:\n{result.stdout[-500:]}{result.stderr}"

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from hydra.core.global_hydra import GlobalHydra
 
-from lightning_dataflow.cli import capture, evaluate, show_mask, train
-from lightning_dataflow.cli import main as commands
+from lightning_dataflow.cli import capture, evaluate, main as commands, show_mask, train
 from lightning_dataflow.cli.hydra_command import Terminated, _raise_again, command, terminate
 from lightning_dataflow.cli.main import MAYBE_LATER
 from tests.unit.run.test_claim import start_owner

@@ -10,7 +10,8 @@ from lightning_dataflow.services.sglang import LocalSGLang
 from lightning_dataflow.sglang_plugin.wire import longest_prompt, token_digest
 from lightning_dataflow.stores import MemoryFeatureStore
 from lightning_dataflow.targets.sglang_engine import take_all
-from tests.streams import make_origin, make_tensors
+from tests.records import make_origin
+from tests.streams import make_tensors
 
 
 @pytest.mark.parametrize(

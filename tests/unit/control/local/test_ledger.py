@@ -12,7 +12,7 @@ from lightning_dataflow.contracts import PeerTimeoutError, UserError
 from lightning_dataflow.control import CommitEntry, SqliteMetadataStore
 from lightning_dataflow.control.local import tables as sqlite_tables
 from lightning_dataflow.control.local.log import FileChannel
-from tests.streams import forked
+from tests.records import forked
 from tests.unit.control.ledgers import begin, commit, in_flight, lease
 
 

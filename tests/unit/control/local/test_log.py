@@ -8,7 +8,7 @@ import pytest
 from lightning_dataflow.contracts import LogRecord, PeerTimeoutError, UserError, ref_to_json
 from lightning_dataflow.control.local.lines import add_crc
 from lightning_dataflow.control.local.log import FileChannel
-from tests.streams import make_ref
+from tests.records import make_ref
 
 RUN = {"run_id": "run", "settings": {"seed": 0, "layers": [1, 3]}}
 

@@ -10,7 +10,7 @@ from lightning_dataflow.control import CommitEntry
 from lightning_dataflow.control.redis.log import RedisChannel
 from lightning_dataflow.control.redis.server import RedisServer
 from lightning_dataflow.services.redis import LocalRedis
-from tests.streams import WIDE
+from tests.records import WIDE
 from tests.unit.control.redis.calls import begun, channel, refs
 
 pytestmark = pytest.mark.skipif(
@@ -53,7 +53,7 @@ def test_what_others_write_is_checked(own):
 
 def test_two_servers_do_not_share_a_folder(own, monkeypatch):
     server = own()
-    monkeypatch.setattr("lightning_dataflow.services.redis.STOP_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("lightning_dataflow.services.redis.LOCK_TIMEOUT_S", 0.1)
     with pytest.raises(UserError, match=r"another process runs a Redis in .*: the run goes on, so end it first"):
         LocalRedis(server.folder)
 

@@ -19,6 +19,10 @@ from lightning_dataflow.strategies.published.engines import SPECULATORS, Engine
 from lightning_dataflow.strategies.published.fields import Allowed, Fields
 
 _SPECULATORS_LAYER_IDS = "aux_hidden_state_layer_ids"
+_CPU_CAVEAT = (
+    "on a CPU, vLLM 0.32 normalises the context's keys in all layers of a DFlash draft with the first layer's weights: a "
+    "draft of several layers is accepted less than on a GPU or with backend hf"
+)
 
 
 class DFlashExport(DraftExport):
@@ -38,10 +42,6 @@ class DFlashExport(DraftExport):
         "attention_value_scale": (),
         "sample_from_anchor": (False,),
     }
-    cpu_caveat = (
-        "on a CPU, vLLM 0.32 norms the context's keys in all layers of a DFlash draft by the first layer's weights: one of "
-        "several layers is accepted less than on a GPU or by backend hf"
-    )
 
     @override
     def check(self, draft: DraftDescription, engine: Engine) -> None:
@@ -109,6 +109,10 @@ class DFlashExport(DraftExport):
     @override
     def block_tokens(self, network: BlockConfig) -> int | None:
         return network.block_size - 1
+
+    @override
+    def cpu_caveat(self, sizes: Mapping[str, Any]) -> str | None:
+        return _CPU_CAVEAT if sizes["num_layers"] > 1 else None
 
     @override
     def card_rows(self, network: Any) -> dict[str, object]:

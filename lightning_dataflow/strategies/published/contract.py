@@ -83,7 +83,6 @@ class DraftExport(ABC):
         section: field of `config.json` that holds the algorithm's own fields; those are looked up there first.
         marks: fields that tell these drafts from others with the same architecture.
         own_tensor_remedy: what to do if a folder has an embedding or head that differs from the target's.
-        cpu_caveat: a warning for those who judge such a draft of several layers by vLLM on a CPU.
     """
 
     served_as: ClassVar[Mapping[str, str]]
@@ -91,7 +90,6 @@ class DraftExport(ABC):
     section: ClassVar[str] = ""
     marks: ClassVar[Mapping[str, Any]] = {}
     own_tensor_remedy: ClassVar[str] = "it is another network"
-    cpu_caveat: ClassVar[str | None] = None
 
     def check(self, draft: DraftDescription, engine: Engine) -> None:  # noqa: B027
         """Raise UserError when the engine would not serve this draft as it was trained."""
@@ -119,6 +117,10 @@ class DraftExport(ABC):
 
     def block_tokens(self, network: Any) -> int | None:
         """How many tokens a block drafts; None for drafts that go token by token."""
+        return None
+
+    def cpu_caveat(self, sizes: Mapping[str, Any]) -> str | None:
+        """A warning for those who measure a draft of such sizes with vLLM on a CPU."""
         return None
 
     def card_rows(self, network: Any) -> dict[str, object]:

@@ -75,9 +75,9 @@ class Builder:
 
             return served_target(self)
         if target.engine == "sglang":
-            from lightning_dataflow.run.target import engine_target
+            from lightning_dataflow.run.target import local_target
 
-            return engine_target(self)
+            return local_target(self)
         return HFTargetEngine(target.path, layer_ids=self.layer_ids, dtype=target.dtype, device=target.device)
 
     @cached_property

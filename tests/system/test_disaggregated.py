@@ -29,7 +29,7 @@ from tests.processes import (
 
 pytestmark = pytest.mark.system
 
-DISAGG = (*TINY, "topology=disagg_online", "store.capacity_bytes=64000000")
+DISAGG = (*TINY, "topology=disagg_online", "store.capacity_bytes=64000000", "hydra.job_logging.root.level=INFO")
 OTHERS = [pytest.param(name, marks=[pytest.mark.slow, pytest.mark.long]) for name in ("dflash", "domino")]
 EVERYWHERE = ("losses", "samples_trained", "samples_skipped", "samples_recaptured", "global_batch_size", "optimizer_steps")
 

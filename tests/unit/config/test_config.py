@@ -37,6 +37,7 @@ def test_every_file_composes(group, name):
     assert isinstance(config, TrainConfig)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("topology", "experiment"), list(product(GROUPS["topology"], GROUPS["experiment"])))
 def test_experiments_compose_with_every_topology(topology, experiment):
     config = typed(make(f"topology={topology}", f"experiment={experiment}"))
@@ -45,6 +46,7 @@ def test_experiments_compose_with_every_topology(topology, experiment):
     assert config.control.kind in CONTROLS[topology]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("strategy", "experiment"), list(product(GROUPS["strategy"], GROUPS["experiment"])))
 def test_an_experiment_has_settings_of_its_own_for_each_strategy(strategy, experiment):
     plain = typed(make(f"strategy={strategy}", "sizes=paper"))
@@ -66,6 +68,7 @@ def test_another_target_needs_its_path_and_gets_the_sizes_of_the_papers(strategy
     assert typed(make(f"strategy={strategy}", "target=hf", "target.path=folder")).strategy == paper
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("strategy", GROUPS["strategy"])
 def test_the_sizes_of_a_draft_follow_from_its_target(strategy):
     paper = typed(make(f"strategy={strategy}", "sizes=paper")).strategy

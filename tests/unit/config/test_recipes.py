@@ -142,6 +142,7 @@ def roles(trained: list[Call]) -> Counter[str]:
     return Counter(next((one for one in call.settings if one.startswith("role=")), "role=auto") for call in trained)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("page", PAGES)
 def test_bash_takes_every_block(page):
     assert calls(page)
@@ -155,6 +156,7 @@ def test_no_command_shows_a_key(page):
         assert not call.flags.keys() & {"--api-key", "--requirepass"}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("page", PAGES)
 def test_settings_compose_and_batches_fit_their_ranks(page):
     for call in calls(page):
@@ -172,6 +174,7 @@ def test_settings_compose_and_batches_fit_their_ranks(page):
         assert call.step.get("ntasks-per-node", config.trainer["devices"]) == config.trainer["devices"]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("strategy", GROUPS["strategy"])
 @pytest.mark.parametrize("page", ["recipes/clusters/README.md", "recipes/qwen3_8b/README.md"])
 def test_three_windows_fit_the_store(page, strategy):

@@ -148,6 +148,7 @@ def test_bash_takes_every_block(page):
     assert calls(page)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("page", PAGES)
 def test_no_command_shows_a_key(page):
     for call in calls(page):
@@ -187,6 +188,7 @@ def test_three_windows_fit_the_store(page, strategy):
         watermarks(config.topology, config.store).check_window(config.data.global_batch_size, 3 * window)
 
 
+@pytest.mark.integration
 def test_the_parts_of_the_recipe_for_8_gpus():
     trained = [call for call in calls("recipes/qwen3_8b/README.md") if call.trains]
     assert roles(trained) == {"role=producer": 2, "role=trainer": 2, "role=auto": 1}
@@ -194,6 +196,7 @@ def test_the_parts_of_the_recipe_for_8_gpus():
         assert composed(*call.settings).trainer["devices"] <= 7
 
 
+@pytest.mark.integration
 def test_the_parts_of_the_recipe_for_clusters():
     trained = [call for call in calls("recipes/clusters/README.md") if call.trains]
     assert roles(trained) == {"role=producer": 2, "role=trainer": 4}

@@ -27,7 +27,7 @@ from tests.processes import (
     with_strategy,
 )
 
-DISAGG = (*TINY, "topology=disagg_online", "store.capacity_bytes=64000000")
+DISAGG = (*TINY, "topology=disagg_online", "store.capacity_bytes=64000000", "hydra.job_logging.root.level=INFO")
 OTHERS = [pytest.param(name, marks=pytest.mark.nightly) for name in ("dflash", "domino")]
 EVERYWHERE = ("losses", "samples_trained", "samples_skipped", "samples_recaptured", "global_batch_size", "optimizer_steps")
 

@@ -60,7 +60,7 @@ def test_a_part_that_is_killed_starts_again(folder, part):
     found = agrees(folder, name)
     print(json.dumps({key: found[key] for key in ("restarts", "samples_recaptured")}))
     assert list(found["restarts"].values()) == [1]
-    assert re.search(r"\[supervisor\] \S+: .*killed by SIGKILL|ended with status -9", process.shown())
+    assert re.search(r"\S+: was killed by SIGKILL|ended with status -9", process.shown())
 
 
 @pytest.mark.nightly

@@ -132,7 +132,8 @@ def end(folder, text: str) -> None:
 @pytest.mark.nightly
 def test_parts_of_a_supervised_run(folder):
     """A trainer that was told to end has not completed the run; a producer starts again."""
-    settings = (*BY_HAND, "trainer.max_steps=1000", "callbacks.checkpoint.every_n_train_steps=4", "topology.restarts=1")
+    steps = ("trainer.max_steps=1000", "callbacks.checkpoint.every_n_train_steps=4")
+    settings = (*BY_HAND, *steps, "topology.restarts=1", "hydra.job_logging.root.level=INFO")
     with started(folder, *settings, "run_name=parts") as process:
         checkpoints = folder / "runs" / "parts" / "checkpoints"
         wait_until(lambda: list(checkpoints.glob("*.complete")), 90, process.shown)

@@ -27,7 +27,7 @@ ALLOWED = {
     "callbacks": {"contracts", "stores", "data", "evaluation", "targets"},
     "config": {"contracts"},
     "run": None,
-    "supervise": None,
+    "supervise": {"contracts", "control", "services", "checkpoints", "callbacks", "config", "run"},
     "cli": None,
 }
 # Which folders may import a library.

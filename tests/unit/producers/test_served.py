@@ -33,7 +33,7 @@ def start(tmp_path, connect, store, prompts):
 
 def records(plane):
     plane.log.rewind()
-    return [one for one in plane.log.poll(10_000) if one.kind != "announce"]
+    return plane.log.poll(10_000)
 
 
 def capture_all(workers, plane) -> list:

@@ -30,11 +30,11 @@ from lightning_dataflow.targets import HFTargetEngine, SGLangServerTarget
 from lightning_dataflow.targets.conformance import compare_engines, make_prompts, table
 from lightning_dataflow.targets.sglang_http import CaptureServer
 from tests.conftest import LAYER_IDS
-from tests.processes import TINY, TRAIN, environment, heed_ctrl_c, processes_in, python, result, wait_until
+from tests.processes import TINY, TRAIN, environment, processes_in, python, restore_sigint, result, wait_until
 from tests.sglang.environment import ARGUMENTS, VARIABLES, sglang_python
 
 KEY = "the'key"
-pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -327,7 +327,7 @@ def test_ctrl_c_ends_the_server_too_and_a_resume_goes_on(tmp_path):
             env=VARIABLES,
             stdout=output,
             stderr=subprocess.STDOUT,
-            preexec_fn=heed_ctrl_c,
+            preexec_fn=restore_sigint,
         )
         shown = (tmp_path / "output.txt").read_text
         checkpoints = tmp_path / "runs" / "served" / "checkpoints"

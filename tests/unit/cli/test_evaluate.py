@@ -20,6 +20,8 @@ from lightning_dataflow.strategies.published.engines import resolve_engine
 from tests.sglang.speculating import SpeculatingServer
 from tests.vllm.stand_in import write_stand_in
 
+pytestmark = pytest.mark.integration
+
 TINY = ("experiment=tiny", "logger=none")
 VLLM = ("evaluate.backend=vllm", f"evaluate.python={sys.executable}")
 SERVER = ("evaluate.backend=sglang_server", "evaluate.checkpoint=null")

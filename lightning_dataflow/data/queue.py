@@ -10,7 +10,7 @@ from lightning_dataflow.contracts.log import replaces
 from lightning_dataflow.control import ControlPlane
 from lightning_dataflow.control.heartbeat import producer_failures
 from lightning_dataflow.control.log import POLL_S
-from lightning_dataflow.data.source import RefWindow, WindowEntry
+from lightning_dataflow.data.source import SKIP_REASON, RefWindow, WindowEntry
 
 CHECK_PEERS_S = 0.5
 
@@ -30,7 +30,7 @@ class StreamingRefQueue:
 
     Args:
         start: the first seq of interest; older ones are unwanted.
-        skip_ids: sample ids that are not trained: they keep their places with zero loss weight.
+        skip_ids: source ids of samples that are not trained: they keep their places with zero loss weight.
         idle_timeout_s: wait this long for a record at most.
         pump: where this process captures by itself, called instead of waiting; returns whether it captured something.
         frees: whether unwanted refs are kept for their features to be freed; one rank does that for all.
@@ -102,7 +102,7 @@ class StreamingRefQueue:
     def entry(self, seq: int) -> WindowEntry:
         """As `entries`, of a single seq."""
         ref = self._records[seq].ref
-        return WindowEntry(seq, None if ref is None or ref.sample_id in self._skip_ids else ref)
+        return WindowEntry(seq, None if ref is None or ref.origin.source_id in self._skip_ids else ref)
 
     def num_bytes(self, seqs: range) -> int:
         """Payload of a complete window, the same on every rank."""
@@ -199,8 +199,8 @@ class StreamingRefQueue:
         self._lost.discard(seq)
         if record.ref is None:
             self.skipped[seq] = str(record.reason)
-        elif record.ref.sample_id in self._skip_ids:
-            self.skipped[seq] = "skip_ids"
+        elif record.ref.origin.source_id in self._skip_ids:
+            self.skipped[seq] = SKIP_REASON
             self._discard(record)
 
     def _discard(self, record: LogRecord) -> None:

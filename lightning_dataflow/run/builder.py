@@ -24,7 +24,8 @@ from lightning_dataflow.run.streams import control_plane, is_disaggregated, make
 from lightning_dataflow.run.trainer import make_trainer
 from lightning_dataflow.stores import FeatureStore
 from lightning_dataflow.strategies.module import DraftModule
-from lightning_dataflow.strategies.registry import StrategySpec, resolve_strategy
+from lightning_dataflow.strategies.registry import resolve_strategy
+from lightning_dataflow.strategies.spec import StrategySpec
 from lightning_dataflow.targets import HFTargetEngine, TargetEngine, load_tokenizer
 from lightning_dataflow.targets.hf import check_dtype
 from lightning_dataflow.targets.tiny import write_tiny_conversations, write_tiny_target
@@ -74,9 +75,9 @@ class Builder:
 
             return served_target(self)
         if target.engine == "sglang":
-            from lightning_dataflow.run.target import engine_target
+            from lightning_dataflow.run.target import local_target
 
-            return engine_target(self)
+            return local_target(self)
         return HFTargetEngine(target.path, layer_ids=self.layer_ids, dtype=target.dtype, device=target.device)
 
     @cached_property

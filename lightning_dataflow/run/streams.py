@@ -236,7 +236,7 @@ def make_source(parts: "Builder") -> RefSource:
 
 
 def _check_one_engine(config: TrainConfig) -> None:
-    """SGLang's engine takes the first GPUs, and ends every child of its process, other ranks too, with itself."""
+    """The SGLang server that a trainer starts for itself takes the first GPUs, so a second rank would find them taken."""
     ranks = num_processes(config.trainer) // (config.trainer.get("num_nodes") or 1)
     if config.target.engine == "sglang" and not is_disaggregated(config) and ranks > 1:
         raise UserError(
@@ -285,8 +285,11 @@ def make_feed(parts: "Builder") -> Feed:
     """What the producers of a topology put into the store."""
     config = parts.config
     if config.topology.name == "disagg_online":
-        feed = ServedFeed if isinstance(parts.target, ReferenceEngine) else PromptFeed
-        return feed(parts.prompts[0], parts.target, seed=config.seed, run_id=run_id(config))
+        target = parts.target
+        if config.target.engine == "sglang_server":
+            assert isinstance(target, ReferenceEngine), "its servers put features into the run's store"
+            return ServedFeed(parts.prompts[0], target, seed=config.seed, run_id=run_id(config))
+        return PromptFeed(parts.prompts[0], target, seed=config.seed, run_id=run_id(config))
     source = OfflineSource(parts.offline_folder())
     return FolderFeed(source, vocab_size=parts.module.target_info.vocab_size, run_id=run_id(config))
 

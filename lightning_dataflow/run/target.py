@@ -1,8 +1,11 @@
-"""The target of a run whose features come from SGLang: from servers, or from an engine of this process."""
+"""The target of a run whose features come from SGLang servers."""
 
-import json
+import importlib.util
+import logging
 import os
 import sys
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,68 +13,78 @@ from lightning_dataflow.config.schema import StoreConfig, TargetConfig
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.run.streams import read_secret, shared_dir_root, store_id
 from lightning_dataflow.services.sglang import LocalSGLang
-from lightning_dataflow.sglang_plugin.wire import SERVER_FILE
-from lightning_dataflow.stores import SharedDirFeatureStore
+from lightning_dataflow.stores import FeatureStore, SharedDirFeatureStore
 from lightning_dataflow.targets import SGLangServerTarget
-from lightning_dataflow.targets.sglang_engine import SGLangTarget, exchange_folder
 
 if TYPE_CHECKING:
     from lightning_dataflow.run.builder import Builder
 
+SHARED_MEMORY = Path("/dev/shm")
+
+logger = logging.getLogger(__name__)
+
 
 def served_target(parts: "Builder") -> SGLangServerTarget:
-    """Connect to the servers that are given, or start one here."""
+    """Connect to the servers of `target.urls`, or start one here; features go into the run's store."""
     config = parts.config
-    target, store = config.target, parts.shared_store
+    target, store, name = config.target, parts.shared_store, store_id(config, parts.plane)
     if target.urls:
-        urls, api_key = list(target.urls), read_api_key(target)
-    else:
-        server = start_server(parts)
-        urls, api_key = [server.url], server.api_key
-    return SGLangServerTarget(
-        target.path,
-        urls=urls,
-        store_id=store_id(config, parts.plane),
-        layer_ids=parts.layer_ids,
-        store_uri=store.uri,
-        reader=store,
-        api_key=api_key,
-        in_flight=target.requests_in_flight,
-    )
+        return _connect(parts, list(target.urls), read_api_key(target), store, name)
+    server = start_server(parts, server_settings(config.store, config.channel.path))
+    return _connect(parts, [server.url], server.api_key, store, name)
 
 
-def start_server(parts: "Builder") -> LocalSGLang:
-    """Start one on this machine, to end with `parts`."""
+def local_target(parts: "Builder") -> SGLangServerTarget:
+    """Start a server here, which hands features over through a folder in memory."""
+    folder = parts.resources.enter_context(exchange_folder())
+    store = SharedDirFeatureStore(folder)
+    server = start_server(parts, {"store": "shared_dir", "root": folder})
+    return _connect(parts, [server.url], server.api_key, store, "exchange")
+
+
+def start_server(parts: "Builder", store: Mapping[str, Any]) -> LocalSGLang:
+    """Start an SGLang server that ends with `parts`; `store` says where it puts features."""
     config = parts.config
-    print("starting an SGLang server", flush=True)
+    target = config.target
+    if target.server_python is None and importlib.util.find_spec("sglang") is None:
+        raise UserError(
+            f"target.engine={target.engine} needs SGLang here: pip install 'lightning-dataflow[sglang]', or name the "
+            "Python of another environment with target.server_python"
+        )
+    logger.info("starting an SGLang server")
     server = LocalSGLang(
-        config.target.path,
+        target.path,
         parts.layer_ids,
-        python=config.target.server_python or sys.executable,
-        store=server_settings(config.store, config.channel.path),
+        python=target.server_python or sys.executable,
+        store=store,
         folder=config.run_dir,
-        api_key=read_api_key(config.target),
-        arguments=config.target.server_args,
+        api_key=read_api_key(target),
+        arguments=target.server_args,
     )
     parts.resources.callback(server.close)
-    print(f"SGLang server at {server.url}, log in {server.log_path}", flush=True)
+    logger.info("SGLang server at %s, log in %s", server.url, server.log_path)
     return server
 
 
-def engine_target(parts: "Builder") -> SGLangTarget:
-    """SGLang in this process."""
-    config = parts.config
-    folder = Path(parts.resources.enter_context(exchange_folder()))
-    settings = folder / "server.json"
-    settings.write_text(json.dumps({"store": "shared_dir", "root": str(folder / "features")}))
-    os.environ[SERVER_FILE] = str(settings)  # the engine's process is spawned, and looks there
-    target = SGLangTarget(
-        config.target.path,
+def exchange_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder that a server here hands features over in; in memory where the system has such a place."""
+    parent = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None
+    return tempfile.TemporaryDirectory(prefix="lightning-dataflow-", dir=parent)
+
+
+def _connect(
+    parts: "Builder", urls: Sequence[str], api_key: str | None, store: FeatureStore, store_id: str
+) -> SGLangServerTarget:
+    target = SGLangServerTarget(
+        parts.config.target.path,
+        urls=urls,
+        store=store,
+        store_id=store_id,
         layer_ids=parts.layer_ids,
-        store=SharedDirFeatureStore(folder / "features"),
-        arguments=config.target.server_args,
+        api_key=api_key,
+        in_flight=parts.config.target.requests_in_flight,
     )
-    parts.resources.callback(target.close)
+    parts.resources.callback(target.stop_waiting)
     return target
 
 

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 
 from lightning_dataflow.services.redis import LocalRedis
-from tests.processes import TINY, TRAIN, long, python, result, wait_until
+from tests.processes import TINY, TRAIN, nightly, python, result, wait_until
 from tests.system.test_disaggregated import DISAGG, folder as folder, nothing_is_left as nothing_is_left, started, status
 
 pytestmark = [
-    pytest.mark.system,
     pytest.mark.skipif(
         shutil.which("redis-server") is None, reason="redis-server is not installed (Debian: apt-get install redis-server)"
     ),
@@ -52,7 +51,7 @@ def test_losses_are_those_of_online_to_the_bit_and_nothing_is_left(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("control", ["redis", long("sqlite")])
+@pytest.mark.parametrize("control", ["redis", nightly("sqlite")])
 def test_of_two_trainers_that_start_together_one_trains(folder, control, tmp_path):
     """Each in a folder of its own, as on two machines."""
     name = f"together-{control}"
@@ -105,7 +104,7 @@ def test_a_redis_that_is_killed_starts_again(folder):
         os.kill(redis_of(control)[0], signal.SIGKILL)
         assert process.wait(timeout=180) == 0, process.shown()
         assert "redis-server: ended with status -9; starts again in 1 s, attempt 1 of 1" in process.shown()
-        assert "redis-server is there again; it has what it held" in process.shown()
+        assert "redis-server runs again; it has its data" in process.shown()
     found = result(folder, "killed-redis")
     assert found["losses"] == result(folder, "straight-redis")["losses"]
     assert (found["restarts"], found["samples_recaptured"]) == ({"redis-server": 1}, 0)

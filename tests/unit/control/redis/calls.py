@@ -9,9 +9,8 @@ from tests.records import WIDE, make_ref
 
 
 def kill(server: LocalRedis) -> None:
-    process = server.processes["redis-server"]
-    process.kill()
-    process.wait()
+    server.process.kill()
+    server.process.wait()
 
 
 def channel(server: LocalRedis, **options: float) -> RedisChannel:

@@ -46,7 +46,7 @@ def test_what_others_write_is_checked(own):
 
 def test_two_servers_do_not_share_a_folder(own, monkeypatch):
     server = own()
-    monkeypatch.setattr("lightning_dataflow.services.redis.STOP_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("lightning_dataflow.services.redis.LOCK_TIMEOUT_S", 0.1)
     with pytest.raises(UserError, match=r"another process runs a Redis in .*: the run goes on, so end it first"):
         LocalRedis(server.folder)
 

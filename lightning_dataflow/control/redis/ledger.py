@@ -207,5 +207,5 @@ def _this_process(state: str, failed: int) -> dict[str, Any]:
 
 
 def _part(name: str, part: dict[str, Any], now: float) -> dict[str, Any]:
-    failed = part.pop("failed")
-    return {"name": name, **part, "seen_s_ago": now - part.pop("seen"), "failed": failed > 0, "fatal": failed == FATAL}
+    failed, seen = part.pop("failed"), part.pop("seen")
+    return {"name": name, **part, "seen_s_ago": now - seen, "failed": failed > 0, "fatal": failed == FATAL}

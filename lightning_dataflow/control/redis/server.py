@@ -137,10 +137,11 @@ class RedisServer:
 
     def _check_release(self) -> None:
         """What another release keeps of a run is under other keys."""
-        card = self.ask("GET", self.key("card"))
-        with contextlib.suppress(ValueError, TypeError, KeyError):  # the log tells of a damaged card
-            version = orjson.loads(card or b"{}")["schema_version"]
-            check_schema(version, f"{self.name}, run {self.run_id},", "use that release for it, or choose another run_name")
+        try:
+            version = orjson.loads(self.ask("GET", self.key("card")) or b"{}")["schema_version"]
+        except (ValueError, TypeError, KeyError):
+            return  # not announced yet; the log reports a damaged card
+        check_schema(version, f"{self.name}, run {self.run_id},", "use that release for it, or choose another run_name")
 
     def _patiently(self, action: Callable[[], Any], *, at_most_s: float | None = None) -> Any:
         """Do it, again and again while the server is away."""

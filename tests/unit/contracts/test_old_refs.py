@@ -9,8 +9,8 @@ from lightning_dataflow.contracts.old_refs import ref_from_old_json
 
 LINE = (
     '{"origin": {"sample_id": "run:00000001-p0", "run_id": "run", "source_task_id": "00000001-p0", '
-    '"source_id": "00000001", "capture": "1-3-4/post/64", "target_model_version": "abc", "tokenizer_version": "def", "num_tokens": 5, '
-    '"metadata": {"pass": 1}}, "uri": "memory://x", "generation": "0-0123456789abcdef", "features": '
+    '"source_id": "00000001", "capture": "1-3-4/post/64", "target_model_version": "abc", "tokenizer_version": "def", '
+    '"num_tokens": 5, "metadata": {"pass": 1}}, "uri": "memory://x", "generation": "0-0123456789abcdef", "features": '
     '"last_hidden_state/bfloat16/64 loss_mask/uint8/ x/bfloat16/3x4=hidden_state", "num_bytes": 765, "schema_version": 2}'
 )
 

@@ -15,6 +15,8 @@ from lightning_dataflow.cli.hydra_command import Terminated, _raise_again, comma
 from lightning_dataflow.contracts.errors import RETRYABLE
 from tests.unit.run.test_claim import start_owner
 
+pytestmark = pytest.mark.integration
+
 BY_HAND = ("topology=disagg_online", "store=shared_dir", "role=producer", "run_name=test")
 SERVED = ("target.engine=sglang_server", "target.urls=[http://127.0.0.1:9]")
 TINY = ("experiment=tiny", "callbacks=no_evaluation", "logger=none", "trainer.max_steps=2")

@@ -242,6 +242,7 @@ def test_a_producer_that_falls_silent_is_named(plane):
     assert queue.waiting_for == "1 of the 2 samples of the window at seq 0"
 
 
+@pytest.mark.integration
 def test_records_keep_the_patience_up(plane):
     queue = queue_of(plane, idle_timeout_s=0.5)
     for at in range(1, 6):
@@ -282,6 +283,7 @@ def test_a_log_that_ends_before_the_window(plane):
     assert queue.get(range(2, 4), range(2, 4)).entries
 
 
+@pytest.mark.integration
 def test_windows_are_read_while_others_are_acknowledged(redis_run):
     """By two threads, which Python switches between as often as it can; a Redis, because there refs are loaded later."""
     plane = ControlPlane(run_id="run", ledger=RedisMetadataStore(redis_run), channel=RedisChannel(redis_run), durable=True)

@@ -45,6 +45,7 @@ def read(source, window: int, rank: int = 0, world_size: int = 1) -> list[dict[s
     return samples
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("capture_batch_size", [1, 4])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_it_yields_the_bits_of_online(prompts, target, tmp_path, threaded, rank, capture_batch_size):
@@ -62,6 +63,7 @@ def test_it_yields_the_bits_of_online(prompts, target, tmp_path, threaded, rank,
     assert colocated.store.health()["num_samples"] == 0
 
 
+@pytest.mark.integration
 def test_through_the_data_module(prompts, target, tmp_path, threaded):
     class Fit:  # what `start` and `batches` ask of a Trainer
         checkpoint_callbacks = ()

@@ -211,6 +211,7 @@ def make_source(parts: "Builder") -> RefSource:
             parts.prompts[0],
             parts.target,
             MemoryFeatureStore(store.capacity_bytes),
+            plane=control_plane(config),
             capture_batch_size=config.target.capture_batch_size,
         )
     if name in ("online", "interleaved"):

@@ -92,18 +92,25 @@ def test_a_checkpoint_of_another_order_is_refused(online, options):
 
 
 @pytest.mark.integration
-def test_online_and_offline_yield_the_same_bits(online, prompts, target, tmp_path):
+@pytest.mark.parametrize("packing", [{}, {"row_tokens": 400, "rows_per_step": 2}], ids=["rows", "packed"])
+@pytest.mark.parametrize("skipped", [(), (1, 4)])
+def test_online_and_offline_yield_the_same_bits(online, prompts, target, tmp_path, packing, skipped):
     size = capture_to_folder(prompts[0], target, tmp_path)
     offline = OfflineSource(tmp_path)
     assert size == offline.num_bytes > 0
     assert len(offline) == len(online)
     assert torch.equal(offline.token_counts(320), online.token_counts(320))
-    passes = 2 * len(offline) // 4
-    for one, other in zip(take(make(online), 2 * passes), take(make(offline), 2 * passes), strict=True):
+    num_batches = len(offline)
+    order = PassOrder(len(offline), 0)
+    skip_ids = [prompts[0][order.locate(seq)[0]].source_id for seq in skipped]
+    options = {"skip_ids": skip_ids, "micro_batch_size": 1} | packing
+    ours, theirs = make(online, **options), make(offline, **options)
+    for one, other in zip(take(ours, num_batches), take(theirs, num_batches), strict=True):
         assert one["window_num_tokens"] == other["window_num_tokens"]
         for name in ("input_ids", "loss_mask", "aux_hidden_states", "last_hidden_state"):
             assert torch.equal(one[name], other[name])
-    assert offline.store.health()["num_samples"] == len(offline)  # still there for the next pass
+    assert set(skipped) <= ours.skipped().keys() == theirs.skipped().keys()
+    assert offline.store.health()["num_samples"] == len(offline)  # kept for the next pass
 
 
 def test_capturing_twice_into_one_folder(prompts, target, tmp_path):

@@ -19,7 +19,7 @@ from lightning_dataflow.contracts import CapacityError, PeerFailedError, PeerGon
 from lightning_dataflow.control import RunPlan, resolve_control_plane
 from lightning_dataflow.evaluation import SGLangDecoder
 from lightning_dataflow.evaluation.judges.sglang_server import read_counts, sampling_params
-from lightning_dataflow.evaluation.speculative import greedy_decode
+from lightning_dataflow.evaluation.loop import greedy_decode
 from lightning_dataflow.run.target import SHARED_MEMORY
 from lightning_dataflow.services.mooncake import LocalMooncake
 from lightning_dataflow.services.sglang import LocalSGLang

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from lightning_dataflow import DFlashModule, export_draft
 from lightning_dataflow.cli import evaluate, train
-from lightning_dataflow.cli.backends import HFBackend
 from lightning_dataflow.cli.evaluate import table
+from lightning_dataflow.cli.judges import HFBackend
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.export.export import describe
 from lightning_dataflow.export.folder import write_draft

@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.evaluation import NoDrafter, SpeculativeDecoder, evaluate_acceptance
-from lightning_dataflow.evaluation.speculative import greedy_decode
+from lightning_dataflow.evaluation.loop import greedy_decode
 from lightning_dataflow.strategies.common.target_tensors import FrozenTarget
 from lightning_dataflow.strategies.eagle3.drafter import ChainDrafter
 from lightning_dataflow.strategies.eagle3.network import Eagle3Config, Eagle3Draft

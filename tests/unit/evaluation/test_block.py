@@ -5,7 +5,7 @@ import torch
 
 from lightning_dataflow.contracts import StepContext, UserError
 from lightning_dataflow.evaluation import SpeculativeDecoder, evaluate_acceptance
-from lightning_dataflow.evaluation.speculative import greedy_decode
+from lightning_dataflow.evaluation.loop import greedy_decode
 from lightning_dataflow.strategies.blocks.blocks import cut_blocks
 from lightning_dataflow.strategies.blocks.drafter import BlockDrafter
 from lightning_dataflow.strategies.blocks.network import BlockConfig

@@ -3,7 +3,7 @@ import torch
 
 from lightning_dataflow.contracts import NotFiniteError
 from lightning_dataflow.evaluation import Drafter, SpeculativeDecoder, evaluate_acceptance
-from lightning_dataflow.evaluation.speculative import Proposal, greedy_decode, rejection_sample
+from lightning_dataflow.evaluation.loop import Proposal, greedy_decode, rejection_sample
 from lightning_dataflow.strategies.common.target_tensors import FrozenTarget
 from lightning_dataflow.strategies.eagle3.draft_vocab import build_draft_vocab
 from lightning_dataflow.strategies.eagle3.drafter import ChainDrafter

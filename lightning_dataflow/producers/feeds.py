@@ -193,7 +193,8 @@ class FolderFeed(Feed):
         """See Feed; reads the files."""
         samples = []
         for ref in (self.source.sample_refs[seq] for seq in seqs):
-            tensors, _ = self.source.store.get(ref)
+            tensors, handle = self.source.store.get(ref)
+            self.source.store.release(handle)
             name = f"{self.run_id}:{ref.origin.source_task_id}"
             samples.append((replace(ref.origin, sample_id=name, run_id=self.run_id, attempt=attempt), tensors))
         return samples

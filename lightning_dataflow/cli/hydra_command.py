@@ -22,10 +22,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_dataflow.cli.main import BAD_SETTINGS, INTERRUPTED, MAYBE_LATER, TERMINATED
 from lightning_dataflow.config.conditions import drop_conditions, register_conditions
 from lightning_dataflow.config.schema import TrainConfig, register_schemas
 from lightning_dataflow.contracts import CapacityError, NotFiniteError, PeerFailedError, PeerTimeoutError, UserError
+from lightning_dataflow.contracts.errors import BAD_SETTINGS, INTERRUPTED, RETRYABLE, TERMINATED
 from lightning_dataflow.run.claim import ClaimRun
 from lightning_dataflow.run.ranks import rank_from_environment
 
@@ -93,7 +93,7 @@ def command(function: Command, *, keeps_folder: bool = True, owns_folder: bool =
             if not isinstance(error, NotFiniteError) or rank_from_environment() == 0:  # every rank raises the same
                 print(f"error: {error}", file=sys.stderr, flush=True)
             lasting = isinstance(error, UserError | PermissionError) or config.role == "auto"
-            sys.exit(BAD_SETTINGS if lasting else MAYBE_LATER)
+            sys.exit(BAD_SETTINGS if lasting else RETRYABLE)
         finally:
             if not keeps_folder and not is_multirun():
                 _remove_unused(Path(HydraConfig.get().runtime.output_dir))

@@ -70,23 +70,10 @@ def sample_origin(task: PromptTask, target: TargetEngine) -> SampleOrigin:
     )
 
 
-<<<<<<< HEAD
 def _verify(task: PromptTask, features: Mapping[str, torch.Tensor], target: TargetEngine, card: FeatureCard) -> None:
-    """A capture of another shape or dtype than announced must not reach the store."""
+    """Raise CaptureMismatchError for a shape or dtype other than announced, before it reaches the store."""
     length, widths = len(task.payload["input_ids"]), target.widths
     expected = {name: ((length, widths.get(name)), card.dtype) for name in card.features if name not in FROM_PROMPT}
-    found = {name: (tuple(tensor.shape), dtype_name(tensor.dtype)) for name, tensor in features.items()}
-    if found != expected:
-        raise CaptureMismatchError(f"the {target.backend} target captured {found} for {task.task_id}, expected {expected}")
-=======
-def _verify(task: PromptTask, features: Mapping[str, torch.Tensor], backend: str, card: FeatureCard) -> None:
-    """Raise CaptureMismatchError for a shape or dtype other than announced, before it reaches the store."""
-    spec, length = card.capture, len(task.payload["input_ids"])
-    expected = {
-        "aux_hidden_states": ((length, len(spec.layer_ids) * spec.hidden_size), card.dtype),
-        "last_hidden_state": ((length, spec.hidden_size), card.dtype),
-    }
     actual = {name: (tuple(tensor.shape), dtype_name(tensor.dtype)) for name, tensor in features.items()}
     if actual != expected:
-        raise CaptureMismatchError(f"the {backend} target captured {actual} for {task.task_id}, expected {expected}")
->>>>>>> main
+        raise CaptureMismatchError(f"the {target.backend} target captured {actual} for {task.task_id}, expected {expected}")

@@ -84,7 +84,7 @@ def train(config: TrainConfig, settings: dict[str, Any]) -> None:
     save_final_checkpoint(trainer, run_dir)
     if skipped := parts.data.skipped():
         first = ", ".join(f"{seq} ({reason})" for seq, reason in sorted(skipped.items())[:3])
-        print(f"{len(skipped)} samples were not trained, their features could not be had: seq {first}", flush=True)
+        print(f"{len(skipped)} samples were not trained: seq {first}", flush=True)
     if trainer.is_global_zero:
         figure = "figure.png, " if draw_result(run_dir / "result.json", run_dir / "figure.png") else ""
         history = json.loads((run_dir / "result.json").read_text()).get("acceptance", [])

@@ -42,11 +42,11 @@ if TYPE_CHECKING:  # the same names for type checkers, which do not see __getatt
     from lightning_dataflow.strategies.eagle3.module import Eagle3Module as Eagle3Module
     from lightning_dataflow.strategies.module import DraftModule as DraftModule
     from lightning_dataflow.strategies.registry import (
-        StrategySpec as StrategySpec,
         available_strategies as available_strategies,
         register_strategy as register_strategy,
         resolve_strategy as resolve_strategy,
     )
+    from lightning_dataflow.strategies.spec import StrategySpec as StrategySpec
     from lightning_dataflow.targets import HFTargetEngine as HFTargetEngine, load_tokenizer as load_tokenizer
 
 _NAMES = {
@@ -70,7 +70,7 @@ _NAMES = {
     "RolloutWorker": "producers",
     "SharedDirFeatureStore": "stores",
     "SqliteMetadataStore": "control",
-    "StrategySpec": "strategies.registry",
+    "StrategySpec": "strategies.spec",
     "StreamingSource": "data",
     "Watermarks": "control",
     "available_strategies": "strategies.registry",

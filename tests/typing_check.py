@@ -4,7 +4,7 @@ from typing import assert_type
 
 import lightning_dataflow as ldf
 from lightning_dataflow.strategies.eagle3.module import Eagle3Module
-from lightning_dataflow.strategies.registry import StrategySpec
+from lightning_dataflow.strategies.spec import StrategySpec
 
 assert_type(ldf.Eagle3Module("target"), Eagle3Module)
 assert_type(ldf.resolve_strategy("eagle3"), StrategySpec)

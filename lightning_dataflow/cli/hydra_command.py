@@ -22,9 +22,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_dataflow.cli.main import BAD_SETTINGS, INTERRUPTED, MAYBE_LATER, TERMINATED
+from lightning_dataflow.config.conditions import drop_conditions, register_conditions
 from lightning_dataflow.config.schema import TrainConfig, register_schemas
 from lightning_dataflow.contracts import CapacityError, NotFiniteError, PeerFailedError, PeerTimeoutError, UserError
+from lightning_dataflow.contracts.errors import BAD_SETTINGS, INTERRUPTED, RETRYABLE, TERMINATED
 from lightning_dataflow.run.claim import ClaimRun
 from lightning_dataflow.run.ranks import rank_from_environment
 
@@ -70,13 +71,13 @@ def command(function: Command, *, keeps_folder: bool = True, owns_folder: bool =
         keeps_folder: whether the folder that Hydra makes for each call stays where nothing was written into it.
         owns_folder: whether no other such command may write to that folder meanwhile; see ClaimRun.
     """
-    register_schemas()
 
     @hydra.main(version_base="1.3", config_path="pkg://lightning_dataflow.conf", config_name="train")
     @wraps(function)
     def run(config: DictConfig) -> Any:
         try:
             _check_run_name()
+            drop_conditions(config)
             return function(typed(config), plain_settings(config))
         except KeyboardInterrupt as interrupt:
             _say_how(interrupt)
@@ -92,7 +93,7 @@ def command(function: Command, *, keeps_folder: bool = True, owns_folder: bool =
             if not isinstance(error, NotFiniteError) or rank_from_environment() == 0:  # every rank raises the same
                 print(f"error: {error}", file=sys.stderr, flush=True)
             lasting = isinstance(error, UserError | PermissionError) or config.role == "auto"
-            sys.exit(BAD_SETTINGS if lasting else MAYBE_LATER)
+            sys.exit(BAD_SETTINGS if lasting else RETRYABLE)
         finally:
             if not keeps_folder and not is_multirun():
                 _remove_unused(Path(HydraConfig.get().runtime.output_dir))
@@ -100,6 +101,7 @@ def command(function: Command, *, keeps_folder: bool = True, owns_folder: bool =
     @wraps(function)
     def checked() -> None:
         _check_choices(sys.argv[1:])
+        _register_settings(sys.argv[1:])
         ClaimRun.wanted = owns_folder
         signal.signal(signal.SIGTERM, terminate)
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell's background job has it
@@ -162,6 +164,19 @@ def _check_choices(overrides: Sequence[str]) -> None:
                 if name not in there and name != "null":
                     print(f"error: {group}={name} is unknown: available are {', '.join(there)}", file=sys.stderr)
                     sys.exit(1)
+
+
+def _register_settings(arguments: Sequence[str]) -> None:
+    """What Hydra cannot read from files; the shipped strategies come last, as Hydra also prefers their files."""
+    try:
+        for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+            flag, equals, folder = argument.partition("=")
+            if flag in CONFIG_DIR_FLAGS:
+                register_conditions(Path(folder if equals else following))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(BAD_SETTINGS)
+    register_schemas()
 
 
 def typed(config: DictConfig) -> TrainConfig:

@@ -1,10 +1,13 @@
 """Typed configuration of what this package owns; `trainer`, `logger` and `callbacks` are Lightning's, by `_target_`."""
 
 from dataclasses import dataclass, field
+from importlib.resources import files
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
+
+from lightning_dataflow.config.conditions import register_conditions
 
 
 @dataclass
@@ -167,7 +170,7 @@ class TopologyConfig:
 class OptimizerConfig:
     """AdamW and its schedule; see DraftModule."""
 
-    lr: float = 1e-4
+    lr: float = 5e-4
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     warmup_ratio: float = 0.02
@@ -231,7 +234,7 @@ class TrainConfig:
     """Everything.
 
     Attributes:
-        strategy: `name`, and keyword arguments of that strategy's module.
+        strategy: `name`, and keyword arguments of that strategy's module. `with` is gone by then, see conditions.py.
         ckpt_path: a checkpoint to resume from; `last` for the newest complete one of the run `run_name`, `auto` for that
             or, where there is none, a new run.
         run_name: the run's folder below `runs/`.
@@ -266,7 +269,7 @@ class TrainConfig:
 
 
 def register_schemas() -> None:
-    """Make the schemas available to the YAML files, as `<group>/schema`."""
+    """Make the schemas available to the YAML files as `<group>/schema`, and the `with:` entries of shipped strategies."""
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
     for group, schema in (
@@ -279,3 +282,4 @@ def register_schemas() -> None:
         ("optimizer", OptimizerConfig),
     ):
         store.store(group=group, name="schema", node=schema)
+    register_conditions(files("lightning_dataflow.conf"))

@@ -15,8 +15,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, read_write
 
-from lightning_dataflow.cli.main import BAD_SETTINGS
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts.errors import BAD_SETTINGS
 from lightning_dataflow.control.processes import pid_space
 from lightning_dataflow.run.ranks import rank_from_environment
 

@@ -1,17 +1,21 @@
-"""Whether captured features are those that a draft reads."""
+"""Whether the data of a fit suits a draft: its captured features, and how samples are packed."""
+
+from collections.abc import Sequence
 
 from lightning_dataflow.contracts import CaptureSpec, UserError
-from lightning_dataflow.data import FeatureCard
-from lightning_dataflow.strategies.registry import StrategySpec
+from lightning_dataflow.data import DataFlowDataModule, FeatureCard
 from lightning_dataflow.targets.info import TargetInfo
 
 
-def check_features(card: FeatureCard, spec: StrategySpec, target: TargetInfo, layer_ids: tuple[int, ...]) -> None:
-    """Raise UserError naming the first way in which features do not fit a draft of `target` that reads `layer_ids`."""
+def check_features(
+    card: FeatureCard, strategy: str, features: Sequence[str], target: TargetInfo, layer_ids: tuple[int, ...]
+) -> None:
+    """Raise UserError naming the first way in which captured features do not fit a draft of `target` that reads `features`
+    of `layer_ids`."""
     expected = CaptureSpec(layer_ids=layer_ids, norm="post", hidden_size=target.hidden_size)
-    missing = set(spec.features) - set(card.features)
+    missing = set(features) - set(card.features)
     if missing:
-        raise UserError(f"the features lack {', '.join(sorted(missing))}, which {spec.name} needs: capture again")
+        raise UserError(f"the features lack {', '.join(sorted(missing))}, which {strategy} needs: capture again")
     for what, found, wanted in (
         ("hidden size", card.capture.hidden_size, expected.hidden_size),
         ("norm of the last hidden state", card.capture.norm, expected.norm),
@@ -26,6 +30,18 @@ def check_features(card: FeatureCard, spec: StrategySpec, target: TargetInfo, la
     if card.capture.layer_ids != expected.layer_ids:
         layers = list(card.capture.layer_ids)
         raise UserError(
-            f"the features hold the target's layers {layers}, this {spec.name} draft reads {list(expected.layer_ids)}: "
-            f"capture again with strategy={spec.name}, or set 'strategy.layer_ids={layers}'"
+            f"the features hold the target's layers {layers}, this {strategy} draft reads {list(expected.layer_ids)}: "
+            f"capture again with strategy={strategy}, or set 'strategy.layer_ids={layers}'"
+        )
+
+
+def check_packing(data: DataFlowDataModule, strategy: str, packs: bool) -> None:
+    """Raise UserError when samples are packed for a draft that cannot tell them apart, or do not fit into a row."""
+    row_tokens, longest = data.batching.row_tokens, data.source.card.max_num_tokens
+    if data.batching.packed and not packs:
+        raise UserError(f"{strategy} does not pack samples: leave row_tokens and rows_per_step out")
+    if row_tokens is not None and row_tokens < longest:
+        raise UserError(
+            f"row_tokens={row_tokens} is less than the {longest} tokens of the longest sample: raise it, or cut samples to "
+            "a smaller max_length"
         )

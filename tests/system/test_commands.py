@@ -9,9 +9,18 @@ import time
 
 import pytest
 
-from tests.processes import ROOT, TINY, TRAIN, environment, heed_ctrl_c, long, python, result, wait_until, with_strategy
-
-pytestmark = pytest.mark.system
+from tests.processes import (
+    ROOT,
+    TINY,
+    TRAIN,
+    environment,
+    nightly,
+    python,
+    restore_sigint,
+    result,
+    wait_until,
+    with_strategy,
+)
 
 
 def running(group: int) -> list[str]:
@@ -23,28 +32,16 @@ def running(group: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """An empty folder where the README's first training command has run, as `online`."""
+    """An empty folder where the README's first training command has run."""
     folder = tmp_path_factory.mktemp("commands")
-    train_in_under_a_minute(folder, "online")
+    start = time.monotonic()
+    python(TRAIN, "strategy=eagle3", "topology=online", "experiment=tiny", "run_name=online", cwd=folder)
+    assert time.monotonic() - start < 60
     return folder
 
 
-def train_in_under_a_minute(folder, topology):
-    start = time.monotonic()
-    python(TRAIN, "strategy=eagle3", f"topology={topology}", "experiment=tiny", f"run_name={topology}", cwd=folder)
-    assert time.monotonic() - start < 60
-
-
-def test_two_topologies_to_the_bit_in_under_a_minute(folder):
-    train_in_under_a_minute(folder, "offline")
-    online, offline = result(folder, "online"), result(folder, "offline")
-    assert online["losses"] == offline["losses"]
-    assert len(online["losses"]) == 8
-    for name in ("samples_trained", "global_batch_size", "samples_skipped", "samples_recaptured"):
-        assert online[name] == offline[name]
-
-
-@pytest.mark.parametrize("micro_batch_size", [1, 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("micro_batch_size", [1, nightly(4)])
 def test_micro_batches_do_not_change_the_losses(folder, micro_batch_size):
     name = f"micro-{micro_batch_size}"
     python(TRAIN, *TINY, f"data.micro_batch_size={micro_batch_size}", f"run_name={name}", cwd=folder)
@@ -81,7 +78,7 @@ def test_ctrl_c_ends_everything_and_a_resume_goes_on(folder):
     settings = ("trainer=ddp", "trainer.devices=2", "trainer.max_steps=40", "callbacks.checkpoint.every_n_train_steps=2")
     python(TRAIN, *TINY, *settings, "run_name=straight", cwd=folder)
     command = [sys.executable, TRAIN, *TINY, *settings, "run_name=stopped"]
-    options = {"start_new_session": True, "preexec_fn": heed_ctrl_c, "stderr": subprocess.DEVNULL}
+    options = {"start_new_session": True, "preexec_fn": restore_sigint, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, cwd=folder, env=environment(), **options)
     checkpoints = folder / "runs" / "stopped" / "checkpoints"
     deadline = time.monotonic() + 120
@@ -102,7 +99,7 @@ def test_ctrl_c_ends_everything_and_a_resume_goes_on(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["eagle3", long("dflash"), long("domino")])
+@pytest.mark.parametrize("strategy", ["eagle3", nightly("dflash"), nightly("domino")])
 def test_a_killed_run_resumes_to_the_bit(folder, strategy):
     """Killed in its second pass: the resumed losses, and so the anchors, are those of a run that was left alone."""
     straight, killed = f"straight-{strategy}", f"killed-{strategy}"
@@ -127,7 +124,7 @@ def test_a_killed_run_resumes_to_the_bit(folder, strategy):
 def test_ctrl_c_while_a_command_exits_shows_no_traceback(folder):
     """A part that failed is interrupted by its supervisor, however far it has come."""
     command = [sys.executable, "-m", "tests.system.slow_exit", *TINY, "data.max_length=4", "run_name=exits"]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": heed_ctrl_c}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": restore_sigint}
     with subprocess.Popen(command, cwd=folder, env=environment(), **options) as process:
         assert any(line == "exiting\n" for line in process.stdout)
         process.send_signal(signal.SIGINT)

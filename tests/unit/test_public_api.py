@@ -43,12 +43,8 @@ def test_the_vocabulary_of_the_system_stays():
         MooncakeFeatureStore,
         SharedDirFeatureStore,
     )
-    from lightning_dataflow.strategies.registry import (
-        StrategySpec,
-        available_strategies,
-        register_strategy,
-        resolve_strategy,
-    )
+    from lightning_dataflow.strategies.registry import available_strategies, register_strategy, resolve_strategy
+    from lightning_dataflow.strategies.spec import StrategySpec
     from lightning_dataflow.targets import TargetEngine
 
     records = (FeatureHandle, FeatureSpec, PromptTask, SampleRef, StepContext, StrategySpec, RolloutWorker)

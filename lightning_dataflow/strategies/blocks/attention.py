@@ -1,4 +1,4 @@
-"""Attention of drafted blocks (DFlash, arXiv 2602.06036).
+"""Attention of drafted blocks.
 
 A block sees the context of its sample strictly before its anchor, all of itself, and no other block. With a sliding window
 of w positions, offset k at anchor a sees context from a + k − (w − 1) on, and itself causally.

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
-from lightning_dataflow.evaluation.speculative import Drafter, Proposal, check_num_draft_tokens
+from lightning_dataflow.evaluation.loop import Drafter, Proposal, check_num_draft_tokens
 from lightning_dataflow.strategies.blocks.network import BlockDraft
 from lightning_dataflow.strategies.common.target_tensors import FrozenTarget
 
@@ -30,18 +31,18 @@ class BlockDrafter(Drafter):
         self.num_draft_tokens = num_draft_tokens
         self.reset()
 
+    @override
     def reset(self) -> None:
-        """See Drafter."""
         self.caches = self.draft.new_caches()
 
+    @override
     def observe(self, next_tokens: Sequence[int], aux_hidden_states: Tensor) -> None:
-        """See Drafter."""
         self.draft.extend_context(aux_hidden_states, self.caches)
         self.anchor = next_tokens[-1]
 
     @torch.no_grad()
+    @override
     def propose(self, temperature: float, generator: torch.Generator) -> Proposal:
-        """See Drafter."""
         first = self._first_offset(self.draft)
         hidden = self.draft.decode(self.anchor, self.target.embedding, self.caches, first + self.num_draft_tokens)[first:]
         logits = (hidden.to(self.target.head.dtype) @ self.target.head.T).float()

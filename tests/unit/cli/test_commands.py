@@ -12,8 +12,10 @@ from hydra.core.global_hydra import GlobalHydra
 
 from lightning_dataflow.cli import capture, evaluate, main as commands, show_mask, train
 from lightning_dataflow.cli.hydra_command import Terminated, _raise_again, command, terminate
-from lightning_dataflow.cli.main import MAYBE_LATER
+from lightning_dataflow.contracts.errors import RETRYABLE
 from tests.unit.run.test_claim import start_owner
+
+pytestmark = pytest.mark.integration
 
 BY_HAND = ("topology=disagg_online", "store=shared_dir", "role=producer", "run_name=test")
 SERVED = ("target.engine=sglang_server", "target.urls=[http://127.0.0.1:9]")
@@ -219,7 +221,7 @@ def test_bad_input_is_one_line_and_status_1(run, tmp_path, capsys, overrides, me
 )
 def test_a_part_that_might_do_better_later_says_so_by_its_status(run, capsys, role, message):
     parts = [*(one for one in BY_HAND if not one.startswith("role=")), f"role={role}"]
-    assert run(train.main, *parts, "topology.start_timeout_s=0") == MAYBE_LATER
+    assert run(train.main, *parts, "topology.start_timeout_s=0") == RETRYABLE
     assert message in one_line(capsys)
 
 

@@ -2,12 +2,12 @@
 
 import torch
 
-from lightning_dataflow.export.base import DraftSpec
 from lightning_dataflow.strategies.blocks.network import BlockConfig
 from lightning_dataflow.strategies.dflash.network import DFlashDraft
 from lightning_dataflow.strategies.domino.network import DominoConfig, DominoDraft
 from lightning_dataflow.strategies.eagle3.draft_vocab import build_draft_vocab
 from lightning_dataflow.strategies.eagle3.network import Eagle3Config, Eagle3Draft
+from lightning_dataflow.strategies.published.contract import DraftDescription
 
 LAYERS = {
     "hidden_size": 16,
@@ -34,7 +34,7 @@ NETWORKS = {
 CLASSES = {Eagle3Config: Eagle3Draft, BlockConfig: DFlashDraft, DominoConfig: DominoDraft}
 
 
-def make_spec(kind: str, **fields) -> DraftSpec:
+def describe(kind: str, **fields) -> DraftDescription:
     """What there is to say of one of the NETWORKS."""
     given = {
         "strategy": kind.partition("-")[0],
@@ -46,7 +46,7 @@ def make_spec(kind: str, **fields) -> DraftSpec:
         "target": "models/tiny",
         "target_architectures": ("LlamaForCausalLM",),
     }
-    return DraftSpec(**given | fields)
+    return DraftDescription(**given | fields)
 
 
 def make_draft(kind: str) -> torch.nn.Module:

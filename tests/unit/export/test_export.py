@@ -93,6 +93,7 @@ def export(source, folder, kind="eagle3", **options) -> Path:
     return export_draft(source, folder, **{"engine": engine, "format": form, "dtype": "float32"} | options)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", KINDS)
 def test_there_and_back_to_the_bit_and_one_step_on(kind, checkpoint, fit, target_path, tmp_path):
     folder = export(checkpoint(kind), tmp_path / "draft", kind)
@@ -318,7 +319,7 @@ def run_command(capsys):
         ),
         (["nowhere.ckpt", "--engine", "sglang"], "no checkpoint nowhere.ckpt"),
         (["TAKEN", "--engine", "sglang"], "is not a draft's checkpoint"),
-        (["DOMINO", "--engine", "vllm"], "vLLM does not serve domino drafts, only eagle3, dflash"),
+        (["DOMINO", "--engine", "vllm"], "vLLM does not serve domino drafts, only dflash, eagle3"),
         (["EAGLE3", "--engine", "sglang", "--format", "speculators"], "no format 'speculators' for engine 'sglang'"),
         (["EMBEDDING", "--engine", "sglang"], "SGLang gives every EAGLE3 draft the target's token embedding"),
         (["EAGLE3", "--engine", "sglang", "--target", "nowhere"], "no target model in nowhere"),

@@ -12,7 +12,7 @@ import pytest
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.control.redis import server as redis_server
-from lightning_dataflow.control.redis.connections import RedisAddress
+from lightning_dataflow.control.redis.address import RedisAddress
 from lightning_dataflow.control.redis.log import RedisChannel
 from lightning_dataflow.control.redis.server import RedisServer
 from tests.unit.control.redis.calls import refs, seqs
@@ -72,6 +72,7 @@ def openssl(folder: Path, *arguments: str) -> None:
     subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
 def test_tls(own, tmp_path):
     name = ("-subj", "/CN=ldf", "-addext", "subjectAltName=IP:127.0.0.1", "-nodes", "-newkey", "rsa:2048", "-days", "2")

@@ -13,7 +13,7 @@ from lightning_dataflow.data.finite import first_not_finite
 from lightning_dataflow.strategies.module import DraftModule
 from lightning_dataflow.strategies.published.reading import is_published, read_draft
 from lightning_dataflow.strategies.registry import resolve_strategy
-from lightning_dataflow.strategies.warm_start import some
+from lightning_dataflow.strategies.warm_start import check_tensors
 
 REMEDY = "name another checkpoint of its run"
 
@@ -100,11 +100,9 @@ def _read_shards(path: Path, module: DraftModule) -> dict[str, Any]:
 
     saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     place = "model" if any(name.startswith("model.") for name in saved) else "state_dict"  # FSDP1's, or FSDP2's
-    shapes = {
-        name.removeprefix(f"{place}."): getattr(one, "size", ())
-        for name, one in saved.items()
-        if name.startswith(f"{place}.")
-    }
+    prefix = f"{place}."
+    weights = {name.removeprefix(prefix): entry for name, entry in saved.items() if name.startswith(prefix)}
+    shapes = {name: getattr(entry, "size", ()) for name, entry in weights.items()}
     _check_weights(path, module, shapes)
     state = {place: module.state_dict()}
     try:
@@ -120,23 +118,13 @@ def _read_file(path: Path, module: DraftModule, checkpoint: Mapping[str, Any]) -
     state = checkpoint.get("state_dict")
     if not isinstance(state, Mapping):
         raise _incomplete(path, "state_dict")
-    _check_weights(path, module, {name: getattr(one, "shape", ()) for name, one in state.items()})
+    _check_weights(path, module, {name: getattr(entry, "shape", ()) for name, entry in state.items()})
     return state
 
 
-def _check_weights(path: Path, module: DraftModule, found: Mapping[str, Sequence[int]]) -> None:
-    """Raise UserError naming the weights that a checkpoint lacks, or has too many or of another shape."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    if missing := sorted(wanted.keys() - found.keys()):
-        raise _incomplete(path, some(missing))
-    if unknown := sorted(found.keys() - wanted.keys()):
-        raise UserError(
-            f"{path} has {some(unknown)}, for which {module.strategy_name} with its settings has no place: {REMEDY}"
-        )
-    for name, shape in wanted.items():
-        if tuple(found[name]) != shape:
-            raise UserError(f"{path}: {name} is {list(found[name])}, its settings say {list(shape)}: {REMEDY}")
+def _check_weights(path: Path, module: DraftModule, shapes: Mapping[str, Sequence[int]]) -> None:
+    check_tensors(path, shapes, module.state_dict(), f"{module.strategy_name} draft with its settings", REMEDY)
 
 
 def _incomplete(path: Path, what: str) -> UserError:
-    return UserError(f"{path} lacks {what}, it is not a whole draft: {REMEDY}")
+    return UserError(f"{path} lacks {what}: it is not a whole draft, {REMEDY}")

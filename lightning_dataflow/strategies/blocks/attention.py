@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lightning_dataflow.strategies.blocks.blocks import Blocks
 from lightning_dataflow.strategies.common.flex import flex, flex_mask
+from lightning_dataflow.strategies.common.tiles import sum_dtype
 
 CHUNK_BLOCKS = 8
 """Blocks attended together on a CPU: their anchors are neighbours, so little of the context is masked out."""
@@ -92,7 +93,7 @@ class _ChunkedBlockAttention(torch.autograd.Function):
         keys, out, lse = ContextKeys(*rest[:4]), rest[4], rest[5:]
         grad_query = torch.empty_like(query)
         # In float32 at least: many blocks add to the context's gradients.
-        grads = ContextKeys(*(torch.zeros_like(x, dtype=_sum_dtype(x)) for x in keys))
+        grads = ContextKeys(*(torch.zeros_like(x, dtype=sum_dtype(x)) for x in keys))
         for chunk, one_lse in zip(ctx.chunks, lse, strict=True):
             part = _ChunkInputs.take(query, keys, chunk, ctx.blocks, ctx.window)
             one_query, one_key, one_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -103,10 +104,6 @@ class _ChunkedBlockAttention(torch.autograd.Function):
             part.add(grads.context_key, grads.block_key, chunk, one_key)
             part.add(grads.context_value, grads.block_value, chunk, one_value)
         return grad_query, *(one.to(x.dtype) for one, x in zip(grads, keys, strict=True)), None, None
-
-
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    return x.dtype if x.dtype == torch.float64 else torch.float32
 
 
 def _chunks(blocks: Blocks, window: int | None) -> list[_Chunk]:

@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from typing_extensions import override
-
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.data.collate import Batch, SampleRows
 from lightning_dataflow.data.datamodule import DataFlowDataModule
@@ -18,6 +16,7 @@ from lightning_dataflow.targets.info import load_tokenizer
 
 MAX_ANCHORS = 512
 BLOCK_FEATURES = ("input_ids", "loss_mask", "aux_hidden_states")
+_SETTINGS = ("intermediate_size", "num_layers", "mask_token_id", "block_size", "layer_types", "sliding_window")
 _FIELDS = tuple(f"block_{name}" for name in Blocks._fields)
 Draft = TypeVar("Draft", bound=BlockDraft)
 
@@ -59,22 +58,14 @@ class BlockDraftModule(DraftModule):
         if not 1 <= num_anchors <= MAX_ANCHORS:
             raise UserError(f"num_anchors={num_anchors}: choose 1 to {MAX_ANCHORS} blocks a sample")
         self._has_blocks = False  # known once a whole pass was read
-        self._settings = {
-            "intermediate_size": intermediate_size,
-            "num_layers": num_layers,
-            "mask_token_id": mask_token_id,
-            "block_size": block_size,
-            "layer_types": layer_types,
-            "sliding_window": sliding_window,
-        }
 
-    def block_draft(self, draft: Callable[[Any], Draft], config: Callable[..., Any], **settings: Any) -> Draft:
-        """A new draft of `config`, whose sizes are those of the constructor, of `settings` and of the target."""
-        info, settings = self.target_info, self._settings | settings
-        given, network = list(settings["layer_types"] or ()), {} if self._start is None else self._start.network
+    def block_draft(self, draft: Callable[[Any], Draft], config: Callable[..., Any], *settings: str) -> Draft:
+        """A new draft of `config`. `settings`: names of the subclass's arguments that are sizes of the network."""
+        info, chosen = self.target_info, {name: self.hparams[name] for name in (*_SETTINGS, *settings)}
+        given, network = list(chosen["layer_types"] or ()), {} if self._start is None else self._start.network
         if not network.get("layer_types") and given == [FULL] * network.get("num_layers", 0):
-            settings["layer_types"] = None  # the same as in the draft to start from, spelt out
-        sizes = self.network_sizes(settings, num_layers=5)
+            chosen["layer_types"] = None  # the same as in the draft to start from, spelt out
+        sizes = self.network_sizes(chosen, num_layers=5)
         if "mask_token_id" not in sizes:
             sizes["mask_token_id"] = choose_mask_token(load_tokenizer(info.path), info.vocab_size)
         sizes["layer_types"] = tuple(sizes.get("layer_types") or ())
@@ -82,7 +73,6 @@ class BlockDraftModule(DraftModule):
         return self.new_draft(draft, config(**of_target, **sizes))
 
     @property
-    @override
     def num_draft_tokens(self) -> int:
         return self.draft.config.block_size - 1
 

@@ -21,6 +21,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def sum_dtype(x: Tensor) -> torch.dtype:
+    """Of sums over many rows: float32 at least."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 class LogitTile:
     """Logits of one tile [T, V] and what cross-entropy needs of them. Turned into a gradient in place.
 

@@ -53,7 +53,7 @@ def export_draft(
         target: where the target is now, if it moved. Serve commands and the speculators format name it
             as given here, and `folder` as given.
         tokenizer: copy the target's tokenizer files along.
-        on_skip: told of newer checkpoints of a run that are not complete.
+        on_skip: called with a message for every newer checkpoint of a run that is not complete.
 
     Raises:
         UserError: `folder` exists, there is no checkpoint, or the engine does not serve such a draft.
@@ -79,7 +79,7 @@ def export_draft(
         raise UserError(f"no tokenizer in {draft.target}: leave --tokenizer out")
     tensors = module.draft.state_dict()
     if dtype in DTYPES:
-        cast = {name: one.to(DTYPES[dtype]) for name, one in tensors.items() if one.is_floating_point()}
+        cast = {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items() if tensor.is_floating_point()}
         check_finite(checkpoint, cast, f"dtype={dtype} is too narrow for it, use bfloat16 or float32")
     return write_draft(folder, layout, draft, tensors, card=card, copies=copies)
 
@@ -88,10 +88,10 @@ def find_checkpoint(source: Path, on_skip: Callable[[str], None] = print) -> Pat
     """The checkpoint that `source` is or, being a run, has. Raises UserError where there is none."""
     if not (source / "checkpoints").is_dir():
         return source
-    found = latest_checkpoint(source / "checkpoints", on_skip=on_skip)
-    if found is None:
+    checkpoint = latest_checkpoint(source / "checkpoints", on_skip=on_skip)
+    if checkpoint is None:
         raise UserError(f"no complete checkpoint in {source / 'checkpoints'}: name the one to export")
-    return found
+    return checkpoint
 
 
 def describe(module: DraftModule, *, dtype: str = "bfloat16", num_draft_tokens: int | None = None) -> DraftDescription:

@@ -1,4 +1,4 @@
-"""A draft back from a Lightning checkpoint, full or sharded, or from a folder for a serving engine."""
+"""Loading a draft from a Lightning checkpoint, full or sharded, or from a folder for a serving engine."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +26,7 @@ def load_module(path: str | Path, *, target: str | None = None) -> DraftModule:
         target: where the target is now, if it moved; a published draft's must be named.
 
     Raises:
-        UserError: no such checkpoint, not one of a draft or not a whole one, or one for another target.
+        UserError: there is no such checkpoint, it is incomplete, or it is not one of a draft of this target.
         NotFiniteError: its weights hold NaN or infinity.
     """
     path = Path(path)
@@ -37,7 +37,7 @@ def load_module(path: str | Path, *, target: str | None = None) -> DraftModule:
     module.load_state_dict(_read_shards(path, module) if path.is_dir() else _read_file(path, module, checkpoint))
     try:
         module.on_load_checkpoint(checkpoint)
-    except KeyError as error:  # what a strategy keeps beside its weights
+    except KeyError as error:  # an entry that a strategy adds to its weights
         raise _incomplete(path, str(error.args[0])) from error
     check_finite(path, module.state_dict())
     return module.eval()
@@ -50,10 +50,10 @@ def check_finite(path: Path, tensors: Mapping[str, Tensor], remedy: str = REMEDY
 
 
 def load_published(folder: str | Path, *, target: str | None) -> DraftModule:
-    """The module of a published draft, ready to draft, to be exported, or to be trained on.
+    """The module of a published draft, ready to draft, to be exported, or to be trained further.
 
     Raises:
-        UserError: no draft that a strategy here trains, or one of another target.
+        UserError: no strategy here trains such a draft, or it is a draft of another target.
     """
     start = read_draft(folder)
     if target is None:
@@ -75,7 +75,7 @@ def _rebuild(path: Path, checkpoint: Mapping[str, Any], target: str | None) -> D
     name = checkpoint["strategy"]
     hparams = {
         key: value for key, value in checkpoint["hyper_parameters"].items() if key != "_instantiator"
-    }  # LightningCLI's
+    }  # `_instantiator` is LightningCLI's
     if "target" not in hparams or "target_model_version" not in checkpoint:
         raise _incomplete(path, "the name of its target")
     hparams |= {"target": target or hparams["target"], "init_from": None}  # its sizes are in `network`
@@ -107,7 +107,7 @@ def _read_shards(path: Path, module: DraftModule) -> dict[str, Any]:
     state = {place: module.state_dict()}
     try:
         dcp.load(state, checkpoint_id=path, no_dist=True)
-    except CheckpointException as error:  # torch's, which is no Exception
+    except CheckpointException as error:  # torch's; it is not an Exception
         reasons = [str(cause).splitlines()[0] for cause, _ in error.failures.values() if str(cause)]
         raise UserError(f"{path} cannot be read ({', '.join(reasons)}): {REMEDY}") from error
     return state[place]

@@ -1,4 +1,4 @@
-"""Starting a draft from a published one: what must fit, and the tensors that are copied."""
+"""Starting a draft from a published draft: what must agree, and the tensors that are copied."""
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -24,23 +24,23 @@ def check_start(start: PublishedDraft, strategy: str, target: TargetInfo) -> Non
             f"{start.folder} holds a draft of {start.strategy}, not one of {strategy}: set strategy={start.strategy}"
         )
     highest = max(start.layer_ids or (0,))
-    for what, found, wanted in (
+    for what, actual, expected in (
         ("hidden size", start.target_hidden_size, target.hidden_size),
         ("hidden size of the draft", start.hidden_size, target.hidden_size),
         ("vocabulary", start.vocab_size, target.vocab_size),
         ("number of layers", start.num_target_layers or target.num_layers, target.num_layers),
         ("highest layer", highest, min(highest, target.num_layers - 1)),
     ):
-        if found != wanted:
+        if actual != expected:
             raise UserError(
-                f"{start.folder} is a draft of another target ({what} {found}, {target.path} has {wanted}): name the "
+                f"{start.folder} is a draft of another target ({what} {actual}, {target.path} has {expected}): name the "
                 "target that it was made for"
             )
 
 
 def choose_layers(start: PublishedDraft, chosen: list[int] | None) -> list[int] | None:
-    """Layers that the settings name, else those of the published draft; None where neither says. Raises UserError where
-    they differ."""
+    """The layers that settings and the published draft agree on; None where neither names any. Raises UserError where they
+    differ."""
     if start.layer_ids is None:
         return chosen
     if chosen and sorted(chosen) != sorted(start.layer_ids):
@@ -82,11 +82,11 @@ def check_tensors(
 
 @torch.no_grad()
 def load_start(start: PublishedDraft, export: DraftExport, draft: nn.Module, target: FrozenTarget) -> None:
-    """Copy a published draft's tensors into `draft`. What it leaves to the target comes from there.
+    """Copy a published draft's tensors into `draft`. Tensors that the folder leaves to the target come from the target.
 
     Raises:
-        UserError: it is not whole, or another network; it has an embedding or head of its own where this draft uses the
-            target's; or no sensible vocabulary map.
+        UserError: it is incomplete or another network; it has an embedding or head of its own where this draft uses the
+            target's; or its vocabulary map is invalid.
         NotFiniteError: it holds NaN or infinity.
     """
     state = draft.state_dict()
@@ -109,6 +109,6 @@ def load_start(start: PublishedDraft, export: DraftExport, draft: nn.Module, tar
 
 
 def some(names: Sequence[str], limit: int = 4) -> str:
-    """The first few, for an error's line."""
+    """The first few names, for an error message."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

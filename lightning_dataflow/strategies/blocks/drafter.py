@@ -11,8 +11,8 @@ from lightning_dataflow.strategies.common.target_tensors import FrozenTarget
 
 
 class BlockDrafter(Drafter):
-    """Drafts a block in one pass over the keys and values of verified tokens. With fewer than all of its tokens asked for,
-    the block is that much shorter, as in serving engines.
+    """Drafts a block in one pass over the keys and values of verified tokens. If fewer tokens are
+    asked for than a block has, the block is shorter, as in serving engines.
 
     Args:
         draft: unsharded, in evaluation.

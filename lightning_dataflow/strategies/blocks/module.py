@@ -30,7 +30,7 @@ class BlockDraftModule(DraftModule):
         num_layers: of the draft; None for 5.
         block_size: B, positions of a block; None for 16.
         num_anchors: blocks drawn from a sample and pass, at most.
-        mask_token_id: None for one that the tokenizer leaves free.
+        mask_token_id: None for a token that the tokenizer does not use.
         intermediate_size: of the draft's MLPs; None for the target's.
         layer_types, sliding_window: see BlockConfig; None for full attention.
 
@@ -82,8 +82,7 @@ class BlockDraftModule(DraftModule):
         return self.draft.config.mask_token_id
 
     def check_data(self, data: DataFlowDataModule) -> None:
-        """See DraftModule. A block must fit into a sample; the mask token must be none of the data's, and its embedding
-        must say something."""
+        """A block must fit into a sample. The mask token must not occur in the data, and must have an embedding."""
         block_size, longest = self.draft.config.block_size, data.source.card.max_num_tokens
         if block_size > longest:
             raise UserError(
@@ -101,12 +100,12 @@ class BlockDraftModule(DraftModule):
             raise UserError(f"mask_token_id={self.mask_token_id} has an embedding of zeros in this target: {remedy}")
 
     def collate(self, rows: SampleRows) -> Batch:
-        """Features, the blocks, and which of their offsets are supervised (found here, on the CPU, so that a step needs
-        no sync)."""
+        """Features, the blocks, and which of their offsets are supervised (computed here on the CPU, so that a step
+        need not wait for the device)."""
         batch = rows.stack(self.features)
         num_anchors, seed, placed = self.hparams["num_anchors"], self.hparams["seed"], list(rows)
-        anchors = [draw_anchors(one.sample, num_anchors, seed) for one in placed]
-        spans = [Span(row=one.row, start=one.start, stop=one.stop) for one in placed]
+        anchors = [draw_anchors(sample, num_anchors, seed) for sample, *_ in placed]
+        spans = [Span(row, start, stop) for _, row, start, stop in placed]
         blocks = cut_blocks(batch["input_ids"], batch["loss_mask"], anchors, self.draft.config.block_size, spans)
         batch |= dict(zip(_FIELDS, blocks, strict=True))
         batch["label_rows"] = BlockLabels.of(blocks, shift=self.shift_label).rows
@@ -117,7 +116,7 @@ class BlockDraftModule(DraftModule):
         return Blocks(*(batch[name] for name in _FIELDS))
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Lightning's hook: refuse data without any block, once one pass over it, or the whole run, has shown that."""
+        """Refuse data without any block, once a whole pass over it, or the whole run, had none."""
         data = self._data()
         num_steps = len(self.step_losses)
         if self._has_blocks or (data.next_seq < len(data.source) and num_steps < self.trainer.max_steps):

@@ -34,7 +34,7 @@ class ChainDrafter(Drafter):
 
     @torch.no_grad()
     def observe(self, next_tokens: Sequence[int], aux_hidden_states: Tensor) -> None:
-        """See Drafter. Position t pairs the state of token t with the embedding of token t + 1."""
+        """Position t pairs the state of token t with the embedding of token t + 1."""
         weight = self.draft.fc.weight
         hidden = self.draft.fc(aux_hidden_states.to(weight.device, weight.dtype)).unsqueeze(0)
         self.hidden, self.logits = self._pass(next_tokens, hidden)

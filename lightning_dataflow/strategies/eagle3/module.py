@@ -104,7 +104,7 @@ class Eagle3Module(DraftModule):
         self._vocab_prompts = checkpoint["draft_vocab"]["prompts"]
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any], data: Any) -> None:
-        """See DraftModule. The map of the draft's vocabulary must be the one that these prompts give."""
+        """The map of the draft's vocabulary must be the one that these prompts give."""
         super().check_checkpoint(checkpoint, data)
         saved = checkpoint["draft_vocab"]
         if isinstance(data, DataFlowDataModule) and saved["prompts"] == data.source.card.prompts_version:
@@ -120,7 +120,7 @@ class Eagle3Module(DraftModule):
         return build_draft_vocab(data.source.token_counts(config.vocab_size), config.draft_vocab_size)
 
     def collate(self, rows: SampleRows) -> Batch:
-        """Features, and which rows supervise which (found here, on the CPU, so that a step needs no sync)."""
+        """Features, and which rows supervise which; computed on the CPU, so that a step need not wait for the device."""
         batch = rows.stack(self.features)
         batch["target_rows"] = tuple(supervised_positions(batch["loss_mask"], batch["position"]))
         return batch

@@ -6,13 +6,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
+from lightning_dataflow.config.secrets import read_api_key
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.evaluation import AcceptanceReport, SGLangDecoder, VLLMDecoder, evaluate_acceptance
 from lightning_dataflow.evaluation.judges.vllm_process import Decoded, find_python, room_for
 from lightning_dataflow.evaluation.speculative import check_num_draft_tokens
 from lightning_dataflow.export.export import export_draft
 from lightning_dataflow.export.reading import is_published, read_draft
-from lightning_dataflow.run.target import read_api_key
 from lightning_dataflow.strategies.checkpoint import load_module
 from lightning_dataflow.targets import HFTargetEngine
 from lightning_dataflow.targets.hf import check_dtype
@@ -157,7 +157,7 @@ class SGLangBackend:
         self.parts = parts
         if options.url is None:
             raise UserError("backend sglang_server needs a server that speculates: set evaluate.url=http://HOST:PORT")
-        key = read_api_key(config.target)
+        key = read_api_key(config.target.api_key_file)
         self.decoder = SGLangDecoder(url=options.url, api_key=key, timeout_s=options.timeout_s)
         self.plain = None
         if options.baseline_url is not None:

@@ -135,7 +135,7 @@ def _output_file(name: str) -> Path:
 def _read_prompts(parts: "Builder", room: int) -> list[list[int]]:
     """Of `evaluate.data`, else the held-out ones, checked against the target, with `room` for proposals."""
     from lightning_dataflow.prompts import load_questions
-    from lightning_dataflow.run.builder import read_chat_template
+    from lightning_dataflow.run.prompts import read_chat_template
     from lightning_dataflow.targets import read_target_info
 
     config, options = parts.config, parts.config.evaluate

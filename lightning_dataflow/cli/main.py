@@ -3,12 +3,7 @@
 import importlib
 import sys
 
-INTERRUPTED, TERMINATED = 130, 143
-"""Exit statuses of a command that Ctrl-C or SIGTERM ended, as shells give them."""
-
-BAD_SETTINGS, MAYBE_LATER = 1, 75
-"""Exit statuses of a command that failed with one line. A part of a run (`role=`) tells apart whether it would fail of the
-same again: the supervisor starts it again otherwise."""
+from lightning_dataflow.run.exit_status import INTERRUPTED
 
 COMMANDS = {
     "train": "train a draft",

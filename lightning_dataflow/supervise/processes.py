@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO
 
-from lightning_dataflow.cli.main import BAD_SETTINGS, TERMINATED
+from lightning_dataflow.run.exit_status import BAD_SETTINGS, TERMINATED
 from lightning_dataflow.services.leash import leashed_command
 
 POLL_S = 0.05

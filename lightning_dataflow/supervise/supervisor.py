@@ -10,12 +10,14 @@ from functools import partial
 from pathlib import Path
 
 from lightning_dataflow.callbacks.result import write_result
+from lightning_dataflow.config.derived import run_id
+from lightning_dataflow.config.parsing import quoted
 from lightning_dataflow.config.schema import TrainConfig
-from lightning_dataflow.contracts import PeerFailedError, UserError
+from lightning_dataflow.contracts import PeerFailedError
 from lightning_dataflow.control import ControlPlane, resolve_control_plane
 from lightning_dataflow.control.heartbeat import SUPERVISOR, Heartbeat, check_no_other_trainer
 from lightning_dataflow.run.ranks import num_processes
-from lightning_dataflow.run.streams import redis_address, run_id, watermarks
+from lightning_dataflow.run.streams import redis_address
 from lightning_dataflow.services.mooncake import LocalMooncake
 from lightning_dataflow.services.redis import LocalRedis
 from lightning_dataflow.supervise.processes import Part, end_all, interrupts_wait, without
@@ -35,16 +37,15 @@ def supervise(config: TrainConfig, arguments: Sequence[str]) -> None:
         PeerFailedError: parts failed and the run cannot go on without them; the others have been ended.
         KeyboardInterrupt: Ctrl-C or SIGTERM; all have been ended.
     """
-    _check(config)
     with ExitStack() as stack:
-        settings = [*without(arguments, "role", "run_name", "num_threads"), f"run_name={_quoted(config.run_name)}"]
-        settings += [f"channel.path={_quoted(str(Path(config.channel.path).absolute()))}"]
+        settings = [*without(arguments, "role", "run_name", "num_threads"), f"run_name={quoted(config.run_name)}"]
+        settings += [f"channel.path={quoted(str(Path(config.channel.path).absolute()))}"]
         redis = _start_redis(config, stack)
         if redis is not None:
             config.channel.address, config.channel.secret_file = redis.where.address, str(redis.secret_file.absolute())
             settings += [
                 f"channel.address={config.channel.address}",
-                f"channel.secret_file={_quoted(config.channel.secret_file)}",
+                f"channel.secret_file={quoted(config.channel.secret_file)}",
             ]
         plane = _control_plane(config)
         stack.callback(plane.close)
@@ -65,11 +66,11 @@ def supervise(config: TrainConfig, arguments: Sequence[str]) -> None:
         settings.append(f"num_threads={threads}")
         for name in _producers(config):
             folder = Path(config.run_dir) / name
-            arguments = [*settings, "role=producer", f"hydra.run.dir={_quoted(str(folder))}"]
+            arguments = [*settings, "role=producer", f"hydra.run.dir={quoted(str(folder))}"]
             with interrupts_wait():
                 parts.append(Part(name, arguments, threads, signal.SIGKILL))
         folder = Path(config.run_dir)
-        arguments = [*settings, "role=trainer", f"hydra.run.dir={_quoted(str(folder))}"]
+        arguments = [*settings, "role=trainer", f"hydra.run.dir={quoted(str(folder))}"]
         with interrupts_wait():
             parts.append(Part("trainer", arguments, threads, signal.SIGINT))
         *producers, trainer = parts
@@ -94,9 +95,9 @@ def _complete_result(
 
 def _control_plane(config: TrainConfig) -> ControlPlane:
     if config.channel.kind == "redis":
-        where = redis_address(config)
-        return resolve_control_plane("disaggregated", run_id(config), redis=where, patience_s=PATIENCE_S)
-    return resolve_control_plane("disaggregated", run_id(config), path=config.channel.path)
+        where = redis_address(config.channel)
+        return resolve_control_plane("disaggregated", run_id(config.run_name), redis=where, patience_s=PATIENCE_S)
+    return resolve_control_plane("disaggregated", run_id(config.run_name), path=config.channel.path)
 
 
 def _start_redis(config: TrainConfig, stack: ExitStack) -> LocalRedis | None:
@@ -119,17 +120,6 @@ def _start_mooncake(config: TrainConfig, stack: ExitStack) -> LocalMooncake | No
     return mooncake
 
 
-def _check(config: TrainConfig) -> None:
-    if config.topology.num_producers < 1:
-        raise UserError(f"topology.num_producers={config.topology.num_producers}: a run needs at least one")
-    if config.topology.restarts < 0:
-        raise UserError(f"topology.restarts={config.topology.restarts}: give a number of attempts, or 0")
-    marks = watermarks(config.topology, config.store)
-    marks.check_window(config.data.global_batch_size, 0)
-    if config.store.kind == "mooncake" and config.store.address is None and config.store.capacity_bytes is None:
-        raise UserError("store.capacity_bytes=null: a Mooncake that starts on this machine needs to know its size")
-
-
 def _producers(config: TrainConfig) -> list[str]:
     """One ingests files; more would read the same ones."""
     count = config.topology.num_producers if config.topology.name == "disagg_online" else 1
@@ -139,8 +129,3 @@ def _producers(config: TrainConfig) -> list[str]:
 def _num_threads(config: TrainConfig) -> int:
     processes = len(_producers(config)) + num_processes(config.trainer)
     return config.num_threads or max(1, (os.cpu_count() or 1) // processes)
-
-
-def _quoted(value: str) -> str:
-    """For Hydra's grammar, which takes some characters of paths for its own."""
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -12,8 +12,9 @@ from hydra.core.global_hydra import GlobalHydra
 
 from lightning_dataflow.cli import capture, evaluate, show_mask, train
 from lightning_dataflow.cli import main as commands
-from lightning_dataflow.cli.hydra_command import Terminated, _raise_again, command, terminate
-from lightning_dataflow.cli.main import MAYBE_LATER
+from lightning_dataflow.cli.hydra_command import command
+from lightning_dataflow.run.exit_status import RETRYABLE
+from lightning_dataflow.run.signals import Terminated, on_sigterm, raise_again
 from tests.unit.run.test_claim import start_owner
 
 BY_HAND = ("topology=disagg_online", "store=shared_dir", "role=producer", "run_name=test")
@@ -95,7 +96,10 @@ def broken_file(folder: Path) -> str:
             "trainer._target_=pytorch_lightning.Trainer: the Trainer is always",
         ),
         (["strategy.name=eagle9"], "unknown strategy 'eagle9': available are dflash, domino, eagle3"),
-        (["topology.name=sideways"], "unknown topology 'sideways': available are disagg_offline, disagg_online, inter"),
+        (
+            ["topology.name=sideways"],
+            "topology.name=sideways is unknown: available are online, interleaved, offline, disagg_online",
+        ),
         (["topology=offline", "store.root=nowhere"], "no finished capture in nowhere"),
         (["store=shared_dir"], "use store=memory"),
         (["topology=offline", "store=memory"], "use store=shared_dir"),
@@ -110,11 +114,14 @@ def broken_file(folder: Path) -> str:
         ),
         (["topology=disagg_online", "topology.low_refs=5000"], "the low watermark of 5000 refs is not below the high one"),
         (["topology=disagg_online", "topology.high_bytes=2000000000"], "is more than store.capacity_bytes=1073741824"),
-        (["topology=disagg_online", "topology.num_producers=0"], "topology.num_producers=0: a run needs at least one"),
+        (
+            ["topology=disagg_online", "topology.num_producers=0"],
+            "topology.num_producers=0 is out of bounds: it must be at least 1",
+        ),
         (["topology=disagg_online", "store.capacity_bytes=null"], "needs to know its size"),
         (["topology=disagg_online", "store.capacity_bytes=1000"], "1000"),
         (["topology=disagg_online", "role=trainer"], "needs the address of a Mooncake master: store.address=host:port"),
-        (["role=producer"], "topology=online has no parts of its own, so role=producer has no meaning"),
+        (["role=producer"], "topology=online runs in one process, so role=producer has no meaning"),
         (
             ["topology=disagg_online", "channel=redis"],
             "channel=redis does not work with control=sqlite: one transaction writes log and ledger, so set both to redis",
@@ -147,13 +154,16 @@ def broken_file(folder: Path) -> str:
         (["strategy=dflash", "strategy.num_anchors=513"], "choose 1 to 512 blocks a sample"),
         (["strategy=dflash", "strategy.loss=mean"], "use decay or dpace"),
         (["strategy=dflash", "strategy.layer_ids=[1,8]"], "ids go from 0 to 7"),
-        (["target.engine=vllm"], "unknown target.engine='vllm': available are hf, sglang, sglang_server"),
+        (["target.engine=vllm"], "target.engine=vllm is unknown: available are hf, sglang, sglang_server"),
         (["target.engine=sglang_server"], "use target.engine=sglang or hf, or that topology"),
         (["target.engine=sglang"], "target.engine=sglang needs SGLang here"),
         ([*BY_HAND, *SERVED, "target.urls=[http://127.0.0.1:9]"], "the server at http://127.0.0.1:9 does not answer"),
         ([*BY_HAND, *SERVED, "target.urls=[127.0.0.1]"], "'127.0.0.1' is no address of a server"),
         ([*BY_HAND, *SERVED, "target.api_key_file=nowhere"], "cannot read target.api_key_file=nowhere"),
-        ([*BY_HAND, *SERVED, "target.requests_in_flight=0"], "requests_in_flight=0: a server needs at least one"),
+        (
+            [*BY_HAND, *SERVED, "target.requests_in_flight=0"],
+            "target.requests_in_flight=0 is out of bounds: it must be at least 1",
+        ),
         (
             [*BY_HAND, *SERVED, "target.urls=[]", "target.server_python=nowhere"],
             "target.server_python=nowhere is no program",
@@ -220,7 +230,7 @@ def test_bad_input_is_one_line_and_status_1(run, tmp_path, capsys, overrides, me
 )
 def test_a_part_that_might_do_better_later_says_so_by_its_status(run, capsys, role, message):
     parts = [*(one for one in BY_HAND if not one.startswith("role=")), f"role={role}"]
-    assert run(train.main, *parts, "topology.start_timeout_s=0") == MAYBE_LATER
+    assert run(train.main, *parts, "topology.start_timeout_s=0") == RETRYABLE
     assert message in one_line(capsys)
 
 
@@ -453,9 +463,9 @@ def test_automatic_precision(run, tmp_path, monkeypatch, native, precision):
 @pytest.fixture
 def heeded(monkeypatch):
     """Signals, as a command heeds them."""
-    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: terminate}
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: on_sigterm}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    monkeypatch.setattr(sys, "unraisablehook", _raise_again)
+    monkeypatch.setattr(sys, "unraisablehook", raise_again)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

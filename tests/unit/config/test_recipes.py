@@ -24,7 +24,7 @@ from lightning_dataflow.sglang_plugin.wire import SERVER_FILE, server_command
 from lightning_dataflow.stores.mooncake.client import TRANSFER_SETTINGS
 from lightning_dataflow.strategies.registry import resolve_strategy
 from tests.processes import ROOT, with_strategy
-from tests.unit.config.test_config import GROUPS, make, typed
+from tests.unit.config.test_config import GROUPS, make, parse_config
 
 PAGES = sorted(
     str(page.relative_to(ROOT))
@@ -130,7 +130,7 @@ def calls(page: str) -> list[Call]:
 
 @functools.cache
 def composed(*settings: str) -> TrainConfig:
-    return typed(make(*settings))
+    return parse_config(make(*settings))
 
 
 def called(*programs: str) -> list[Call]:

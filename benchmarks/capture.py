@@ -3,7 +3,6 @@
 SGLANG_USE_CPU_ENGINE=1 python -m benchmarks.capture TARGET SGLANG_PYTHON [server flags]
 """
 
-import json
 import secrets
 import sys
 import tempfile
@@ -38,7 +37,7 @@ def main() -> None:
                 urls=[server.url],
                 store_id="bench",
                 layer_ids=layer_ids,
-                store_uri=store.uri,
+                store=store,
                 api_key=server.api_key,
                 in_flight=IN_FLIGHT,
             )
@@ -54,7 +53,7 @@ def measure(target: SGLangServerTarget, store: MooncakeFeatureStore, vocab_size:
 
     def stock(prompt: list[int]) -> None:
         body = {"input_ids": prompt, "sampling_params": {"max_new_tokens": 1, "temperature": 0.0}}
-        json.loads(http._ask("POST", "/generate", {"rid": secrets.token_hex(16), **body})[0])
+        http._request("POST", "/generate", {"rid": secrets.token_hex(16), **body})
 
     def capture(prompt: list[int]) -> None:
         name = secrets.token_hex(8)

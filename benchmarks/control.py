@@ -18,7 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.references import num_bytes, reference
-from lightning_dataflow.control import ControlPlane, RunPlan, Watermarks, reconcile_on_restart, resolve_control_plane
+from lightning_dataflow.control import (
+    ControlPlane,
+    NoLease,
+    RunPlan,
+    Watermarks,
+    reconcile_on_restart,
+    resolve_control_plane,
+)
 from lightning_dataflow.control.redis.connections import RedisAddress
 from lightning_dataflow.control.redis.server import KEYS, RedisServer
 from lightning_dataflow.data import StreamingRefQueue
@@ -91,8 +98,8 @@ def produce(place: Place, name: str, group: int, watermarks: Watermarks, seen: A
     seen[1] = time.process_time()
     while True:
         lease = plane.ledger.lease(name, group=group, num_bytes=num_bytes, watermarks=watermarks, lease_s=60.0)
-        if lease is None:
-            if plane.ledger.finished() is not None:
+        if isinstance(lease, NoLease):
+            if lease.reason == "finished":
                 return
             seen[0] = resident_mb()
             time.sleep(IDLE_S[0])

@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_map
 from lightning_dataflow.contracts import StepContext
 from lightning_dataflow.strategies.blocks.blocks import Span, cut_blocks
 from lightning_dataflow.strategies.blocks.labels import BlockLabels
-from lightning_dataflow.strategies.dflash.network import DFlashConfig, DFlashDraft
+from lightning_dataflow.strategies.blocks.network import BlockConfig
+from lightning_dataflow.strategies.dflash.network import DFlashDraft
 from lightning_dataflow.strategies.dflash.objective import DFlashObjective
 from lightning_dataflow.strategies.domino.network import DominoConfig, DominoDraft
 from lightning_dataflow.strategies.domino.objective import DominoObjective
@@ -49,7 +50,7 @@ DRAFTS = {
     "eagle3": lambda sizes: Eagle3Draft(
         Eagle3Config(**sizes, draft_vocab_size=sizes["vocab_size"] // 4, target_hidden_size=sizes["hidden_size"])
     ),
-    "dflash": lambda sizes: DFlashDraft(DFlashConfig(**sizes, num_layers=2, mask_token_id=3)),
+    "dflash": lambda sizes: DFlashDraft(BlockConfig(**sizes, num_layers=2, mask_token_id=3)),
     "domino": lambda sizes: corrected(DominoDraft(DominoConfig(**sizes, num_layers=2, mask_token_id=3))),
 }
 

@@ -21,7 +21,8 @@ from benchmarks.naive_blocks import naive_dflash, naive_domino
 from benchmarks.naive_eagle3 import naive_eagle3
 from lightning_dataflow.contracts import StepContext
 from lightning_dataflow.strategies.blocks.blocks import cut_blocks
-from lightning_dataflow.strategies.dflash.network import DFlashConfig, DFlashDraft
+from lightning_dataflow.strategies.blocks.network import BlockConfig
+from lightning_dataflow.strategies.dflash.network import DFlashDraft
 from lightning_dataflow.strategies.dflash.objective import DFlashObjective
 from lightning_dataflow.strategies.domino.network import DominoConfig, DominoDraft
 from lightning_dataflow.strategies.domino.objective import DominoObjective
@@ -96,7 +97,7 @@ def block_inputs(length: int, num_anchors: int) -> tuple[Tensor, ...]:
 
 def dflash_steps(length: int, num_anchors: int) -> dict[str, Step]:
     """As `eagle3_steps`."""
-    draft = DFlashDraft(DFlashConfig(**SIZES, num_layers=3, mask_token_id=VOCAB - 1))
+    draft = DFlashDraft(BlockConfig(**SIZES, num_layers=3, mask_token_id=VOCAB - 1))
     ids, aux, loss_mask, anchors, embedding, head = inputs = block_inputs(length, num_anchors)
     objective = DFlashObjective()
 

@@ -269,7 +269,8 @@ def main() -> None:
             children[-1].start()
         for end in ends:
             end.recv()
-        measure(ends, [process.pid for process in (*children, *mooncake.processes.values())], rounds)
+        processes = (*children, *(server.process for server in mooncake.servers))
+        measure(ends, [process.pid for process in processes], rounds)
         for end, child in zip(ends, children, strict=True):
             end.send(None)
             child.join()

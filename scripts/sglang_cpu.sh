@@ -12,7 +12,7 @@ sglang="sglang==0.5.23 apache-tvm-ffi==0.1.11 compressed-tensors xgrammar==0.2.7
 needs="transformers==5.19.0 psutil pyzmq pydantic fastapi uvicorn uvloop aiohttp requests orjson msgspec python-multipart packaging
   pillow setproctitle pybase64 xxhash einops prometheus-client partial_json_parser tqdm interegular regex tiktoken IPython openai
   dill loguru jsonschema cffi safetensors setuptools>=77"
-ours="lightning hydra-core jinja2 matplotlib"   # for target.engine=sglang, whose trainer is in the same process
+ours="lightning hydra-core jinja2 matplotlib"   # what this package needs
 mooncake="mooncake-transfer-engine-non-cuda==0.3.13.post1"
 
 python=$(command -v python3.11 || command -v python3)

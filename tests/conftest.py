@@ -1,61 +1,79 @@
-"""Shared parts: the tiny target and its prompts, made once per session."""
+"""Fixtures for all tests: the tiny target and its prompts, and a Redis, each made once per worker process.
+
+What is heavy is imported where it is used, so that tests of records, control plane and settings start without torch.
+"""
 
 import itertools
 import os
 import shutil
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; no test downloads anything
-
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
-from lightning_dataflow.control.redis.server import RedisServer
-from lightning_dataflow.prompts import PromptDataset, load_prompts
-from lightning_dataflow.services.redis import LocalRedis
-from lightning_dataflow.targets import HFTargetEngine, load_tokenizer
-from lightning_dataflow.targets.tiny import write_tiny_conversations, write_tiny_target
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lightning_dataflow.control.redis.server import RedisServer
+    from lightning_dataflow.prompts import PromptDataset
+    from lightning_dataflow.services.redis import LocalRedis
+    from lightning_dataflow.targets import HFTargetEngine
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; no test downloads anything
 
 LAYER_IDS = (1, 3, 4)
 RUNS = itertools.count()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
 
 
 @pytest.fixture(scope="session")
 def target_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from lightning_dataflow.targets.tiny import write_tiny_target
+
     return write_tiny_target(tmp_path_factory.mktemp("tiny") / "target")
 
 
 @pytest.fixture(scope="session")
 def conversations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from lightning_dataflow.targets.tiny import write_tiny_conversations
+
     return write_tiny_conversations(tmp_path_factory.mktemp("tiny") / "conversations.jsonl")
 
 
 @pytest.fixture(scope="session")
-def tokenizer(target_path: Path):
+def tokenizer(target_path: Path) -> "PreTrainedTokenizerBase":
+    from lightning_dataflow.targets import load_tokenizer
+
     return load_tokenizer(target_path)
 
 
 @pytest.fixture(scope="session")
-def target(target_path: Path) -> HFTargetEngine:
+def target(target_path: Path) -> "HFTargetEngine":
+    from lightning_dataflow.targets import HFTargetEngine
+
     return HFTargetEngine(target_path, layer_ids=LAYER_IDS, dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="session")
-def prompts(conversations: Path, tokenizer) -> tuple[PromptDataset, PromptDataset]:
+def prompts(conversations: Path, tokenizer: "PreTrainedTokenizerBase") -> "tuple[PromptDataset, PromptDataset]":
+    from lightning_dataflow.prompts import load_prompts
+
     return load_prompts(str(conversations), tokenizer, max_length=128, num_eval_samples=4)
 
 
 @pytest.fixture(scope="session")
-def redis_server(tmp_path_factory: pytest.TempPathFactory):
-    """A Redis for all tests of this process that do not harm it."""
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[LocalRedis]":
+    """A Redis shared by all tests of this process that do not disturb it."""
+    from lightning_dataflow.services.redis import LocalRedis
+
     if shutil.which("redis-server") is None:
         pytest.skip("redis-server is not installed (Debian: apt-get install redis-server)")
     with LocalRedis(tmp_path_factory.mktemp("redis")) as server:
@@ -63,6 +81,8 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture
-def redis_run(redis_server: LocalRedis) -> RedisServer:
+def redis_run(redis_server: "LocalRedis") -> "RedisServer":
     """A run of its own in that Redis, with the id `run-N`."""
+    from lightning_dataflow.control.redis.server import RedisServer
+
     return RedisServer(redis_server.where, f"run-{next(RUNS)}")

@@ -1,5 +1,6 @@
 """Measures acceptance length by real speculative decoding while training goes on."""
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,23 +9,26 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_dataflow.callbacks.averaging import averaged_weights
+from lightning_dataflow.callbacks.steps import StepCallback
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.evaluation import AcceptanceReport, evaluate_acceptance
 from lightning_dataflow.targets.hf import HFTargetEngine
 
+log = logging.getLogger(__name__)
+
 LOGGED = ("acceptance_length", "tokens_per_target_forward")
 
 
-class AcceptanceEvaluation(L.Callback):
+class AcceptanceEvaluation(StepCallback):
     """Decodes held-out prompts before the first step, every `every_n_steps` steps, and after the last.
 
     Logs `val/acceptance_length`, `val/tokens_per_target_forward` and `val/accepted_i`, the share of proposals accepted at
     least up to position i, to every logger, at the number of optimizer steps done (0 for the first). Ranks share the
     prompts. Every rank decodes with an unsharded copy of the draft.
 
-    What it logged after a step, a ModelCheckpoint of that step can monitor; one whose own steps leave out the last
-    considers that too. A measurement is this package's validation: an EarlyStopping with `check_on_train_epoch_end=False`
-    checks after each one but the first, which is before training.
+    A ModelCheckpoint can monitor what was logged after a step that it saves. It also considers the last step, whether or
+    not its own interval includes it. A measurement is this package's validation: an EarlyStopping with
+    `check_on_train_epoch_end=False` checks after each measurement but the first, which is before training.
 
     Args:
         target: makes the target; called once, when it is first needed.
@@ -57,22 +61,14 @@ class AcceptanceEvaluation(L.Callback):
         self.history: list[dict[str, Any]] = []
         self._make_target = target
         self._target: HFTargetEngine | None = None
-        self._seen_step = 0
-        self._measured: dict[str, float] = {}  # after the latest step, if it was
+        self._measured: dict[str, float] = {}  # after the latest step, if that was measured
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Lightning's hook."""
-        self._seen_step = trainer.global_step
+        super().on_train_start(trainer, pl_module)
         self._evaluate(trainer, pl_module)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Lightning's hook."""
-        step = trainer.global_step
-        if step == self._seen_step:
-            return
-        self._seen_step, self._measured = step, {}
+    def on_step(self, trainer: L.Trainer, pl_module: Any, batch: Any) -> None:
+        step, self._measured = trainer.global_step, {}
         if step == trainer.max_steps or (self.every_n_steps and step % self.every_n_steps == 0):
             self._measured = self._evaluate(trainer, pl_module)
             pl_module.log_dict(self._measured, batch_size=1, logger=False)  # for callbacks; loggers have it
@@ -80,7 +76,7 @@ class AcceptanceEvaluation(L.Callback):
                 callback.on_validation_end(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Lightning's hook: best checkpoints consider the last measurement. All other callbacks have seen the step."""
+        """Let best checkpoints consider the last measurement. All other callbacks have seen the step."""
         for callback in trainer.checkpoint_callbacks:
             if not isinstance(callback, ModelCheckpoint) or callback.monitor not in self._measured:
                 continue
@@ -89,16 +85,10 @@ class AcceptanceEvaluation(L.Callback):
                 callback._save_topk_checkpoint(trainer, candidates)
                 callback._save_last_checkpoint(trainer, candidates)
 
-    def report(self) -> dict[str, Any]:
-        """For `result.json`."""
-        return {"acceptance": self.history}
-
     def state_dict(self) -> dict[str, Any]:
-        """Lightning's hook: measurements so far travel with the checkpoint."""
         return {"history": self.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Lightning's hook."""
         self.history = list(state_dict["history"])
 
     def _evaluate(self, trainer: L.Trainer, pl_module: Any) -> dict[str, float]:
@@ -128,10 +118,9 @@ class AcceptanceEvaluation(L.Callback):
             logger.save()
         if trainer.is_global_zero:
             shares = ", ".join(f"{share:.3f}" for share in report.acceptance_per_position)
-            print(
+            log.info(
                 f"step {trainer.global_step}: acceptance length {report.acceptance_length:.3f} "
-                f"on {report.num_prompts} held-out prompts, accepted per position {shares}",
-                flush=True,
+                f"on {report.num_prompts} held-out prompts, accepted per position {shares}"
             )
         return metrics
 

@@ -1,4 +1,4 @@
-"""Lightning's WeightAveraging and EMAWeightAveraging on a draft: what it must not average, and what it would lose."""
+"""Corrections to Lightning's WeightAveraging and EMAWeightAveraging, for drafts."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,17 +11,17 @@ from torch.optim.swa_utils import AveragedModel
 
 
 def follow_buffers(trainer: L.Trainer) -> None:
-    """Have every update copy the draft's buffers, whatever `use_buffers` says: the maps of a reduced vocabulary are ids,
+    """Make every update copy the draft's buffers, whatever `use_buffers` says: the maps of a reduced vocabulary are ids,
     which have no mean."""
     for average in _averages(trainer):
         average.use_buffers = False
 
 
 def end_averages(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Tensor] | None:
-    """To call before `on_train_end`, where Lightning overwrites the draft with its average.
+    """Call this before `on_train_end`, where Lightning overwrites the draft with its average.
 
-    Without an update so far, the average would be the draft before training; it becomes the trained one. Returns a copy of
-    the trained weights on the CPU, from which a later checkpoint's training can go on; None if nothing is averaged.
+    If the average was never updated, it would be the draft before training; replace it with the trained draft. Returns a
+    copy of the trained weights on the CPU, so that a later checkpoint can resume from them; None if nothing is averaged.
     """
     averages = _averages(trainer)
     for average in averages:
@@ -31,11 +31,11 @@ def end_averages(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Ten
 
 
 def complete_average(checkpoint: dict[str, Any], trained: dict[str, Tensor] | None) -> None:
-    """Correct what Lightning puts into a checkpoint: before the first update, the draft before training as the average;
-    after the end of training, the average as the weights that training goes on from.
+    """Correct two errors of Lightning in a checkpoint: before the first update, the average is the draft before training;
+    after the end of training, the weights to resume from are the average.
 
     Args:
-        trained: weights at the end of training, if it has ended.
+        trained: the weights at the end of training, if it has ended.
     """
     if "averaging_state" not in checkpoint:
         return
@@ -47,7 +47,7 @@ def complete_average(checkpoint: dict[str, Any], trained: dict[str, Tensor] | No
 
 @contextmanager
 def averaged_weights(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
-    """Within, the draft holds its averaged weights, if there are any, as a checkpoint saved now would."""
+    """Inside this context the draft holds its averaged weights, if there are any, as a checkpoint saved now would."""
     callbacks = [callback for callback in _callbacks(trainer) if callback._average_model.n_averaged > 0]
     for callback in callbacks:
         callback.on_validation_epoch_start(trainer, module)
@@ -63,6 +63,6 @@ def _averages(trainer: L.Trainer) -> list[AveragedModel]:
 
 
 def _callbacks(trainer: L.Trainer) -> list[Any]:
-    """Averaging callbacks that have copied the model. No public attribute gives that copy."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return [one for one in callbacks if isinstance(one, WeightAveraging) and one._average_model is not None]
+    """The averaging callbacks that have copied the model. No public attribute gives that copy."""
+    averaging = [callback for callback in trainer.callbacks if isinstance(callback, WeightAveraging)]  # type: ignore[attr-defined]
+    return [callback for callback in averaging if callback._average_model is not None]

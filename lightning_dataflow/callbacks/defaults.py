@@ -10,7 +10,7 @@ from lightning_dataflow.callbacks.result import ResultWriter
 
 
 def default_callbacks(trainer: L.Trainer) -> list[L.Callback]:
-    """Those that every run needs, except whose class the Trainer has already."""
+    """The callbacks that every run needs, without those whose class the Trainer already has."""
     present = {type(callback) for callback in trainer.callbacks}  # type: ignore[attr-defined]
-    callbacks = (StreamCursor, RandomState, RunMetrics, ResultWriter, EarlyCheckpoints)
-    return [make() for make in callbacks if make not in present]
+    needed = (StreamCursor, RandomState, RunMetrics, ResultWriter, EarlyCheckpoints)
+    return [kind() for kind in needed if kind not in present]

@@ -6,35 +6,34 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_dataflow.callbacks.steps import StepCallback
 
-class EarlyCheckpoints(L.Callback):
+
+class EarlyCheckpoints(StepCallback):
     """Writes a checkpoint when features that only a checkpoint frees fill the store; see `data.kept`.
 
     Put it behind callbacks that have state of their own, so that its checkpoints hold the state after the step.
 
     Attributes:
-        count: written so far, in this fit.
+        count: checkpoints written in this fit.
     """
 
     def __init__(self) -> None:
         self.count = 0
         self._previous: Path | None = None
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Lightning's hook. All ranks find the same."""
+    def on_step(self, trainer: L.Trainer, pl_module: Any, batch: Any) -> None:
+        """All ranks decide the same."""
         data = trainer.datamodule  # type: ignore[attr-defined]
-        steps = batch["next_seq"] == data.next_seq  # this batch was the last of its window
-        if steps and trainer.global_step < trainer.max_steps and data.source.must_save():
+        if trainer.global_step < trainer.max_steps and data.source.must_save():
             self.count += 1
             self._save(trainer)
             data.mark_saved(trainer.global_step)
 
     def _save(self, trainer: L.Trainer) -> None:
-        """Through the Trainer's ModelCheckpoint, which names it and removes old ones.
+        """Save through the Trainer's ModelCheckpoint, which names the file and removes old ones.
 
-        Beside it where that watches a metric, and this step is not among its best.
+        If it watches a metric and this step is not among its best, save a file of our own beside its files.
         """
         callback = trainer.checkpoint_callback
         if isinstance(callback, ModelCheckpoint):

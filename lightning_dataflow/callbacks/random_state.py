@@ -8,54 +8,51 @@ import numpy as np
 import torch
 from torch import distributed
 
+from lightning_dataflow.callbacks.steps import StepCallback
 
-class RandomState(L.Callback):
+
+class RandomState(StepCallback):
     """Saves the random state of torch (CPU, and the rank's GPU), python and numpy with every checkpoint, and restores it.
 
-    Every rank gets its own back. On another number of ranks this is best effort: rank i takes the state that rank i had,
-    and new ranks keep the seed that they start with. What a thread draws that reads batches ahead is not covered; nothing
-    of this package draws there.
+    Each rank gets its own state back. With another number of ranks this is best effort: rank i takes the state that rank i
+    had, and new ranks keep the seed that they start with. Draws of the prefetch thread are not covered; nothing in this
+    package draws there.
     """
 
     def __init__(self) -> None:
         self._restored: list[dict[str, Any]] | None = None
-        self._seen_step = 0
-        self._window_start: dict[str, Any] | None = None  # None between windows
+        self._window_start: dict[str, Any] | None = None  # the state at the start of this window; None between windows
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Lightning's hook, called on every rank; rank 0's checkpoint is the one that is written."""
-        mine = self._window_start or _capture(trainer.strategy.root_device)  # a resume begins with a whole window
+        """All ranks take part; rank 0's checkpoint is the one that is written. A resume begins with a whole window, so
+        inside a window this is the state at its start."""
+        mine = self._window_start or _capture(trainer.strategy.root_device)
         states: list[Any] = [mine] * trainer.world_size
         if trainer.world_size > 1:
             distributed.all_gather_object(states, mine)
         checkpoint["random_state"] = states
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Lightning's hook."""
         self._restored = checkpoint.get("random_state")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Lightning's hook. Whatever drew numbers to set the fit up has done so."""
+        """Restore the state once the set-up of the fit has drawn its numbers."""
+        super().on_train_start(trainer, pl_module)
         states, self._restored = self._restored, None
         if states is not None and trainer.global_rank < len(states):
             _restore(states[trainer.global_rank], trainer.strategy.root_device)
-        self._seen_step, self._window_start = trainer.global_step, None
+        self._window_start = None
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Lightning's hook."""
         if self._window_start is None:
             self._window_start = _capture(trainer.strategy.root_device)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Lightning's hook."""
-        if trainer.global_step != self._seen_step:
-            self._seen_step, self._window_start = trainer.global_step, None
+    def on_step(self, trainer: L.Trainer, pl_module: Any, batch: Any) -> None:
+        self._window_start = None
 
 
 def _capture(device: torch.device) -> dict[str, Any]:
-    """As plain data and tensors, which load without unpickling."""
+    """Plain data and tensors, which load without unpickling."""
     version, words, gauss = random.getstate()
     legacy: dict[str, Any] = np.random.get_state(legacy=False)
     state = {

@@ -1,12 +1,14 @@
 """`result.json`: what a run was, did and measured."""
 
+import logging
 import platform
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -15,6 +17,8 @@ from lightning_dataflow.callbacks.acceptance import AcceptanceEvaluation
 from lightning_dataflow.callbacks.early import EarlyCheckpoints
 from lightning_dataflow.callbacks.metrics import RunMetrics
 from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError, strict_json
+
+log = logging.getLogger(__name__)
 
 PACKAGES = (
     "lightning-dataflow",
@@ -27,15 +31,17 @@ PACKAGES = (
     "mooncake-transfer-engine-non-cuda",
 )
 
+Kind = TypeVar("Kind", bound=L.Callback)
+
 
 class ResultWriter(L.Callback):
-    """Writes `result.json` when training ends, also when it ends by an exception or Ctrl-C.
+    """Writes `result.json` when training ends, also by an exception or Ctrl-C.
 
-    Losses, counts and rates of a resumed run are those of the whole run: what came before is in the checkpoint.
+    Losses, counts and rates of a resumed run cover the whole run: the checkpoint holds those of the earlier fits.
 
     Args:
-        folder: where; the logger's folder by default.
-        settings: written along, for example the resolved configuration.
+        folder: the logger's folder by default.
+        settings: included in the file, for example the resolved configuration.
 
     Attributes:
         path: of the file; None until training starts.
@@ -47,22 +53,20 @@ class ResultWriter(L.Callback):
         self.path: Path | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Lightning's hook. `trainer.log_dir` is a collective, so it is asked for here, on every rank."""
+        """Find the folder here, on every rank: `trainer.log_dir` is a collective."""
         self.path = Path(self.folder or trainer.log_dir or trainer.default_root_dir) / "result.json"
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Lightning's hook."""
         self._write(trainer, pl_module, "completed")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Lightning's hook."""
         interrupted = isinstance(exception, KeyboardInterrupt | SIGTERMException)
-        says_all = isinstance(exception, UserError | PeerFailedError | PeerTimeoutError)
-        status = "interrupted" if interrupted else f"failed: {exception if says_all else type(exception).__name__}"
+        is_explained = isinstance(exception, UserError | PeerFailedError | PeerTimeoutError)
+        status = "interrupted" if interrupted else f"failed: {exception if is_explained else type(exception).__name__}"
         try:
             self._write(trainer, pl_module, status)
-        except OSError as error:  # the exception at hand says more
-            print(f"no result was written: {error}", flush=True)
+        except OSError as error:  # must not hide the exception that ended the run
+            log.warning(f"no result was written: {error}")
 
     def _write(self, trainer: L.Trainer, pl_module: Any, status: str) -> None:
         if self.path is None or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -72,11 +76,11 @@ class ResultWriter(L.Callback):
 
     def _result(self, trainer: L.Trainer, pl_module: Any, status: str) -> dict[str, Any]:
         data = trainer.datamodule  # type: ignore[attr-defined]
-        skipped = Counter(data.source.card.skipped) + Counter(data.skipped().values())
-        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        metrics = next((callback for callback in callbacks if isinstance(callback, RunMetrics)), None)
-        reports = [callback.report() for callback in callbacks if isinstance(callback, AcceptanceEvaluation)]
-        result = {
+        skipped_seqs = data.skipped()
+        skipped = Counter(data.source.card.skipped) + Counter(skipped_seqs.values())
+        metrics = _callback(trainer, RunMetrics)
+        early, evaluation = _callback(trainer, EarlyCheckpoints), _callback(trainer, AcceptanceEvaluation)
+        return {
             "status": status,
             "strategy": pl_module.strategy_name,
             "optimizer_steps": trainer.global_step,
@@ -86,30 +90,33 @@ class ResultWriter(L.Callback):
             "world_size": trainer.world_size,
             "precision": trainer.precision,
             "samples_per_pass": len(data.source),
-            "samples_trained": data.next_seq - sum(seq < data.next_seq for seq in data.skipped()),
+            "samples_trained": data.next_seq - sum(seq < data.next_seq for seq in skipped_seqs),
             "samples_skipped": sum(skipped.values()),
             "samples_skipped_by_reason": dict(skipped),
-            "seqs_skipped_while_training": sorted(data.skipped()),
+            "seqs_skipped_while_training": sorted(skipped_seqs),
             "samples_recaptured": data.num_recaptured(),
             "stopped_early": _stopping_reason(trainer),
-            "early_checkpoints": sum(one.count for one in callbacks if isinstance(one, EarlyCheckpoints)),
-            "throughput": metrics.totals(data.next_seq) if metrics else {},
+            "early_checkpoints": early.count if early else 0,
+            "throughput": metrics.rates(data.next_seq) if metrics else {},
             "versions": _versions(),
             "settings": self.settings or dict(pl_module.hparams),
+            **({"acceptance": evaluation.history} if evaluation else {}),
         }
-        for report in reports:
-            result |= report
-        return result
+
+
+def _callback(trainer: L.Trainer, kind: type[Kind]) -> Kind | None:
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, kind)), None)
 
 
 def _stopping_reason(trainer: L.Trainer) -> str | None:
-    """What an EarlyStopping said; None where training went to its end."""
+    """What an EarlyStopping said; None if training ran to its end."""
     reasons = [callback.stopping_reason_message for callback in trainer.early_stopping_callbacks if trainer.should_stop]
     return next((reason for reason in reasons if reason), None)
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
-    """Write `result` to `path`, all of it or nothing; a number that is not finite as null."""
+    """Write `result` to `path` atomically; numbers that are not finite become null."""
     part = path.with_name(f".{path.name}.part")
     try:
         part.write_text(strict_json(result, indent=1) + "\n")
@@ -120,10 +127,8 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions

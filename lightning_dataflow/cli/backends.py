@@ -12,8 +12,10 @@ from lightning_dataflow.evaluation import AcceptanceReport, SGLangDecoder, VLLMD
 from lightning_dataflow.evaluation.judges.vllm_process import Decoded, find_python, room_for
 from lightning_dataflow.evaluation.speculative import check_num_draft_tokens
 from lightning_dataflow.export.export import export_draft
-from lightning_dataflow.export.reading import is_published, read_draft
+from lightning_dataflow.export.serve import check_engine
 from lightning_dataflow.strategies.checkpoint import load_module
+from lightning_dataflow.strategies.published.engines import VLLM
+from lightning_dataflow.strategies.published.reading import is_published, read_draft
 from lightning_dataflow.targets import HFTargetEngine
 from lightning_dataflow.targets.hf import check_dtype
 from lightning_dataflow.targets.info import read_eos_token_ids
@@ -113,15 +115,16 @@ class VLLMBackend:
         options = self.parts.config.evaluate
         with self._folder(draft) as folder:
             published = read_draft(folder)
+            export = check_engine(published.strategy, VLLM)
             check_num_draft_tokens(options.num_draft_tokens, block_size=published.network.get("block_size"))
             if options.baseline and self.plain is None:
                 self.plain = self.decoder.decode(prompts)
             return self.decoder.evaluate(
                 str(folder.absolute()),
-                published.strategy,
+                export.served_as["vllm"],
                 prompts,
                 num_draft_tokens=options.num_draft_tokens,
-                num_layers=published.network.get("num_layers", 1),
+                cpu_caveat=export.cpu_caveat(published.network),
                 plain=self.plain,
             )
 
@@ -157,7 +160,7 @@ class SGLangBackend:
         self.parts = parts
         if options.url is None:
             raise UserError("backend sglang_server needs a server that speculates: set evaluate.url=http://HOST:PORT")
-        key = read_api_key(config.target.api_key_file)
+        key = read_api_key(config.target)
         self.decoder = SGLangDecoder(url=options.url, api_key=key, timeout_s=options.timeout_s)
         self.plain = None
         if options.baseline_url is not None:

@@ -9,6 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from lightning_dataflow.cli.hydra_command import command
 from lightning_dataflow.config.parsing import quoted
 from lightning_dataflow.config.schema import TrainConfig
+from lightning_dataflow.config.secrets import read_secret
 from lightning_dataflow.contracts import UserError
 
 
@@ -17,7 +18,6 @@ def capture(config: TrainConfig, settings: dict[str, Any]) -> None:
     from lightning_dataflow.data import OfflineSource
     from lightning_dataflow.data.offline import is_captured
     from lightning_dataflow.run.builder import Builder
-    from lightning_dataflow.run.streams import read_secret
 
     if config.store.root is None:
         raise UserError("capture writes to store.root, which is not set: add store.root=features/NAME")

@@ -16,9 +16,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from lightning_dataflow.cli.claim_run import ClaimRun
+from lightning_dataflow.config.conditions import drop_conditions
 from lightning_dataflow.config.derived import is_disaggregated
-from lightning_dataflow.config.parsing import check_choices, parse_config, plain_settings
-from lightning_dataflow.config.schema import TrainConfig, register_schemas
+from lightning_dataflow.config.parsing import check_choices, parse_config, plain_settings, register_settings
+from lightning_dataflow.config.schema import TrainConfig
 from lightning_dataflow.contracts import CapacityError, NotFiniteError, PeerFailedError, PeerTimeoutError, UserError
 from lightning_dataflow.run.exit_status import BAD_SETTINGS, INTERRUPTED, RETRYABLE, TERMINATED
 from lightning_dataflow.run.ranks import rank_from_environment
@@ -37,12 +38,12 @@ def command(function: Command, *, keeps_folder: bool = True, owns_folder: bool =
         keeps_folder: whether the folder that Hydra makes for each call stays where nothing was written into it.
         owns_folder: whether no other such command may write to that folder meanwhile; see ClaimRun.
     """
-    register_schemas()
 
     @hydra.main(version_base="1.3", config_path="pkg://lightning_dataflow.conf", config_name="train")
     @wraps(function)
     def run(config: DictConfig) -> Any:
         try:
+            drop_conditions(config)
             parsed = parse_config(config)
             _check_run_name(parsed)
             return function(parsed, plain_settings(config))
@@ -69,6 +70,7 @@ def command(function: Command, *, keeps_folder: bool = True, owns_folder: bool =
         with signals_interrupt():
             try:
                 check_choices(sys.argv[1:])
+                register_settings(sys.argv[1:])
                 run()
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)

@@ -2,15 +2,26 @@
 
 from collections.abc import Sequence
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from lightning_dataflow.config.conditions import register_conditions
 from lightning_dataflow.config.fields import check_fields
-from lightning_dataflow.config.schema import TrainConfig
+from lightning_dataflow.config.schema import TrainConfig, register_schemas
 from lightning_dataflow.contracts import UnknownNameError, UserError
 
-OWN_CONFIGURATION = ("-cd", "--config-dir", "hydra.searchpath", "+hydra.searchpath")
+DIRECTORY_FLAGS = ("-cd", "--config-dir")
+
+
+def register_settings(arguments: Sequence[str]) -> None:
+    """Tell Hydra what it cannot read from files; the shipped strategies come last, as Hydra also prefers their files."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        flag, equals, folder = argument.partition("=")
+        if flag in DIRECTORY_FLAGS:
+            register_conditions(Path(folder if equals else following))
+    register_schemas()
 
 
 def parse_config(config: DictConfig) -> TrainConfig:
@@ -37,7 +48,7 @@ def check_choices(arguments: Sequence[str]) -> None:
 
     Where the user adds folders of configuration, only Hydra knows the choices.
     """
-    if any(argument.startswith(OWN_CONFIGURATION) for argument in arguments):
+    if any("hydra.searchpath" in argument or argument.startswith(DIRECTORY_FLAGS) for argument in arguments):
         return
     root = files("lightning_dataflow.conf")
     for group, _, choice in (argument.lstrip("+~").partition("=") for argument in arguments):

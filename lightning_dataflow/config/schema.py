@@ -1,11 +1,13 @@
 """Typed configuration of what this package owns; `trainer`, `logger` and `callbacks` are Lightning's, by `_target_`."""
 
 from dataclasses import dataclass, field
+from importlib.resources import files
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+from lightning_dataflow.config.conditions import register_conditions
 from lightning_dataflow.config.fields import number, one_of
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -32,7 +34,7 @@ class TargetConfig:
     """The target model.
 
     Attributes:
-        engine: who captures features: `hf` or `sglang` in this process, or `sglang_server`.
+        engine: who captures features: `hf` in this process, `sglang` a server for this process, or `sglang_server`.
         path: a Hugging Face folder.
         prepare: a folder that the tiny random target is written to first, unless it is there.
         dtype, device: of `hf`, and of the target that decodes; see HFTargetEngine.
@@ -186,7 +188,7 @@ class TopologyConfig:
 class OptimizerConfig:
     """AdamW and its schedule; see DraftModule."""
 
-    lr: float = 1e-4
+    lr: float = 5e-4
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     warmup_ratio: float = 0.02
@@ -250,7 +252,7 @@ class TrainConfig:
     """Everything.
 
     Attributes:
-        strategy: `name`, and keyword arguments of that strategy's module.
+        strategy: `name`, and keyword arguments of that strategy's module. `with` is gone by then, see conditions.py.
         ckpt_path: a checkpoint to resume from; `last` for the newest complete one of the run `run_name`, `auto` for that
             or, where there is none, a new run.
         run_name: the run's folder below `runs/`.
@@ -285,7 +287,7 @@ class TrainConfig:
 
 
 def register_schemas() -> None:
-    """Make the schemas available to the YAML files, as `<group>/schema`."""
+    """Make the schemas available to the YAML files as `<group>/schema`, and the `with:` entries of shipped strategies."""
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
     for group, schema in (
@@ -298,3 +300,4 @@ def register_schemas() -> None:
         ("optimizer", OptimizerConfig),
     ):
         store.store(group=group, name="schema", node=schema)
+    register_conditions(files("lightning_dataflow.conf"))

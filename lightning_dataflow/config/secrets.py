@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+from lightning_dataflow.config.schema import StoreConfig, TargetConfig
 from lightning_dataflow.contracts import UserError
 
 log = logging.getLogger(__name__)
@@ -22,9 +23,14 @@ def read_secret_file(path: str | None, setting: str) -> str | None:
         raise UserError(f"{setting}={path} is not text: a secret is one line of UTF-8") from error
 
 
-def read_api_key(path: str | None) -> str | None:
-    """The key of capture servers, in the file target.api_key_file."""
-    key = read_secret_file(path, "target.api_key_file")
+def read_api_key(target: TargetConfig) -> str | None:
+    """The key of capture servers."""
+    key = read_secret_file(target.api_key_file, "target.api_key_file")
     if key is not None and not (key and key.isascii() and key.isprintable()):
-        raise UserError(f"target.api_key_file={path} holds no key: it must be one line of printable ASCII")
+        raise UserError(f"target.api_key_file={target.api_key_file} holds no key: it must be one line of printable ASCII")
     return key
+
+
+def read_secret(store: StoreConfig) -> str | None:
+    """The secret of store=shared_dir."""
+    return read_secret_file(store.secret_file, "store.secret_file")

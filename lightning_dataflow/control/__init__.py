@@ -1,6 +1,6 @@
 """The control plane: leases, commits, acknowledgements and backpressure. Nothing here carries a tensor."""
 
-from lightning_dataflow.control.ledger import MAX_ATTEMPTS, Captured, Lease, MetadataStore, RunPlan, Watermarks
+from lightning_dataflow.control.ledger import MAX_ATTEMPTS, CommitEntry, Lease, MetadataStore, NoLease, RunPlan, Watermarks
 from lightning_dataflow.control.local.ledger import SqliteMetadataStore
 from lightning_dataflow.control.noop import NoOpMetadataStore
 from lightning_dataflow.control.plane import ControlPlane, Reconciliation, reconcile_on_restart, resolve_control_plane
@@ -8,10 +8,11 @@ from lightning_dataflow.control.redis.ledger import RedisMetadataStore
 
 __all__ = [
     "MAX_ATTEMPTS",
-    "Captured",
+    "CommitEntry",
     "ControlPlane",
     "Lease",
     "MetadataStore",
+    "NoLease",
     "NoOpMetadataStore",
     "Reconciliation",
     "RedisMetadataStore",

@@ -93,7 +93,7 @@ def end_leases(ledger: MetadataStore, pid: int) -> None:
             ledger.renew(part["name"], 0)
 
 
-def why_over(ledger: MetadataStore) -> list[str]:
+def producer_failures(ledger: MetadataStore) -> list[str]:
     """Why no producer captures for this run any more; [] while one does, or none has said that it failed.
 
     An error in the settings is one that every producer meets, so the first ends the run. After any other, the run goes on
@@ -135,7 +135,7 @@ def check_no_other_trainer(ledger: MetadataStore, run_id: str) -> None:
         return
 
 
-def become_trainer(ledger: MetadataStore, run_id: str) -> None:
+def claim_trainer(ledger: MetadataStore, run_id: str) -> None:
     """Be the one process that trains this run. Of several at the same moment one is, the others are refused.
 
     Raises:

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.control.log import StreamingRefChannel
@@ -81,16 +81,33 @@ class Lease:
         attempt: of this capture; higher than that of every earlier one of these samples.
         tries: how often one of them failed already, or had its lease expire. From MAX_ATTEMPTS on it must be given up:
             `ControlPlane.lease` does.
+        plan: of the run.
     """
 
     worker: str
     seqs: tuple[int, ...]
     wanted: tuple[int, ...]
     attempt: int
+    plan: RunPlan
     tries: int = 0
 
 
-class Captured(NamedTuple):
+class NoLease(NamedTuple):
+    """Why `lease` gave nothing.
+
+    Attributes:
+        reason: `not begun`: no trainer has said what it needs. `paused`: the watermarks allow no further group now.
+            `nothing left`: everything is leased or published.
+        plan: of the run, once it has begun.
+        finished_at: when the run was finished, on the ledger's clock.
+    """
+
+    reason: Literal["not begun", "finished", "paused", "nothing left"]
+    plan: RunPlan | None = None
+    finished_at: float = 0.0
+
+
+class CommitEntry(NamedTuple):
     """What the ledger and the log are told of a captured sample.
 
     Attributes:
@@ -136,12 +153,11 @@ class MetadataStore(ABC):
     @abstractmethod
     def lease(
         self, worker: str, *, group: int, num_bytes: Callable[[int], int], watermarks: Watermarks, lease_s: float
-    ) -> Lease | None:
+    ) -> Lease | NoLease:
         """The next group to capture: what is wanted again or was leased by a dead worker first, then in seq order.
 
-        None when all is leased or published, when the watermarks say wait (`status` tells which), or when the run is
-        finished. Groups are seqs [k·group, (k + 1)·group). A lease that expired counts as a failed try of its samples:
-        whoever held it died, maybe of them.
+        Groups are seqs [k·group, (k + 1)·group). A lease that expired counts as a failed try of its samples: they may be
+        what killed its holder.
 
         Args:
             num_bytes: seq → payload of its features, which are reserved.
@@ -170,7 +186,7 @@ class MetadataStore(ABC):
         """
 
     @abstractmethod
-    def commit(self, lease: Lease, captured: Mapping[int, Captured], log: StreamingRefChannel) -> list[int]:
+    def commit(self, lease: Lease, captured: Mapping[int, CommitEntry], log: StreamingRefChannel) -> list[int]:
         """Commit what was captured and append it to `log`, in one transaction. Returns the seqs whose commit this is.
 
         Leaves out seqs that another attempt took over or published, and everything once the run is finished.
@@ -242,7 +258,7 @@ class MetadataStore(ABC):
 
     @abstractmethod
     def failures(self) -> Sequence[str]:
-        """What failed processes reported, since the latest `begin`. Others may still go on: see `heartbeat.why_over`."""
+        """What failed processes reported since the latest `begin`. Others may go on: see `heartbeat.producer_failures`."""
 
     @abstractmethod
     def in_flight(self) -> tuple[int, int]:

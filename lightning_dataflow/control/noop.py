@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from lightning_dataflow.control.ledger import Captured, Lease, MetadataStore, RunPlan, Watermarks
+from lightning_dataflow.control.ledger import CommitEntry, Lease, MetadataStore, NoLease, RunPlan, Watermarks
 from lightning_dataflow.control.log import StreamingRefChannel
 
 
@@ -26,9 +26,9 @@ class NoOpMetadataStore(MetadataStore):
 
     def lease(
         self, worker: str, *, group: int, num_bytes: Callable[[int], int], watermarks: Watermarks, lease_s: float
-    ) -> Lease | None:
+    ) -> Lease | NoLease:
         """See MetadataStore."""
-        return None
+        return NoLease("not begun")
 
     def renew(self, worker: str, lease_s: float) -> None:
         """See MetadataStore."""
@@ -45,7 +45,7 @@ class NoOpMetadataStore(MetadataStore):
         """See MetadataStore."""
         return []
 
-    def commit(self, lease: Lease, captured: Mapping[int, Captured], log: StreamingRefChannel) -> list[int]:
+    def commit(self, lease: Lease, captured: Mapping[int, CommitEntry], log: StreamingRefChannel) -> list[int]:
         """See MetadataStore."""
         return list(captured)
 

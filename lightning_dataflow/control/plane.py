@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from lightning_dataflow.contracts import LogRecord, SampleRef, UnknownNameError, UserError
 from lightning_dataflow.contracts.log import replaces
-from lightning_dataflow.control.ledger import MAX_ATTEMPTS, Captured, Lease, MetadataStore, RunPlan, Watermarks
+from lightning_dataflow.control.ledger import MAX_ATTEMPTS, CommitEntry, Lease, MetadataStore, NoLease, RunPlan, Watermarks
 from lightning_dataflow.control.local.ledger import SqliteMetadataStore
 from lightning_dataflow.control.local.log import FileChannel
 from lightning_dataflow.control.log import StreamingRefChannel
@@ -46,20 +46,20 @@ class ControlPlane:
 
     def lease(
         self, worker: str, *, group: int, num_bytes: Callable[[int], int], watermarks: Watermarks, lease_s: float
-    ) -> Lease | None:
-        """The next group to capture, see MetadataStore.lease. What may not be tried again is given up on the way."""
+    ) -> Lease | NoLease:
+        """The next group to capture, see MetadataStore.lease. Samples that were tried too often are given up first."""
         while True:
-            found = self.ledger.lease(worker, group=group, num_bytes=num_bytes, watermarks=watermarks, lease_s=lease_s)
-            if found is None or found.tries < MAX_ATTEMPTS:
-                return found
-            reason = f"given up after {found.tries} tries, the last of which ended or stopped its producer"
-            self.give_back(found, reason, counts=False)
+            lease = self.ledger.lease(worker, group=group, num_bytes=num_bytes, watermarks=watermarks, lease_s=lease_s)
+            if isinstance(lease, NoLease) or lease.tries < MAX_ATTEMPTS:
+                return lease
+            reason = f"given up after {lease.tries} tries, the last of which ended or stopped its producer"
+            self.give_back(lease, reason, counts=False)
 
     def publish(self, lease: Lease, refs: dict[int, SampleRef]) -> list[int]:
         """Commit and publish in one transaction. Returns the seqs whose refs are in the log now; free the others."""
         kind: Literal["supersede", "ref"] = "supersede" if lease.attempt else "ref"
         captured = {
-            seq: Captured(
+            seq: CommitEntry(
                 generation=ref.generation,
                 num_bytes=ref.num_bytes,
                 line=self.log.encode(LogRecord(kind=kind, seq=seq, ref=ref)),

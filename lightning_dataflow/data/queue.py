@@ -24,7 +24,7 @@ from lightning_dataflow.control.heads import (
     heads_in,
     rows_of,
 )
-from lightning_dataflow.control.heartbeat import why_over
+from lightning_dataflow.control.heartbeat import producer_failures
 from lightning_dataflow.control.log import POLL_S
 from lightning_dataflow.data.head_table import HeadTable
 from lightning_dataflow.data.source import RefWindow, WindowEntry
@@ -300,7 +300,7 @@ class StreamingRefQueue:
         return len(missing) + lost
 
     def _check_peers(self, seqs: range, idle_s: float) -> None:
-        if failures := why_over(self._plane.ledger):
+        if failures := producer_failures(self._plane.ledger):
             raise PeerFailedError("; ".join(failures))
         if (status := self._plane.ledger.finished()) is not None:
             raise PeerFailedError(f"the run was ended ({status}) while this process waited for {self.waiting_for}")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_dataflow.contracts import SampleRef, UserError
 from lightning_dataflow.control import ControlPlane, Reconciliation, RunPlan, Watermarks, reconcile_on_restart
-from lightning_dataflow.control.heartbeat import Heartbeat, become_trainer
+from lightning_dataflow.control.heartbeat import Heartbeat, claim_trainer
 from lightning_dataflow.data.kept import KeptSamples
 from lightning_dataflow.data.offline import card_from_json
 from lightning_dataflow.data.queue import StreamingRefQueue
@@ -96,7 +96,7 @@ class StreamingSource(RefSource):
     def begin(self, plan: RunPlan, rank: int, world_size: int) -> None:
         """See RefSource. Rank 0 rebuilds the ledger from what the log and the store hold."""
         if rank == 0:
-            become_trainer(self.plane.ledger, self.plane.run_id)
+            claim_trainer(self.plane.ledger, self.plane.run_id)
         else:
             self.plane.ledger.join()
         self._rank = rank

@@ -3,59 +3,43 @@
 import json
 from pathlib import PurePath
 
-from lightning_dataflow.export.base import DraftFormat, DraftSpec
+from lightning_dataflow.export.serve import serve_command
 from lightning_dataflow.export.training import DECODING, TrainingRecord
-from lightning_dataflow.strategies.dflash.network import DFlashConfig
-from lightning_dataflow.strategies.domino.network import DominoConfig
-from lightning_dataflow.strategies.eagle3.network import Eagle3Config
-
-PAPERS = {"eagle3": "2503.01840", "dflash": "2602.06036", "domino": "2605.29707"}
-NAMES = {"eagle3": "EAGLE3", "dflash": "DFlash", "domino": "Domino"}
-TESTED = {"sglang": "SGLang 0.5.23", "vllm": "vLLM 0.32.0", "speculators": "vLLM 0.32.0"}
+from lightning_dataflow.strategies.published.contract import DraftDescription
+from lightning_dataflow.strategies.published.engines import Engine
+from lightning_dataflow.strategies.registry import resolve_strategy
+from lightning_dataflow.strategies.spec import StrategySpec
 
 
 def model_card(
-    form: DraftFormat, draft: DraftSpec, training: TrainingRecord | None, *, folder: str, dtype: str, assumed: bool
+    engine: Engine, draft: DraftDescription, training: TrainingRecord | None, *, folder: str, assumed: bool
 ) -> str:
-    """Markdown, with the front matter of model hubs. `assumed`: nobody says how many tokens are to be drafted."""
-    target = PurePath(draft.target).name
-    paper = PAPERS[draft.strategy]
+    """Markdown, with the front matter of model hubs. `assumed`: nothing says how many tokens are to be drafted."""
+    target, spec = PurePath(draft.target).name, resolve_strategy(draft.strategy)
+    paper = f" Algorithm: [{spec.paper}](https://arxiv.org/abs/{spec.paper})." if spec.paper else ""
     parts = [
-        f"---\nbase_model: {json.dumps(target)}\ntags: [speculative-decoding, {draft.strategy}, {form.name}]\n---",
-        f"# {NAMES[draft.strategy]} draft of {target}",
-        f"For speculative decoding with {form.title}, written for {TESTED[form.name]} by lightning_dataflow. Algorithm: "
-        f"[{paper}](https://arxiv.org/abs/{paper}). It drafts up to {draft.num_draft_tokens} tokens at a time; the output "
-        "stays the target's own.",
-        f"## Serve\n\n```\n{form.serve_command(draft, folder)}\n```",
-        "## Network\n\n" + _table(_network(draft) | {"weights": dtype}),
-        *_training(draft, training, assumed),
+        f"---\nbase_model: {json.dumps(target)}\ntags: [speculative-decoding, {spec.name}, {engine.name}]\n---",
+        f"# {spec.title} draft of {target}",
+        f"For speculative decoding with {engine.title}, written for {engine.tested} by lightning_dataflow.{paper} It "
+        f"drafts up to {draft.num_draft_tokens} tokens at a time; the output stays the target's own.",
+        f"## Serve\n\n```\n{serve_command(draft, engine, folder)}\n```",
+        "## Network\n\n" + _table(_network(spec, draft)),
+        *_training(spec, draft, training, assumed),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _network(draft: DraftSpec) -> dict[str, object]:
-    network = draft.network
-    rows: dict[str, object] = {
-        "target layers read (0 is the first)": ", ".join(map(str, draft.layer_ids)),
-        "hidden size": network.hidden_size,
-        "heads, key-value heads, head size": f"{network.num_attention_heads}, {network.num_key_value_heads}, "
-        f"{network.head_dim}",
-    }
-    if isinstance(network, Eagle3Config):
-        rows["draft vocabulary"] = f"{network.draft_vocab_size} of {network.vocab_size}"
-    if isinstance(network, DFlashConfig):
-        rows |= {"layers": network.num_layers, "block size": network.block_size, "mask token": network.mask_token_id}
-        if network.sliding_window is not None:
-            rows["sliding window"] = network.sliding_window
-    if isinstance(network, DominoConfig):
-        rows |= {"GRU size, rank": f"{network.gru_hidden_dim}, {network.emb_dim}", "shifted labels": network.shift_label}
-    return rows
+def _network(spec: StrategySpec, draft: DraftDescription) -> dict[str, object]:
+    assert spec.export is not None
+    layers = {"target layers read (0 is the first)": ", ".join(map(str, draft.layer_ids))}
+    return layers | spec.export.card_rows(draft.network) | {"weights": draft.dtype}
 
 
-def _training(draft: DraftSpec, training: TrainingRecord | None, assumed: bool) -> list[str]:
+def _training(spec: StrategySpec, draft: DraftDescription, training: TrainingRecord | None, assumed: bool) -> list[str]:
+    assert spec.export is not None
     if training is None:
         text = "## Training\n\nConverted from another folder, which does not say how it was trained"
-        if assumed and draft.strategy == "eagle3":  # of a block, it follows
+        if assumed and spec.export.block_tokens(draft.network) is None:
             text += (
                 f", nor how many tokens it is to draft at a time: {draft.num_draft_tokens} is lightning_dataflow's default"
             )

@@ -8,14 +8,15 @@ from typing import Any
 from lightning_dataflow.checkpoints.markers import latest_checkpoint
 from lightning_dataflow.checkpoints.reading import HEADER, read_header
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.export.base import DraftSpec
 from lightning_dataflow.export.card import model_card
 from lightning_dataflow.export.folder import DTYPES, check_destination, write_draft
-from lightning_dataflow.export.reading import PublishedDraft, is_published, read_draft
-from lightning_dataflow.export.registry import resolve_format
+from lightning_dataflow.export.serve import check_engine
 from lightning_dataflow.export.training import TrainingRecord
 from lightning_dataflow.strategies.checkpoint import check_finite, load_module
 from lightning_dataflow.strategies.module import DraftModule
+from lightning_dataflow.strategies.published.contract import DraftDescription, PublishedDraft
+from lightning_dataflow.strategies.published.engines import resolve_engine
+from lightning_dataflow.strategies.published.reading import is_published, read_draft
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -58,26 +59,25 @@ def export_draft(
         UserError: `folder` exists, there is no checkpoint, or the engine does not serve such a draft.
         NotFiniteError: its weights hold NaN or infinity, or would in `dtype`.
     """
-    form, folder = resolve_format(engine, format), Path(folder)
+    layout, folder = resolve_engine(engine, format), Path(folder)
     check_destination(folder)
     checkpoint = find_checkpoint(Path(source), on_skip)
     training = read_training(checkpoint)
     origin = read_draft(checkpoint) if training is None else training
-    if origin.strategy not in form.strategies:  # before a target's folder is looked at, or a strategy that nobody imported
-        raise UserError(form.refusal(origin.strategy))
+    check_engine(origin.strategy, layout)  # before the target's folder is looked at
     module = load_module(checkpoint, target=target)
     said = origin.num_draft_tokens if isinstance(origin, PublishedDraft) else None
-    spec = describe(module, num_draft_tokens=said)
-    card = model_card(form, spec, training, folder=str(folder), dtype=dtype, assumed=training is None and said is None)
-    files = [Path(spec.target) / name for name in TOKENIZER_FILES] if tokenizer else []
+    draft = describe(module, dtype=dtype, num_draft_tokens=said)
+    card = model_card(layout, draft, training, folder=str(folder), assumed=training is None and said is None)
+    files = [Path(draft.target) / name for name in TOKENIZER_FILES] if tokenizer else []
     copies = [file for file in files if file.is_file()]
     if tokenizer and not copies:
-        raise UserError(f"no tokenizer in {spec.target}: leave --tokenizer out")
+        raise UserError(f"no tokenizer in {draft.target}: leave --tokenizer out")
     tensors = module.draft.state_dict()
     if dtype in DTYPES:
         cast = {name: one.to(DTYPES[dtype]) for name, one in tensors.items() if one.is_floating_point()}
         check_finite(checkpoint, cast, f"dtype={dtype} is too narrow for it, use bfloat16 or float32")
-    return write_draft(folder, form, spec, tensors, dtype=dtype, card=card, copies=copies)
+    return write_draft(folder, layout, draft, tensors, card=card, copies=copies)
 
 
 def find_checkpoint(source: Path, on_skip: Callable[[str], None] = print) -> Path:
@@ -90,25 +90,24 @@ def find_checkpoint(source: Path, on_skip: Callable[[str], None] = print) -> Pat
     return found
 
 
-def describe(module: DraftModule, *, num_draft_tokens: int | None = None) -> DraftSpec:
-    """What a folder says of the draft of a module, which is one of this package's strategies.
+def describe(module: DraftModule, *, dtype: str = "bfloat16", num_draft_tokens: int | None = None) -> DraftDescription:
+    """What a folder says about the draft of a module.
 
     Args:
         num_draft_tokens: that a published draft says; by default as the module trains.
     """
-    network: Any = module.draft.config
     info = module.target_info
     config = json.loads((Path(info.path) / "config.json").read_text())
-    trained = module.hparams["num_steps"] if module.strategy_name == "eagle3" else network.block_size - 1
-    return DraftSpec(
+    return DraftDescription(
         strategy=module.strategy_name,
-        network=network,
+        network=module.draft.config,
         layer_ids=module.layer_ids,
         num_target_layers=info.num_layers,
         max_position_embeddings=info.max_position_embeddings,
-        num_draft_tokens=num_draft_tokens or trained,
+        num_draft_tokens=num_draft_tokens or module.num_draft_tokens,
         target=info.path,
         target_architectures=tuple(config.get("architectures") or ()),
+        dtype=dtype,
     )
 
 

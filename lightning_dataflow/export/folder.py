@@ -14,12 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.export.base import DraftFormat, DraftSpec
-from lightning_dataflow.export.registry import MARK
-from lightning_dataflow.strategies.eagle3.network import Eagle3Config
+from lightning_dataflow.export.serve import check_draft
+from lightning_dataflow.strategies.published.contract import DraftDescription
+from lightning_dataflow.strategies.published.engines import MARK, Engine
+from lightning_dataflow.strategies.published.reading import CONFIG
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+WEIGHTS, CARD = "model.safetensors", "README.md"
 
 
 def check_destination(folder: Path) -> None:
@@ -30,36 +31,36 @@ def check_destination(folder: Path) -> None:
 
 def write_draft(
     folder: Path,
-    form: DraftFormat,
-    draft: DraftSpec,
+    engine: Engine,
+    draft: DraftDescription,
     tensors: Mapping[str, Tensor],
     *,
-    dtype: str = "bfloat16",
     card: str = "",
     copies: Sequence[Path] = (),
 ) -> Path:
     """Write `config.json`, `model.safetensors`, the model card and copies of further files; the folder appears whole.
 
     Args:
-        tensors: the draft's state dict; floating-point ones are cast to `dtype`.
+        tensors: the draft's state dict; floating-point ones are cast to `draft.dtype`.
 
     Raises:
         UserError: the folder exists, or the engine does not serve such a draft.
     """
-    if dtype not in DTYPES:
-        raise UserError(f"dtype={dtype} is unknown: use {', '.join(DTYPES)}")
-    form.check(draft)
+    if draft.dtype not in DTYPES:
+        raise UserError(f"dtype={draft.dtype} is unknown: use {', '.join(DTYPES)}")
+    dtype, export = DTYPES[draft.dtype], check_draft(draft, engine)
     check_destination(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
     part.mkdir()
     try:
-        mark = {"format": form.name, "version": version("lightning-dataflow")}
-        (part / CONFIG).write_text(json.dumps(form.config(draft, dtype) | {MARK: mark}, indent=2) + "\n")
+        mark = {"format": engine.name, "version": version("lightning-dataflow")}
+        config = export.fields(draft, engine) | {"dtype": draft.dtype, MARK: mark}
+        (part / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         stored = {
-            form.tensor_name(name): (tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor).cpu().contiguous()
+            stored_name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu().contiguous()
             for name, tensor in tensors.items()
-            if not _implied(name, draft)
+            if (stored_name := export.stored_name(name, draft, engine)) is not None
         }
         save_file(stored, part / WEIGHTS, metadata={"format": "pt"})
         (part / WEIGHTS).chmod(0o666 & ~_umask())  # safetensors keeps others from reading it
@@ -74,13 +75,6 @@ def write_draft(
         shutil.rmtree(part, ignore_errors=True)
         raise
     return folder
-
-
-def _implied(name: str, draft: DraftSpec) -> bool:
-    """The maps of a vocabulary that is not reduced are no news, and vLLM refuses them."""
-    network = draft.network
-    whole = isinstance(network, Eagle3Config) and network.draft_vocab_size == network.vocab_size
-    return whole and name in ("d2t", "t2d")
 
 
 def _umask() -> int:

@@ -14,7 +14,7 @@ from lightning_dataflow.contracts import (
     SampleRef,
     UserError,
 )
-from lightning_dataflow.control import MAX_ATTEMPTS, ControlPlane, Lease, RunPlan, Watermarks
+from lightning_dataflow.control import MAX_ATTEMPTS, ControlPlane, Lease, NoLease, RunPlan, Watermarks
 from lightning_dataflow.control.heartbeat import Heartbeat
 from lightning_dataflow.data.streaming import announcement_to_json
 from lightning_dataflow.producers.feeds import Feed
@@ -22,6 +22,7 @@ from lightning_dataflow.stores import FeatureStore, StoreUnavailableError
 
 State = Literal["captured", "failed", "idle", "finished"]
 IDLE_S = (0.002, 0.1)
+WAITING = "waiting for the trainer to begin"
 LOADED_AT = time.monotonic()
 MAX_FAILURES = 3 * MAX_ATTEMPTS
 """Failed leases in a row after which a worker ends with the error: three groups, each tried as often as it may be."""
@@ -59,7 +60,7 @@ class RolloutWorker:
         self.group = group
         self.lease_s = lease_s
         self.peer_timeout_s = peer_timeout_s
-        self.state = "waiting for the trainer to begin"
+        self.state = WAITING
         self.num_captured = 0
         # A run that finished before this process existed is one that its next trainer resumes.
         self._since = plane.ledger.now() - (time.monotonic() - LOADED_AT)
@@ -104,13 +105,6 @@ class RolloutWorker:
 
     def run_once(self) -> State:
         """Lease and capture one group at most."""
-        ledger = self.plane.ledger
-        if ledger.finished(since=self._since) is not None:
-            return "finished"
-        plan = ledger.plan()
-        if plan is None:
-            return "idle"
-        self._check_windows(plan)
         lease = self.plane.lease(
             self.name,
             group=self.group,
@@ -118,11 +112,23 @@ class RolloutWorker:
             watermarks=self.watermarks,
             lease_s=self.lease_s,
         )
-        if lease is None:
-            self.state = "all captured, or waiting for the trainer to free some"
-            return "idle"
+        try:
+            self._check_windows(lease.plan)
+        except UserError as error:
+            if isinstance(lease, Lease):
+                self.plane.give_back(lease, str(error), counts=False)
+            raise
+        if isinstance(lease, NoLease):
+            return self._without_lease(lease)
         self.state = f"capturing seq {lease.seqs[0]}"
         return self._capture(lease)
+
+    def _without_lease(self, answer: NoLease) -> State:
+        if answer.reason == "finished" and answer.finished_at >= self._since:
+            return "finished"
+        reasons = {"paused": "waiting for the trainer to free some", "nothing left": "all captured"}
+        self.state = reasons.get(answer.reason, WAITING)
+        return "idle"
 
     def _drive(self, should_stop: Callable[[], bool]) -> None:
         pause, waiting_since = IDLE_S[0], time.monotonic()
@@ -185,9 +191,9 @@ class RolloutWorker:
                 self._ending.wait(pause)
                 pause = min(2 * pause, longest_pause_s)
 
-    def _check_windows(self, plan: RunPlan) -> None:
+    def _check_windows(self, plan: RunPlan | None) -> None:
         """The largest window that the order of any pass can make must fit below the watermarks."""
-        if plan == self._checked:
+        if plan is None or plan == self._checked:
             return
         sizes = sorted(self.feed.sizes(), reverse=True)
         overhang = self.group - 1  # of the group in which the window ends; a packed one may end at any seq

@@ -1,4 +1,4 @@
-"""The shapes of records that people have, brought to one: a list of `{"role", "content"}` messages, text, or ids."""
+"""Reads records of five formats as a list of `{"role", "content"}` messages, as text, or as token ids."""
 
 import reprlib
 import sys
@@ -9,7 +9,15 @@ from typing import Any
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.prompts.unread import check_record, check_turn
 
-FORMATS = ("auto", "sharegpt", "messages", "alpaca", "text", "tokens")
+REQUIRED_KEYS = {
+    "tokens": {"input_ids"},
+    "sharegpt": {"conversations"},
+    "messages": {"messages"},
+    "alpaca": {"instruction", "output"},
+    "text": {"text"},
+}
+"""What records of each format have. A record that fits several is of the first."""
+FORMATS = ("auto", *REQUIRED_KEYS)
 SHAREGPT_ROLES = {
     "system": "system",
     "human": "user",
@@ -51,19 +59,9 @@ class Tokens:
 
 
 def detect_format(record: Mapping[str, Any]) -> str | None:
-    """The format of one record by its keys, or None. Data sets have null for a key that a row is without."""
+    """The format of a record by its keys, or None. In a data set, null stands for a key that the row does not have."""
     keys = {key for key, value in record.items() if value is not None}
-    if "input_ids" in keys:
-        return "tokens"
-    if "conversations" in keys:
-        return "sharegpt"
-    if "messages" in keys:
-        return "messages"
-    if "instruction" in keys and "output" in keys:
-        return "alpaca"
-    if "text" in keys:
-        return "text"
-    return None
+    return next((name for name, required in REQUIRED_KEYS.items() if required <= keys), None)
 
 
 def normalise(record: Mapping[str, Any], format: str, where: str) -> Conversation | PlainText | Tokens:
@@ -86,7 +84,7 @@ def normalise(record: Mapping[str, Any], format: str, where: str) -> Conversatio
         raise UserError(f"{where}: {error}") from error
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
-            f"{where}: not a record of format {detected} ({_show(error, repr)}); mend it or set data.format"
+            f"{where}: not a record of format {detected} ({_show(error, repr)}); correct it or set data.format"
         ) from error
 
 
@@ -157,7 +155,7 @@ def token_ids(value: Any) -> tuple[int, ...]:
 
 
 def _show(value: Any, shorten: Callable[[Any], str] = reprlib.repr) -> str:
-    """`value` on one short line. Python writes no integer of thousands of digits."""
+    """`value` on one short line. Python refuses to print integers of thousands of digits."""
     try:
         return " ".join(shorten(value).split())
     except ValueError:

@@ -1,19 +1,21 @@
-"""The filtered prompts of a run, tokenised, with a count for everything that was left out."""
+"""The tokenised prompts of a run, and counts of the records that were left out."""
 
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
-
-import torch
-from transformers import PreTrainedTokenizerBase
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 from lightning_dataflow.contracts import PromptTask, UserError
 from lightning_dataflow.prompts.conversation import FORMATS, normalise
 from lightning_dataflow.prompts.masking import Encoder, Unusable
 from lightning_dataflow.prompts.sources import read_records
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
 
 MIN_LABEL_POSITION = 2
 """A draft sees token t+1 and predicts token t+2, so the first two tokens of a sample are never labels."""
@@ -29,7 +31,7 @@ class TokenizedPrompt:
 
     @property
     def question(self) -> Sequence[int]:
-        """What precedes the first supervised token; the first half where everything is supervised."""
+        """The tokens before the first supervised one; if everything is supervised, the first half."""
         first = next(index for index, flag in enumerate(self.loss_mask) if flag)
         return self.input_ids[: first or max(1, len(self.input_ids) // 2)]
 
@@ -62,7 +64,7 @@ class PromptDataset(Sequence[TokenizedPrompt]):
         return digest.hexdigest()[:16]
 
     def check_target(self, vocab_size: int, max_positions: int) -> None:
-        """Raise UserError for a token id that a target does not know, or a prompt longer than its positions."""
+        """Raise UserError for a token id outside the target's vocabulary, or a prompt longer than its positions."""
         for prompt in self.prompts:
             wrong = next((token for token in prompt.input_ids if not 0 <= token < vocab_size), None)
             if wrong is not None:
@@ -76,8 +78,10 @@ class PromptDataset(Sequence[TokenizedPrompt]):
                     f"set data.max_length to at most {max_positions}"
                 )
 
-    def token_counts(self, vocab_size: int) -> torch.Tensor:
-        """How often each token id is supervised, int64 [vocab_size]; all ids are below that."""
+    def token_counts(self, vocab_size: int) -> "torch.Tensor":
+        """How often each token id is supervised, int64 [vocab_size]; all ids are below `vocab_size`."""
+        import torch
+
         counts = torch.zeros(vocab_size, dtype=torch.int64)
         for prompt in self.prompts:
             ids = torch.tensor(prompt.input_ids)[torch.tensor(prompt.loss_mask, dtype=torch.bool)]
@@ -101,7 +105,7 @@ class PromptDataset(Sequence[TokenizedPrompt]):
 
 def load_prompts(
     path: str,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     *,
     max_length: int,
     format: str = "auto",
@@ -123,12 +127,8 @@ def load_prompts(
         raise UserError(f"data.max_length={max_length} leaves nothing to learn: use at least {MIN_LABEL_POSITION + 1}")
     encoder = Encoder(tokenizer, chat_template)
     skipped: Counter[str] = Counter()
-    usable: list[TokenizedPrompt] = []
     wanted = None if num_samples is None else num_eval_samples + num_samples
-    for prompt in _usable(path, split, format, encoder, max_length, skipped):
-        usable.append(prompt)
-        if len(usable) == wanted:
-            break
+    usable = list(islice(_usable(path, split, format, encoder, max_length, skipped), wanted))
     held_out, training = usable[:num_eval_samples], usable[num_eval_samples:]
     if not training:
         reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common()) or "the file is empty"

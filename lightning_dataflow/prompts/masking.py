@@ -2,36 +2,39 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
 
 import jinja2
-from transformers import PreTrainedTokenizerBase
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.prompts.conversation import Conversation, Message, PlainText, Tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class Unusable(Exception):
-    """A record that cannot be trained on; the message is the reason it is counted under."""
+    """A record that cannot be trained on. It is counted under the message."""
 
 
 class Encoder:
     """Turns records into (input_ids, loss_mask), both lists of S ints.
 
-    A template with `{% generation %}` says itself which tokens are the assistant's. For any other, growing prefixes of
-    the conversation are rendered: an assistant turn is what the conversation up to and including it has beyond the
-    conversation before it with the generation prompt. It ends with the end-of-turn token; white space that the
-    template writes after that token is never generated and not supervised. A token that straddles the border of a turn
-    is not supervised.
+    A template with `{% generation %}` marks the assistant's tokens itself. For any other template, growing prefixes of the
+    conversation are rendered: an assistant turn is the text between the conversation before it, rendered with the
+    generation prompt, and the conversation that includes it. The turn ends with the end-of-turn token. White space that the
+    template writes after that token is never generated, so it is not supervised. Neither is a token that crosses the border
+    of a turn.
 
     Args:
         tokenizer: a fast tokenizer (character offsets are needed).
         chat_template: overrides the tokenizer's own.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", chat_template: str | None = None):
         self.tokenizer = tokenizer
         self.chat_template = chat_template
 
@@ -77,7 +80,7 @@ class Encoder:
             )
         except jinja2.TemplateSyntaxError as error:
             raise UserError(
-                f"the chat template is not valid Jinja ({error.message}, line {error.lineno}): mend it"
+                f"the chat template is not valid Jinja ({error.message}, line {error.lineno}): correct it"
             ) from error
         except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
             raise Unusable(f"refused by the chat template ({str(error).splitlines()[0][:100]})") from error
@@ -102,13 +105,13 @@ class Encoder:
         before = self._render(messages[:index], tokenize=False)
         prefix = self._render(messages[:index], add_generation_prompt=True, tokenize=False)
         through = self._render(messages[: index + 1], tokenize=False)
-        # A generation prompt may open a thought that the finished turn does not show.
-        start = _common_prefix(prefix, text)
+        # The generation prompt may open a thought that the finished turn does not show.
+        start = _common_length(prefix, text)
         if start < len(before):
             raise Unusable("the chat template rewrites earlier turns")
         if text.startswith(through) and len(through) > start:
             end = len(through)
-        else:  # the template renders a last turn otherwise than the same turn in the middle
+        else:  # the template renders this turn differently when it is the last
             content = str(messages[index].get("content") or "").strip()
             end = text.find(content, start) + len(content)
             if not content or end < start + len(content):
@@ -127,7 +130,7 @@ class Encoder:
         return stripped if stripped.endswith(tuple(self.tokenizer.all_special_tokens)) else turn
 
 
-def _common_prefix(one: str, other: str) -> int:
-    """Number of characters that both begin with."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))
+def _common_length(first: str, second: str) -> int:
+    """The number of characters at the start that both texts share."""
+    pairs = zip(first, second, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -1,9 +1,7 @@
-"""Prompts to measure drafts on, in the shapes in which benchmarks are distributed."""
+"""Prompts to measure drafts on, in the formats in which benchmarks are distributed."""
 
 from collections.abc import Mapping
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.prompts.conversation import token_ids
@@ -11,19 +9,22 @@ from lightning_dataflow.prompts.masking import Encoder, Unusable
 from lightning_dataflow.prompts.sources import read_records
 from lightning_dataflow.prompts.unread import check_question
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 SHAPES = "turns (MT-Bench), question (GSM8K), prompt (HumanEval, or MT-Bench's list), or input_ids"
 
 
 def load_questions(
-    path: str, tokenizer: PreTrainedTokenizerBase, *, num_prompts: int | None = None, chat_template: str | None = None
+    path: str, tokenizer: "PreTrainedTokenizerBase", *, num_prompts: int | None = None, chat_template: str | None = None
 ) -> list[list[int]]:
     """Token ids of each record's question, rendered as a user's message with the generation prompt.
 
-    Of several turns the first is asked. A tokenizer without a chat template gets the bare text.
+    Only the first of several turns is asked. A tokenizer without a chat template gets the bare text.
 
     Args:
         path: a JSONL file; each record has `turns`, `prompt`, `question` or `input_ids`.
-        num_prompts: the first so many; None for all.
+        num_prompts: how many to take, from the start of the file; None for all.
         chat_template: replaces the tokenizer's own.
 
     Raises:
@@ -33,9 +34,9 @@ def load_questions(
     if num_prompts is not None and num_prompts < 1:
         raise UserError(f"evaluate.num_prompts={num_prompts}: ask at least 1 prompt, or null for all")
     encoder = Encoder(tokenizer, chat_template)
-    found: list[list[int]] = []
+    prompts: list[list[int]] = []
     for number, record in read_records(path, setting="evaluate.data"):
-        if len(found) == num_prompts:
+        if len(prompts) == num_prompts:
             break
         where = f"{path}, line {number}"
         question = _question(record, where)
@@ -44,13 +45,13 @@ def load_questions(
         except Unusable as reason:
             raise UserError(f"{where}: {reason}") from reason
         if not ids:
-            raise UserError(f"{where}: an empty prompt, there is nothing to continue: remove the line")
-        found.append(ids)
-    if not found:
+            raise UserError(f"{where}: the prompt is empty, so there is nothing to continue: remove the line")
+        prompts.append(ids)
+    if not prompts:
         raise UserError(f"{path} has no prompts: give a file with some")
-    if len(found) < (num_prompts or 0):
-        raise UserError(f"{path} has {len(found)} prompts, evaluate.num_prompts={num_prompts}: give more, or ask fewer")
-    return found
+    if len(prompts) < (num_prompts or 0):
+        raise UserError(f"{path} has {len(prompts)} prompts, evaluate.num_prompts={num_prompts}: give more, or ask fewer")
+    return prompts
 
 
 def _question(record: Mapping[str, Any], where: str) -> str | list[int]:

@@ -1,4 +1,4 @@
-"""Where records come from: a JSONL file, or a data set that Hugging Face `datasets` can load."""
+"""Reads records from a JSONL file, or from a data set that Hugging Face `datasets` can load."""
 
 import json
 import sys
@@ -14,9 +14,11 @@ Record = Mapping[str, Any]
 def read_records(path: str, *, split: str = "train", setting: str = "data.path") -> Iterator[tuple[int, Record]]:
     """Yield (number, record) from a `.jsonl` file (numbers are lines, from 1) or from a `datasets` name or folder.
 
-    `setting` is what messages call the path.
+    Args:
+        setting: the name of the path in error messages.
 
-    Raises UserError for a missing file, and for a line that is not a JSON object, naming the line.
+    Raises:
+        UserError: the file is missing, or a line, which is named, is not a JSON object.
     """
     if path.endswith((".jsonl", ".json")) or Path(path).is_file():
         return _read_jsonl(Path(path), setting)
@@ -40,7 +42,7 @@ def _parse(line: str, path: Path, number: int) -> Record:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{path}, line {number}: {_reason(error)}; expected one JSON object a line, mend or remove the line"
+            f"{path}, line {number}: {_reason(error)}; expected one JSON object a line, correct or remove the line"
         ) from error
     if not isinstance(record, dict):
         raise UserError(f"{path}, line {number}: a JSON {type(record).__name__}; expected one JSON object a line")

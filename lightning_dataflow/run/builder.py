@@ -17,7 +17,7 @@ from lightning_dataflow.callbacks import ResultWriter, RunMetrics, StreamCursor
 from lightning_dataflow.callbacks.progress import PlainProgress
 from lightning_dataflow.config.derived import is_disaggregated, run_id
 from lightning_dataflow.config.schema import TrainConfig
-from lightning_dataflow.config.secrets import read_api_key
+from lightning_dataflow.config.secrets import read_secret
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.control import ControlPlane
 from lightning_dataflow.data import DataFlowDataModule, FeatureCard, OfflineSource, PassOrder, RefSource
@@ -32,17 +32,17 @@ from lightning_dataflow.run.streams import (
     colocated_source,
     control_plane,
     make_workers,
-    read_secret,
     shared_store,
     store_id,
     streaming_source,
 )
-from lightning_dataflow.run.target import check_one_engine, server_settings, start_engine, start_server
+from lightning_dataflow.run.target import check_one_engine, local_target, served_target
 from lightning_dataflow.run.trainer import EndAtSigterm, count_steps, make_callbacks, make_loggers, make_trainer
 from lightning_dataflow.stores import FeatureStore
 from lightning_dataflow.strategies.module import DraftModule
-from lightning_dataflow.strategies.registry import StrategySpec, resolve_strategy
-from lightning_dataflow.targets import HFTargetEngine, ReferenceEngine, SGLangServerTarget, TargetEngine, load_tokenizer
+from lightning_dataflow.strategies.registry import resolve_strategy
+from lightning_dataflow.strategies.spec import StrategySpec
+from lightning_dataflow.targets import HFTargetEngine, ReferenceEngine, TargetEngine, load_tokenizer
 from lightning_dataflow.targets.tiny import write_tiny_conversations, write_tiny_target
 
 
@@ -122,29 +122,10 @@ class Builder:
         """The target that captures features."""
         target = self.config.target
         if target.engine == "sglang_server":
-            return self._served_target()
+            return served_target(self.config, self.layer_ids, self.shared_store, store_id(self.plane), self.resources)
         if target.engine == "sglang":
-            return start_engine(target, self.layer_ids, self.resources)
+            return local_target(self.config, self.layer_ids, self.resources)
         return HFTargetEngine(target.path, layer_ids=self.layer_ids, dtype=target.dtype, device=target.device)
-
-    def _served_target(self) -> SGLangServerTarget:
-        """The servers that are given, or one that is started here."""
-        config, store = self.config, self.shared_store
-        urls, api_key = list(config.target.urls), read_api_key(config.target.api_key_file)
-        if not urls:
-            settings = server_settings(config.store, config.channel.path)
-            server = start_server(config.target, self.layer_ids, settings, config.run_dir, self.resources)
-            urls, api_key = [server.url], server.api_key
-        return SGLangServerTarget(
-            config.target.path,
-            urls=urls,
-            store_id=store_id(self.plane),
-            layer_ids=self.layer_ids,
-            store_uri=store.uri,
-            reader=store,
-            api_key=api_key,
-            in_flight=config.target.requests_in_flight,
-        )
 
     def workers(self, name: str) -> list[RolloutWorker]:
         """The producers of this process."""
@@ -154,8 +135,10 @@ class Builder:
         """What producers put into the store."""
         name = run_id(self.config.run_name)
         if self.config.topology.name == "disagg_online":
-            feed = ServedFeed if isinstance(self.target, ReferenceEngine) else PromptFeed
-            return feed(self.prompts[0], self.target, seed=self.config.seed, run_id=name)
+            if self.config.target.engine == "sglang_server":
+                assert isinstance(self.target, ReferenceEngine), "its servers put features into the run's store"
+                return ServedFeed(self.prompts[0], self.target, seed=self.config.seed, run_id=name)
+            return PromptFeed(self.prompts[0], self.target, seed=self.config.seed, run_id=name)
         source = OfflineSource(self._offline_folder())
         return FolderFeed(source, vocab_size=self.module.target_info.vocab_size, run_id=name)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_dataflow.config.derived import run_id, shared_dir_root, watermarks
-from lightning_dataflow.config.schema import ChannelConfig, StoreConfig, TrainConfig
-from lightning_dataflow.config.secrets import read_secret_file
+from lightning_dataflow.config.schema import ChannelConfig, TrainConfig
+from lightning_dataflow.config.secrets import read_secret, read_secret_file
 from lightning_dataflow.control import ControlPlane, resolve_control_plane
 from lightning_dataflow.control.heartbeat import Heartbeat
 from lightning_dataflow.control.plane import DeploymentMode
@@ -50,11 +50,6 @@ def redis_address(channel: ChannelConfig) -> RedisAddress:
         cert_file=channel.cert_file,
         key_file=channel.key_file,
     )
-
-
-def read_secret(store: StoreConfig) -> str | None:
-    """The secret of store=shared_dir."""
-    return read_secret_file(store.secret_file, "store.secret_file")
 
 
 def store_id(plane: ControlPlane) -> str:

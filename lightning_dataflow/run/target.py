@@ -1,44 +1,67 @@
-"""The target of a run whose features come from SGLang: from a server, or from an engine of this process."""
+"""The target of a run whose features come from SGLang servers."""
 
-import json
+import importlib.util
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from lightning_dataflow.config.derived import is_disaggregated, shared_dir_root
-from lightning_dataflow.config.schema import StoreConfig, TargetConfig, TrainConfig
-from lightning_dataflow.config.secrets import read_api_key, read_secret_file
+from lightning_dataflow.config.schema import StoreConfig, TrainConfig
+from lightning_dataflow.config.secrets import read_api_key, read_secret
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.run.ranks import num_devices
 from lightning_dataflow.services.sglang import LocalSGLang
-from lightning_dataflow.sglang_plugin.wire import SERVER_FILE
-from lightning_dataflow.stores import SharedDirFeatureStore
-from lightning_dataflow.targets.sglang_engine import SGLangTarget, exchange_folder
+from lightning_dataflow.stores import FeatureStore, SharedDirFeatureStore
+from lightning_dataflow.targets import SGLangServerTarget
 
 log = logging.getLogger(__name__)
 
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def served_target(
+    config: TrainConfig, layer_ids: Sequence[int], store: FeatureStore, store_id: str, resources: ExitStack
+) -> SGLangServerTarget:
+    """Connect to the servers of `target.urls`, or start one here; features go into the run's store."""
+    urls, api_key = list(config.target.urls), read_api_key(config.target)
+    if not urls:
+        settings = server_settings(config.store, config.channel.path)
+        server = start_server(config, layer_ids, settings, resources)
+        urls, api_key = [server.url], server.api_key
+    return _connect(config, layer_ids, store, store_id, resources, urls=urls, api_key=api_key)
+
+
+def local_target(config: TrainConfig, layer_ids: Sequence[int], resources: ExitStack) -> SGLangServerTarget:
+    """Start a server here, which hands features over through a folder in memory."""
+    folder = resources.enter_context(exchange_folder())
+    server = start_server(config, layer_ids, {"store": "shared_dir", "root": folder}, resources)
+    store = SharedDirFeatureStore(folder)
+    return _connect(config, layer_ids, store, "exchange", resources, urls=[server.url], api_key=server.api_key)
+
 
 def start_server(
-    target: TargetConfig, layer_ids: Sequence[int], store: Mapping[str, Any], folder: str, resources: ExitStack
+    config: TrainConfig, layer_ids: Sequence[int], store: Mapping[str, Any], resources: ExitStack
 ) -> LocalSGLang:
-    """Start an SGLang server on this machine, to end with `resources`.
-
-    Args:
-        store: the content of the server's file, see server_settings.
-        folder: for that file and the server's log.
-    """
+    """Start an SGLang server that ends with `resources`; `store` says where it puts features."""
+    target = config.target
+    if target.server_python is None and importlib.util.find_spec("sglang") is None:
+        raise UserError(
+            f"target.engine={target.engine} needs SGLang here: pip install 'lightning-dataflow[sglang]', or name the "
+            "Python of another environment with target.server_python"
+        )
     log.info("starting an SGLang server")
     server = LocalSGLang(
         target.path,
         layer_ids,
         python=target.server_python or sys.executable,
         store=store,
-        folder=folder,
-        api_key=read_api_key(target.api_key_file),
+        folder=config.run_dir,
+        api_key=read_api_key(target),
         arguments=target.server_args,
     )
     resources.callback(server.close)
@@ -46,21 +69,38 @@ def start_server(
     return server
 
 
-def start_engine(target: TargetConfig, layer_ids: Sequence[int], resources: ExitStack) -> SGLangTarget:
-    """SGLang in this process, to end with `resources`."""
-    folder = Path(resources.enter_context(exchange_folder()))
-    settings = folder / "server.json"
-    settings.write_text(json.dumps({"store": "shared_dir", "root": str(folder / "features")}))
-    os.environ[SERVER_FILE] = str(settings)  # the engine's process is spawned, and looks there
-    store = SharedDirFeatureStore(folder / "features")
-    engine = SGLangTarget(target.path, layer_ids=layer_ids, store=store, arguments=target.server_args)
-    resources.callback(engine.close)
-    return engine
+def exchange_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder that a server here hands features over in; in memory where the system has such a place."""
+    parent = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None
+    return tempfile.TemporaryDirectory(prefix="lightning-dataflow-", dir=parent)
+
+
+def _connect(
+    config: TrainConfig,
+    layer_ids: Sequence[int],
+    store: FeatureStore,
+    store_id: str,
+    resources: ExitStack,
+    *,
+    urls: Sequence[str],
+    api_key: str | None,
+) -> SGLangServerTarget:
+    target = SGLangServerTarget(
+        config.target.path,
+        urls=urls,
+        store=store,
+        store_id=store_id,
+        layer_ids=layer_ids,
+        api_key=api_key,
+        in_flight=config.target.requests_in_flight,
+    )
+    resources.callback(target.stop_waiting)
+    return target
 
 
 def check_one_engine(config: TrainConfig) -> None:
-    """Raise UserError where ranks would share an engine: it takes the first GPUs, and ends every child of its process,
-    other ranks too, with itself."""
+    """Raise UserError where ranks would share a server: the one that a trainer starts for itself takes the first GPUs, so a
+    second rank would find them taken."""
     ranks = num_devices(config.trainer)
     if config.target.engine == "sglang" and not is_disaggregated(config) and ranks > 1:
         raise UserError(
@@ -70,11 +110,10 @@ def check_one_engine(config: TrainConfig) -> None:
 
 
 def server_settings(store: StoreConfig, channel_path: str) -> dict[str, Any]:
-    """What a server must know of the store of a run, for its file."""
+    """The server's file for the store of a run."""
     if store.kind == "shared_dir":
         root = str(Path(shared_dir_root(store, channel_path)).absolute())
-        secret = read_secret_file(store.secret_file, "store.secret_file")
-        settings = {"root": root, "secret": secret, "capacity_bytes": store.capacity_bytes}
+        settings = {"root": root, "secret": read_secret(store), "capacity_bytes": store.capacity_bytes}
     else:
         names = ("address", "client_address", "metrics_address", "hostname", "protocol", "rdma_devices", "zero_copy")
         settings = {name: getattr(store, name) for name in (*names, "capacity_bytes")}

@@ -27,7 +27,7 @@ OLDEST, BELOW = (0, 5, 23), (0, 6)
 SUPPORTED = f">={'.'.join(map(str, OLDEST))},<{'.'.join(map(str, BELOW))}"
 MAX_ANSWER_BYTES = 4096
 CONVENTION = "DFLASH"
-"""Names how SGLang counts layers, as we do; no draft is loaded. EAGLE3's counting depends on the model."""
+"""SGLang's name of the convention in which it counts layers as we do. No draft is loaded."""
 
 ErrorKind = Literal["refused", "full", "store", "failed", "mismatch"]
 """`store`: it is gone, for whatever prompt. `failed`: this prompt, of which nothing was stored."""

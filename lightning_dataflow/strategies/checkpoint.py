@@ -10,11 +10,10 @@ from torch import Tensor
 from lightning_dataflow.checkpoints.reading import HEADER, read_header
 from lightning_dataflow.contracts import NotFiniteError, UserError
 from lightning_dataflow.data.finite import first_not_finite
-from lightning_dataflow.export.reading import is_published, read_draft
-from lightning_dataflow.strategies.eagle3.module import Eagle3Module
 from lightning_dataflow.strategies.module import DraftModule
+from lightning_dataflow.strategies.published.reading import is_published, read_draft
 from lightning_dataflow.strategies.registry import resolve_strategy
-from lightning_dataflow.strategies.warm_start import EMBEDDING, same_tensor, some
+from lightning_dataflow.strategies.warm_start import some
 
 REMEDY = "name another checkpoint of its run"
 
@@ -59,11 +58,12 @@ def load_published(folder: str | Path, *, target: str | None) -> DraftModule:
     start = read_draft(folder)
     if target is None:
         raise UserError(f"{folder} does not hold its target: name it (--target FOLDER, or target.path)")
-    module = resolve_strategy(start.strategy).module(target=target, init_from=str(folder))
+    spec = resolve_strategy(start.strategy)
+    assert spec.export is not None, "read_draft found it by its export"
+    module: DraftModule = spec.module(target=target, init_from=str(folder))
     module.load_frozen_target(torch.device("cpu"))
-    if start.strategy == "eagle3" and EMBEDDING in start.shapes:
-        own = not same_tensor(start.tensor(EMBEDDING), module.frozen_target.embedding)
-        module = Eagle3Module(target=target, init_from=str(folder), train_embeddings=own)
+    if settings := spec.export.settings(start, module.frozen_target):
+        module = spec.module(target=target, init_from=str(folder), **settings)
         module.load_frozen_target(torch.device("cpu"))
     module.load_start()
     check_finite(Path(folder), module.state_dict())
@@ -80,7 +80,7 @@ def _rebuild(path: Path, checkpoint: Mapping[str, Any], target: str | None) -> D
         raise _incomplete(path, "the name of its target")
     hparams |= {"target": target or hparams["target"], "init_from": None}  # its sizes are in `network`
     try:
-        module = resolve_strategy(name).module(**hparams)
+        module: DraftModule = resolve_strategy(name).module(**hparams)
     except TypeError as error:
         if "unexpected keyword" not in str(error):
             raise

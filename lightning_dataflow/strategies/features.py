@@ -1,17 +1,21 @@
 """Whether captured features are those that a draft reads."""
 
+from collections.abc import Sequence
+
 from lightning_dataflow.contracts import CaptureSpec, UserError
 from lightning_dataflow.data import FeatureCard
-from lightning_dataflow.strategies.registry import StrategySpec
 from lightning_dataflow.targets.info import TargetInfo
 
 
-def check_features(card: FeatureCard, spec: StrategySpec, target: TargetInfo, layer_ids: tuple[int, ...]) -> None:
-    """Raise UserError naming the first way in which features do not fit a draft of `target` that reads `layer_ids`."""
+def check_features(
+    card: FeatureCard, strategy: str, features: Sequence[str], target: TargetInfo, layer_ids: tuple[int, ...]
+) -> None:
+    """Raise UserError naming the first way in which captured features do not fit a draft of `target` that reads `features`
+    of `layer_ids`."""
     expected = CaptureSpec(layer_ids=layer_ids, norm="post", hidden_size=target.hidden_size)
-    missing = set(spec.features) - set(card.features)
+    missing = set(features) - set(card.features)
     if missing:
-        raise UserError(f"the features lack {', '.join(sorted(missing))}, which {spec.name} needs: capture again")
+        raise UserError(f"the features lack {', '.join(sorted(missing))}, which {strategy} needs: capture again")
     for what, found, wanted in (
         ("hidden size", card.capture.hidden_size, expected.hidden_size),
         ("norm of the last hidden state", card.capture.norm, expected.norm),
@@ -26,6 +30,6 @@ def check_features(card: FeatureCard, spec: StrategySpec, target: TargetInfo, la
     if card.capture.layer_ids != expected.layer_ids:
         layers = list(card.capture.layer_ids)
         raise UserError(
-            f"the features hold the target's layers {layers}, this {spec.name} draft reads {list(expected.layer_ids)}: "
-            f"capture again with strategy={spec.name}, or set 'strategy.layer_ids={layers}'"
+            f"the features hold the target's layers {layers}, this {strategy} draft reads {list(expected.layer_ids)}: "
+            f"capture again with strategy={strategy}, or set 'strategy.layer_ids={layers}'"
         )

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from lightning_dataflow.callbacks.averaging import complete_average, end_averages, follow_buffers
 from lightning_dataflow.callbacks.defaults import default_callbacks
@@ -19,14 +20,15 @@ from lightning_dataflow.data import DataFlowDataModule, FeatureCard
 from lightning_dataflow.data.collate import Batch, SampleRows
 from lightning_dataflow.data.finite import first_not_finite
 from lightning_dataflow.evaluation import Drafter
-from lightning_dataflow.export.reading import read_draft
 from lightning_dataflow.strategies.common.sums import ObjectiveSums
 from lightning_dataflow.strategies.common.target_tensors import FrozenTarget
 from lightning_dataflow.strategies.features import check_features
 from lightning_dataflow.strategies.finite import NumberCheck
 from lightning_dataflow.strategies.optimisation import adamw, scale_gradients, warmup_cosine
-from lightning_dataflow.strategies.registry import StrategySpec, resolve_strategy
+from lightning_dataflow.strategies.published.reading import read_draft
+from lightning_dataflow.strategies.registry import resolve_strategy
 from lightning_dataflow.strategies.sharding import fsdp1_root, full_state_dict, shard_draft
+from lightning_dataflow.strategies.spec import StrategySpec
 from lightning_dataflow.strategies.streaming import align_loops, check_averaging, check_trainer
 from lightning_dataflow.strategies.warm_start import check_settings, check_start, choose_layers, load_start
 from lightning_dataflow.strategies.window import WindowSums
@@ -106,6 +108,16 @@ class DraftModule(L.LightningModule):
         return resolve_strategy(self.strategy_name)
 
     @property
+    def features(self) -> tuple[str, ...]:
+        """Names of the features that `collate` reads with these settings."""
+        return self.spec.features(self.hparams)
+
+    @property
+    @abstractmethod
+    def num_draft_tokens(self) -> int:
+        """How many tokens the draft is trained to propose at a time."""
+
+    @property
     def failure(self) -> NotFiniteError | None:
         """What ended the last fit, if a number was not finite. Nothing is saved until another fit starts."""
         return self._numbers.failure
@@ -149,8 +161,9 @@ class DraftModule(L.LightningModule):
 
     def load_start(self) -> None:
         """Take over the weights of the draft to start from; done by the first fit."""
-        assert self._start is not None, "nothing to start from"
-        load_start(self._start, self.draft, self.frozen_target)
+        export = self.spec.export
+        assert self._start is not None and export is not None, "nothing to start from"
+        load_start(self._start, export, self.draft, self.frozen_target)
         self._initialised = True
 
     def derived_metrics(self, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -195,7 +208,7 @@ class DraftModule(L.LightningModule):
 
     def check_features(self, card: FeatureCard) -> None:
         """Raise UserError naming the first way in which features do not fit this draft."""
-        check_features(card, self.spec, self.target_info, self.layer_ids)
+        check_features(card, self.strategy_name, self.features, self.target_info, self.layer_ids)
 
     def configure_model(self) -> None:
         """Lightning's hook: shard under ModelParallelStrategy; other strategies wrap the module themselves."""
@@ -222,8 +235,8 @@ class DraftModule(L.LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    @override
     def on_fit_start(self) -> None:
-        """Lightning's hook."""
         self._numbers = NumberCheck()
         check_trainer(self.trainer)
 
@@ -313,8 +326,8 @@ class DraftModule(L.LightningModule):
         if isinstance(data, DataFlowDataModule):
             data.check_state(checkpoint.get(type(data).__qualname__, {}))
 
+    @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Lightning's hook."""
         if self._trainer is not None and self.trainer.state.fn == "fit":
             self.check_checkpoint(checkpoint, self._data())
             forget_foreign_paths(self.trainer.checkpoint_callbacks, checkpoint.get("callbacks", {}))

@@ -4,17 +4,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_dataflow.contracts import NotFiniteError, UserError
 from lightning_dataflow.data.finite import first_not_finite
-from lightning_dataflow.export.reading import PublishedDraft
-from lightning_dataflow.strategies.common.target_tensors import FrozenTarget
-from lightning_dataflow.strategies.dflash.network import FULL
-from lightning_dataflow.strategies.eagle3.network import Eagle3Config
+from lightning_dataflow.strategies.common.target_tensors import EMBEDDING, HEAD, FrozenTarget, same_tensor
+from lightning_dataflow.strategies.published.contract import DraftExport, PublishedDraft
 from lightning_dataflow.targets.info import TargetInfo
 
-EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+VOCAB_MAPS = ("d2t", "t2d")
+"""Maps of a reduced vocabulary. Other tools write them also where they are the identity."""
 
 
 def check_start(start: PublishedDraft, strategy: str, target: TargetInfo) -> None:
@@ -54,23 +53,21 @@ def choose_layers(start: PublishedDraft, chosen: list[int] | None) -> list[int] 
 
 def check_settings(start: PublishedDraft, settings: Mapping[str, Any]) -> None:
     """Raise UserError naming the settings that ask for other sizes than the published draft has."""
-    network = dict(start.network)
-    if network.get("layer_types") == [] and list(settings["layer_types"] or ()) == [FULL] * network["num_layers"]:
-        network["layer_types"] = settings["layer_types"]  # the same, spelt out
+    network = start.network
     differing = [name for name, value in settings.items() if value is not None and network.get(name, value) != value]
     if differing:
         have = ", ".join(f"{name}={settings[name]}" for name in differing)
-        want = " ".join(f"strategy.{name}={start.network[name]}" for name in differing)
+        want = " ".join(f"strategy.{name}={network[name]}" for name in differing)
         raise UserError(f"{start.folder} is a draft of other sizes than these settings say ({have}): set {want}")
 
 
-def check_tensors(start: PublishedDraft, draft: nn.Module) -> None:
+def check_tensors(start: PublishedDraft, export: DraftExport, draft: nn.Module) -> None:
     """Raise UserError unless every tensor of `draft` is in the folder or follows from the target, and none is left over."""
     wanted = {name: tuple(tensor.shape) for name, tensor in draft.state_dict().items()}
-    missing = sorted(wanted.keys() - start.shapes.keys() - _implied(draft))
+    missing = sorted(wanted.keys() - start.shapes.keys() - export.implied(draft.config))
     if missing:
         raise UserError(f"{start.folder} lacks {some(missing)}: it is not a whole {start.strategy} draft")
-    unknown = sorted(start.shapes.keys() - wanted.keys() - {EMBEDDING, HEAD, "d2t", "t2d"})
+    unknown = sorted(start.shapes.keys() - wanted.keys() - {EMBEDDING, HEAD, *VOCAB_MAPS})
     if unknown:
         raise UserError(
             f"{start.folder} has {some(unknown)}, for which a draft of {start.strategy} with that config.json has no "
@@ -83,7 +80,7 @@ def check_tensors(start: PublishedDraft, draft: nn.Module) -> None:
 
 
 @torch.no_grad()
-def load_start(start: PublishedDraft, draft: nn.Module, target: FrozenTarget) -> None:
+def load_start(start: PublishedDraft, export: DraftExport, draft: nn.Module, target: FrozenTarget) -> None:
     """Copy a published draft's tensors into `draft`. What it leaves to the target comes from there.
 
     Raises:
@@ -91,55 +88,21 @@ def load_start(start: PublishedDraft, draft: nn.Module, target: FrozenTarget) ->
             target's; or no sensible vocabulary map.
         NotFiniteError: it holds NaN or infinity.
     """
-    check_tensors(start, draft)
+    check_tensors(start, export, draft)
     if broken := next((name for name in start.shapes if first_not_finite({name: start.tensor(name)})), None):
         raise NotFiniteError(f"{start.folder}: {broken} holds NaN or infinity, so it is no draft to use: name another")
     state = draft.state_dict()
     for name, ours in (EMBEDDING, target.embedding), (HEAD, target.head):
         if name in start.shapes and name not in state and not same_tensor(start.tensor(name), ours):
-            remedy = "set strategy.train_embeddings=true" if start.strategy == "eagle3" else "it is another network"
-            raise UserError(f"{start.folder} has a {name} of its own, unlike the target's: {remedy}")
+            raise UserError(f"{start.folder} has a {name} of its own, unlike the target's: {export.own_tensor_remedy}")
     for name, tensor in state.items():
-        if name in start.shapes and name != "t2d":
+        if name in start.shapes:
             tensor.copy_(start.tensor(name))
         elif name == EMBEDDING:
             tensor.copy_(target.embedding)
         elif name == HEAD:
             tensor.copy_(target.head)
-        elif name == "d2t":
-            tensor.zero_()
-    if "d2t" in state:
-        state["t2d"].copy_(_kept(start, state["d2t"], len(state["t2d"])))
-
-
-def same_tensor(found: Tensor, ours: Tensor) -> bool:
-    """Whether `found` is `ours`, rounded to the coarser of their dtypes."""
-    coarser = min((found.dtype, ours.dtype), key=lambda dtype: dtype.itemsize)
-    return found.shape == ours.shape and torch.equal(found.to(ours.device, coarser), ours.to(coarser))
-
-
-def _kept(start: PublishedDraft, d2t: Tensor, vocab_size: int) -> Tensor:
-    """t2d, which follows from d2t."""
-    ids = d2t + torch.arange(len(d2t), device=d2t.device)
-    if ids.min() < 0 or ids.max() >= vocab_size or len(ids.unique()) != len(ids):
-        raise UserError(
-            f"{start.folder}: d2t does not map {len(ids)} draft ids to as many of {vocab_size} target ids (target id = "
-            "draft id + d2t[draft id])"
-        )
-    kept = torch.zeros(vocab_size, dtype=torch.bool, device=d2t.device)
-    kept[ids] = True
-    if "t2d" in start.shapes and not torch.equal(start.tensor("t2d").to(kept), kept):
-        raise UserError(f"{start.folder}: t2d names other tokens than d2t maps to")
-    return kept
-
-
-def _implied(draft: nn.Module) -> set[str]:
-    """Tensors that a folder may leave out."""
-    config = draft.config
-    if not isinstance(config, Eagle3Config):
-        return set()
-    whole = config.draft_vocab_size == config.vocab_size
-    return {"t2d", EMBEDDING} | ({"d2t", HEAD} if whole else set())
+    export.complete(start, draft)
 
 
 def some(names: Sequence[str], limit: int = 4) -> str:

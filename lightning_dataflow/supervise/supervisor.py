@@ -74,8 +74,8 @@ def supervise(config: TrainConfig, arguments: Sequence[str]) -> None:
         with interrupts_wait():
             parts.append(Part("trainer", arguments, threads, signal.SIGINT))
         *producers, trainer = parts
-        services = [service for service in (redis, mooncake) if service is not None]
-        watch = Watch(producers, trainer, services, plane.ledger, Path(config.run_dir), restarts)
+        servers = [*([redis] if redis else []), *(mooncake.servers if mooncake else [])]
+        watch = Watch(producers, trainer, servers, plane.ledger, Path(config.run_dir), restarts)
         heartbeat = Heartbeat(plane.ledger, SUPERVISOR, watch.describe)
         stack.callback(heartbeat.stop, "ended")
         watch.run()

@@ -1,24 +1,21 @@
 """What becomes of a supervised run when one of its parts ends."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from subprocess import Popen
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from lightning_dataflow.checkpoints.markers import latest_checkpoint
 from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError
 from lightning_dataflow.control import MetadataStore
 from lightning_dataflow.control.heartbeat import end_leases
-from lightning_dataflow.services.mooncake import CLIENT_PAUSE_S
+from lightning_dataflow.services.server import LocalServer
 from lightning_dataflow.supervise.processes import POLL_S, Part
 
 FIRST_FAILURE_S = 1.0
 """A part that fails can make others fail; the first in the order of starting is the cause."""
 PRODUCERS_END_S = 30.0
-LEAST_PAUSES_S = {"mooncake_client": CLIENT_PAUSE_S}
-WHAT_REMAINS = {"redis-server": "it has what it held"}
 LONGEST_PAUSE_S = 8.0
 """Before a part is started again: a store's clients wait for 15 to 20 s."""
 LEDGER_AWAY_S = 60.0
@@ -61,20 +58,6 @@ class Restarts:
         del self._due[name]
 
 
-class Service(Protocol):
-    """Programs that the run started for itself: a Mooncake, a Redis."""
-
-    @property
-    def processes(self) -> Mapping[str, Popen[bytes]]:
-        """By name."""
-
-    def restart(self, name: str) -> None:
-        """Start one that died again, at its address."""
-
-    def log_path(self, name: str) -> Path:
-        """Where it writes."""
-
-
 class Watch:
     """Watches all parts until the trainer and then the producers have ended, and starts again what died.
 
@@ -92,14 +75,14 @@ class Watch:
         self,
         producers: Sequence[Part],
         trainer: Part,
-        services: Sequence[Service],
+        servers: Sequence[LocalServer],
         ledger: MetadataStore,
         run_dir: Path,
         restarts: Restarts,
     ):
         self._producers = producers
         self._trainer = trainer
-        self._services = services
+        self._servers = servers
         self._ledger = ledger
         self._run_dir = run_dir
         self._restarts = restarts
@@ -111,7 +94,7 @@ class Watch:
     def run(self) -> None:
         """Until all have ended."""
         while (status := self._trainer.process.poll()) != 0:
-            if self._services_are_up():
+            if self._servers_are_up():
                 self._look_after_producers()
                 if status is not None:
                     self._look_after_trainer()
@@ -123,21 +106,21 @@ class Watch:
         counts = ", ".join(f"{name} ×{count}" for name, count in self._restarts.counts.items())
         return f"watching; started again: {counts or 'none'}"
 
-    def _services_are_up(self) -> bool:
-        return all(self._is_up(service, name) for service in self._services for name in list(service.processes))
+    def _servers_are_up(self) -> bool:
+        return all(self._is_up(server) for server in self._servers)
 
-    def _is_up(self, service: Service, name: str) -> bool:
-        if (status := service.processes[name].poll()) is None:
+    def _is_up(self, server: LocalServer) -> bool:
+        if (status := server.poll()) is None:
             return True
-        if self._restarts.is_planned(name):
-            if not self._restarts.is_due(name):
+        if self._restarts.is_planned(server.name):
+            if not self._restarts.is_due(server.name):
                 return False
-            service.restart(name)
-            self._restarts.done(name)
-            say(f"{name} is there again; {WHAT_REMAINS.get(name, 'what it held is captured again')}")
+            server.start()
+            self._restarts.done(server.name)
+            say(f"{server.name} runs again; {'it has its data' if server.keeps_data else 'its data is captured again'}")
             return True
-        if not self._restarts.plan(name, f"ended with status {status}", least_pause_s=LEAST_PAUSES_S.get(name, 0.0)):
-            raise PeerFailedError(f"{name} ended with status {status}, see {service.log_path(name)}")
+        if not self._restarts.plan(server.name, f"ended with status {status}", least_pause_s=server.restart_pause_s):
+            raise PeerFailedError(f"{server.name} ended with status {status}, see {server.log_path}")
         return False
 
     def _look_after_producers(self) -> None:
@@ -183,7 +166,7 @@ class Watch:
         trainer.kill()
         how = trainer.how_it_ended()
         time.sleep(FIRST_FAILURE_S)
-        if self._services_are_up():
+        if self._servers_are_up():
             self._look_after_producers()  # the cause, maybe
         if not trainer.may_do_better() or not self._restarts.plan(trainer.name, how):
             raise PeerFailedError(f"{trainer.name}: {how}")

@@ -2,29 +2,19 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 
-from lightning_dataflow.contracts import CaptureSpec, FeatureHandle, SampleOrigin, SampleRef, UserError
+from lightning_dataflow.contracts import CaptureSpec, SampleOrigin, SampleRef, UserError
 from lightning_dataflow.targets.info import TargetInfo
-
-
-class FeatureReader(Protocol):
-    """The part of a feature store that an engine needs whose features arrive there."""
-
-    def get(self, ref: SampleRef) -> tuple[dict[str, Any], FeatureHandle]:
-        """See FeatureStore.get."""
-
-    def release(self, handle: FeatureHandle) -> None:
-        """See FeatureStore.release."""
 
 
 class TargetEngine(ABC):
     """Reads token ids and returns hidden states.
 
-    Layer id i is the output of decoder layer i, counted from 0 (Hugging Face's `hidden_states[i + 1]`); engines that
-    count otherwise convert.
+    Layer id i is the output of decoder layer i, counted from 0 (Hugging Face's `hidden_states[i + 1]`). Engines that
+    count differently convert.
     """
 
     backend: ClassVar[str]
@@ -38,7 +28,7 @@ class TargetEngine(ABC):
     @property
     @abstractmethod
     def dtype(self) -> str:
-        """Of the features: torch's name without the prefix."""
+        """Of the features: torch's name, for example `bfloat16`."""
 
     @property
     def capture_spec(self) -> CaptureSpec:
@@ -57,28 +47,28 @@ class TargetEngine(ABC):
 
 
 class ReferenceEngine(TargetEngine):
-    """An engine whose features arrive in the run's store by themselves.
+    """An engine that can put features into a store itself and hand back references.
 
     Attributes:
-        num_requests: how many prompts may be captured at a time.
+        num_requests: prompts that it captures at a time.
     """
 
     num_requests: int
 
     @abstractmethod
     def capture_ref(self, token_ids: Sequence[int], loss_mask: Sequence[int], origin: SampleOrigin) -> SampleRef:
-        """Have one prompt captured and stored, and the answer checked. Thread-safe.
+        """Have one prompt captured and stored, and check the answer. Thread-safe.
 
         Raises:
-            PeerGoneError: the answer did not come, and features may be stored all the same: ask for the next attempt.
-            PeerFailedError: nobody is left to ask.
-            CapacityError: the store is full, and nothing is stored.
-            CaptureMismatchError: what was captured is not what this run was announced with.
+            PeerGoneError: no answer. The features may be stored all the same: ask for the next attempt.
+            PeerFailedError: no server is left.
+            CapacityError: the store is full; nothing was stored.
+            CaptureMismatchError: the features are not what this run was announced with.
         """
 
     @abstractmethod
     def stop_waiting(self) -> None:
-        """The run is being ended: calls, those that wait already among them, raise PeerGoneError at once."""
+        """The run is ending: all calls, running and later ones, raise PeerGoneError at once."""
 
 
 def check_layer_ids(layer_ids: Sequence[int], num_layers: int) -> tuple[int, ...]:

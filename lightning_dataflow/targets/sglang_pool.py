@@ -1,5 +1,6 @@
-"""Which capture server is asked next, and when one that is gone is asked again."""
+"""Chooses the capture server of each request, and checks again on servers that were lost."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -8,41 +9,44 @@ from dataclasses import dataclass
 from lightning_dataflow.contracts import PeerFailedError, PeerGoneError, UserError
 from lightning_dataflow.targets.sglang_http import CaptureServer
 
-LOOK_S = 1.0
-LONGEST_LOOK_S = 30.0
+POLL_S = 0.1
+PROBE_PAUSE_S = 1.0
+LONGEST_PROBE_PAUSE_S = 30.0
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Member:
-    """A server, and what became of the requests to it.
+    """A server and its state.
 
     Attributes:
-        probe: the same server, of less patience, to look whether it is back.
-        gone: why it is not asked; None where it is.
-        num_lost: requests that it lost in a row.
-        lost_since: when the first of these was.
+        probe: a client of the same server with a short timeout, to check whether a lost server is back.
+        lost: why the server is not used; None while it is.
+        num_lost: requests in a row that it did not answer.
+        lost_since: when it left the first of these unanswered.
     """
 
     server: CaptureServer
     probe: CaptureServer
     in_flight: int = 0
-    gone: str | None = None
-    last_look: float = 0.0
-    next_look: float = 0.0
+    lost: str | None = None
+    last_probe: float = 0.0
+    next_probe: float = 0.0
     num_lost: int = 0
     lost_since: float | None = None
 
 
 class ServerPool:
-    """Hands out servers, the least busy first. Thread-safe.
+    """Hands out the least busy server. Thread-safe.
 
-    One that loses a request is gone until `admit` takes it back: it is looked at after 1 s, and after twice as long for
-    every further request that it lost in a row.
+    A server that leaves a request unanswered is lost until `admit` accepts it again. It is probed after one second, and
+    after twice as long for every further request in a row that it leaves unanswered.
 
     Args:
-        admit: raises PeerGoneError or UserError where `probe` may not be used. One thread at a time calls it.
+        admit: raises PeerGoneError or UserError unless the server can be used. Only one thread at a time calls it.
         in_flight: requests at a time and server.
-        absence_s: how long all servers may be gone, or lose all that they are asked for, before the run fails.
+        absence_s: the run fails after all servers were lost, or answered no request, for this long.
     """
 
     def __init__(
@@ -52,43 +56,45 @@ class ServerPool:
         self.absence_s = absence_s
         self._admit, self._in_flight = admit, in_flight
         self._changed = threading.Condition()
-        self._all_gone_since: float | None = None
-        self._looking = self._stopping = False
+        self._all_lost_since: float | None = None
+        self._probing = self._stopping = False
 
     def take(self) -> Member:
-        """A server that is there and has a place, which is waited for; looks after those that are gone meanwhile.
+        """Wait for a server with a free place, and probe lost servers meanwhile.
 
         Raises:
-            PeerFailedError: all were gone for too long.
+            PeerFailedError: all servers were lost for too long.
             PeerGoneError: this process is ending.
         """
         while True:
             with self._changed:
                 if self._stopping:
                     raise PeerGoneError("this process is ending: no capture server is asked any more")
-                there = [member for member in self.members if member.gone is None]
-                free = [member for member in there if member.in_flight < self._in_flight]
+                usable = [member for member in self.members if member.lost is None]
+                free = [member for member in usable if member.in_flight < self._in_flight]
                 if free:
-                    member = min(free, key=lambda one: one.in_flight)
+                    member = min(free, key=lambda member: member.in_flight)
                     member.in_flight += 1
                     return member
-                due = self._due(bool(there))
+                if not usable and not self._probing:
+                    self._check_absence()
+                due = self._due()
                 if due is None:
-                    self._changed.wait(LOOK_S / 10)
+                    self._changed.wait(POLL_S)
                     continue
-                self._looking = True
+                self._probing = True
             try:
-                self._look(due)
+                self._probe(due)
             finally:
                 with self._changed:
-                    self._looking = False
+                    self._probing = False
                     self._changed.notify_all()
 
     def give_back(self, member: Member, *, lost: str | None = None) -> None:
-        """A request has ended; `lost` says why it got no answer.
+        """End a request; `lost` says why it was not answered.
 
         Raises:
-            PeerFailedError: no server has answered anything for too long, though they come back.
+            PeerFailedError: no server has answered a request for too long, though they pass `admit` again and again.
         """
         now = time.monotonic()
         with self._changed:
@@ -98,19 +104,17 @@ class ServerPool:
                 member.num_lost, member.lost_since = 0, None
                 return
             member.lost_since = member.lost_since or now
-            if member.gone is None and not self._stopping:
-                print(f"lost a capture server: {lost}", flush=True)
+            if member.lost is None and not self._stopping:
+                logger.warning("lost a capture server: %s", lost)
                 member.num_lost += 1
-                member.next_look = now + min(LOOK_S * 2 ** (member.num_lost - 1), LONGEST_LOOK_S)
-            member.gone = lost
-            if self._all_gone_since is None and all(one.gone is not None for one in self.members):
-                self._all_gone_since = now
-            since = [one.lost_since for one in self.members if one.lost_since is not None]
-            if len(since) == len(self.members) and now - max(since) > self.absence_s:
-                raise PeerFailedError(f"no capture server answered for {now - max(since):.0f} s: {self._reasons()}")
+                member.next_probe = now + min(PROBE_PAUSE_S * 2 ** (member.num_lost - 1), LONGEST_PROBE_PAUSE_S)
+            member.lost = lost
+            if self._all_lost_since is None and all(member.lost is not None for member in self.members):
+                self._all_lost_since = now
+            self._check_answers(now)
 
     def stop_waiting(self) -> None:
-        """Whoever waits for a server, or for its answer, gets a PeerGoneError at once."""
+        """Make all threads that wait for a server, or for its answer, raise PeerGoneError at once."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
@@ -118,34 +122,41 @@ class ServerPool:
             member.server.stop_waiting()
             member.probe.stop_waiting()
 
-    def _due(self, some_are_there: bool) -> Member | None:
-        """The server to look at now, where nobody looks already."""
-        if self._looking:
-            return None
-        now = time.monotonic()
-        since = self._all_gone_since
-        expired = since is not None and now - since > self.absence_s
-        if not some_are_there and expired and all(member.last_look > (since or 0.0) for member in self.members):
+    def _check_absence(self) -> None:
+        """Fail when all servers are lost, the time is up, and each was probed once more since."""
+        since = self._all_lost_since
+        if since is None:
+            return
+        probed = all(member.last_probe > since for member in self.members)
+        if probed and time.monotonic() - since > self.absence_s:
             raise PeerFailedError(f"no capture server is left: {self._reasons()}")
-        gone = [member for member in self.members if member.gone is not None and member.next_look <= now]
-        return min(gone, key=lambda one: one.next_look, default=None)
 
-    def _look(self, member: Member) -> None:
-        """Whether a server that was gone is back, and still of use; a refusal is no prompt's fault."""
+    def _check_answers(self, now: float) -> None:
+        since = [member.lost_since for member in self.members if member.lost_since is not None]
+        if len(since) == len(self.members) and now - max(since) > self.absence_s:
+            raise PeerFailedError(f"no capture server answered for {now - max(since):.0f} s: {self._reasons()}")
+
+    def _due(self) -> Member | None:
+        """The lost server to probe now; None while another thread probes."""
+        now = time.monotonic()
+        due = [member for member in self.members if member.lost is not None and member.next_probe <= now]
+        return None if self._probing else min(due, key=lambda member: member.next_probe, default=None)
+
+    def _probe(self, member: Member) -> None:
         began = time.monotonic()
         try:
             self._admit(member.probe)
         except (PeerGoneError, UserError) as error:
             with self._changed:
                 now = time.monotonic()
-                member.gone, member.last_look = str(error), now
-                member.next_look = now + min(max(LOOK_S, 3 * (now - began)), LONGEST_LOOK_S)
+                member.lost, member.last_probe = str(error), now
+                member.next_probe = now + min(max(PROBE_PAUSE_S, 3 * (now - began)), LONGEST_PROBE_PAUSE_S)
             return
         finally:
             member.probe.close()
         with self._changed:
-            member.gone = self._all_gone_since = None
-        print(f"the capture server at {member.server.url} is back", flush=True)
+            member.lost = self._all_lost_since = None
+        logger.info("the capture server at %s is back", member.server.url)
 
     def _reasons(self) -> str:
-        return "; ".join(member.gone or "back" for member in self.members)
+        return "; ".join(member.lost or "back" for member in self.members)

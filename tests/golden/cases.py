@@ -9,8 +9,9 @@ from torch import Tensor
 
 from lightning_dataflow.contracts import StepContext
 from lightning_dataflow.strategies.blocks.blocks import Blocks, cut_blocks
+from lightning_dataflow.strategies.blocks.network import BlockConfig
 from lightning_dataflow.strategies.common.sums import ObjectiveSums
-from lightning_dataflow.strategies.dflash.network import DFlashConfig, DFlashDraft
+from lightning_dataflow.strategies.dflash.network import DFlashDraft
 from lightning_dataflow.strategies.dflash.objective import DFlashObjective
 from lightning_dataflow.strategies.domino.network import DominoConfig, DominoDraft
 from lightning_dataflow.strategies.domino.objective import DominoObjective
@@ -112,7 +113,7 @@ def dflash_config(config: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 def run_dflash(golden: Golden) -> Result:
     config, tensors = golden.config, golden.tensors
-    draft = DFlashDraft(DFlashConfig(**dflash_config(config)))
+    draft = DFlashDraft(BlockConfig(**dflash_config(config)))
     draft.load_state_dict(golden.weights())
     blocks = golden_blocks(golden)
     objective = DFlashObjective(

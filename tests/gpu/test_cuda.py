@@ -8,7 +8,7 @@ import torch
 from lightning_dataflow.data.prefetch import Prefetcher
 from lightning_dataflow.strategies.blocks.attention import ContextKeys, block_attention
 from lightning_dataflow.strategies.blocks.blocks import Blocks, cut_blocks
-from lightning_dataflow.strategies.common.attention import unrolled_attention
+from lightning_dataflow.strategies.eagle3.attention import unrolled_attention
 from lightning_dataflow.strategies.eagle3.network import Eagle3Config, Eagle3Draft
 from lightning_dataflow.strategies.eagle3.objective import Eagle3Objective, supervised_positions
 from tests.processes import TINY, TRAIN, python, result

@@ -318,7 +318,7 @@ def test_the_master_dies_and_comes_back(tmp_path, client):
         options = {} if client == "shared_memory" else {"client_address": None}
         store = attach(mooncake, unavailable_timeout_s=2, **options)
         ref = store.put(sample(1), origin())
-        mooncake.processes["mooncake_master"].kill()
+        mooncake.master.process.kill()
         for action in (lambda: store.get(ref), lambda: store.put(sample(2), origin("run:2"))):
             error, seconds = timed(action)
             assert isinstance(error, StoreUnavailableError)
@@ -326,7 +326,7 @@ def test_the_master_dies_and_comes_back(tmp_path, client):
             assert seconds < 2 + 10  # the timeout, and calls of 4.3 s in the library
         error, _ = timed(store.health)
         assert f"metrics port {mooncake.metrics_address}" in str(error)
-        mooncake.restart("mooncake_master")
+        mooncake.master.start()
         seconds = until_it_works(lambda: store.put(sample(3), origin("run:3")), 15)
         print(f"put works {seconds:.1f} s after the restart")
         assert isinstance(timed(lambda: store.get(ref))[0], KeyError)
@@ -337,7 +337,7 @@ def test_who_stops_waiting_is_told_at_once(tmp_path):
     with LocalMooncake(capacity_bytes=32 << 20, log_dir=tmp_path) as mooncake:
         store = attach(mooncake, unavailable_timeout_s=60)
         ref = store.put(sample(1), origin())
-        mooncake.processes["mooncake_master"].kill()
+        mooncake.master.process.kill()
         with ThreadPoolExecutor(1) as pool:
             began, waiting = time.monotonic(), pool.submit(timed, lambda: store.get(ref))
             time.sleep(1.0)
@@ -350,11 +350,11 @@ def test_who_stops_waiting_is_told_at_once(tmp_path):
 def test_a_wait_bridges_a_restart_of_the_master(tmp_path):
     with LocalMooncake(capacity_bytes=32 << 20, log_dir=tmp_path) as mooncake:
         store = attach(mooncake)
-        mooncake.processes["mooncake_master"].kill()
+        mooncake.master.process.kill()
         with ThreadPoolExecutor(1) as pool:
             ref = pool.submit(store.put, sample(3), origin())
             time.sleep(1.0)
-            mooncake.restart("mooncake_master")
+            mooncake.master.start()
             store.get(ref.result(timeout=20))
         store.close()
 
@@ -365,7 +365,7 @@ def test_the_storage_process_dies_and_comes_back(tmp_path):
         near = attach(mooncake, unavailable_timeout_s=2)
         far = attach(mooncake, client_address=None)
         ref = far.put(sample(1), origin())
-        mooncake.processes["mooncake_client"].kill()
+        mooncake.storage.process.kill()
         error, _ = timed(lambda: far.get(ref))
         assert isinstance(error, KeyError)
         error, seconds = timed(lambda: near.get(ref))
@@ -375,7 +375,7 @@ def test_the_storage_process_dies_and_comes_back(tmp_path):
         error, _ = timed(lambda: far.put(sample(2), origin("run:2")))
         assert "the storage process behind Mooncake master" in str(error)
         time.sleep(CLIENT_PAUSE_S)
-        mooncake.restart("mooncake_client")
+        mooncake.storage.start()
         for store in (near, far):
             seconds = until_it_works(lambda store=store: store.put(sample(3), origin("run:3")), 20)
             print(f"put works {seconds:.1f} s after the restart")
@@ -390,9 +390,9 @@ def test_a_storage_process_that_comes_back_unnoticed_is_an_error_and_no_lost_sam
         writer, reader = attach(mooncake), attach(mooncake)
         for store in (writer, reader):
             store.put(sample(1), origin())  # now each has memory that the next mooncake_client will not know
-        mooncake.processes["mooncake_client"].kill()
-        mooncake.processes["mooncake_client"].wait()
-        mooncake.restart("mooncake_client")
+        mooncake.storage.process.kill()
+        mooncake.storage.process.wait()
+        mooncake.storage.start()
         fresh = attach(mooncake)
         readable = fresh.put(sample(2), origin("run:2"))
         for action in (lambda: writer.put(sample(1), origin("run:3")), lambda: reader.get(readable)):
@@ -428,7 +428,7 @@ def test_nothing_is_left_behind(tmp_path):
 def test_a_killed_parent_takes_its_mooncake_along(tmp_path):
     parent = Peer()
     parent.run(f"mooncake = LocalMooncake(capacity_bytes=32 << 20, log_dir={str(tmp_path)!r})")
-    pids = parent("[process.pid for process in mooncake.processes.values()]")
+    pids = parent("[server.process.pid for server in mooncake.servers]")
     assert all(Path(f"/proc/{pid}").exists() for pid in pids)
     parent.process.send_signal(signal.SIGKILL)
     parent.process.wait()

@@ -11,9 +11,7 @@ import pytest
 
 from lightning_dataflow.services.redis import LocalRedis
 from tests.processes import TINY, TRAIN, long, python, result, wait_until
-from tests.system.test_disaggregated import DISAGG, started, status
-from tests.system.test_disaggregated import folder as folder
-from tests.system.test_disaggregated import nothing_is_left as nothing_is_left
+from tests.system.test_disaggregated import DISAGG, folder as folder, nothing_is_left as nothing_is_left, started, status
 
 pytestmark = [
     pytest.mark.system,
@@ -107,7 +105,7 @@ def test_a_redis_that_is_killed_starts_again(folder):
         os.kill(redis_of(control)[0], signal.SIGKILL)
         assert process.wait(timeout=180) == 0, process.shown()
         assert "redis-server: ended with status -9; starts again in 1 s, attempt 1 of 1" in process.shown()
-        assert "redis-server is there again; it has what it held" in process.shown()
+        assert "redis-server runs again; it has its data" in process.shown()
     found = result(folder, "killed-redis")
     assert found["losses"] == result(folder, "straight-redis")["losses"]
     assert (found["restarts"], found["samples_recaptured"]) == ({"redis-server": 1}, 0)

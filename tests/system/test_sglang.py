@@ -20,14 +20,14 @@ from lightning_dataflow.control import RunPlan, resolve_control_plane
 from lightning_dataflow.evaluation import SGLangDecoder
 from lightning_dataflow.evaluation.judges.sglang_server import read_counts, sampling_params
 from lightning_dataflow.evaluation.speculative import greedy_decode
+from lightning_dataflow.run.target import SHARED_MEMORY
 from lightning_dataflow.services.mooncake import LocalMooncake
 from lightning_dataflow.services.sglang import LocalSGLang
 from lightning_dataflow.sglang_plugin.settings import REST_S
 from lightning_dataflow.sglang_plugin.wire import MAX_ANSWER_BYTES, CaptureRequest
-from lightning_dataflow.stores import MooncakeFeatureStore
+from lightning_dataflow.stores import MemoryFeatureStore, MooncakeFeatureStore
 from lightning_dataflow.targets import HFTargetEngine, SGLangServerTarget
 from lightning_dataflow.targets.conformance import compare_engines, make_prompts, table
-from lightning_dataflow.targets.sglang_engine import SHARED_MEMORY
 from lightning_dataflow.targets.sglang_http import CaptureServer
 from tests.conftest import LAYER_IDS
 from tests.processes import TINY, TRAIN, environment, heed_ctrl_c, processes_in, python, result, wait_until
@@ -95,9 +95,7 @@ def connect(target_path, store):
     def make(*servers: LocalSGLang, **options) -> SGLangServerTarget:
         urls = [server.url for server in servers]
         defaults = {"layer_ids": LAYER_IDS, "api_key": KEY, "absence_s": 1.0}
-        return SGLangServerTarget(
-            target_path, urls=urls, store_id="test", store_uri=store.uri, reader=store, **{**defaults, **options}
-        )
+        return SGLangServerTarget(target_path, urls=urls, store_id="test", store=store, **{**defaults, **options})
 
     return make
 
@@ -179,12 +177,12 @@ def test_bad_input_is_one_line(server, connect, options, prompt, message):
     assert "\n" not in str(raised.value)
 
 
-def test_another_target(server, connect, tmp_path, target_path):
+def test_another_target(server, store, tmp_path):
     from lightning_dataflow.targets.tiny import write_tiny_target
 
     other = write_tiny_target(tmp_path / "other")
     (other / "config.json").write_text((other / "config.json").read_text().replace("1e-06", "1e-05"))
-    options = {"urls": [server.url], "store_id": "test", "layer_ids": LAYER_IDS, "api_key": KEY}
+    options = {"urls": [server.url], "store": store, "store_id": "test", "layer_ids": LAYER_IDS, "api_key": KEY}
     with pytest.raises(UserError, match="has other weights"):
         SGLangServerTarget(other, **options)
 
@@ -210,17 +208,19 @@ def test_a_server_that_was_started_otherwise(start, connect):
 
 
 def test_a_store_that_comes_and_goes(start, target_path, tmp_path):
-    port = LocalMooncake(capacity_bytes=16 << 20, log_dir=tmp_path)
-    port.close()
-    master = port.master_address
+    mooncake = LocalMooncake(capacity_bytes=16 << 20, log_dir=tmp_path)
+    mooncake.close()
+    master = mooncake.master_address
     options = {"store_id": "test", "layer_ids": LAYER_IDS, "api_key": KEY, "absence_s": 4.0}
     with start(store={"address": master}) as server:
         with pytest.raises(UserError, match=f"no Mooncake master listens at {master}"):
-            SGLangServerTarget(target_path, urls=[server.url], **options)
-        with LocalMooncake(capacity_bytes=16 << 20, log_dir=tmp_path, master_port=int(master.rpartition(":")[2])):
+            SGLangServerTarget(target_path, urls=[server.url], store=MemoryFeatureStore(), **options)
+        with mooncake:
+            for each in mooncake.servers:
+                each.start()
             time.sleep(REST_S)
             store = MooncakeFeatureStore("test", master_address=master)
-            engine = SGLangServerTarget(target_path, urls=[server.url], store_uri=store.uri, reader=store, **options)
+            engine = SGLangServerTarget(target_path, urls=[server.url], store=store, **options)
             assert len(engine.capture([[1, 2, 3]])[0]["last_hidden_state"]) == 3
             with pytest.raises(CapacityError, match="Mooncake found no room"):
                 for index in range(1000):
@@ -343,13 +343,13 @@ def test_ctrl_c_ends_the_server_too_and_a_resume_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize("topology", ["online", "interleaved"])
-def test_the_engine_in_the_trainers_process(tmp_path, topology):
+def test_a_server_for_this_process_alone(tmp_path, topology):
     python(TRAIN, *TINY, "topology=online", "run_name=hf", cwd=tmp_path)
     flags = ",".join(f"'{part}'" for part in ARGUMENTS)
     run = subprocess.run(
         [
-            *(sglang_python(), TRAIN, *TINY, f"topology={topology}", "run_name=sglang"),
-            *("target.engine=sglang", f"target.server_args=[{flags}]"),
+            *(sys.executable, TRAIN, *TINY, f"topology={topology}", "run_name=sglang"),
+            *("target.engine=sglang", f"target.server_python={sglang_python()}", f"target.server_args=[{flags}]"),
         ],
         cwd=tmp_path,
         env=VARIABLES,
@@ -363,13 +363,15 @@ def test_the_engine_in_the_trainers_process(tmp_path, topology):
     assert not list(SHARED_MEMORY.glob("lightning-dataflow-*")), "nothing is left in memory"
 
 
-def test_sigterm_ends_a_producer_with_the_engine(tmp_path):
-    """Whose first request takes the signal for SGLang."""
+def test_sigterm_ends_a_producer_and_its_server(tmp_path):
     flags = ",".join(f"'{part}'" for part in ARGUMENTS)
-    settings = (*TINY, "topology=disagg_online", "store=shared_dir", "role=producer", "run_name=told")
+    settings = (
+        *(*TINY, "topology=disagg_online", "store=shared_dir", "role=producer", "run_name=told"),
+        *("target.engine=sglang", f"target.server_python={sglang_python()}", f"target.server_args=[{flags}]"),
+    )
     with open(tmp_path / "output.txt", "w") as output:
         run = subprocess.Popen(
-            [sglang_python(), TRAIN, *settings, "target.engine=sglang", f"target.server_args=[{flags}]"],
+            [sys.executable, TRAIN, *settings],
             cwd=tmp_path,
             env=VARIABLES,
             stdout=output,

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from lightning_dataflow import DFlashModule, DominoModule, Eagle3Module
 from lightning_dataflow.export.export import describe
 from lightning_dataflow.export.folder import write_draft
-from lightning_dataflow.export.registry import resolve_format
 from lightning_dataflow.strategies.common.cache import DraftCache
 from lightning_dataflow.strategies.eagle3.draft_vocab import build_draft_vocab
+from lightning_dataflow.strategies.published.engines import resolve_engine
 from tests.processes import ROOT
 from tests.sglang.environment import VARIABLES, sglang_python
 
@@ -53,11 +53,11 @@ def make_module(kind, target_path):
 def cases(target_path, tmp_path_factory):
     """Modules by kind, what they ran on, and the folder where SGLang left its reports and outputs."""
     python, folder = sglang_python(), tmp_path_factory.mktemp("drafts")
-    modules, form = {}, resolve_format("sglang")
+    modules, form = {}, resolve_engine("sglang")
     for kind in KINDS:
         modules[kind] = module = make_module(kind, target_path)
         tensors = module.draft.state_dict()
-        write_draft(folder / kind / "draft", form, describe(module), tensors, dtype="float32")
+        write_draft(folder / kind / "draft", form, describe(module, dtype="float32"), tensors)
         inputs = {
             "aux": torch.randn(NUM_TOKENS, len(module.layer_ids) * 64),
             "input_ids": torch.randint(0, 256, (NUM_TOKENS,)),

@@ -11,7 +11,7 @@ import pytest
 
 from lightning_dataflow.control import RunPlan, resolve_control_plane
 from tests.processes import TINY, TRAIN, environment, long, processes_in, result, wait_until
-from tests.streams import WIDE
+from tests.records import WIDE
 from tests.system.test_disaggregated import started, status
 
 pytestmark = pytest.mark.system

@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning_dataflow.contracts import PeerFailedError, UserError
 from lightning_dataflow.contracts.errors import TAKEN_OVER
-from lightning_dataflow.control.ledger import SILENT_S, Captured, Lease, MetadataStore, RunPlan, Watermarks
+from lightning_dataflow.control.ledger import SILENT_S, CommitEntry, Lease, MetadataStore, NoLease, RunPlan, Watermarks
 from lightning_dataflow.control.local.tables import FATAL, LedgerTables
 from lightning_dataflow.control.log import StreamingRefChannel
 from lightning_dataflow.control.processes import pid_space
@@ -85,26 +85,29 @@ class SqliteMetadataStore(MetadataStore):
 
     def lease(
         self, worker: str, *, group: int, num_bytes: Callable[[int], int], watermarks: Watermarks, lease_s: float
-    ) -> Lease | None:
+    ) -> Lease | NoLease:
         """See MetadataStore."""
         with self._change():
             plan = self.plan()
-            if plan is None or self.finished() is not None:
-                return None
+            if self.finished() is not None:
+                return NoLease("finished", plan, float(self._tables.get("finished_at") or 0))
+            if plan is None:
+                return NoLease("not begun")
             now, totals = time.time(), self._tables.totals()
             seq = self._tables.first_open(now)
             if seq is None:
                 seq = totals["frontier"]
                 if seq >= plan.stop:
-                    return None
+                    return NoLease("nothing left", plan)
             seqs = tuple(range(seq // group * group, min((seq // group + 1) * group, plan.stop)))
             new = [one for one in seqs if one >= totals["frontier"]]
             wanted = self._tables.open_in(seqs, now)
             unreserved = {one: num_bytes(one) for one in (*wanted, *new) if not wanted.get(one)}
             if unreserved and self._must_wait(seq, sum(unreserved.values()), len(new), totals, plan, watermarks):
-                return None
+                return NoLease("paused", plan)
             self._tables.reserve(unreserved, new, totals)
-            return self._tables.take(worker, seqs, [*wanted, *new], now + lease_s)
+            attempt, tries = self._tables.take(worker, [*wanted, *new], now + lease_s)
+            return Lease(worker=worker, seqs=seqs, wanted=(*wanted, *new), attempt=attempt, plan=plan, tries=tries)
 
     def renew(self, worker: str, lease_s: float) -> None:
         """See MetadataStore."""
@@ -132,7 +135,7 @@ class SqliteMetadataStore(MetadataStore):
                 log.append([skips[seq] for seq in mine])
             return mine
 
-    def commit(self, lease: Lease, captured: Mapping[int, Captured], log: StreamingRefChannel) -> list[int]:
+    def commit(self, lease: Lease, captured: Mapping[int, CommitEntry], log: StreamingRefChannel) -> list[int]:
         """See MetadataStore."""
         with self._change():
             held = [] if self.finished() is not None else self._tables.held(lease)

@@ -13,13 +13,13 @@ _CHECKSUM = re.compile(rb',"crc32":"([0-9a-f]{8})"\}$')
 _LITERALS = ("true", "false", "null", "-")
 
 
-def seal(line: bytes) -> bytes:
+def add_crc(line: bytes) -> bytes:
     """Add the checksum to a line, a JSON object and its newline, as its last field."""
     body = line.removesuffix(b"\n")
     return b'%b,"crc32":"%08x"}\n' % (body[:-1], zlib.crc32(body))
 
 
-def unseal(line: bytes) -> dict[str, Any] | None:
+def check_crc(line: bytes) -> dict[str, Any] | None:
     """The object of a line without its newline; None for one that a killed writer left unfinished.
 
     Raises UserError for anything else: bytes that no writer wrote.

@@ -15,7 +15,7 @@ from typing import Any
 
 from lightning_dataflow.contracts import SCHEMA_VERSION, LogRecord, PeerTimeoutError, UserError, assert_no_tensors
 from lightning_dataflow.contracts.log import record_from_json
-from lightning_dataflow.control.local.lines import seal, unseal
+from lightning_dataflow.control.local.lines import add_crc, check_crc
 from lightning_dataflow.control.log import MAX_LINE_BYTES, StreamingRefChannel, check_card
 
 CARD = "run.json"
@@ -93,7 +93,7 @@ class FileChannel(StreamingRefChannel):
 
     def append(self, lines: Sequence[bytes]) -> None:
         """See StreamingRefChannel."""
-        data = b"".join(seal(line) for line in lines)
+        data = b"".join(add_crc(line) for line in lines)
         with self._exclusive():
             segment = os.open(self._last_segment(), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             try:
@@ -180,7 +180,7 @@ class FileChannel(StreamingRefChannel):
         if not line:
             return None
         try:
-            data = unseal(line)
+            data = check_crc(line)
             if data is None:
                 self.num_torn += 1
                 return None

@@ -107,8 +107,11 @@ class LedgerTables:
         if new:
             self.set_totals(frontier=new[-1] + 1)
 
-    def take(self, worker: str, seqs: tuple[int, ...], wanted: Sequence[int], expires: float) -> Lease:
-        """Take over `wanted` with one attempt for all, higher than that of any lease that expired; that counts as a try."""
+    def take(self, worker: str, wanted: Sequence[int], expires: float) -> tuple[int, int]:
+        """Take over `wanted` with one attempt for all, higher than that of any lease that expired; that counts as a try.
+
+        Returns that attempt, and the most tries of any of them.
+        """
         (attempt,) = self.db.execute(
             "SELECT MAX(attempt + (state = 'leased')) FROM samples WHERE seq BETWEEN ? AND ? AND state != 'published'",
             (wanted[0], wanted[-1]),
@@ -118,7 +121,7 @@ class LedgerTables:
             f"WHERE {IN_LIST} RETURNING tries",
             (attempt, worker, expires, json.dumps(wanted)),
         ).fetchall()
-        return Lease(worker=worker, seqs=seqs, wanted=tuple(wanted), attempt=attempt, tries=max(tries)[0])
+        return attempt, max(tries)[0]
 
     def held(self, lease: Lease) -> list[int]:
         """Seqs of a lease that nobody took over. An expired lease holds until somebody does."""

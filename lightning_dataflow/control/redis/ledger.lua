@@ -132,16 +132,19 @@ end
 
 -- list: sizes of the seqs of the group that the caller expects, the first of which is `expected`. Another group's are asked for.
 ops.lease = function(worker, group, lease_s, high_bytes, high_refs, low_bytes, low_refs, expected)
-  local totals = redis.call('HMGET', TOTALS, 'plan', 'finished', 'frontier')
-  if not totals[1] or totals[2] then
-    return {}
+  local totals = redis.call('HMGET', TOTALS, 'plan', 'finished_at', 'frontier')
+  if totals[2] then
+    return {reason = 'finished', plan = totals[1] or nil, finished_at = totals[2]}
+  end
+  if not totals[1] then
+    return {reason = 'not begun'}
   end
   local plan, time, frontier = cjson.decode(totals[1]), now(), tonumber(totals[3] or 0)
   local seq = first_open(milliseconds(time))
   if not seq then
     seq = frontier
     if seq >= plan.stop then
-      return {}
+      return {reason = 'nothing left', plan = totals[1]}
     end
   end
   group = tonumber(group)
@@ -174,14 +177,14 @@ ops.lease = function(worker, group, lease_s, high_bytes, high_refs, low_bytes, l
   end
   if num_unreserved > 0 then
     if not is_sized then
-      return {low = int(low), high = int(high), stop = int(plan.stop)}
+      return {low = int(low), high = int(high), plan = totals[1]}
     end
     for i = #known + 1, #names do
       bytes = bytes + ARGV[REST + i - 1]
     end
     if must_wait(seq, bytes, num_new, plan.window, tonumber(high_bytes), tonumber(high_refs), tonumber(low_bytes),
         tonumber(low_refs)) then
-      return {}
+      return {reason = 'paused', plan = totals[1]}
     end
     redis.call('HINCRBY', TOTALS, 'bytes_in_flight', int(bytes))
     if num_new > 0 then
@@ -214,7 +217,7 @@ ops.lease = function(worker, group, lease_s, high_bytes, high_refs, low_bytes, l
   local held = table.concat(seqs, ' ')
   local before = redis.call('HGET', HOLDERS, lease)
   redis.call('HSET', HOLDERS, lease, before and before .. ' ' .. held or held)
-  return {low = int(low), high = int(high), stop = int(plan.stop), wanted = #seqs == high - low or seqs, attempt = attempt,
+  return {low = int(low), high = int(high), plan = totals[1], wanted = #seqs == high - low or seqs, attempt = attempt,
     tries = tries}
 end
 

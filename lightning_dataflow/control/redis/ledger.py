@@ -11,9 +11,10 @@ from lightning_dataflow.control.ledger import (
     MAX_ATTEMPTS,
     SILENT_S,
     TOTALS,
-    Captured,
+    CommitEntry,
     Lease,
     MetadataStore,
+    NoLease,
     RunPlan,
     Watermarks,
 )
@@ -78,7 +79,7 @@ class RedisMetadataStore(MetadataStore):
 
     def lease(
         self, worker: str, *, group: int, num_bytes: Callable[[int], int], watermarks: Watermarks, lease_s: float
-    ) -> Lease | None:
+    ) -> Lease | NoLease:
         """See MetadataStore."""
         marks = (watermarks.high_bytes, watermarks.high_refs, watermarks.low_bytes, watermarks.low_refs)
         while True:
@@ -86,9 +87,11 @@ class RedisMetadataStore(MetadataStore):
             sizes = [num_bytes(seq) for seq in expected]
             how = (worker, group, lease_s, *marks, expected.start)
             found = self.server.change(self._growing, "lease", *how, listed=sizes)
-            if not found:
-                return None
-            low, high, stop = int(found["low"]), int(found["high"]), int(found["stop"])
+            plan = RunPlan(**json.loads(found["plan"])) if "plan" in found else None
+            if "reason" in found:
+                return NoLease(found["reason"], plan, float(found.get("finished_at", 0)))
+            assert plan is not None, "something is leased of a run that has begun"
+            low, high, stop = int(found["low"]), int(found["high"]), plan.stop
             if "wanted" in found:
                 self._expected = range(high, min(high + group, stop))
                 seqs = tuple(range(low, high))
@@ -97,6 +100,7 @@ class RedisMetadataStore(MetadataStore):
                     seqs=seqs,
                     wanted=seqs if found["wanted"] is True else tuple(map(int, found["wanted"])),
                     attempt=found["attempt"],
+                    plan=plan,
                     tries=found["tries"],
                 )
             self._expected = range(low, high)
@@ -121,7 +125,7 @@ class RedisMetadataStore(MetadataStore):
         given_up = self.server.change(self._freeing, "give_back", *how, listed=[*lease.wanted, *chunks])
         return [int(seq) for seq in given_up]
 
-    def commit(self, lease: Lease, captured: Mapping[int, Captured], log: StreamingRefChannel) -> list[int]:
+    def commit(self, lease: Lease, captured: Mapping[int, CommitEntry], log: StreamingRefChannel) -> list[int]:
         """See MetadataStore."""
         self._check_log(log)
         heads, chunks = split([one.line for one in captured.values()])

@@ -1,4 +1,4 @@
-"""Attention of drafted blocks (DFlash, arXiv 2602.06036).
+"""Attention of drafted blocks.
 
 A block sees the context of its sample strictly before its anchor, all of itself, and no other block. With a sliding window
 of w positions, offset k at anchor a sees context from a + k − (w − 1) on, and itself causally.
@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lightning_dataflow.strategies.blocks.blocks import Blocks
-from lightning_dataflow.strategies.common.attention import flex, flex_mask
+from lightning_dataflow.strategies.common.flex import flex, flex_mask
 
 CHUNK_BLOCKS = 8
 """Blocks attended together on a CPU: their anchors are neighbours, so little of the context is masked out."""

@@ -1,14 +1,14 @@
-"""Blocks of tokens from a DFlash or Domino draft."""
+"""Blocks of tokens, drafted in one pass."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_dataflow.evaluation.speculative import Drafter, Proposal, check_num_draft_tokens
+from lightning_dataflow.strategies.blocks.network import BlockDraft
 from lightning_dataflow.strategies.common.target_tensors import FrozenTarget
-from lightning_dataflow.strategies.dflash.network import DFlashDraft
-from lightning_dataflow.strategies.domino.network import DominoDraft
 
 
 class BlockDrafter(Drafter):
@@ -24,31 +24,31 @@ class BlockDrafter(Drafter):
         UserError: a block has fewer than K.
     """
 
-    def __init__(self, draft: DFlashDraft, target: FrozenTarget, *, num_draft_tokens: int = 15):
+    def __init__(self, draft: BlockDraft, target: FrozenTarget, *, num_draft_tokens: int = 15):
         check_num_draft_tokens(num_draft_tokens, block_size=draft.config.block_size, first=self._first_offset(draft))
         self.draft = draft
         self.target = target
         self.num_draft_tokens = num_draft_tokens
         self.reset()
 
+    @override
     def reset(self) -> None:
-        """See Drafter."""
         self.caches = self.draft.new_caches()
 
+    @override
     def observe(self, next_tokens: Sequence[int], aux_hidden_states: Tensor) -> None:
-        """See Drafter."""
         self.draft.extend_context(aux_hidden_states, self.caches)
         self.anchor = next_tokens[-1]
 
     @torch.no_grad()
+    @override
     def propose(self, temperature: float, generator: torch.Generator) -> Proposal:
-        """See Drafter."""
         first = self._first_offset(self.draft)
         hidden = self.draft.decode(self.anchor, self.target.embedding, self.caches, first + self.num_draft_tokens)[first:]
         logits = (hidden.to(self.target.head.dtype) @ self.target.head.T).float()
         return self._choose(hidden, logits, temperature, generator)
 
-    def _first_offset(self, draft: DFlashDraft) -> int:
+    def _first_offset(self, draft: BlockDraft) -> int:
         """The offset that drafts the token after the anchor."""
         return 1
 
@@ -59,27 +59,3 @@ class BlockDrafter(Drafter):
         probabilities = torch.softmax(logits / temperature, -1)
         tokens = torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
         return Proposal(tokens.tolist(), probabilities)
-
-
-class DominoDrafter(BlockDrafter):
-    """Corrects the logits of each token by the ones drafted before it; see BlockDrafter."""
-
-    draft: DominoDraft
-
-    def _first_offset(self, draft: DFlashDraft) -> int:
-        assert isinstance(draft, DominoDraft)
-        return 0 if draft.config.shift_label else 1
-
-    def _choose(self, hidden: Tensor, logits: Tensor, temperature: float, generator: torch.Generator) -> Proposal:
-        tokens: list[int] = []
-        probabilities: list[Tensor] = []
-        state: Tensor | None = None
-        for index in range(self.num_draft_tokens):
-            before = tokens[-1] if tokens else self.anchor
-            added, state = self.draft.decode_correction(index, hidden[index], before, self.target.embedding, state)
-            corrected = logits[index] if added is None else logits[index] + added
-            chosen = super()._choose(hidden[index], corrected[None], temperature, generator)
-            tokens += chosen.tokens
-            if chosen.probabilities is not None:
-                probabilities.append(chosen.probabilities)
-        return Proposal(tokens, torch.cat(probabilities) if probabilities else None)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from typing_extensions import override
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.data.collate import Batch, SampleRows
@@ -12,7 +13,7 @@ from lightning_dataflow.strategies.blocks.anchors import draw_anchors
 from lightning_dataflow.strategies.blocks.blocks import Blocks, Span, cut_blocks
 from lightning_dataflow.strategies.blocks.labels import BlockLabels
 from lightning_dataflow.strategies.blocks.mask_token import choose_mask_token
-from lightning_dataflow.strategies.dflash.network import DFlashDraft
+from lightning_dataflow.strategies.blocks.network import FULL, BlockDraft
 from lightning_dataflow.strategies.module import DraftModule
 from lightning_dataflow.targets.base import check_layer_ids
 from lightning_dataflow.targets.info import load_tokenizer
@@ -20,7 +21,7 @@ from lightning_dataflow.targets.info import load_tokenizer
 MAX_ANCHORS = 512
 BLOCK_FEATURES = ("input_ids", "loss_mask", "aux_hidden_states")
 _FIELDS = tuple(f"block_{name}" for name in Blocks._fields)
-Draft = TypeVar("Draft", bound=DFlashDraft)
+Draft = TypeVar("Draft", bound=BlockDraft)
 Config = TypeVar("Config")
 
 
@@ -35,13 +36,13 @@ class BlockDraftModule(DraftModule):
         num_anchors: blocks drawn from a sample and pass, at most.
         mask_token_id: None for one that the tokenizer leaves free.
         intermediate_size: of the draft's MLPs; None for the target's.
-        layer_types, sliding_window: see DFlashConfig; None for full attention.
+        layer_types, sliding_window: see BlockConfig; None for full attention.
 
     The other arguments are DraftModule's.
     """
 
     packs = True
-    draft: DFlashDraft
+    draft: BlockDraft
     shift_label = False
 
     def __init__(
@@ -84,7 +85,11 @@ class BlockDraftModule(DraftModule):
             "rms_norm_eps": info.rms_norm_eps,
             "rope_theta": info.rope_theta,
         }
-        sizes = self.network_sizes(defaults, self._settings | settings)
+        settings = self._settings | settings
+        given, network = list(settings["layer_types"] or ()), {} if self._start is None else self._start.network
+        if not network.get("layer_types") and given == [FULL] * network.get("num_layers", 0):
+            settings["layer_types"] = None  # the same as in the draft to start from, spelt out
+        sizes = self.network_sizes(defaults, settings)
         if "mask_token_id" not in sizes:
             sizes["mask_token_id"] = choose_mask_token(load_tokenizer(info.path), info.vocab_size)
         sizes["layer_types"] = tuple(sizes.get("layer_types") or ())
@@ -96,6 +101,11 @@ class BlockDraftModule(DraftModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.hparams["seed"])
             return draft(config(**of_target, **sizes))
+
+    @property
+    @override
+    def num_draft_tokens(self) -> int:
+        return self.draft.config.block_size - 1
 
     @property
     def mask_token_id(self) -> int:
@@ -124,7 +134,7 @@ class BlockDraftModule(DraftModule):
     def collate(self, rows: SampleRows) -> Batch:
         """Features, the blocks, and which of their offsets are supervised (found here, on the CPU, so that a step needs
         no sync)."""
-        batch = rows.stack(BLOCK_FEATURES)
+        batch = rows.stack(self.features)
         num_anchors, seed, placed = self.hparams["num_anchors"], self.hparams["seed"], list(rows)
         anchors = [draw_anchors(one.sample, num_anchors, seed) for one in placed]
         spans = [Span(row=one.row, start=one.start, stop=one.stop) for one in placed]
@@ -147,7 +157,8 @@ class BlockDraftModule(DraftModule):
         if not self._has_blocks:
             raise UserError(
                 f"no sample of {num_steps} steps has two supervised tokens in a row, so there is no block to train "
-                f"{self.strategy_name} on: look at the masks with `lightning-dataflow show-mask`, or train eagle3"
+                f"{self.strategy_name} on: look at the masks with `lightning-dataflow show-mask`, or train a strategy "
+                "that drafts token by token"
             )
 
     def unsharded(self, empty: Draft) -> Draft:

@@ -11,6 +11,9 @@ from torch import Tensor
 from lightning_dataflow.contracts import UserError
 
 EMBEDDING_NAMES = ("model.embed_tokens.weight", "model.language_model.embed_tokens.weight")
+EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
+"""Their names in a draft."""
+
 HEAD_NAMES = ("lm_head.weight", "language_model.lm_head.weight", "embed_out.weight")
 
 
@@ -81,3 +84,9 @@ def _read(folder: Path, names: Sequence[str]) -> Tensor | None:
 def _names(file: Path) -> list[str]:
     with safe_open(file, framework="pt") as handle:
         return list(handle.keys())
+
+
+def same_tensor(found: Tensor, ours: Tensor) -> bool:
+    """Whether `found` is `ours`, rounded to the coarser of their dtypes."""
+    coarser = min((found.dtype, ours.dtype), key=lambda dtype: dtype.itemsize)
+    return found.shape == ours.shape and torch.equal(found.to(ours.device, coarser), ours.to(coarser))

@@ -3,15 +3,18 @@
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_dataflow.contracts import StepContext, UserError
 from lightning_dataflow.data.collate import Batch
 from lightning_dataflow.strategies.blocks.drafter import BlockDrafter
 from lightning_dataflow.strategies.blocks.module import BLOCK_FEATURES, BlockDraftModule, default_layer_ids
+from lightning_dataflow.strategies.blocks.network import BlockConfig
 from lightning_dataflow.strategies.common.sums import ObjectiveSums
-from lightning_dataflow.strategies.dflash.network import DFlashConfig, DFlashDraft
+from lightning_dataflow.strategies.dflash.export import DFlashExport
+from lightning_dataflow.strategies.dflash.network import DFlashDraft
 from lightning_dataflow.strategies.dflash.objective import DFlashObjective
-from lightning_dataflow.strategies.registry import StrategySpec, register_strategy
+from lightning_dataflow.strategies.spec import StrategySpec
 
 
 class DFlashModule(BlockDraftModule):
@@ -30,11 +33,11 @@ class DFlashModule(BlockDraftModule):
         super().__init__(target, **options)
         if loss not in ("decay", "dpace"):
             raise UserError(f"loss={loss} is unknown: use decay or dpace")
-        self.draft = self.new_draft(DFlashDraft, DFlashConfig)
+        self.draft = self.new_draft(DFlashDraft, BlockConfig)
         self._objective = DFlashObjective(gamma=gamma, dpace=loss == "dpace", dpace_alpha=dpace_alpha)
 
+    @override
     def objective(self, batch: Batch, context: StepContext) -> ObjectiveSums:
-        """See DraftModule."""
         target, blocks = self.frozen_target, self.blocks(batch)
 
         def score(hidden: Tensor) -> ObjectiveSums:
@@ -42,17 +45,18 @@ class DFlashModule(BlockDraftModule):
 
         return self.draft(batch["aux_hidden_states"], target.embedding, blocks, score, position=batch["position"])
 
+    @override
     def drafter(self, *, num_draft_tokens: int = 15) -> BlockDrafter:
-        """See DraftModule."""
         draft = self.unsharded(DFlashDraft(self.draft.config))
         return BlockDrafter(draft, self.frozen_target, num_draft_tokens=num_draft_tokens)
 
 
-register_strategy(
-    StrategySpec(
-        name="dflash",
-        module=DFlashModule,
-        default_layer_ids=default_layer_ids,
-        features=BLOCK_FEATURES,
-    )
+SPEC = StrategySpec(
+    name="dflash",
+    title="DFlash",
+    paper="2602.06036",
+    module=DFlashModule,
+    default_layer_ids=default_layer_ids,
+    features=lambda settings: BLOCK_FEATURES,
+    export=DFlashExport(),
 )

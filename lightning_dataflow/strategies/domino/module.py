@@ -3,15 +3,17 @@
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_dataflow.contracts import StepContext
 from lightning_dataflow.data.collate import Batch
-from lightning_dataflow.strategies.blocks.drafter import DominoDrafter
 from lightning_dataflow.strategies.blocks.module import BLOCK_FEATURES, BlockDraftModule, default_layer_ids
 from lightning_dataflow.strategies.common.sums import ObjectiveSums
+from lightning_dataflow.strategies.domino.drafter import DominoDrafter
+from lightning_dataflow.strategies.domino.export import DominoExport
 from lightning_dataflow.strategies.domino.network import DominoConfig, DominoDraft
 from lightning_dataflow.strategies.domino.objective import DominoObjective
-from lightning_dataflow.strategies.registry import StrategySpec, register_strategy
+from lightning_dataflow.strategies.spec import StrategySpec
 
 
 class DominoModule(BlockDraftModule):
@@ -53,8 +55,8 @@ class DominoModule(BlockDraftModule):
             gamma=gamma, shift_label=self.shift_label, lambda_start=lambda_start, lambda_decay_ratio=lambda_decay_ratio
         )
 
+    @override
     def objective(self, batch: Batch, context: StepContext) -> ObjectiveSums:
-        """See DraftModule."""
         target, blocks = self.frozen_target, self.blocks(batch)
 
         def score(hidden: Tensor, features: Tensor, weight: Tensor) -> ObjectiveSums:
@@ -62,17 +64,18 @@ class DominoModule(BlockDraftModule):
 
         return self.draft(batch["aux_hidden_states"], target.embedding, blocks, score, position=batch["position"])
 
+    @override
     def drafter(self, *, num_draft_tokens: int = 15) -> DominoDrafter:
-        """See DraftModule."""
         draft = self.unsharded(DominoDraft(self.draft.config))
         return DominoDrafter(draft, self.frozen_target, num_draft_tokens=num_draft_tokens)
 
 
-register_strategy(
-    StrategySpec(
-        name="domino",
-        module=DominoModule,
-        default_layer_ids=default_layer_ids,
-        features=BLOCK_FEATURES,
-    )
+SPEC = StrategySpec(
+    name="domino",
+    title="Domino",
+    paper="2605.29707",
+    module=DominoModule,
+    default_layer_ids=default_layer_ids,
+    features=lambda settings: BLOCK_FEATURES,
+    export=DominoExport(),
 )

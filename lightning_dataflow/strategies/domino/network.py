@@ -10,13 +10,13 @@ from torch.nn import functional as F
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.strategies.blocks.blocks import Blocks
-from lightning_dataflow.strategies.dflash.network import DFlashConfig, DFlashDraft
+from lightning_dataflow.strategies.blocks.network import BlockConfig, BlockDraft
 
 Score = TypeVar("Score")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DominoConfig(DFlashConfig):
+class DominoConfig(BlockConfig):
     """Sizes of a Domino draft.
 
     Attributes:
@@ -47,7 +47,7 @@ class DominoConfig(DFlashConfig):
         return self.pure_draft_prefix_len + (0 if self.shift_label else 1)
 
 
-class DominoDraft(DFlashDraft):
+class DominoDraft(BlockDraft):
     """DFlash with `prefix_gru`, which reads the real previous tokens of a block, and the low-rank `embed_proj`."""
 
     config: DominoConfig
@@ -62,7 +62,7 @@ class DominoDraft(DFlashDraft):
         )
         nn.init.zeros_(self.correction_weight)  # a new draft starts as DFlash
 
-    def forward(  # type: ignore[override]  # the correction is scored too
+    def forward(
         self,
         aux_hidden_states: Tensor,
         embedding: Tensor,
@@ -70,7 +70,7 @@ class DominoDraft(DFlashDraft):
         score: Callable[[Tensor, Tensor, Tensor], Score],
         position: Tensor | None = None,
     ) -> Score:
-        """Draft every block and score it; see DFlashDraft.
+        """Draft every block and score it; see DFlashDraft.forward.
 
         Args:
             score: called once with the hidden states [M, B, H], u [M, B, E] and W [V, E]: the correction of the logits is

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_dataflow.evaluation.speculative import Drafter, Proposal, check_num_draft_tokens
 from lightning_dataflow.strategies.eagle3.network import DraftCache, Eagle3Draft
@@ -29,8 +30,8 @@ class ChainDrafter(Drafter):
         self.target_ids = draft.vocab.target_ids
         self.reset()
 
+    @override
     def reset(self) -> None:
-        """See Drafter."""
         self.cache = DraftCache()
 
     @torch.no_grad()
@@ -41,8 +42,8 @@ class ChainDrafter(Drafter):
         self.hidden, self.logits = self._pass(next_tokens, hidden)
 
     @torch.no_grad()
+    @override
     def propose(self, temperature: float, generator: torch.Generator) -> Proposal:
-        """See Drafter."""
         verified = self.cache.length
         hidden, logits = self.hidden, self.logits
         tokens: list[int] = []

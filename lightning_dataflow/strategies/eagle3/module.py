@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from lightning_dataflow.contracts import StepContext, UserError
 from lightning_dataflow.data.collate import Batch, SampleRows
@@ -13,10 +14,11 @@ from lightning_dataflow.data.datamodule import DataFlowDataModule
 from lightning_dataflow.strategies.common.sums import ObjectiveSums
 from lightning_dataflow.strategies.eagle3.draft_vocab import DraftVocab, build_draft_vocab, check_draft_vocab_size
 from lightning_dataflow.strategies.eagle3.drafter import ChainDrafter
+from lightning_dataflow.strategies.eagle3.export import Eagle3Export
 from lightning_dataflow.strategies.eagle3.network import Eagle3Config, Eagle3Draft
 from lightning_dataflow.strategies.eagle3.objective import Eagle3Objective, TargetRows, supervised_positions
 from lightning_dataflow.strategies.module import DraftModule
-from lightning_dataflow.strategies.registry import StrategySpec, register_strategy
+from lightning_dataflow.strategies.spec import StrategySpec
 from lightning_dataflow.targets.base import check_layer_ids
 
 
@@ -92,9 +94,14 @@ class Eagle3Module(DraftModule):
             kl_decay=kl_decay,
         )
 
+    @property
+    @override
+    def num_draft_tokens(self) -> int:
+        return int(self.hparams["num_steps"])
+
     @torch.no_grad()
+    @override
     def initialise_draft(self, data: DataFlowDataModule) -> None:
-        """See DraftModule."""
         target, config = self.frozen_target, self.draft.config
         if config.draft_vocab_size < config.vocab_size:
             self.draft.set_vocab(self._cut_vocab(data))
@@ -104,13 +111,13 @@ class Eagle3Module(DraftModule):
         if config.train_embeddings:
             self.draft.embed_tokens.weight.copy_(target.embedding)
 
+    @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Lightning's hook."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["draft_vocab"] = {"prompts": self._vocab_prompts, "version": self.draft.vocab.version}
 
+    @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Lightning's hook."""
         super().on_load_checkpoint(checkpoint)
         self._vocab_prompts = checkpoint["draft_vocab"]["prompts"]
 
@@ -132,12 +139,12 @@ class Eagle3Module(DraftModule):
 
     def collate(self, rows: SampleRows) -> Batch:
         """Features, and which rows supervise which (found here, on the CPU, so that a step needs no sync)."""
-        batch = rows.stack(self.spec.features)
+        batch = rows.stack(self.features)
         batch["target_rows"] = tuple(supervised_positions(batch["loss_mask"], batch["position"]))
         return batch
 
+    @override
     def objective(self, batch: Batch, context: StepContext) -> ObjectiveSums:
-        """See DraftModule."""
         draft, target = self.draft, self.frozen_target
         dtype = draft.fc.weight.dtype
         d2t, t2d = draft.d2t, draft.t2d
@@ -158,8 +165,8 @@ class Eagle3Module(DraftModule):
         aux, num_steps = batch["aux_hidden_states"].to(dtype), self.hparams["num_steps"]
         return draft(next_ids, aux, embedding, num_steps, score, position=batch["position"])
 
+    @override
     def drafter(self, *, num_draft_tokens: int = 4) -> ChainDrafter:
-        """See DraftModule."""
         copy = Eagle3Draft(self.draft.config).to(self.draft.d2t.device)
         copy.load_state_dict(self.full_draft_state())
         embedding = None if copy.config.train_embeddings else self.frozen_target.embedding
@@ -178,11 +185,12 @@ def default_layer_ids(num_layers: int) -> tuple[int, ...]:
     return check_layer_ids((1, num_layers // 2 - 1, num_layers - 4), num_layers)
 
 
-register_strategy(
-    StrategySpec(
-        name="eagle3",
-        module=Eagle3Module,
-        default_layer_ids=default_layer_ids,
-        features=("input_ids", "loss_mask", "aux_hidden_states", "last_hidden_state"),
-    )
+SPEC = StrategySpec(
+    name="eagle3",
+    title="EAGLE3",
+    paper="2503.01840",
+    module=Eagle3Module,
+    default_layer_ids=default_layer_ids,
+    features=lambda settings: ("input_ids", "loss_mask", "aux_hidden_states", "last_hidden_state"),
+    export=Eagle3Export(),
 )

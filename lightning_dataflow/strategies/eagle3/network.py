@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.strategies.common.attention import PackedRows, causal_attention, unrolled_attention
 from lightning_dataflow.strategies.common.cache import DraftCache
 from lightning_dataflow.strategies.common.layers import RMSNorm, Rotary, SwiGLU, rotate
+from lightning_dataflow.strategies.eagle3.attention import PackedRows, causal_attention, unrolled_attention
 from lightning_dataflow.strategies.eagle3.draft_vocab import DraftVocab, check_draft_vocab_size
 
 Score = TypeVar("Score")

@@ -16,7 +16,7 @@ from lightning_dataflow.cli.evaluate import table
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.export.export import describe
 from lightning_dataflow.export.folder import write_draft
-from lightning_dataflow.export.registry import resolve_format
+from lightning_dataflow.strategies.published.engines import resolve_engine
 from tests.sglang.speculating import SpeculatingServer
 from tests.vllm.stand_in import write_stand_in
 
@@ -277,7 +277,7 @@ def test_vllm_is_not_asked_for_more_than_a_draft_proposes(
     source = trained / "checkpoints" / "step-000004.ckpt"
     if kind == "dflash":
         module = DFlashModule(str(target_path), num_layers=1, block_size=6)
-        source = write_draft(tmp_path / "d", resolve_format("vllm", "plain"), describe(module), module.draft.state_dict())
+        source = write_draft(tmp_path / "d", resolve_engine("vllm", "plain"), describe(module), module.draft.state_dict())
     given = (f"evaluate.checkpoint={source}", f"evaluate.num_draft_tokens={num_draft_tokens}")
     assert run(evaluate.main, *options, *given) == 1
     message = "blocks of 6 draft at most 5 tokens" if kind == "dflash" else "a proposal has at least 1 token"

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_dataflow.contracts import LogRecord
-from lightning_dataflow.control import Captured, Lease, MetadataStore, RunPlan, Watermarks
-from tests.streams import WIDE, log_of, make_ref
+from lightning_dataflow.control import CommitEntry, Lease, MetadataStore, RunPlan, Watermarks
+from tests.records import WIDE, leased, log_of, make_ref
 
 SIZE = 10
 
@@ -20,7 +20,7 @@ def begin(ledger: MetadataStore, start: int = 0, stop: int = 100, window: int = 
 
 
 def lease(ledger: MetadataStore, worker: str = "a", group: int = 4, marks: Watermarks = WIDE, lease_s: float = 60.0):
-    return ledger.lease(worker, group=group, num_bytes=lambda seq: SIZE, watermarks=marks, lease_s=lease_s)
+    return leased(ledger.lease(worker, group=group, num_bytes=lambda seq: SIZE, watermarks=marks, lease_s=lease_s))
 
 
 def generation(found: Lease, seq: int) -> str:
@@ -32,7 +32,7 @@ def commit(
 ) -> list[int]:
     log = log_of(ledger)
     captured = {
-        seq: Captured(
+        seq: CommitEntry(
             generation=generation(found, seq),
             num_bytes=size if isinstance(size, int) else size[seq],
             line=log.encode(LogRecord(kind="ref", seq=seq, ref=make_ref(seq, found.attempt))),

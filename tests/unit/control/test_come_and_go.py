@@ -7,19 +7,19 @@ from collections.abc import Callable
 import pytest
 
 from lightning_dataflow.contracts import LogRecord
-from lightning_dataflow.control import ControlPlane, RunPlan, reconcile_on_restart, resolve_control_plane
-from lightning_dataflow.data import StreamingRefQueue
-from lightning_dataflow.stores import MemoryFeatureStore
-from tests.streams import WIDE, forked, make_ref
+from lightning_dataflow.control import ControlPlane, NoLease, RunPlan, reconcile_on_restart, resolve_control_plane
+from tests.records import WIDE, forked, make_ref
 
 NUM_SAMPLES, WINDOW, LEASE_S = 600, 8, 0.2
 
 
 def produce(opener: Callable[[], ControlPlane], name: str) -> None:
     plane = opener()
-    while plane.ledger.finished() is None:
+    while True:
         lease = plane.lease(name, group=4, num_bytes=lambda seq: 8, watermarks=WIDE, lease_s=LEASE_S)
-        if lease is None:
+        if isinstance(lease, NoLease):
+            if lease.reason == "finished":
+                return
             time.sleep(0.01)
             continue
         time.sleep(0.002)
@@ -45,6 +45,9 @@ def opener(request, tmp_path) -> Callable[[], ControlPlane]:
 
 
 def test_producers_come_and_go(opener):
+    from lightning_dataflow.data import StreamingRefQueue
+    from lightning_dataflow.stores import MemoryFeatureStore
+
     draw = random.Random(0)
     plane = opener()
     plane.log.announce({"run_id": "run"})

@@ -2,9 +2,9 @@
 
 import time
 
-from lightning_dataflow.control import MAX_ATTEMPTS, RedisMetadataStore, RunPlan
+from lightning_dataflow.control import MAX_ATTEMPTS, NoLease, RedisMetadataStore, RunPlan, Watermarks
 from lightning_dataflow.control.heartbeat import end_leases
-from tests.unit.control.ledgers import begin, commit, generation, give_back, in_flight, lease
+from tests.unit.control.ledgers import SIZE, begin, commit, generation, give_back, in_flight, lease
 
 
 def test_nothing_is_leased_before_a_run_begins(ledger):
@@ -12,6 +12,25 @@ def test_nothing_is_leased_before_a_run_begins(ledger):
     assert lease(ledger) is None
     begin(ledger, stop=8)
     assert ledger.plan() == RunPlan(start=0, stop=8, window=4)
+
+
+def test_what_gives_no_lease_says_why(ledger):
+    plan = RunPlan(start=0, stop=4, window=4)
+
+    def ask(high_refs: int) -> NoLease:
+        marks = Watermarks(high_refs=high_refs, low_refs=1, high_bytes=1 << 40, low_bytes=1 << 39)
+        return ledger.lease("a", group=4, num_bytes=lambda seq: SIZE, watermarks=marks, lease_s=60.0)
+
+    assert ask(8) == NoLease("not begun")
+    begin(ledger, stop=4)
+    assert ask(2) == NoLease("paused", plan)
+    assert ask(8).plan == plan
+    assert ask(8) == NoLease("nothing left", plan)
+    before = ledger.now()
+    ledger.finish("completed")
+    reason, known, finished_at = ask(8)
+    assert (reason, known) == ("finished", plan)
+    assert before <= finished_at <= ledger.now()
 
 
 def test_leases_are_disjoint_in_order_and_end(ledger):

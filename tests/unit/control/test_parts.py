@@ -9,7 +9,7 @@ import pytest
 
 from lightning_dataflow.contracts import PeerTimeoutError, UserError
 from lightning_dataflow.control import RedisMetadataStore
-from lightning_dataflow.control.heartbeat import Heartbeat, become_trainer, check_no_other_trainer, why_over
+from lightning_dataflow.control.heartbeat import Heartbeat, check_no_other_trainer, claim_trainer, producer_failures
 from lightning_dataflow.control.redis.server import RedisServer
 from tests.unit.control.ledgers import HOST, begin, lease
 
@@ -18,7 +18,7 @@ def test_failures_and_signs_of_life(ledger):
     ledger.report("producer-1", "capturing seq 4")
     ledger.report("producer-0", "CUDA out of memory", failed=True)
     assert ledger.failures() == ["producer-0: CUDA out of memory"]
-    assert why_over(ledger) == []  # the other one goes on
+    assert producer_failures(ledger) == []  # the other one goes on
     ledger.report("producer-0", "finished")
     assert ledger.failures() == []
     first, second = ledger.status()["parts"]
@@ -31,24 +31,27 @@ def test_a_run_is_over_when_no_producer_is_left(ledger, monkeypatch):
     gone = 2**22 + 1  # no process has this id
     ledger.report("trainer-0", "training")
     ledger.report("producer-0", "CUDA out of memory", failed=True)
-    assert why_over(ledger) == ["producer-0: CUDA out of memory"]
+    assert producer_failures(ledger) == ["producer-0: CUDA out of memory"]
     with monkeypatch.context() as patch:
         patch.setattr("os.getpid", lambda: gone)
         ledger.report("producer-1", "capturing seq 4")
-    assert why_over(ledger) == ["producer-0: CUDA out of memory", f"producer-1: its process {gone} on {HOST} is gone"]
+    assert producer_failures(ledger) == [
+        "producer-0: CUDA out of memory",
+        f"producer-1: its process {gone} on {HOST} is gone",
+    ]
     ledger.report("supervisor", "watching")
-    assert why_over(ledger) == []  # it starts one again, or ends the run
+    assert producer_failures(ledger) == []  # it starts one again, or ends the run
     ledger.report("producer-2", "another seed", failed=True, fatal=True)
-    assert why_over(ledger) == ["producer-0: CUDA out of memory", "producer-2: another seed"]
+    assert producer_failures(ledger) == ["producer-0: CUDA out of memory", "producer-2: another seed"]
     begin(ledger)
-    assert why_over(ledger) == []
+    assert producer_failures(ledger) == []
 
 
 def test_one_that_died_without_a_word_may_be_started_again(ledger, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("os.getpid", lambda: 2**22 + 1)
         ledger.report("producer-0", "capturing seq 4")
-    assert why_over(ledger) == []
+    assert producer_failures(ledger) == []
 
 
 def test_a_heartbeat_outlives_a_ledger_that_is_blocked(ledger, monkeypatch):
@@ -200,7 +203,7 @@ def test_a_trainer_that_came_between_look_and_claim_is_found(redis_run, monkeypa
 
     monkeypatch.setattr(ledger, "claim", late)
     with pytest.raises(UserError, match=rf"process {os.getppid()} on {HOST} trains run run \(beginning\): end it first"):
-        become_trainer(ledger, "run")
+        claim_trainer(ledger, "run")
 
 
 def test_another_trainer_on_another_host(redis_run, monkeypatch):
@@ -223,6 +226,6 @@ def test_another_trainer_on_another_host(redis_run, monkeypatch):
         again.join()
         ledger.report("producer-0", "it broke", failed=True)
         ledger.report("producer-1", "capturing")
-    assert why_over(ledger) == []  # the other one was seen just now
+    assert producer_failures(ledger) == []  # the other one was seen just now
     monkeypatch.setattr("lightning_dataflow.control.heartbeat.SILENT_S", 0.0)
-    assert why_over(ledger) == ["producer-0: it broke", f"producer-1: its process {os.getpid()} on {HOST} is gone"]
+    assert producer_failures(ledger) == ["producer-0: it broke", f"producer-1: its process {os.getpid()} on {HOST} is gone"]

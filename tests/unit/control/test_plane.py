@@ -11,12 +11,13 @@ from lightning_dataflow.control import (
     reconcile_on_restart,
     resolve_control_plane,
 )
-from lightning_dataflow.stores import MemoryFeatureStore
-from tests.streams import WIDE, begin, make_origin, make_ref, make_tensors, memory_plane
+from tests.records import WIDE, begin, leased, make_origin, make_ref, memory_plane
 
 
 @pytest.fixture
 def store():
+    from lightning_dataflow.stores import MemoryFeatureStore
+
     return MemoryFeatureStore()
 
 
@@ -37,11 +38,17 @@ def plane(opener):
 
 
 def lease(plane, worker="a", group=4, lease_s=60.0):
-    return plane.ledger.lease(worker, group=group, num_bytes=lambda seq: 8, watermarks=WIDE, lease_s=lease_s)
+    return leased(plane.ledger.lease(worker, group=group, num_bytes=lambda seq: 8, watermarks=WIDE, lease_s=lease_s))
+
+
+def put(store, seq, attempt=0):
+    from tests.streams import make_tensors
+
+    return store.put(make_tensors(seq), make_origin(seq, attempt))
 
 
 def capture(store, found):
-    return {seq: store.put(make_tensors(seq), make_origin(seq, found.attempt)) for seq in found.wanted}
+    return {seq: put(store, seq, found.attempt) for seq in found.wanted}
 
 
 def produce(plane, store, groups=1):
@@ -130,7 +137,7 @@ def test_giving_up_publishes_skips(plane):
 
 
 def test_a_new_run(plane, store):
-    store.put(make_tensors(0), make_origin(0))  # somebody else's: there is no log that says what is ours
+    put(store, 0)  # somebody else's: there is no log that says what is ours
     found = restart(plane, store)
     assert found == Reconciliation(num_live=0, lost=frozenset(), swept={})
     assert kinds(plane) == [("begin", 0)]

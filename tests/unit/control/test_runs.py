@@ -5,8 +5,8 @@ import os
 import pytest
 
 from lightning_dataflow.contracts import LogRecord, PeerFailedError
-from lightning_dataflow.control import Lease, NoOpMetadataStore, RedisMetadataStore
-from tests.streams import log_of
+from lightning_dataflow.control import Lease, NoOpMetadataStore, RedisMetadataStore, RunPlan
+from tests.records import log_of
 from tests.unit.control.ledgers import HOST, SIZE, begin, commit, generation, give_back, in_flight, lease
 
 
@@ -80,7 +80,7 @@ def test_the_noop_ledger_accepts_all_and_keeps_nothing():
     begin(ledger, published={0: ("0-0", 1)})
     assert ledger.plan() is None
     assert lease(ledger) is None
-    own = Lease(worker="a", seqs=(0, 1), wanted=(0, 1), attempt=0)
+    own = Lease(worker="a", seqs=(0, 1), wanted=(0, 1), attempt=0, plan=RunPlan(start=0, stop=2, window=2))
     assert commit(ledger, own) == commit(ledger, own) == [0, 1]
     assert give_back(ledger, own) == []
     assert not ledger.want(0, "0-0")

@@ -6,6 +6,7 @@ import pytest
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.control import Lease, Watermarks
+from tests.records import leased
 from tests.unit.control.ledgers import SIZE, begin, commit, give_back, in_flight, lease
 
 
@@ -99,9 +100,10 @@ def test_a_random_walk_never_exceeds_the_marks_and_never_starves(ledger, seed):
         action = draw.random()
         if action < 0.45:
             expiry = -1.0 if draw.random() < 0.2 else 60.0
-            found = ledger.lease(
+            answer = ledger.lease(
                 draw.choice("abc"), group=group, num_bytes=size.__getitem__, watermarks=bound, lease_s=expiry
             )
+            found = leased(answer)
             held += [found] if found else []
         elif action < 0.8 and held:
             found = held.pop(draw.randrange(len(held)))

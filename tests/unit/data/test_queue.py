@@ -9,11 +9,10 @@ import pytest
 from lightning_dataflow.contracts import LogRecord, PeerFailedError, PeerTimeoutError, UserError
 from lightning_dataflow.control import ControlPlane, RedisMetadataStore
 from lightning_dataflow.control.redis.log import RedisChannel
-from lightning_dataflow.data import StreamingRefQueue, rank_slice
-from lightning_dataflow.data import queue as queue_module
+from lightning_dataflow.data import StreamingRefQueue, queue as queue_module, rank_slice
 from lightning_dataflow.data.queue import QueueCancelledError
 from lightning_dataflow.data.source import WindowEntry
-from tests.streams import WIDE, begin, make_ref, memory_plane
+from tests.records import WIDE, begin, make_ref, memory_plane
 
 
 @pytest.fixture

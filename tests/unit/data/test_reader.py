@@ -13,7 +13,8 @@ from lightning_dataflow.data.source import RefWindow, WindowEntry
 from lightning_dataflow.producers import OnlineSource
 from lightning_dataflow.stores import MemoryFeatureStore, SharedDirFeatureStore
 from lightning_dataflow.strategies.eagle3.module import Eagle3Module
-from tests.streams import ORDER, PLAN, SeqFeed, make_source, make_worker, memory_plane
+from tests.records import PLAN, memory_plane
+from tests.streams import ORDER, SeqFeed, make_source, make_worker
 
 
 @pytest.fixture

@@ -8,12 +8,12 @@ import torch
 
 from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
 from lightning_dataflow.control import ControlPlane, RunPlan, resolve_control_plane
-from lightning_dataflow.data import ManifestSource, PassOrder
-from lightning_dataflow.data import queue as queue_module
+from lightning_dataflow.data import ManifestSource, PassOrder, queue as queue_module
 from lightning_dataflow.data.streaming import announcement_from_json, announcement_to_json
 from lightning_dataflow.data.windows import rank_slice
 from lightning_dataflow.stores import MemoryFeatureStore, SharedDirFeatureStore
-from tests.streams import CARD, ORDER, PLAN, SeqFeed, make_source, make_worker, memory_plane
+from tests.records import PLAN, memory_plane
+from tests.streams import CARD, ORDER, SeqFeed, make_source, make_worker
 
 
 @pytest.fixture(autouse=True)

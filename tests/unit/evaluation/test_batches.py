@@ -11,8 +11,7 @@ from lightning_dataflow.strategies.common.target_tensors import FrozenTarget
 from lightning_dataflow.strategies.eagle3.drafter import ChainDrafter
 from lightning_dataflow.strategies.eagle3.network import Eagle3Config, Eagle3Draft
 from lightning_dataflow.targets import HFTargetEngine
-from tests.unit.evaluation.test_block import make_drafter as make_block_drafter
-from tests.unit.evaluation.test_block import train_on
+from tests.unit.evaluation.test_block import make_drafter as make_block_drafter, train_on
 from tests.unit.evaluation.test_speculative import make_drafter
 
 SYMBOLS = 5

@@ -7,10 +7,12 @@ from lightning_dataflow.contracts import StepContext, UserError
 from lightning_dataflow.evaluation import SpeculativeDecoder, evaluate_acceptance
 from lightning_dataflow.evaluation.speculative import greedy_decode
 from lightning_dataflow.strategies.blocks.blocks import cut_blocks
-from lightning_dataflow.strategies.blocks.drafter import BlockDrafter, DominoDrafter
+from lightning_dataflow.strategies.blocks.drafter import BlockDrafter
+from lightning_dataflow.strategies.blocks.network import BlockConfig
 from lightning_dataflow.strategies.common.target_tensors import FrozenTarget
-from lightning_dataflow.strategies.dflash.network import DFlashConfig, DFlashDraft
+from lightning_dataflow.strategies.dflash.network import DFlashDraft
 from lightning_dataflow.strategies.dflash.objective import DFlashObjective
+from lightning_dataflow.strategies.domino.drafter import DominoDrafter
 from lightning_dataflow.strategies.domino.network import DominoConfig, DominoDraft
 from lightning_dataflow.strategies.domino.objective import DominoObjective
 from lightning_dataflow.targets.hf import TargetSession
@@ -44,7 +46,7 @@ def make_drafter(target, target_path, kind, num_draft_tokens=4):
         torch.nn.init.normal_(draft.correction_weight)
         return DominoDrafter(draft, frozen, num_draft_tokens=num_draft_tokens)
     more = {"layer_types": ("sliding_attention", "full_attention"), "sliding_window": 7} if kind == "sliding" else {}
-    return BlockDrafter(DFlashDraft(DFlashConfig(**sizes, **more)), frozen, num_draft_tokens=num_draft_tokens)
+    return BlockDrafter(DFlashDraft(BlockConfig(**sizes, **more)), frozen, num_draft_tokens=num_draft_tokens)
 
 
 def train_on(drafter, target, sequence, num_steps=60):

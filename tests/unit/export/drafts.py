@@ -2,11 +2,12 @@
 
 import torch
 
-from lightning_dataflow.export.base import DraftSpec
-from lightning_dataflow.strategies.dflash.network import DFlashConfig, DFlashDraft
+from lightning_dataflow.strategies.blocks.network import BlockConfig
+from lightning_dataflow.strategies.dflash.network import DFlashDraft
 from lightning_dataflow.strategies.domino.network import DominoConfig, DominoDraft
 from lightning_dataflow.strategies.eagle3.draft_vocab import build_draft_vocab
 from lightning_dataflow.strategies.eagle3.network import Eagle3Config, Eagle3Draft
+from lightning_dataflow.strategies.published.contract import DraftDescription
 
 LAYERS = {
     "hidden_size": 16,
@@ -23,17 +24,17 @@ NETWORKS = {
     "eagle3": Eagle3Config(**LAYERS, draft_vocab_size=12, target_hidden_size=16),
     "eagle3-whole": Eagle3Config(**LAYERS, draft_vocab_size=40, target_hidden_size=16),
     "eagle3-own-embedding": Eagle3Config(**LAYERS, draft_vocab_size=12, target_hidden_size=16, train_embeddings=True),
-    "dflash": DFlashConfig(**BLOCK),
-    "dflash-sliding": DFlashConfig(**BLOCK, layer_types=("sliding_attention",) * 2, sliding_window=4),
-    "dflash-mixed": DFlashConfig(**BLOCK, layer_types=("full_attention", "sliding_attention"), sliding_window=4),
+    "dflash": BlockConfig(**BLOCK),
+    "dflash-sliding": BlockConfig(**BLOCK, layer_types=("sliding_attention",) * 2, sliding_window=4),
+    "dflash-mixed": BlockConfig(**BLOCK, layer_types=("full_attention", "sliding_attention"), sliding_window=4),
     "domino": DominoConfig(**BLOCK, gru_hidden_dim=10, emb_dim=6, pure_draft_prefix_len=1),
     "domino-shifted": DominoConfig(**BLOCK, gru_hidden_dim=10, emb_dim=6, pure_draft_prefix_len=1, shift_label=True),
     "domino-corrected": DominoConfig(**BLOCK, gru_hidden_dim=10, emb_dim=6, pure_draft_prefix_len=0),
 }
-CLASSES = {Eagle3Config: Eagle3Draft, DFlashConfig: DFlashDraft, DominoConfig: DominoDraft}
+CLASSES = {Eagle3Config: Eagle3Draft, BlockConfig: DFlashDraft, DominoConfig: DominoDraft}
 
 
-def make_spec(kind: str, **fields) -> DraftSpec:
+def describe(kind: str, **fields) -> DraftDescription:
     """What there is to say of one of the NETWORKS."""
     given = {
         "strategy": kind.partition("-")[0],
@@ -45,7 +46,7 @@ def make_spec(kind: str, **fields) -> DraftSpec:
         "target": "models/tiny",
         "target_architectures": ("LlamaForCausalLM",),
     }
-    return DraftSpec(**given | fields)
+    return DraftDescription(**given | fields)
 
 
 def make_draft(kind: str) -> torch.nn.Module:

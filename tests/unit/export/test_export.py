@@ -318,7 +318,7 @@ def run_command(capsys):
         ),
         (["nowhere.ckpt", "--engine", "sglang"], "no checkpoint nowhere.ckpt"),
         (["TAKEN", "--engine", "sglang"], "is not a draft's checkpoint"),
-        (["DOMINO", "--engine", "vllm"], "vLLM does not serve domino drafts, only eagle3, dflash"),
+        (["DOMINO", "--engine", "vllm"], "vLLM does not serve domino drafts, only dflash, eagle3"),
         (["EAGLE3", "--engine", "sglang", "--format", "speculators"], "no format 'speculators' for engine 'sglang'"),
         (["EMBEDDING", "--engine", "sglang"], "SGLang gives every EAGLE3 draft the target's token embedding"),
         (["EAGLE3", "--engine", "sglang", "--target", "nowhere"], "no target model in nowhere"),

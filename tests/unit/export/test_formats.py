@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.export.folder import write_draft
-from lightning_dataflow.export.registry import resolve_format
-from tests.unit.export.drafts import NETWORKS, make_draft, make_spec
+from lightning_dataflow.export.serve import check_draft, serve_command
+from lightning_dataflow.strategies.published.engines import resolve_engine
+from tests.unit.export.drafts import NETWORKS, describe, make_draft
 
 LLAMA = {
     "model_type": "llama",
@@ -59,9 +60,8 @@ PLAIN_DFLASH = QWEN3 | {
 
 
 def config(kind: str, engine: str, form: str = "plain", **fields):
-    chosen, spec = resolve_format(engine, form), make_spec(kind, **fields)
-    chosen.check(spec)
-    return chosen.config(spec, "bfloat16")
+    chosen, draft = resolve_engine(engine, form), describe(kind, **fields)
+    return check_draft(draft, chosen).fields(draft, chosen) | {"dtype": draft.dtype}
 
 
 def test_sglang():
@@ -137,7 +137,7 @@ def test_speculators():
 @pytest.mark.parametrize(
     ("kind", "engine", "form", "fields", "message"),
     [
-        ("domino", "vllm", "plain", {}, "vLLM does not serve domino drafts, only eagle3, dflash"),
+        ("domino", "vllm", "plain", {}, "vLLM does not serve domino drafts, only dflash, eagle3"),
         ("domino", "vllm", "speculators", {}, "vLLM's speculators format does not serve domino drafts"),
         ("eagle3-own-embedding", "sglang", "plain", {}, "SGLang gives every EAGLE3 draft the target's token embedding"),
         ("eagle3", "sglang", "plain", {"layer_ids": (3,)}, r"one target layer \(3\), it leaves out fc: export for vllm"),
@@ -161,7 +161,7 @@ def test_vllm_serves_what_sglang_does_not():
 @pytest.mark.parametrize(("engine", "form"), [("sglang", "plain"), ("vllm", "plain"), ("vllm", "speculators")])
 def test_a_shell_reads_paths_in_serve_commands_as_they_are(engine, form):
     target, folder = "my models/it's tiny", "drafts/$(today)'s draft"
-    command = resolve_format(engine, form).serve_command(make_spec("eagle3", target=target), folder)
+    command = serve_command(describe("eagle3", target=target), resolve_engine(engine, form), folder)
     read = subprocess.run(
         ["bash", "-c", f"set -- {command}; printf '%s\\n' \"$@\""], capture_output=True, text=True, check=True
     ).stdout.splitlines()
@@ -177,12 +177,12 @@ def test_a_shell_reads_paths_in_serve_commands_as_they_are(engine, form):
 
 def test_an_unknown_format_lists_what_there_is():
     with pytest.raises(UserError, match="available are sglang plain, vllm plain, vllm speculators"):
-        resolve_format("sglang", "speculators")
+        resolve_engine("sglang", "speculators")
 
 
 def test_names_shapes_and_dtypes(tmp_path):
-    draft, form = make_draft("eagle3"), resolve_format("sglang")
-    write_draft(tmp_path / "out", form, make_spec("eagle3"), draft.state_dict())
+    draft, form = make_draft("eagle3"), resolve_engine("sglang")
+    write_draft(tmp_path / "out", form, describe("eagle3"), draft.state_dict())
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in stored.items()} == {
         "fc.weight": ((16, 48), torch.bfloat16),
@@ -208,15 +208,15 @@ def test_names_shapes_and_dtypes(tmp_path):
 
 
 def test_a_whole_vocabulary_needs_no_maps(tmp_path):
-    draft, form = make_draft("eagle3-whole"), resolve_format("vllm", "speculators")
-    write_draft(tmp_path / "out", form, make_spec("eagle3-whole"), draft.state_dict())
+    draft, form = make_draft("eagle3-whole"), resolve_engine("vllm", "speculators")
+    write_draft(tmp_path / "out", form, describe("eagle3-whole"), draft.state_dict())
     names = load_file(tmp_path / "out" / "model.safetensors").keys()
     assert not {"d2t", "t2d"} & names
     assert {name for name in names if "layer" in name} == {name for name in names if name.startswith("layers.0.")}
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
-    draft, form, spec = make_draft("dflash"), resolve_format("vllm"), make_spec("dflash")
+    draft, form, spec = make_draft("dflash"), resolve_engine("vllm"), describe("dflash")
     with pytest.raises(FileNotFoundError):
         write_draft(tmp_path / "out", form, spec, draft.state_dict(), copies=[tmp_path / "nowhere"])
     assert list(tmp_path.iterdir()) == []
@@ -224,5 +224,5 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(UserError, match="out exists: choose another folder"):
         write_draft(tmp_path / "out", form, spec, draft.state_dict())
     with pytest.raises(UserError, match="dtype=int8 is unknown: use bfloat16, float16, float32"):
-        write_draft(tmp_path / "other", form, spec, draft.state_dict(), dtype="int8")
+        write_draft(tmp_path / "other", form, replace(spec, dtype="int8"), draft.state_dict())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -9,9 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.export.folder import write_draft
-from lightning_dataflow.export.reading import read_draft
-from lightning_dataflow.export.registry import resolve_format
-from tests.unit.export.drafts import NETWORKS, make_draft, make_spec
+from lightning_dataflow.export.serve import check_draft
+from lightning_dataflow.strategies.published.engines import resolve_engine
+from lightning_dataflow.strategies.published.reading import read_draft
+from tests.unit.export.drafts import NETWORKS, describe, make_draft
 
 SPECULATORS = {"speculators_model_type": "eagle3", "lightning_dataflow": None, "norm_before_residual": False}
 DRAFTING = {"proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": "3"}]}
@@ -23,7 +24,7 @@ def served():
     for engine, form in (("sglang", "plain"), ("vllm", "plain"), ("vllm", "speculators")):
         for kind in NETWORKS:
             try:
-                resolve_format(engine, form).check(make_spec(kind))
+                check_draft(describe(kind), resolve_engine(engine, form))
             except UserError:
                 continue
             yield engine, form, kind
@@ -36,10 +37,9 @@ def folder(tmp_path):
     def write(kind="eagle3", engine="sglang", form="plain"):
         return write_draft(
             tmp_path / "draft",
-            resolve_format(engine, form),
-            make_spec(kind),
+            resolve_engine(engine, form),
+            describe(kind, dtype="float32"),
             make_draft(kind).state_dict(),
-            dtype="float32",
         )
 
     return write
@@ -55,7 +55,7 @@ def edit(folder, **fields):
 
 @pytest.mark.parametrize(("engine", "form", "kind"), list(served()))
 def test_what_was_written_is_read(folder, kind, engine, form):
-    chosen = resolve_format(engine, form)
+    chosen = resolve_engine(engine, form)
     read = read_draft(folder(kind, engine, form))
     assert (read.strategy, read.format, read.layer_ids) == (kind.partition("-")[0], chosen.name, (1, 3, 4))
     sizes = asdict(NETWORKS[kind])
@@ -137,7 +137,7 @@ def test_vllm_has_another_name_for_the_window(folder):
         ("eagle3", {"norm_output": True}, "norm_output=True is another network"),
         ("eagle3", {"attention_bias": True}, "attention_bias=True"),
         ("eagle3", {"hidden_act": "gelu"}, "hidden_act=gelu"),
-        ("eagle3", {"num_hidden_layers": 2}, "num_hidden_layers=2, EAGLE3 here has one layer"),
+        ("eagle3", {"num_hidden_layers": 2}, "num_hidden_layers=2 is another network than is trained here"),
         ("eagle3", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters has rope_type='llama3'"),
         ("eagle3", {"rope_parameters": "linear"}, "rope_parameters='linear' is no object"),
         ("eagle3", {"rope_scaling": {"type": "yarn"}}, "rope_scaling has type='yarn': only default rotary embeddings"),
@@ -147,7 +147,7 @@ def test_vllm_has_another_name_for_the_window(folder):
         ("eagle3", {"hidden_size": "16"}, "hidden_size='16' is no size"),
         ("eagle3", {"hidden_size": None}, "hidden_size=None is no size"),
         ("eagle3", {"rms_norm_eps": "small"}, "rms_norm_eps='small' is no number"),
-        ("eagle3", {"eagle_config": [1]}, "eagle_config and dflash_config must be objects"),
+        ("eagle3", {"eagle_config": [1]}, "eagle_config must be an object"),
         ("eagle3", {"eagle_config": {"eagle_aux_hidden_state_layer_ids": "1,2"}}, "'1,2' is no list of layers"),
         ("eagle3", {"architectures": ["LlamaForCausalLM"]}, "holds a LlamaForCausalLM, not a draft that can be trained on"),
         ("eagle3", {"architectures": None}, r"names no class of a draft \(architectures\)"),
@@ -157,9 +157,9 @@ def test_vllm_has_another_name_for_the_window(folder):
         ("eagle3", SPECULATORS | {"speculators_config": "greedy"}, "cannot read .*config.json"),
         ("eagle3", {"speculators_model_type": "medusa", "lightning_dataflow": None}, "speculators_model_type=medusa"),
         ("eagle3", {"quantization_config": {"bits": 4}}, "quantization_config="),
-        ("dflash", {"dflash_config": {"projector_type": "other"}}, "projector_type=other, which no strategy"),
+        ("dflash", {"dflash_config": {"projector_type": "other"}}, "projector_type=other is another network"),
         ("dflash", {"dflash_config": {"mask_token_id": 39}}, "does not say which layers of the target"),
-        ("dflash", {"draft_vocab_size": 12}, "draft_vocab_size=12, DFlash here uses the target's"),
+        ("dflash", {"draft_vocab_size": 12}, "draft_vocab_size=12, a block draft here uses the target's"),
         ("dflash", {"is_causal": True}, "is_causal=True with layer_types"),
         ("dflash-sliding", {"swa_window_size": 3}, "swa_window_size=3 with sliding_window=4: engines differ in which"),
     ],

@@ -7,13 +7,11 @@ import pytest
 import torch
 
 from lightning_dataflow.control import RunPlan
-from lightning_dataflow.data import DataFlowDataModule, PassOrder, SampleRows
-from lightning_dataflow.data import queue as queue_module
+from lightning_dataflow.data import DataFlowDataModule, PassOrder, SampleRows, queue as queue_module
 from lightning_dataflow.data.windows import rank_slice
-from lightning_dataflow.producers import ColocatedSource, OnlineSource
-from lightning_dataflow.producers import colocated as colocated_module
+from lightning_dataflow.producers import ColocatedSource, OnlineSource, colocated as colocated_module
 from lightning_dataflow.stores import MemoryFeatureStore
-from tests.streams import WIDE, memory_plane
+from tests.records import WIDE, memory_plane
 
 PLAN = RunPlan(start=8, stop=32, window=8)
 FEATURES = ("input_ids", "loss_mask", "aux_hidden_states", "last_hidden_state")

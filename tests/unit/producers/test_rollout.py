@@ -8,13 +8,12 @@ import pytest
 import torch
 
 from lightning_dataflow.contracts import CaptureMismatchError, CaptureSpec, PeerTimeoutError, UserError
-from lightning_dataflow.control import Watermarks
-from lightning_dataflow.control import heartbeat as heartbeat_module
-from lightning_dataflow.control.heartbeat import why_over
-from lightning_dataflow.producers import PromptFeed
-from lightning_dataflow.producers import rollout as rollout_module
+from lightning_dataflow.control import Watermarks, heartbeat as heartbeat_module
+from lightning_dataflow.control.heartbeat import producer_failures
+from lightning_dataflow.producers import PromptFeed, rollout as rollout_module
 from lightning_dataflow.stores import MemoryFeatureStore, StoreUnavailableError
-from tests.streams import CAPTURE, WIDE, SeqFeed, begin, make_worker, memory_plane
+from tests.records import CAPTURE, WIDE, begin, memory_plane
+from tests.streams import SeqFeed, make_worker
 
 
 @pytest.fixture
@@ -171,7 +170,7 @@ def test_a_target_that_returns_something_else(plane, store, prompts, target, mon
     with pytest.raises(CaptureMismatchError, match=message):
         worker.run()
     assert store.health()["num_samples"] == 0
-    assert why_over(plane.ledger) == plane.ledger.failures()
+    assert producer_failures(plane.ledger) == plane.ledger.failures()
     assert "expected" in plane.ledger.failures()[0] or "samples for" in plane.ledger.failures()[0]
 
 
@@ -230,7 +229,7 @@ def test_capture_pauses_above_the_watermark(plane, store):
     plane.ledger.free([2, 3])
     plane.ledger.ack(4, 2)
     assert until_idle(worker) == ["captured"] * 2
-    assert worker.state == "all captured, or waiting for the trainer to free some"
+    assert worker.state == "waiting for the trainer to free some"
 
 
 def test_windows_that_fit_below_no_watermark_are_refused(plane, store):
@@ -243,6 +242,7 @@ def test_windows_that_fit_below_no_watermark_are_refused(plane, store):
     begin(plane, stop=40, window=4)
     with pytest.raises(UserError, match="a window can have 11 refs"):  # the group in which a window ends sticks out
         make_worker(memory_plane(plane.log.name + "/b"), store, watermarks=few, group=8)._check_windows(plane.ledger.plan())
+    assert plane.ledger.status()["leased"] == 0
     begin(plane, stop=2, window=4)
     assert make_worker(plane, store, watermarks=few).run_once() == "captured"
     largest = sum(sorted(SeqFeed().sizes())[-4:])

@@ -9,7 +9,8 @@ import pytest
 from lightning_dataflow.producers import ServedFeed, rollout
 from lightning_dataflow.run import producer
 from lightning_dataflow.run.producer import run_all
-from tests.streams import SeqFeed, begin, make_worker, memory_plane
+from tests.records import begin, memory_plane
+from tests.streams import SeqFeed, make_worker
 from tests.unit.targets.test_sglang_server import answer_with, connect, servers, store  # noqa: F401 (fixtures)
 
 NUM_SAMPLES = 12

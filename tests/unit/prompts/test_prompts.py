@@ -179,7 +179,7 @@ def test_the_version_tells_prompts_apart(tokenizer, conversations):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([SHAREGPT, "{broken"], r"line 2: not JSON .* mend or remove the line"),
+        ([SHAREGPT, "{broken"], r"line 2: not JSON .* correct or remove the line"),
         (
             [SHAREGPT, f'{{"input_ids": [{"9" * 5000}]}}'],
             r"prompts.*, line 2: a number has more than 4300 digits; expected",
@@ -203,7 +203,7 @@ def test_bad_files(tokenizer, tmp_path, lines, message):
 def test_other_bad_input(tokenizer, tmp_path, conversations):
     with pytest.raises(UserError, match=r"no prompt file .*nowhere\.jsonl"):
         load_prompts("nowhere.jsonl", tokenizer, max_length=64)
-    with pytest.raises(UserError, match="use one of auto, sharegpt"):
+    with pytest.raises(UserError, match="use one of auto, tokens, sharegpt"):
         load_prompts(str(conversations), tokenizer, max_length=64, format="csv")
     with pytest.raises(UserError, match="use at least 3"):
         load_prompts(str(conversations), tokenizer, max_length=2)

@@ -58,7 +58,7 @@ def test_the_first_so_many(write, tokenizer):
         ([{"input_ids": ["a"]}], None, r"line 1: input_ids\[0\] is 'a': token ids are integers"),
         ([{"input_ids": [1, -1]}], None, r"line 1: input_ids\[1\] is -1: token ids are integers from 0 to"),
         ([{"input_ids": "1 2"}], None, "line 1: input_ids is '1 2': give a list of token ids"),
-        ([{"input_ids": []}], None, "line 1: an empty prompt"),
+        ([{"input_ids": []}], None, "line 1: the prompt is empty"),
         ([["question"]], None, "line 1: a JSON list"),
         ([], None, "has no prompts: give a file with some"),
         ([{"question": "one"}], 2, "has 1 prompts, evaluate.num_prompts=2: give more"),

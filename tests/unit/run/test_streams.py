@@ -10,7 +10,8 @@ from lightning_dataflow.control import RedisMetadataStore
 from lightning_dataflow.control.redis.server import RedisServer
 from lightning_dataflow.run.streams import control_plane, make_workers
 from lightning_dataflow.stores import MemoryFeatureStore
-from tests.streams import SeqFeed, begin
+from tests.records import begin
+from tests.streams import SeqFeed
 from tests.unit.config.test_config import make
 
 

@@ -20,6 +20,6 @@ def test_a_file_without_a_key(tmp_path, content):
     (tmp_path / "key").write_text(content)
     config = parse_config(make(f"target.api_key_file={tmp_path}/key"))
     with pytest.raises(UserError, match="holds no key: it must be one line"):
-        read_api_key(config.target.api_key_file)
+        read_api_key(config.target)
     (tmp_path / "key").write_text(" the'key\n")
-    assert read_api_key(config.target.api_key_file) == "the'key"
+    assert read_api_key(config.target) == "the'key"

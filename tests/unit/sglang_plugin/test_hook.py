@@ -6,8 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from lightning_dataflow.contracts import CapacityError, CaptureMismatchError, UserError
-from lightning_dataflow.sglang_plugin.hook import _answer as answer
-from lightning_dataflow.sglang_plugin.hook import append_prefill_hidden_states, error_to_text
+from lightning_dataflow.sglang_plugin.hook import _answer as answer, append_prefill_hidden_states, error_to_text
 from lightning_dataflow.sglang_plugin.wire import MAX_ANSWER_BYTES, PARAM, CaptureRequest, request_to_text
 from lightning_dataflow.stores import StoreUnavailableError
 

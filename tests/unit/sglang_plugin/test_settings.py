@@ -10,7 +10,8 @@ from lightning_dataflow.sglang_plugin import settings
 from lightning_dataflow.sglang_plugin.settings import ServerStores, read_settings
 from lightning_dataflow.sglang_plugin.wire import SERVER_FILE
 from lightning_dataflow.stores import SharedDirFeatureStore, StoreUnavailableError
-from tests.streams import make_origin, make_tensors
+from tests.records import make_origin
+from tests.streams import make_tensors
 
 
 @pytest.mark.parametrize(
@@ -76,9 +77,9 @@ def test_a_mooncake_that_comes_and_goes_is_connected_anew_and_stops_the_server_o
     time.sleep(2.1)
     with pytest.raises(StoreUnavailableError, match="no Mooncake master listens at"):
         put(stores, 3)
-    with LocalMooncake(
-        capacity_bytes=16 << 20, log_dir=tmp_path, master_port=int(mooncake.master_address.rpartition(":")[2])
-    ):
+    with mooncake:
+        for server in mooncake.servers:
+            server.start()
         time.sleep(2.1)
         assert put(stores, 4).uri == "mooncake://run"
 

@@ -12,6 +12,7 @@ from lightning_dataflow.sglang_plugin.wire import (
     description_from_json,
     description_to_json,
     flag_problems,
+    longest_prompt,
     request_from_text,
     request_to_text,
     start_advice,
@@ -115,3 +116,10 @@ def test_the_supported_range(version, good):
 
 def test_digests_tell_prompts_apart():
     assert len({token_digest(ids) for ids in ([], [0], [0, 0], [256], [1, 0], [0, 1])}) == 6
+
+
+@pytest.mark.parametrize("limit", [None, "500", 0, 1, -1, True])
+def test_a_server_that_does_not_say_what_it_takes(limit):
+    with pytest.raises(UserError, match="the server does not say what it takes"):
+        longest_prompt({"max_req_input_len": limit}, "the server")
+    assert longest_prompt({"max_req_input_len": 501}, "the server") == 500

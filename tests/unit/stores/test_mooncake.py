@@ -14,7 +14,6 @@ import torch
 from lightning_dataflow.config.parsing import parse_config
 from lightning_dataflow.contracts import CapacityError, UserError
 from lightning_dataflow.run.streams import control_plane, shared_store
-from lightning_dataflow.services.mooncake import LocalMooncake
 from lightning_dataflow.stores import MooncakeFeatureStore
 from lightning_dataflow.stores.mooncake.client import NOT_FOUND, PUT_TRIES, MooncakeAdmin, StoreUnavailableError
 from lightning_dataflow.stores.mooncake.keys import _at_most
@@ -271,47 +270,3 @@ except ValueError as error:
     assert "pip install 'lightning-dataflow[mooncake]'" in result.stdout
     assert "libibverbs1" in result.stdout
     assert result.stdout.count("\n") == 1
-
-
-class TestLocalMooncake:
-    def test_a_taken_port(self, tmp_path):
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-            with pytest.raises(UserError, match=f"port {port} of 127.0.0.1 is taken"):
-                LocalMooncake(capacity_bytes=16 << 20, log_dir=tmp_path, master_port=port)
-
-    def test_too_little_memory(self, tmp_path):
-        with pytest.raises(UserError, match="is 1048576, Mooncake needs at least 16777216"):
-            LocalMooncake(capacity_bytes=1 << 20, log_dir=tmp_path)
-
-    def test_a_part_that_does_not_start(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("lightning_dataflow.services.mooncake.find_program", lambda name: "/bin/false")
-        with pytest.raises(UserError, match=r"mooncake_master exited with status 1; .*mooncake_master\.log ends") as caught:
-            LocalMooncake(capacity_bytes=16 << 20, log_dir=tmp_path)
-        assert "\n" not in str(caught.value)
-
-    def test_a_part_that_is_never_ready(self, tmp_path, monkeypatch):
-        script = tmp_path / "sleeper"
-        script.write_text("#!/bin/sh\necho waiting for nothing\nexec sleep 60\n")
-        script.chmod(0o755)
-        monkeypatch.setattr("lightning_dataflow.services.mooncake.find_program", lambda name: str(script))
-        began = time.monotonic()
-        with pytest.raises(UserError, match=r"mooncake_master is not ready in time; .*waiting for nothing"):
-            LocalMooncake(capacity_bytes=16 << 20, log_dir=tmp_path, start_timeout_s=0.5)
-        assert time.monotonic() - began < 5
-
-    def test_without_the_programs(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("shutil.which", lambda name, path: None)
-        with pytest.raises(UserError, match="mooncake_master is not installed: pip install"):
-            LocalMooncake(capacity_bytes=16 << 20, log_dir=tmp_path)
-
-    def test_its_life(self, tmp_path):
-        with LocalMooncake(capacity_bytes=16 << 20, log_dir=tmp_path, warm=True) as running:
-            assert running.poll() is None
-            assert MooncakeAdmin(running.metrics_address).list_keys() == []  # warming leaves nothing
-            running.processes["mooncake_client"].kill()
-            running.processes["mooncake_client"].wait()
-            assert running.poll() == ("mooncake_client", -9)
-        running.close()
-        assert running.processes["mooncake_master"].returncode is not None
-        assert {path.name for path in tmp_path.iterdir()} == {"mooncake_master.log", "mooncake_client.log"}

@@ -7,7 +7,8 @@ from lightning_dataflow.contracts import UserError
 from lightning_dataflow.strategies.blocks import attention as block_attention
 from lightning_dataflow.strategies.blocks.attention import ContextKeys, _flex_block_attention
 from lightning_dataflow.strategies.blocks.blocks import Span, cut_blocks
-from lightning_dataflow.strategies.dflash.network import DFlashConfig, DFlashDraft
+from lightning_dataflow.strategies.blocks.network import BlockConfig
+from lightning_dataflow.strategies.dflash.network import DFlashDraft
 from lightning_dataflow.strategies.domino.network import DominoConfig, DominoDraft
 
 LENGTH, BLOCK, VOCAB, HIDDEN = 40, 4, 50, 32
@@ -105,7 +106,7 @@ WINDOWED = {"layer_types": ("sliding_attention", "full_attention"), "sliding_win
 def make_draft(kind, **options):
     torch.manual_seed(1)
     if kind == "dflash":
-        return DFlashDraft(DFlashConfig(**SIZES | options))
+        return DFlashDraft(BlockConfig(**SIZES | options))
     draft = DominoDraft(DominoConfig(**SIZES | {"gru_hidden_dim": 6, "emb_dim": 5} | options))
     torch.nn.init.normal_(draft.correction_weight)
     return draft

@@ -6,8 +6,8 @@ from torch.nn.attention import flex_attention
 
 from lightning_dataflow.strategies.blocks.attention import ContextKeys, _flex_block_attention, flex_block_mask
 from lightning_dataflow.strategies.blocks.blocks import cut_blocks
-from lightning_dataflow.strategies.common import attention
-from lightning_dataflow.strategies.common.attention import PackedRows, _flex_unrolled_attention, _unrolled_block_mask
+from lightning_dataflow.strategies.common import flex
+from lightning_dataflow.strategies.eagle3.attention import PackedRows, _flex_unrolled_attention, _unrolled_block_mask
 
 CPU = torch.device("cpu")
 CREATE_BLOCK_MASK = flex_attention.create_block_mask
@@ -36,7 +36,7 @@ MASKS = {
 )
 def test_compiled_masks_are_the_eager_ones(monkeypatch, name):
     eager = [make() for make in MASKS[name]]
-    compiled = attention.compiled(CREATE_BLOCK_MASK, dynamic=True)
+    compiled = flex.compiled(CREATE_BLOCK_MASK, dynamic=True)
     monkeypatch.setattr(flex_attention, "create_block_mask", compiled)
     for expected, make in zip(eager, MASKS[name], strict=True):
         found = make()
@@ -46,7 +46,7 @@ def test_compiled_masks_are_the_eager_ones(monkeypatch, name):
 
 def test_the_unrolled_mask_is_compiled_on_cuda(monkeypatch):
     asked = []
-    monkeypatch.setattr(attention, "compiled", lambda *how, **options: lambda *_, **__: asked.append((*how, options)))
+    monkeypatch.setattr(flex, "compiled", lambda *how, **options: lambda *_, **__: asked.append((*how, options)))
     _unrolled_block_mask.__wrapped__(300, 3, torch.device("cuda"))
     assert asked == [(CREATE_BLOCK_MASK, {"dynamic": True})]
 

@@ -2,14 +2,14 @@ import pytest
 import torch
 
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.strategies.common.attention import (
+from lightning_dataflow.strategies.common.layers import SwiGLU
+from lightning_dataflow.strategies.common.target_tensors import FrozenTarget
+from lightning_dataflow.strategies.eagle3.attention import (
     PackedRows,
     _flex_unrolled_attention,
     causal_attention,
     unrolled_attention,
 )
-from lightning_dataflow.strategies.common.layers import SwiGLU
-from lightning_dataflow.strategies.common.target_tensors import FrozenTarget
 from lightning_dataflow.strategies.eagle3.draft_vocab import build_draft_vocab
 from lightning_dataflow.strategies.eagle3.network import DraftCache, Eagle3Config, Eagle3Draft
 

@@ -9,7 +9,7 @@ from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError
 from lightning_dataflow.control import RunPlan, SqliteMetadataStore
 from lightning_dataflow.supervise import watch as watch_module
 from lightning_dataflow.supervise.watch import Restarts, Watch
-from tests.streams import WIDE
+from tests.records import WIDE
 
 KILLED = (-9, "was killed by SIGKILL", True)
 BAD_SETTINGS = (1, "no such target", False)

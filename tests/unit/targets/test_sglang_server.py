@@ -155,14 +155,12 @@ def servers(target, store) -> Iterator[list[Server]]:
 
 @pytest.fixture
 def connect(servers, store, target_path, monkeypatch):
-    monkeypatch.setattr(sglang_pool, "LOOK_S", 0.1)
+    monkeypatch.setattr(sglang_pool, "PROBE_PAUSE_S", 0.1)
     monkeypatch.setattr(sglang_server, "PROBE_TIMEOUT_S", 1.0)
 
     def make(**options: Any) -> SGLangServerTarget:
         defaults = {"urls": [server.url for server in servers], "store_id": "run", "layer_ids": LAYER_IDS}
-        return SGLangServerTarget(
-            target_path, **{**defaults, "store_uri": store.uri, "reader": store, "absence_s": 0.3, **options}
-        )
+        return SGLangServerTarget(target_path, **{**defaults, "store": store, "absence_s": 0.3, **options})
 
     return make
 
@@ -182,12 +180,12 @@ def test_features_come_by_way_of_the_store(connect, servers, store, target):
     assert store.health()["num_samples"] == 0
 
 
-def test_a_dead_servers_prompts_go_to_another_and_it_is_taken_back(connect, servers, capsys):
+def test_a_dead_servers_prompts_go_to_another_and_it_is_taken_back(connect, servers, caplog):
     engine = connect()
     servers[0].dead = True
     assert len(engine.capture(PROMPTS)) == len(PROMPTS)
     assert (servers[0].num_captures, servers[1].num_captures) == (1, 1 + len(PROMPTS))
-    assert capsys.readouterr().out.count("lost a capture server") == 1
+    assert caplog.text.count("lost a capture server") == 1
     servers[0].dead, servers[1].dead = False, True
     assert len(connect(urls=[servers[0].url]).capture(PROMPTS[:2])) == 2
 
@@ -398,12 +396,12 @@ def test_what_may_have_been_stored_is_not_asked_of_another(connect, servers):
         ask(engine)
 
 
-def test_a_connection_that_the_server_closed_meanwhile_is_no_loss(connect, servers, monkeypatch, capsys):
+def test_a_connection_that_the_server_closed_meanwhile_is_no_loss(connect, servers, monkeypatch, caplog):
     monkeypatch.setattr(Handler, "timeout", 0.1)
     engine = connect(urls=[servers[0].url])
     time.sleep(0.5)
     ask(engine)
-    assert "lost" not in capsys.readouterr().out
+    assert "lost" not in caplog.text
 
 
 def test_a_request_that_the_server_aborts(connect, servers, monkeypatch):
@@ -427,7 +425,7 @@ def test_a_request_that_the_server_aborts(connect, servers, monkeypatch):
         ({}, lambda answer: answer if "server" in answer else {"error": "store", "message": "broken"}, "broken"),
     ],
 )
-def test_a_server_that_comes_back_worse_stays_out_and_the_others_go_on(connect, servers, capsys, info, alter, reason):
+def test_a_server_that_comes_back_worse_stays_out_and_the_others_go_on(connect, servers, caplog, info, alter, reason):
     engine = connect(absence_s=0.5)
     lose(engine, servers[0])
     servers[0].info |= info
@@ -435,7 +433,7 @@ def test_a_server_that_comes_back_worse_stays_out_and_the_others_go_on(connect, 
     time.sleep(0.1)
     before = servers[1].num_captures
     assert len(engine.capture(PROMPTS)) == len(PROMPTS)
-    assert "is back" not in capsys.readouterr().out
+    assert "is back" not in caplog.text
     assert servers[1].num_captures - before == len(PROMPTS)
     servers[1].dead = True
     with pytest.raises((PeerGoneError, PeerFailedError)):
@@ -487,7 +485,7 @@ def test_servers_that_come_back_and_lose_everything_end_the_run(connect, servers
                 ask(engine)
 
 
-def test_who_waits_for_an_answer_is_freed_when_the_run_ends(connect, servers, capsys):
+def test_who_waits_for_an_answer_is_freed_when_the_run_ends(connect, servers, caplog):
     engine = connect(urls=[servers[0].url], in_flight=1)
     servers[0].hung.set()
     try:
@@ -502,4 +500,4 @@ def test_who_waits_for_an_answer_is_freed_when_the_run_ends(connect, servers, ca
             assert time.monotonic() - began < 1.0
     finally:
         servers[0].hung.clear()
-    assert "lost" not in capsys.readouterr().out
+    assert "lost" not in caplog.text

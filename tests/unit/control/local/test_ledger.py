@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from lightning_dataflow.contracts import PeerTimeoutError, UserError
-from lightning_dataflow.control import Captured, SqliteMetadataStore
+from lightning_dataflow.control import CommitEntry, SqliteMetadataStore
 from lightning_dataflow.control.local import tables as sqlite_tables
 from lightning_dataflow.control.local.log import FileChannel
-from tests.streams import forked
+from tests.records import forked
 from tests.unit.control.ledgers import begin, commit, in_flight, lease
 
 
@@ -33,7 +33,7 @@ def test_a_log_that_cannot_be_written_undoes_what_goes_with_it(tmp_path, failing
     ledger = SqliteMetadataStore(path and tmp_path / path)
     begin(ledger)
     found = lease(ledger)
-    captured = {seq: Captured(generation="0-0", num_bytes=1, line=b"") for seq in found.wanted}
+    captured = {seq: CommitEntry(generation="0-0", num_bytes=1, line=b"") for seq in found.wanted}
     with pytest.raises(OSError, match="No space left"):
         ledger.commit(found, captured, failing_log)
     with pytest.raises(OSError, match="No space left"):

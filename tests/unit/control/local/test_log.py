@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from lightning_dataflow.contracts import LogRecord, PeerTimeoutError, UserError, ref_to_json
-from lightning_dataflow.control.local.lines import seal
+from lightning_dataflow.control.local.lines import add_crc
 from lightning_dataflow.control.local.log import FileChannel
-from tests.streams import make_ref
+from tests.records import make_ref
 
 RUN = {"run_id": "run", "settings": {"seed": 0, "layers": [1, 3]}}
 
@@ -192,7 +192,7 @@ def line(**changes: Any) -> str:
     ],
 )
 def test_what_others_write_is_checked(channel, content, message):
-    content = content if len(content) > 1 << 20 else seal(content.encode()).decode()
+    content = content if len(content) > 1 << 20 else add_crc(content.encode()).decode()
     (channel.folder / "log-00000000.jsonl").write_text(content)
     with pytest.raises(UserError, match=message) as error:
         channel.poll()

@@ -5,13 +5,12 @@ from lightning_dataflow.control import RedisMetadataStore, RunPlan
 from lightning_dataflow.control.redis.log import RedisChannel
 from lightning_dataflow.control.redis.server import RedisServer
 from lightning_dataflow.services.redis import LocalRedis
-from tests.streams import WIDE, make_ref
+from tests.records import WIDE, make_ref
 
 
 def kill(server: LocalRedis) -> None:
-    process = server.processes["redis-server"]
-    process.kill()
-    process.wait()
+    server.process.kill()
+    server.process.wait()
 
 
 def channel(server: LocalRedis, **options: float) -> RedisChannel:

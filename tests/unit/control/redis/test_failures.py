@@ -30,7 +30,7 @@ def test_all_goes_on_after_a_restart_with_the_append_only_file(own):
     publishing.start()
     time.sleep(0.5)
     assert publishing.is_alive()  # waiting for it
-    server.restart("redis-server")
+    server.start()
     publishing.join(10)
     assert seqs(log) == [2]
     assert lease(ledger).seqs == (4, 5, 6, 7)
@@ -44,7 +44,7 @@ def test_a_restart_without_it_is_told(own):
     writer.publish(refs(0, 1))
     assert seqs(reader) == [0, 1]
     kill(server)
-    server.restart("redis-server")
+    server.start()
     why = r": it restarted without its append-only file, or failed over .* Set appendonly yes .*ckpt_path=last"
     for _ in range(2):
         with pytest.raises(PeerFailedError, match="lost what this process had written there" + why):
@@ -104,7 +104,7 @@ def test_a_change_whose_answer_is_lost_is_made_once(own, monkeypatch):
     log.announce({"run_id": "run"})
     ledger = begun(log.server)
     lease(ledger)
-    process = server.processes["redis-server"]
+    process = server.process
     process.send_signal(signal.SIGSTOP)  # what is sent now arrives, and nothing comes back
     threading.Timer(1.0, process.send_signal, [signal.SIGCONT]).start()
     start = time.monotonic()
@@ -125,7 +125,7 @@ def test_patience_ends_with_a_message(own):
     kill(server)
     with pytest.raises(PeerTimeoutError, match=r"Redis at 127.0.0.1:\d+ could not be used for 0 s \(.*\): is it running"):
         log.publish(refs(0))
-    server.restart("redis-server")
+    server.start()
     log.publish(refs(1))
     assert seqs(log) == [1]
 

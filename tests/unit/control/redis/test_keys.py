@@ -6,11 +6,11 @@ import shutil
 import pytest
 
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.control import Captured
+from lightning_dataflow.control import CommitEntry
 from lightning_dataflow.control.redis.log import RedisChannel
 from lightning_dataflow.control.redis.server import RedisServer
 from lightning_dataflow.services.redis import LocalRedis
-from tests.streams import WIDE
+from tests.records import WIDE
 from tests.unit.control.redis.calls import begun, channel, refs
 
 pytestmark = pytest.mark.skipif(
@@ -53,7 +53,7 @@ def test_what_others_write_is_checked(own):
 
 def test_two_servers_do_not_share_a_folder(own, monkeypatch):
     server = own()
-    monkeypatch.setattr("lightning_dataflow.services.redis.STOP_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("lightning_dataflow.services.redis.LOCK_TIMEOUT_S", 0.1)
     with pytest.raises(UserError, match=r"another process runs a Redis in .*: the run goes on, so end it first"):
         LocalRedis(server.folder)
 
@@ -149,7 +149,7 @@ def test_workers_that_hold_nothing_leave_no_trace(own):
     for index in range(3):
         found = ledger.lease(f"p{index}", group=4, num_bytes=lambda seq: 8, watermarks=WIDE, lease_s=60.0)
         captured = {
-            seq: Captured(generation="0-0123456789abcdef", num_bytes=8, line=log.encode(record))
+            seq: CommitEntry(generation="0-0123456789abcdef", num_bytes=8, line=log.encode(record))
             for seq, record in zip(found.wanted, refs(*found.wanted), strict=True)
         }
         assert ledger.commit(found, captured, log) == list(found.wanted)

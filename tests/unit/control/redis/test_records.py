@@ -11,7 +11,7 @@ from lightning_dataflow.control.heads import SEQ
 from lightning_dataflow.control.redis import log as redis_channel
 from lightning_dataflow.control.redis.log import RedisChannel
 from lightning_dataflow.control.redis.records import CHUNK, HEAD_BYTES
-from tests.streams import WIDE, make_ref
+from tests.records import WIDE, make_ref
 
 COUNTS = (1, CHUNK - 1, CHUNK, CHUNK + 1, 3, 2 * CHUNK, 29)
 

@@ -1,11 +1,28 @@
 #!/usr/bin/env bash
-# Sets up, then checks style and types and runs all tests but the slow ones (`-m slow`). Further arguments go to pytest.
+# Sets up, then checks style and types and runs tests. Each tier holds the one before; further arguments go to pytest.
+#
+#   bash scripts/test.sh fast       unit tests that neither run a command nor train: the loop while writing code
+#   bash scripts/test.sh            the default suite: all but what is slow
+#   bash scripts/test.sh ci         and what is slow, among it every command of the README
+#   bash scripts/test.sh nightly    and all products of strategies and settings, chaos, and long runs
+#   bash scripts/test.sh engines    tests against SGLang and vLLM alone; .ci/engines makes their environments
 set -euo pipefail
 cd "$(dirname "$0")/.."
+
+tier=default
+case "${1:-}" in fast | default | ci | nightly | engines) tier=$1; shift ;; esac
+folders=tests
+case $tier in
+  fast) marked="not slow and not integration"; folders="tests/test_lint.py tests/golden tests/unit" ;;
+  default) marked="not slow" ;;
+  ci) marked="not nightly and not engine" ;;
+  nightly) marked="not engine" ;;
+  engines) marked="engine" ;;
+esac
+
 bash scripts/setup.sh
-.venv/bin/python -m ruff check .
-.venv/bin/python -m ruff format --check .
-.venv/bin/python -m mypy
-# Two files of tests at a time, with one thread each: threads that wait for a core slow all of them down.
+# Two files of tests at a time, each process with one thread: threads that wait for a core slow all others down. `exec`, so that
+# a signal to this script ends the tests; these end what they have started.
 export OMP_NUM_THREADS=1
-exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"  # the long files come first
+# shellcheck disable=SC2086
+exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "$marked" --durations=5 --durations-min=1 $folders "$@"

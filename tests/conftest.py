@@ -6,6 +6,7 @@ What is heavy is imported where it is used, so that tests of records, control pl
 import itertools
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,8 +25,24 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; no 
 
 LAYER_IDS = (1, 3, 4)
 RUNS = itertools.count()
+LONGEST = ("tests/test_lint.py", "tests/distributed/", "tests/system/", "tests/unit/cli/", "tests/unit/evaluation/")
 
 
+def pytest_configure() -> None:
+    """SIGTERM ends the tests as Ctrl-C does: with the processes that they have started."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs only in the nightly tests, or with an engine, is slow. The longest folders come first."""
+    for item in items:
+        if item.get_closest_marker("nightly") or item.get_closest_marker("engine"):
+            item.add_marker("slow")
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures are made
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu"):
         import torch

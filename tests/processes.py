@@ -14,16 +14,21 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BUSY = 3
-"""How many times as long as an idle machine a busy one may take."""
+"""A busy machine may take this many times as long as an idle one."""
 
 
-def long(*values: Any) -> Any:
-    """A case of a test that takes its time and shows nearly what another does: `-m slow` runs it, CI does not."""
-    return pytest.param(*values, marks=[pytest.mark.slow, pytest.mark.long])
+def slow(*values: Any) -> Any:
+    """A case of a test that CI runs, and the default suite does not."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def nightly(*values: Any) -> Any:
+    """A case of a test that shows nearly what another case shows: only the nightly tests run it."""
+    return pytest.param(*values, marks=pytest.mark.nightly)
 
 
 def environment() -> dict[str, str]:
-    """One thread a process keeps two ranks from fighting for two cores."""
+    """The environment of a command under test. One thread a process: two ranks must not compete for two cores."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
 
@@ -45,25 +50,25 @@ def torchrun(*arguments: str, cwd: Path, num_ranks: int = 2, **options: Any) -> 
 
 def processes_in(folder: Path) -> dict[int, str]:
     """Processes whose working directory is `folder`, by id, with their command lines."""
-    found = {}
+    processes = {}
     for entry in Path("/proc").iterdir():
         try:
             if entry.name.isdigit() and Path(os.readlink(entry / "cwd")) == folder:
                 state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
                 if state != "Z":
-                    found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
-        except OSError:  # it has just ended
+                    processes[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
+        except OSError:  # the process has just ended
             continue
-    return found
+    return processes
 
 
-def heed_ctrl_c() -> None:
-    """In a child before it runs its command: a background job of a shell, and all below it, would ignore SIGINT."""
+def restore_sigint() -> None:
+    """For `preexec_fn`: background jobs of a shell, and their children, ignore SIGINT unless it is restored."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_until(condition: Callable[[], object], timeout_s: float, shown: Callable[[], str]) -> None:
-    """Fail with what is `shown` unless `condition` comes true in `timeout_s` of an idle machine; a busy one has longer."""
+    """Wait until `condition` holds; fail with the text of `shown` after BUSY times `timeout_s`."""
     deadline = time.monotonic() + BUSY * timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"not within {BUSY * timeout_s} s: {shown()}"
@@ -87,4 +92,4 @@ TINY = (
 
 def with_strategy(settings: Sequence[str], strategy: str) -> tuple[str, ...]:
     """The same settings for another strategy."""
-    return (*(one for one in settings if not one.startswith("strategy=")), f"strategy={strategy}")
+    return (*(setting for setting in settings if not setting.startswith("strategy=")), f"strategy={strategy}")

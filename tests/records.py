@@ -56,6 +56,13 @@ def make_ref(seq: int, attempt: int = 0, **options: Any) -> SampleRef:
     )
 
 
+def rank_slice(window: int, size: int, rank: int, world_size: int) -> range:
+    """The seqs that `rank` trains of a window of `size` seqs."""
+    share = size // world_size
+    start = window * size + rank * share
+    return range(start, start + share)
+
+
 def memory_plane(folder: Path, run_id: str = "run") -> ControlPlane:
     return resolve_control_plane("dataflow_colocated", run_id, path=folder)
 

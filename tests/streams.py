@@ -1,15 +1,15 @@
 """Small real parts of a stream: a feed whose features tell which sample they are, a worker and a source."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from lightning_dataflow.contracts import SampleOrigin
 from lightning_dataflow.control import ControlPlane
 from lightning_dataflow.data import FeatureCard, PassOrder, StreamingSource
 from lightning_dataflow.producers import Feed, RolloutWorker
 from lightning_dataflow.producers.capture import FEATURES
+from lightning_dataflow.producers.feeds import CapturedSample, to_put
 from lightning_dataflow.stores import FeatureStore
 from lightning_dataflow.stores.base import Tensors, num_bytes
 from tests.records import CAPTURE, WIDE, make_origin
@@ -48,22 +48,16 @@ class SeqFeed(Feed):
 
     def __init__(self, before: Callable[[Sequence[int], int], None] = lambda seqs, attempt: None, *, length: int = 300):
         self.before = before
-        self.length = length
+        self.sizes = [self.num_bytes(seq) for seq in range(length)]
         self.captured: list[tuple[tuple[int, ...], int]] = []
-
-    def __len__(self) -> int:
-        return self.length
-
-    def sizes(self) -> list[int]:
-        return [self.num_bytes(seq) for seq in range(self.length)]
 
     def num_bytes(self, seq: int) -> int:
         return num_bytes(make_tensors(seq))
 
-    def capture(self, seqs: Sequence[int], attempt: int) -> list[tuple[SampleOrigin, Tensors]]:
+    def capture(self, seqs: Sequence[int], attempt: int, wanted: Collection[int]) -> Iterator[CapturedSample]:
         self.before(seqs, attempt)
         self.captured.append((tuple(seqs), attempt))
-        return [(make_origin(seq, attempt), make_tensors(seq)) for seq in seqs]
+        return (to_put(seq, make_origin(seq, attempt), make_tensors(seq)) for seq in wanted)
 
     def token_counts(self) -> torch.Tensor:
         return torch.ones(8, dtype=torch.int64)

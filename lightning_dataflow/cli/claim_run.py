@@ -10,8 +10,8 @@ from omegaconf import DictConfig, read_write
 from typing_extensions import override
 
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts.errors import BAD_SETTINGS
 from lightning_dataflow.run.claim import claim
-from lightning_dataflow.run.exit_status import BAD_SETTINGS
 from lightning_dataflow.run.ranks import rank_from_environment
 
 

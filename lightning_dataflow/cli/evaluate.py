@@ -39,8 +39,8 @@ def evaluate(config: TrainConfig, settings: dict[str, Any]) -> None:
 
     What was measured before a draft fails is in the JSON, and in the table.
     """
-    from lightning_dataflow.cli.backends import make_backend
     from lightning_dataflow.cli.figure import draw_measurements
+    from lightning_dataflow.cli.judges import make_backend
     from lightning_dataflow.evaluation.acceptance import check_decoding
     from lightning_dataflow.run.builder import Builder
 

@@ -21,7 +21,7 @@ from lightning_dataflow.config.derived import is_disaggregated
 from lightning_dataflow.config.parsing import check_choices, parse_config, plain_settings, register_settings
 from lightning_dataflow.config.schema import TrainConfig
 from lightning_dataflow.contracts import CapacityError, NotFiniteError, PeerFailedError, PeerTimeoutError, UserError
-from lightning_dataflow.run.exit_status import BAD_SETTINGS, INTERRUPTED, RETRYABLE, TERMINATED
+from lightning_dataflow.contracts.errors import BAD_SETTINGS, INTERRUPTED, RETRYABLE, TERMINATED
 from lightning_dataflow.run.ranks import rank_from_environment
 from lightning_dataflow.run.signals import Terminated, signals_interrupt
 

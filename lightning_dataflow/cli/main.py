@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from lightning_dataflow.run.exit_status import INTERRUPTED
+from lightning_dataflow.contracts.errors import INTERRUPTED
 
 COMMANDS = {
     "train": "train a draft",

@@ -2,9 +2,12 @@
 
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lightning_dataflow.config.schema import StoreConfig, TargetConfig
 from lightning_dataflow.contracts import UserError
+
+if TYPE_CHECKING:
+    from lightning_dataflow.config.schema import StoreConfig, TargetConfig
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +26,7 @@ def read_secret_file(path: str | None, setting: str) -> str | None:
         raise UserError(f"{setting}={path} is not text: a secret is one line of UTF-8") from error
 
 
-def read_api_key(target: TargetConfig) -> str | None:
+def read_api_key(target: "TargetConfig") -> str | None:
     """The key of capture servers."""
     key = read_secret_file(target.api_key_file, "target.api_key_file")
     if key is not None and not (key and key.isascii() and key.isprintable()):
@@ -31,6 +34,6 @@ def read_api_key(target: TargetConfig) -> str | None:
     return key
 
 
-def read_secret(store: StoreConfig) -> str | None:
+def read_secret(store: "StoreConfig") -> str | None:
     """The secret of store=shared_dir."""
     return read_secret_file(store.secret_file, "store.secret_file")

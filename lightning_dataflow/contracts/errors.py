@@ -1,4 +1,10 @@
-"""Errors whose message is all the user needs: commands print them as one line and exit with status 1."""
+"""Errors whose message is all the user needs: commands print it as one line.
+
+Exit statuses: BAD_SETTINGS where the same command would fail again, RETRYABLE where it may succeed later, so that the
+supervisor starts the process again; INTERRUPTED and TERMINATED after SIGINT and SIGTERM, as shells have them.
+"""
+
+BAD_SETTINGS, RETRYABLE, INTERRUPTED, TERMINATED = 1, 75, 130, 143
 
 
 class UserError(ValueError):

@@ -7,4 +7,4 @@ from lightning_dataflow.data.offline import OfflineSource as OfflineSource
 from lightning_dataflow.data.queue import StreamingRefQueue as StreamingRefQueue
 from lightning_dataflow.data.source import FeatureCard as FeatureCard, RefSource as RefSource, RefWindow as RefWindow
 from lightning_dataflow.data.streaming import StreamingSource as StreamingSource
-from lightning_dataflow.data.windows import Batching as Batching, PassOrder as PassOrder, rank_slice as rank_slice
+from lightning_dataflow.data.windows import Batching as Batching, PassOrder as PassOrder

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, cast
 
 import lightning as L
@@ -21,21 +21,24 @@ from lightning_dataflow.data.windows import Batching, PassOrder
 class DataFlowDataModule(L.LightningDataModule):
     """Feeds a Trainer from any topology, and resumes at the exact sample.
 
-    Its state in a checkpoint is the cursor, the first seq that no applied optimizer step has used, and which samples before
-    it were skipped or captured again. Batches are dicts of
-    tensors; beside what `collate` makes they hold `window_num_tokens`, Σ tokens of the window over all ranks, `next_seq`,
-    the cursor once the window's optimizer step has run, the `source_ids` of their samples, and `broken`, the error
-    message if features of one hold NaN or infinity, else None.
+    Its state in a checkpoint is the cursor, which is the first seq that no applied optimizer step has used, and which
+    samples before the cursor were skipped or captured again.
+
+    Batches are dicts. Beside what `collate` makes they hold: `window_num_tokens`, the tokens of the window over all ranks;
+    `next_seq`, the cursor after the window's optimizer step; the `source_ids` of their samples; and `broken`, the error
+    message if features hold NaN or infinity, otherwise None.
 
     Args:
         source: where references come from, for example `OnlineSource` or `OfflineSource`.
         global_batch_size: samples per optimizer step, over all ranks; with packing, at most.
         micro_batch_size: rows per forward pass and rank. A row is one sample, or with packing `row_tokens` tokens.
-        row_tokens, rows_per_step: pack samples into rows of so many tokens, so many rows per optimizer step over all ranks.
+        row_tokens: pack samples into rows of this many tokens.
+        rows_per_step: with packing, rows per optimizer step, over all ranks.
         seed: of the order of samples.
         collate: how samples become a batch; by default the `collate` of the trainer's module.
         prefetch_windows: windows that a thread reads ahead; 0 reads when asked, None is what the source suggests.
-        run_id: a checkpoint of a run with another one is refused.
+        skip_ids: source ids of samples that are not trained. They keep their places with zero loss weight.
+        run_id: checkpoints of another run are refused.
 
     Raises:
         UserError: sizes that do not fit each other.
@@ -52,10 +55,12 @@ class DataFlowDataModule(L.LightningDataModule):
         seed: int = 0,
         collate: Collate | None = None,
         prefetch_windows: int | None = None,
+        skip_ids: Collection[str] = (),
         run_id: str | None = None,
     ):
         super().__init__()
         self.source = source
+        self.source.skip_ids = frozenset(skip_ids)
         self.batching = Batching(
             global_batch_size=global_batch_size,
             micro_batch_size=micro_batch_size,
@@ -72,20 +77,20 @@ class DataFlowDataModule(L.LightningDataModule):
         self._reader: WindowReader | None = None
         self._prefetcher: Prefetcher | None = None
         self._saved_seq: int | None = None
-        self._skipped_before: dict[int, str] = {}  # in the fits that this one goes on from
+        self._skipped_before: dict[int, str] = {}  # in the fits that this one resumes
         self._recaptured_before = 0
         self._closed = False
 
     def accumulate_grad_batches(self, world_size: int) -> int:
-        """What the Trainer must be given. Raises UserError when the batch sizes do not divide."""
+        """The Trainer's argument of this name. Raises UserError when the batch sizes do not divide."""
         return self.batching.accumulation(world_size)
 
     def train_dataloader(self) -> "_Stream":
-        """A stream of micro-batches; nothing happens before its first `next`."""
+        """A stream of micro-batches. Nothing is read before the first `next`."""
         return _Stream(self)
 
     def start(self, *, resumed: bool) -> None:
-        """A fit begins: count from here, and from the first sample unless it goes on from a checkpoint. On every rank."""
+        """A fit begins, at the first sample or at the checkpoint's cursor. Called on every rank."""
         if not resumed:
             self.next_seq, self._skipped_before, self._recaptured_before = 0, {}, 0
         self.first_seq = self.next_seq
@@ -98,11 +103,11 @@ class DataFlowDataModule(L.LightningDataModule):
         window = self.batching.global_batch_size
         stop = self.next_seq + (trainer.max_steps - trainer.global_step) * window
         plan = RunPlan(start=self.next_seq, stop=stop, window=window)
+        if trainer.global_rank > 0:  # rank 0 first: it voids what an earlier fit left in the log
+            trainer.strategy.barrier("the run has begun")
+        self.source.begin(plan, trainer.global_rank, trainer.world_size)
         if trainer.global_rank == 0:
-            self.source.begin(plan, 0, trainer.world_size)
-        trainer.strategy.barrier("the run has begun")  # what an earlier run left in the log no longer holds
-        if trainer.global_rank > 0:
-            self.source.begin(plan, trainer.global_rank, trainer.world_size)
+            trainer.strategy.barrier("the run has begun")
         if self.batching.packed and not self.source.shares_any_seqs:
             raise UserError(
                 f"each of the {trainer.world_size} ranks captures its own slice of a window here, so samples cannot be "
@@ -110,30 +115,30 @@ class DataFlowDataModule(L.LightningDataModule):
             )
 
     def mark_applied(self, next_seq: int, global_step: int) -> None:
-        """The optimizer step that used everything before `next_seq` has run; see `source.release_at`."""
+        """The optimizer step that used everything before `next_seq` has run."""
         self.next_seq = next_seq
         assert self._reader is not None, "a step reads batches first"
         freed = self._reader.release(next_seq) if self.source.release_at == "applied" else []
         self.source.applied(freed, next_seq, global_step)
 
     def mark_saved(self, global_step: int) -> None:
-        """The checkpoint that `state_dict` was last asked for is complete. Does nothing the second time.
+        """The checkpoint for which `state_dict` was last called is complete. Does nothing the second time.
 
-        A DataFlowTrainer says so itself. In other Trainers the next batch does: saving is synchronous.
+        A DataFlowTrainer calls this itself. For other Trainers, StreamCursor does at the next batch.
         """
         if self._saved_seq is not None:
-            keeps = self._reader is not None and self.source.release_at == "durable"
-            freed = self._reader.release(self._saved_seq) if keeps and self._reader else []
+            frees_now = self._reader is not None and self.source.release_at == "durable"
+            freed = self._reader.release(self._saved_seq) if frees_now and self._reader else []
             self.source.durable(self._saved_seq, global_step, freed)
             self._saved_seq = None
 
     def forget_saved(self) -> None:
-        """What `state_dict` was last asked for became no checkpoint to resume from."""
+        """The state that `state_dict` last returned is in no checkpoint to resume from."""
         self._saved_seq = None
 
     def skipped(self) -> dict[int, str]:
-        """Seqs that were trained without features, with the reasons, since the run began."""
-        return self._skipped_before | dict(self.source.skipped())
+        """Seqs that were not trained, with the reasons, since the run began."""
+        return self._skipped_before | self.source.skipped()
 
     def num_recaptured(self) -> int:
         """Samples that were captured again because their features were lost, since the run began."""
@@ -154,20 +159,16 @@ class DataFlowDataModule(L.LightningDataModule):
         self.source.finish(status)
 
     def teardown(self, stage: str) -> None:
-        """Lightning's hook."""
         if stage == "fit":
             self.close("completed")
 
     def on_exception(self, exception: BaseException) -> None:
-        """Lightning's hook; `teardown` does not follow it."""
-        self.close(
-            "interrupted"
-            if isinstance(exception, KeyboardInterrupt | SIGTERMException)
-            else f"failed: {str(exception) or type(exception).__name__}"
-        )
+        """After an exception Lightning does not call `teardown`."""
+        interrupted = isinstance(exception, KeyboardInterrupt | SIGTERMException)
+        self.close("interrupted" if interrupted else f"failed: {str(exception) or type(exception).__name__}")
 
     def state_dict(self) -> dict[str, Any]:
-        """The cursor, what gives it its meaning, and counts of what is before it, as plain data."""
+        """The cursor, the settings that define the order it counts in, and counts of the samples before it. Plain data."""
         self._saved_seq = self.next_seq
         return {
             "next_seq": self.next_seq,
@@ -178,17 +179,17 @@ class DataFlowDataModule(L.LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on at the checkpoint's cursor. Raises UserError; see `check_state`."""
+        """Continue at the checkpoint's cursor. Raises UserError; see `check_state`."""
         self.check_state(state_dict)
         self.next_seq = state_dict["next_seq"]
         self._skipped_before, self._recaptured_before = dict(state_dict["skipped"]), state_dict["recaptured"]
 
     def check_state(self, state_dict: dict[str, Any]) -> None:
-        """Raise UserError when a checkpoint counts in another order of samples, or is another run's."""
+        """Raise UserError if a checkpoint counts samples in another order, or belongs to another run."""
         for name, value in self._identity().items():
-            if (found := state_dict.get(name)) != value:
+            if (saved := state_dict.get(name)) != value:
                 raise UserError(
-                    f"the checkpoint was written with {name}={found}, this run has {value}: "
+                    f"the checkpoint was written with {name}={saved}, this run has {value}: "
                     "resume with the same data, seed, global_batch_size and packing, or start a new run"
                 )
         if self.run_id is not None and state_dict.get("run_id") not in (None, self.run_id):
@@ -251,9 +252,9 @@ class DataFlowDataModule(L.LightningDataModule):
 
 
 class _Stream:
-    """Lightning calls `iter` more often than it reads, so this starts over at the cursor each time.
+    """Starts again at the cursor with each `iter`, which Lightning calls more often than it reads.
 
-    Lightning takes a loader with these two methods for one that resumes; the state is the DataModule's.
+    With `state_dict` and `load_state_dict`, Lightning treats it as a loader that resumes; the DataModule holds the state.
     """
 
     def __init__(self, data: DataFlowDataModule):

@@ -10,24 +10,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightning_dataflow.contracts import (
-    SCHEMA_VERSION,
-    CaptureSpec,
-    SampleRef,
-    UserError,
-    assert_no_tensors,
-    ref_from_json,
-    ref_to_json,
-)
-from lightning_dataflow.data.source import FeatureCard, RefSource, RefWindow, WindowEntry
+from lightning_dataflow.contracts import SCHEMA_VERSION, SampleRef, UserError, assert_no_tensors, ref_from_json, ref_to_json
+from lightning_dataflow.control import resolve_control_plane
+from lightning_dataflow.data.source import FeatureCard, IndexedSource, RefWindow
 from lightning_dataflow.data.windows import PassOrder
 from lightning_dataflow.stores import SharedDirFeatureStore
 
 MANIFEST, REFS, COUNTS = "manifest.json", "refs.jsonl", "token_counts.safetensors"
 
 
-class OfflineSource(RefSource):
+class OfflineSource(IndexedSource):
     """Refs of a folder of captured features.
+
+    Attributes:
+        refs: of all samples, in the order of the prompts.
 
     Args:
         folder: written by `lightning-dataflow capture`.
@@ -39,55 +35,43 @@ class OfflineSource(RefSource):
 
     def __init__(self, folder: str | Path, *, secret: str | None = None):
         self.folder = Path(folder)
+        self.plane = resolve_control_plane("local_colocated", str(folder))
         manifest = _read_manifest(self.folder)
         self.store = SharedDirFeatureStore(self.folder, retain=True, secret=secret)
         try:
-            self.card = card_from_json(manifest["card"])
-            self._refs = _read_refs(self.folder / REFS)
+            self.card = FeatureCard.from_json(manifest["card"])
+            self.refs = _read_refs(self.folder / REFS)
             num_samples = manifest["num_samples"]
         except (KeyError, TypeError, AttributeError, OSError) as error:
             raise UserError(f"the capture in {self.folder} is damaged ({error!r}): capture again") from error
-        if len(self._refs) != num_samples:
+        if len(self.refs) != num_samples:
             raise UserError(
-                f"{self.folder}/{REFS} lists {len(self._refs)} samples, {MANIFEST} says {num_samples}: "
+                f"{self.folder}/{REFS} lists {len(self.refs)} samples, {MANIFEST} says {num_samples}: "
                 "the capture is damaged, run it again"
             )
 
     def __len__(self) -> int:
-        return len(self._refs)
+        return len(self.refs)
 
     @property
     def num_bytes(self) -> int:
         """Payload of all samples."""
-        return sum(ref.num_bytes for ref in self._refs)
+        return sum(ref.num_bytes for ref in self.refs)
 
-    @property
-    def sample_refs(self) -> Sequence[SampleRef]:
-        """Refs of all samples, in the order of the prompts."""
-        return self._refs
+    def source_id(self, index: int) -> str:
+        return self.refs[index].origin.source_id
 
-    def num_tokens(self, seq: int, order: PassOrder) -> int:
-        """See RefSource."""
-        return self._refs[order.locate(seq)[0]].num_tokens
+    def num_tokens_of(self, index: int) -> int:
+        return self.refs[index].num_tokens
 
     def window(self, seqs: range, share: Sequence[int], order: PassOrder) -> RefWindow:
-        """See RefSource; the same ref in every pass."""
-        refs = [self._refs[order.locate(seq)[0]] for seq in seqs]
-        mine = [refs[seq - seqs.start] for seq in share]
-        return RefWindow(
-            entries=[WindowEntry(seq=seq, ref=ref) for seq, ref in zip(share, mine, strict=True)],
-            num_tokens=sum(ref.num_tokens for ref in refs),
-        )
+        """The same ref in every pass."""
+        return self.make_window(seqs, {seq: self.refs[order.locate(seq)[0]] for seq in share}, order)
 
     def discard(self, refs: Sequence[SampleRef]) -> None:
-        """See RefSource; the files stay for the next pass."""
-
-    def in_flight(self) -> dict[str, int]:
-        """See RefSource; nothing is: features stay on disk."""
-        return {"refs_in_flight": 0, "bytes_in_flight": 0}
+        """Keep the files for the next pass."""
 
     def token_counts(self, vocab_size: int) -> Tensor:
-        """See RefSource."""
         try:
             counts = load_file(self.folder / COUNTS)["token_counts"]
         except (OSError, SafetensorError, KeyError) as error:
@@ -106,7 +90,7 @@ def is_captured(folder: str | Path) -> bool:
 
 
 def write_manifest(folder: Path, refs: Sequence[SampleRef], card: FeatureCard, token_counts: Tensor) -> None:
-    """Describe a finished capture; `manifest.json` comes last, so its presence says that everything is there."""
+    """Describe a finished capture. `manifest.json` is written last: where it is, everything else is too."""
     assert_no_tensors(refs)
     (folder / REFS).write_text("".join(json.dumps(ref_to_json(ref)) + "\n" for ref in refs))
     save_file({"token_counts": token_counts}, folder / COUNTS)
@@ -139,9 +123,3 @@ def _read_refs(path: Path) -> list[SampleRef]:
         except ValueError as error:
             raise UserError(f"{path}, line {number}: {error}") from error
     return refs
-
-
-def card_from_json(data: dict[str, Any]) -> FeatureCard:
-    """Rebuild a card from `json.loads` output. Raises KeyError, TypeError or AttributeError for something else."""
-    capture = {**data["capture"], "layer_ids": tuple(data["capture"]["layer_ids"])}
-    return FeatureCard(**{**data, "features": tuple(data["features"]), "capture": CaptureSpec(**capture)})

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from lightning_utilities import apply_to_collection
 
 from lightning_dataflow.data.collate import Batch
 
@@ -16,17 +17,17 @@ _POLL_S = 0.1
 class Prefetcher:
     """Iterates `batches` in a thread, up to `depth` ahead of the reader.
 
-    On a GPU the thread also pins each batch and copies it on a stream of its own; the reader's stream waits for the
-    copy, not the reader. An exception in the thread reaches the reader after the batches before it.
+    On a GPU the thread also pins each batch and copies it on a stream of its own. The reader's stream waits for the copy;
+    the reader does not. An exception in the thread reaches the reader after the batches before it.
 
     Args:
-        batches: touched by the thread only.
-        depth: batches that wait at most; one more is being made.
+        batches: used by the thread only.
+        depth: how many batches wait at most; one more is being made.
         device: where batches go.
     """
 
     def __init__(self, batches: Iterator[Batch], *, depth: int, device: torch.device):
-        assert depth > 0, "without depth there is no need of a thread"
+        assert depth > 0, "reading nothing ahead needs no thread"
         self._batches = batches
         self._ready: queue.Queue[tuple[Batch | None, Any]] = queue.Queue(maxsize=depth)
         self._stop = threading.Event()
@@ -45,9 +46,7 @@ class Prefetcher:
             if event is not None:
                 current = torch.cuda.current_stream(self._device)
                 current.wait_event(event)
-                for value in batch.values():
-                    if isinstance(value, torch.Tensor):
-                        value.record_stream(current)
+                apply_to_collection(batch, torch.Tensor, torch.Tensor.record_stream, current)
             yield batch
 
     def close(self) -> None:
@@ -91,10 +90,11 @@ class _DeviceCopier:
         self._stream = torch.cuda.Stream(device)
 
     def copy(self, batch: Batch) -> tuple[Batch, torch.cuda.Event]:
-        """The batch on the device once the event has passed."""
+        """The batch on the device, complete once the event has passed."""
         with torch.cuda.stream(self._stream):
-            moved = {
-                name: value.pin_memory().to(self._device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-                for name, value in batch.items()
-            }
-            return moved, self._stream.record_event()
+            return copy_to(self._device, batch), self._stream.record_event()
+
+
+def copy_to(device: torch.device, batch: Batch) -> Batch:
+    """Copy all tensors, also those within tuples and dicts, without waiting: the source is in pinned memory."""
+    return apply_to_collection(batch, torch.Tensor, lambda tensor: tensor.pin_memory().to(device, non_blocking=True))

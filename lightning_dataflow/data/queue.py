@@ -27,7 +27,7 @@ from lightning_dataflow.control.heads import (
 from lightning_dataflow.control.heartbeat import producer_failures
 from lightning_dataflow.control.log import POLL_S
 from lightning_dataflow.data.head_table import HeadTable
-from lightning_dataflow.data.source import RefWindow, WindowEntry
+from lightning_dataflow.data.source import SKIP_REASON, RefWindow, WindowEntry
 
 CHECK_PEERS_S = 0.5
 
@@ -49,7 +49,7 @@ class StreamingRefQueue:
 
     Args:
         start: the first seq of interest; older ones are unwanted.
-        skip_ids: sample ids that are not trained: they keep their places with zero loss weight.
+        skip_ids: source ids of samples that are not trained: they keep their places with zero loss weight.
         idle_timeout_s: wait this long for a record at most.
         pump: where this process captures by itself, called instead of waiting; returns whether it got further.
         frees: whether unwanted refs are kept for their features to be freed; one rank does that for all.
@@ -125,7 +125,7 @@ class StreamingRefQueue:
         """What is known of seqs of complete windows."""
         refs = [record.ref for record in self._load(seqs)]
         if self._skip_ids:
-            refs = [None if ref is None or ref.sample_id in self._skip_ids else ref for ref in refs]
+            refs = [None if ref is None or ref.origin.source_id in self._skip_ids else ref for ref in refs]
         return list(map(WindowEntry, seqs, refs))
 
     def entry(self, seq: int) -> WindowEntry:
@@ -237,8 +237,8 @@ class StreamingRefQueue:
             self._loaded[seq] = record
         if not head.has_ref:
             self.skipped[seq] = str(self._load([seq])[0].reason)
-        elif self._skip_ids and (ref := self._load([seq])[0].ref) is not None and ref.sample_id in self._skip_ids:
-            self.skipped[seq] = "skip_ids"
+        elif self._skip_ids and (ref := self._load([seq])[0].ref) is not None and ref.origin.source_id in self._skip_ids:
+            self.skipped[seq] = SKIP_REASON
             self._discard(head, self._loaded[seq])
 
     def _load(self, seqs: Sequence[int]) -> list[LogRecord]:

@@ -1,18 +1,20 @@
-"""What the DataModule asks of a topology: references for the seqs of a window, and what the features are."""
+"""The contract of every source: references for the seqs of a window, and what the features are."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 from lightning_dataflow.contracts import CaptureSpec, SampleRef, UserError
-from lightning_dataflow.control import RunPlan
+from lightning_dataflow.control import ControlPlane, RunPlan
 from lightning_dataflow.data.windows import PassOrder
 from lightning_dataflow.stores import FeatureStore
 
 ReleaseAt = Literal["applied", "durable"]
+SKIP_REASON = "listed in skip_ids"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +23,10 @@ class FeatureCard:
 
     Attributes:
         features: their names.
-        dtype: of the hidden states, torch's name without the prefix.
+        dtype: of the hidden states, as torch names it, without the prefix.
         prompts_version: fingerprint of the prompts, their masks and their order.
-        max_num_tokens: of the longest sample.
-        skipped: records left out before anything was captured, by reason.
+        max_num_tokens: length of the longest sample.
+        skipped: number of records left out before anything was captured, by reason.
     """
 
     features: tuple[str, ...]
@@ -36,9 +38,15 @@ class FeatureCard:
     max_num_tokens: int
     skipped: Mapping[str, int] = field(default_factory=dict)
 
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "FeatureCard":
+        """Rebuild a card from `json.loads` output. Raises KeyError, TypeError or AttributeError for anything else."""
+        capture = CaptureSpec(**{**data["capture"], "layer_ids": tuple(data["capture"]["layer_ids"])})
+        return cls(**{**data, "features": tuple(data["features"]), "capture": capture})
+
 
 class WindowEntry(NamedTuple):
-    """One seq of a window; `ref` is None where it was skipped and keeps its place with zero loss weight."""
+    """One seq of a window. `ref` is None if the sample was skipped; it keeps its place with zero loss weight."""
 
     seq: int
     ref: SampleRef | None
@@ -50,7 +58,7 @@ class RefWindow:
 
     Attributes:
         entries: in the order of the share.
-        num_tokens: of the whole window, the same on every rank.
+        num_tokens: tokens of the whole window, the same on every rank. Listed samples (`skip_ids`) count.
     """
 
     entries: Sequence[WindowEntry]
@@ -63,18 +71,22 @@ class RefSource(ABC):
     Attributes:
         card: what the features are.
         store: where they are.
+        plane: where the run is coordinated; with a NoOpMetadataStore, nothing is.
         prefetch_windows: how many windows are worth reading ahead.
-        shares_any_seqs: whether a rank's share may be any seqs of a window, or else must be the rank's slice of it.
+        shares_any_seqs: whether a rank's share may be any seqs of a window; otherwise it must be the rank's slice of it.
         release_at: whether features are freed when their step is `applied`, or when a checkpoint made it `durable`.
         resumable: whether this fit writes checkpoints; set before `begin`.
+        skip_ids: source ids of samples that are not trained; set before `begin`.
     """
 
     card: FeatureCard
     store: FeatureStore
+    plane: ControlPlane
     prefetch_windows: int = 1
     shares_any_seqs: bool = True
     release_at: ReleaseAt = "applied"
     resumable: bool = True
+    skip_ids: frozenset[str] = frozenset()
 
     @abstractmethod
     def __len__(self) -> int:
@@ -82,19 +94,20 @@ class RefSource(ABC):
 
     @abstractmethod
     def num_tokens(self, seq: int, order: PassOrder) -> int:
-        """Length of the sample at `seq`, the same on every rank; 0 where it was skipped. Blocks until it is known."""
+        """Length of the sample at `seq`, the same on every rank; 0 if it was given up. Blocks until it is known."""
 
     @abstractmethod
     def window(self, seqs: range, share: Sequence[int], order: PassOrder) -> RefWindow:
-        """The refs of `share`, this rank's part of the window `seqs`; blocks until the whole window is there."""
+        """The refs of `share`, this rank's part of the window `seqs`. Blocks until the whole window is available."""
 
     @abstractmethod
     def token_counts(self, vocab_size: int) -> Tensor:
         """How often each token is supervised in one pass, int64 [vocab_size]."""
 
-    @abstractmethod
     def in_flight(self) -> dict[str, int]:
         """`refs_in_flight` and `bytes_in_flight`: captured and not yet trained. Cheap."""
+        num_refs, num_bytes = self.plane.ledger.in_flight()
+        return {"refs_in_flight": num_refs, "bytes_in_flight": num_bytes}
 
     def check_order(self, order: PassOrder) -> None:  # noqa: B027
         """Raise UserError when this source counts seqs in another order."""
@@ -103,45 +116,83 @@ class RefSource(ABC):
         """A fit starts. Rank 0 calls it first."""
 
     def replace(self, entry: WindowEntry, reason: str) -> WindowEntry:
-        """What to train instead of a ref whose features are gone; blocks while they are captured again.
+        """What to train instead of a ref whose features are gone. Blocks while they are captured again.
 
-        Raises UserError where nobody captures again.
+        Raises UserError if nobody can capture them again.
         """
         raise UserError(f"a sample is lost: {reason}; capture again")
 
     def frees_at_end(self) -> bool:
         """Whether this rank frees what it read and did not use when a fit ends.
 
-        Else somebody else does: rank 0 for all, or, of a run that another process has taken over, that one. A rank that
-        fails because rank 0 died leaves its features to the resume.
+        Otherwise rank 0 does, or the process that has taken over the run. A rank that fails because rank 0 died leaves its
+        features to the resume.
         """
         return True
 
     def discard(self, refs: Sequence[SampleRef]) -> None:
-        """Give back refs that nobody will read."""
+        """The refs will not be read in this pass."""
+        self.free(refs)
+
+    def free(self, refs: Sequence[SampleRef]) -> None:
+        """Free features for good."""
         for ref in refs:
             self.store.free(ref)
 
-    def applied(self, seqs: Sequence[int], next_seq: int, global_step: int) -> None:  # noqa: B027
+    def applied(self, seqs: Sequence[int], next_seq: int, global_step: int) -> None:
         """The step that used everything before `next_seq` has run; this rank freed the features of `seqs`, if any."""
+        self.plane.ledger.ack(next_seq, global_step, seqs)
 
     def must_save(self) -> bool:
         """Whether a checkpoint must be written now, so that features can be freed. The same on every rank."""
         return False
 
-    def durable(self, next_seq: int, global_step: int, freed: Sequence[int] = ()) -> None:  # noqa: B027
+    def durable(self, next_seq: int, global_step: int, freed: Sequence[int] = ()) -> None:
         """A complete checkpoint holds that step; this rank freed the features of `freed`."""
+        self.plane.ledger.ack_durable(next_seq, global_step)
 
     def cancel(self) -> None:  # noqa: B027
         """Make a `window` or `replace` that blocks in another thread end."""
 
-    def finish(self, status: str) -> None:  # noqa: B027
-        """The fit ended: whatever was captured and never read is freed."""
+    def finish(self, status: str) -> None:
+        """The fit ended: free whatever was captured and never read."""
+        self.plane.ledger.finish(status)
 
-    def skipped(self) -> Mapping[int, str]:
-        """Seqs that kept their places without features, with the reasons."""
+    def skipped(self) -> dict[int, str]:
+        """A copy: seqs that kept their places without features, with the reasons."""
         return {}
 
     def num_recaptured(self, below: int | None = None) -> int:
         """Samples (with seqs below that) that were captured again because their features were lost."""
         return 0
+
+
+class IndexedSource(RefSource):
+    """A source that knows its samples by index, so that it can tell without a log which ones are listed in `skip_ids`."""
+
+    _skipped: Mapping[int, str] = MappingProxyType({})
+
+    @abstractmethod
+    def source_id(self, index: int) -> str:
+        """The name of sample `index`, the same in every topology."""
+
+    @abstractmethod
+    def num_tokens_of(self, index: int) -> int:
+        """Length of sample `index`."""
+
+    def begin(self, plan: RunPlan, rank: int, world_size: int) -> None:
+        self._skipped = {}
+
+    def num_tokens(self, seq: int, order: PassOrder) -> int:
+        return self.num_tokens_of(order.locate(seq)[0])
+
+    def make_window(self, seqs: range, refs: Mapping[int, SampleRef], order: PassOrder) -> RefWindow:
+        """A rank's share, `refs` by seq, without those that are listed, which are freed."""
+        listed = {seq: SKIP_REASON for seq in seqs if self.source_id(order.locate(seq)[0]) in self.skip_ids}
+        self._skipped = {**self._skipped, **listed}
+        self.discard([ref for seq, ref in refs.items() if seq in listed])
+        entries = [WindowEntry(seq=seq, ref=None if seq in listed else ref) for seq, ref in refs.items()]
+        return RefWindow(entries=entries, num_tokens=sum(self.num_tokens(seq, order) for seq in seqs))
+
+    def skipped(self) -> dict[int, str]:
+        return dict(self._skipped)

@@ -9,12 +9,14 @@ step depend on the seed, the batching and the samples' lengths alone.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, TypeVar, cast
 
 import torch
 
 from lightning_dataflow.contracts import UserError
 
 MIN_ROW_TOKENS = 8
+Rows = TypeVar("Rows", bound=Sequence[Any])
 
 
 class PassOrder:
@@ -124,14 +126,7 @@ class Batching:
         return Window(seqs=range(start, start + self.global_batch_size), rows=rows)
 
 
-def share_of(rows: Sequence[Sequence[int]], rank: int, world_size: int) -> Sequence[Sequence[int]]:
-    """The rows of `rank`."""
+def share_of(rows: Rows, rank: int, world_size: int) -> Rows:
+    """The rows of `rank`, of all rows of a window."""
     share = len(rows) // world_size
-    return rows[rank * share : (rank + 1) * share]
-
-
-def rank_slice(window: int, global_batch_size: int, rank: int, world_size: int) -> range:
-    """Seqs of `rank` in `window`, without packing."""
-    share = global_batch_size // world_size
-    start = window * global_batch_size + rank * share
-    return range(start, start + share)
+    return cast(Rows, rows[rank * share : (rank + 1) * share])

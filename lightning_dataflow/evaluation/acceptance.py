@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.evaluation.speculative import Drafter, NoDrafter, SpeculativeDecoder
+from lightning_dataflow.evaluation.loop import Drafter, NoDrafter, SpeculativeDecoder
 from lightning_dataflow.targets.hf import HFTargetEngine
 
 LEAST_TEMPERATURE = 1e-5

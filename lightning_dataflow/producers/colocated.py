@@ -8,9 +8,8 @@ from lightning_dataflow.control import ControlPlane, RunPlan, Watermarks
 from lightning_dataflow.data import PassOrder, RefWindow
 from lightning_dataflow.data.source import WindowEntry
 from lightning_dataflow.data.streaming import StreamingSource
-from lightning_dataflow.data.windows import rank_slice
+from lightning_dataflow.data.windows import share_of
 from lightning_dataflow.producers.feeds import PromptFeed
-from lightning_dataflow.producers.online import window_tokens
 from lightning_dataflow.producers.rollout import RolloutWorker
 from lightning_dataflow.prompts import PromptDataset
 from lightning_dataflow.stores import FeatureStore
@@ -22,11 +21,12 @@ JOIN_TIMEOUT_S = 30.0
 class ColocatedSource(StreamingSource):
     """Captures what this rank trains, through leases, commits, the log and the queue.
 
-    Every rank has a control plane of its own, in which its slice of each window is numbered without gaps.
+    Every rank has a control plane of its own, whose log numbers the rank's slices of the windows without gaps.
 
     Args:
         plane: of this rank alone.
-        threaded: a thread captures beside training (`interleaved`); otherwise the target runs while the trainer waits.
+        threaded: whether a thread captures while the trainer trains (`interleaved`); otherwise the target runs while the
+            trainer waits.
     """
 
     def __init__(
@@ -50,81 +50,73 @@ class ColocatedSource(StreamingSource):
         self._thread: threading.Thread | None = None
         self._stopping = threading.Event()
         self._error: BaseException | None = None
-        super().__init__(plane, store, idle_timeout_s=idle_timeout_s, pump=None if threaded else lambda: self._pump_once())
+        super().__init__(plane, store, idle_timeout_s=idle_timeout_s, pump=None if threaded else self._pump_once)
         self.prefetch_windows = 2 if threaded else 0
         self._threaded = threaded
 
     def begin(self, plan: RunPlan, rank: int, world_size: int) -> None:
-        """See RefSource; in seqs of this rank's own."""
-        self._window, self._share = plan.window, rank_slice(0, plan.window, rank, world_size)
+        """The plan of this rank's own control plane counts its slices alone."""
+        self._window, self._share = plan.window, share_of(range(plan.window), rank, world_size)
         share = len(self._share)
         self.shares_any_seqs = world_size == 1
         self._error = None
-        super().begin(RunPlan(start=self._own(plan.start), stop=self._own(plan.stop), window=share), 0, world_size)
+        super().begin(RunPlan(start=self.log_seq(plan.start), stop=self.log_seq(plan.stop), window=share), 0, world_size)
         if self._threaded:
             self._stopping.clear()
             self._thread = threading.Thread(target=self._produce, name="producer", daemon=True)
             self._thread.start()
 
     def num_tokens(self, seq: int, order: PassOrder) -> int:
-        """See RefSource."""
-        return window_tokens(self._prompts, range(seq, seq + 1), order)
+        return len(self._prompts[order.locate(seq)[0]].input_ids)
 
     def window(self, seqs: range, share: Sequence[int], order: PassOrder) -> RefWindow:
-        """See RefSource. Raises what the producer thread raised."""
-        mine = [self._own(seq) for seq in share]
+        """Raises what the producer thread raised."""
+        mine = [self.log_seq(seq) for seq in share]
         try:
-            found = self.queue.get(range(min(mine), max(mine) + 1), mine)
+            window = self.queue.get(range(min(mine), max(mine) + 1), mine)
         except PeerFailedError as error:
             assert self._thread is not None, "without a thread, the producer's error is raised where it happens"
-            self._thread.join(JOIN_TIMEOUT_S)  # it has reported its error and is about to keep it
+            self._thread.join(JOIN_TIMEOUT_S)  # it has reported its error, and may not have stored it yet
             raise (self._error or error) from error
-        entries = [WindowEntry(seq=seq, ref=entry.ref) for seq, entry in zip(share, found.entries, strict=True)]
-        return RefWindow(entries=entries, num_tokens=window_tokens(self._prompts, seqs, order))
+        entries = [WindowEntry(seq=seq, ref=entry.ref) for seq, entry in zip(share, window.entries, strict=True)]
+        return RefWindow(entries=entries, num_tokens=sum(self.num_tokens(seq, order) for seq in seqs))
 
-    def replace(self, entry: WindowEntry, reason: str) -> WindowEntry:
-        """See RefSource."""
-        replaced = super().replace(WindowEntry(seq=self._own(entry.seq), ref=entry.ref), reason)
-        return WindowEntry(seq=entry.seq, ref=replaced.ref)
-
-    def applied(self, seqs: list[int], next_seq: int, global_step: int) -> None:  # type: ignore[override]
-        """See RefSource."""
-        super().applied([self._own(seq) for seq in seqs], self._own(next_seq), global_step)
+    def applied(self, seqs: Sequence[int], next_seq: int, global_step: int) -> None:
+        super().applied([self.log_seq(seq) for seq in seqs], self.log_seq(next_seq), global_step)
 
     def durable(self, next_seq: int, global_step: int, freed: Sequence[int] = ()) -> None:
-        """See RefSource."""
-        super().durable(self._own(next_seq), global_step, freed)
+        super().durable(self.log_seq(next_seq), global_step, freed)
 
     def skipped(self) -> dict[int, str]:
-        """See RefSource; this rank's."""
-        return {self._seq(own): reason for own, reason in super().skipped().items()}
+        """This rank's alone."""
+        return {self._run_seq(seq): reason for seq, reason in super().skipped().items()}
 
     def num_recaptured(self, below: int | None = None) -> int:
-        """See RefSource; this rank's."""
-        return super().num_recaptured(None if below is None else self._own(below))
+        """This rank's alone."""
+        return super().num_recaptured(None if below is None else self.log_seq(below))
 
     def finish(self, status: str) -> None:
-        """See RefSource. Raises RuntimeError when the producer thread does not end."""
+        """Raises RuntimeError when the producer thread does not end."""
         self._stopping.set()
         if self._thread is not None:
-            self.plane.ledger.finish(status)  # ends a wait for room in the store
+            self.plane.ledger.finish(status)  # so that the thread no longer waits for room in the store
             self._thread.join(JOIN_TIMEOUT_S)
             if self._thread.is_alive():
                 raise RuntimeError(f"the producer thread did not end within {JOIN_TIMEOUT_S:.0f} s: it hangs in a capture")
             self._thread = None
         super().finish(status)
 
-    def _own(self, seq: int) -> int:
-        """This rank's number of `seq`; of a window's end, where the next window starts."""
+    def log_seq(self, seq: int) -> int:
+        """The number of `seq` in this rank's log. A window's end maps to the start of the next window."""
         window, position = divmod(seq, self._window)
         return window * len(self._share) + max(0, position - self._share.start)
 
-    def _seq(self, own: int) -> int:
-        window, position = divmod(own, len(self._share))
+    def _run_seq(self, log_seq: int) -> int:
+        window, position = divmod(log_seq, len(self._share))
         return window * self._window + self._share.start + position
 
-    def _locate(self, own: int) -> tuple[int, int]:
-        return self._passes.locate(self._seq(own))
+    def _locate(self, log_seq: int) -> tuple[int, int]:
+        return self._passes.locate(self._run_seq(log_seq))
 
     def _pump_once(self) -> bool:
         return self._worker.run_once() in ("captured", "failed")
@@ -132,5 +124,5 @@ class ColocatedSource(StreamingSource):
     def _produce(self) -> None:
         try:
             self._worker.run(self._stopping.is_set)
-        except BaseException as error:  # the trainer's thread raises it
+        except BaseException as error:  # `window` raises it in the trainer's thread
             self._error = error

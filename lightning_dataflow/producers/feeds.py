@@ -1,10 +1,11 @@
-"""What a RolloutWorker puts into the store: prompts as the target reads them, or features captured before."""
+"""What a RolloutWorker puts into the store: prompts that a target reads, or features captured earlier."""
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -18,62 +19,60 @@ from lightning_dataflow.stores import FeatureStore
 from lightning_dataflow.stores.base import Tensors
 from lightning_dataflow.targets import ReferenceEngine, TargetEngine
 
-PUT_PAUSE_S, CAPTURE_PAUSE_S = 0.1, 2.0
-"""The longest between two tries where the store is full; a server reads the prompt again for each."""
 
-Patience = Callable[[Callable[[], SampleRef], float], SampleRef]
-"""Repeats what fails with CapacityError, after pauses that grow to so many seconds, for as long as room is waited for."""
+class CapturedSample(NamedTuple):
+    """A sample that is ready to be put into the store.
+
+    Attributes:
+        put: puts it there. Raises CapacityError while the store is full; it can be called again then.
+    """
+
+    seq: int
+    sample_id: str
+    put: Callable[[FeatureStore], SampleRef]
+
+
+def to_put(seq: int, origin: SampleOrigin, tensors: Tensors) -> CapturedSample:
+    """A sample whose features are in this process."""
+    return CapturedSample(seq, origin.sample_id, lambda store: store.put(tensors, origin))
 
 
 class Feed(ABC):
     """Features by seq.
 
     Attributes:
-        seed: of the order of seqs; None where seqs number the samples themselves.
+        seed: of the order of seqs; None if seqs number the samples themselves.
+        sizes: payload in bytes of every sample of a pass, known before it is captured.
+        longest_pause_s: between two tries of `CapturedSample.put`.
     """
 
     card: FeatureCard
     seed: int | None
+    sizes: Sequence[int]
+    longest_pause_s = 0.1
 
-    @abstractmethod
     def __len__(self) -> int:
         """Samples in one pass."""
+        return len(self.sizes)
 
-    @abstractmethod
-    def sizes(self) -> Sequence[int]:
-        """Payload in bytes of the features of every sample of a pass, known before they are captured."""
+    def locate(self, seq: int) -> tuple[int, int]:
+        """(index of the sample, pass)."""
+        return seq, 0
 
-    @abstractmethod
     def num_bytes(self, seq: int) -> int:
         """Payload of the features of `seq`."""
+        return self.sizes[self.locate(seq)[0]]
 
     @abstractmethod
-    def capture(self, seqs: Sequence[int], attempt: int) -> list[tuple[SampleOrigin, Tensors]]:
-        """Features of one group.
+    def capture(self, seqs: Sequence[int], attempt: int, wanted: Collection[int]) -> Iterator[CapturedSample]:
+        """Capture one group and yield those that are wanted.
 
         Raises:
-            CaptureMismatchError: they are not what the card says.
+            CaptureMismatchError: the features are not what the card says.
         """
-
-    def store(
-        self,
-        seqs: Sequence[int],
-        attempt: int,
-        wanted: Collection[int],
-        store: FeatureStore,
-        patiently: Patience,
-    ) -> Iterator[tuple[int, SampleRef]]:
-        """Capture one group and have those that are wanted in the store; yields each as soon as it is there.
-
-        Raises:
-            CaptureMismatchError: they are not what the card says.
-        """
-        for seq, (origin, tensors) in zip(seqs, self.capture(seqs, attempt), strict=True):
-            if seq in wanted:
-                yield seq, patiently(partial(store.put, tensors, origin), PUT_PAUSE_S)
 
     def stop_waiting(self) -> None:  # noqa: B027
-        """The run is being ended: calls, those that wait already among them, no longer wait for another process."""
+        """The run is being ended: calls, also those in progress, no longer wait for another process."""
 
     @abstractmethod
     def token_counts(self) -> torch.Tensor:
@@ -109,33 +108,26 @@ class PromptFeed(Feed):
         spec = target.capture_spec
         hidden = (len(spec.layer_ids) + 1) * spec.hidden_size * DTYPE_BYTES[target.dtype]
         bytes_per_token = hidden + DTYPE_BYTES["int64"] + DTYPE_BYTES["uint8"]
-        self._sizes = [len(prompt.input_ids) * bytes_per_token for prompt in prompts]
+        self.sizes = [len(prompt.input_ids) * bytes_per_token for prompt in prompts]
 
-    def __len__(self) -> int:
-        return len(self.prompts)
+    def locate(self, seq: int) -> tuple[int, int]:
+        return self._locate(seq)
 
-    def sizes(self) -> Sequence[int]:
-        """See Feed."""
-        return self._sizes
-
-    def num_bytes(self, seq: int) -> int:
-        """See Feed."""
-        return self._sizes[self._locate(seq)[0]]
-
-    def capture(self, seqs: Sequence[int], attempt: int) -> list[tuple[SampleOrigin, Tensors]]:
-        """See Feed."""
-        return capture_prompts(self.tasks(seqs, attempt), self.target, self.card)
+    def capture(self, seqs: Sequence[int], attempt: int, wanted: Collection[int]) -> Iterator[CapturedSample]:
+        captured = capture_prompts(self.tasks(seqs, attempt), self.target, self.card)
+        for seq, (origin, tensors) in zip(seqs, captured, strict=True):
+            if seq in wanted:
+                yield to_put(seq, origin, tensors)
 
     def tasks(self, seqs: Sequence[int], attempt: int) -> list[PromptTask]:
         """The prompts of a group."""
         version = self.target.info.model_version
         return [
             self.prompts.task(index, pass_index, run_id=self.run_id, target_model_version=version, attempt=attempt)
-            for index, pass_index in map(self._locate, seqs)
+            for index, pass_index in map(self.locate, seqs)
         ]
 
     def token_counts(self) -> torch.Tensor:
-        """See Feed."""
         return self.prompts.token_counts(self.target.info.vocab_size)
 
 
@@ -143,61 +135,44 @@ class ServedFeed(PromptFeed):
     """Prompts whose features a server puts into the store: only references come here."""
 
     target: ReferenceEngine
+    longest_pause_s = 2.0  # for each try, the server reads the prompt again
 
-    def store(
-        self,
-        seqs: Sequence[int],
-        attempt: int,
-        wanted: Collection[int],
-        store: FeatureStore,
-        patiently: Patience,
-    ) -> Iterator[tuple[int, SampleRef]]:
-        """See Feed; a server batches as it likes, so the others of a group are not captured again."""
+    def capture(self, seqs: Sequence[int], attempt: int, wanted: Collection[int]) -> Iterator[CapturedSample]:
+        """The rest of the group is not captured again: a server forms batches of its own."""
         verify_capture_spec(self.target.capture_spec, self.card)
         for seq, task in zip(seqs, self.tasks(seqs, attempt), strict=True):
             if seq in wanted:
-                prompt = (task.payload["input_ids"], task.payload["loss_mask"], sample_origin(task, self.target))
-                yield seq, patiently(partial(self.target.capture_ref, *prompt), CAPTURE_PAUSE_S)
+                origin = sample_origin(task, self.target)
+                yield CapturedSample(seq, origin.sample_id, partial(self._capture_ref, task, origin))
 
     def stop_waiting(self) -> None:
-        """See Feed."""
         self.target.stop_waiting()
+
+    def _capture_ref(self, task: PromptTask, origin: SampleOrigin, store: FeatureStore) -> SampleRef:
+        return self.target.capture_ref(task.payload["input_ids"], task.payload["loss_mask"], origin)
 
 
 class FolderFeed(Feed):
     """Features that `capture` wrote to disk; seq i is sample i."""
 
+    seed = None
+
     def __init__(self, source: OfflineSource, *, vocab_size: int, run_id: str):
         self.source = source
-        self.seed = None
         self.run_id = run_id
         self.card = source.card
         self._vocab_size = vocab_size
-        self._sizes = [
-            sum(math.prod(spec.shape) * DTYPE_BYTES[spec.dtype] for spec in ref.features.values())
-            for ref in source.sample_refs
+        self.sizes = [
+            sum(math.prod(spec.shape) * DTYPE_BYTES[spec.dtype] for spec in ref.features.values()) for ref in source.refs
         ]
 
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def sizes(self) -> Sequence[int]:
-        """See Feed."""
-        return self._sizes
-
-    def num_bytes(self, seq: int) -> int:
-        """See Feed."""
-        return self._sizes[seq]
-
-    def capture(self, seqs: Sequence[int], attempt: int) -> list[tuple[SampleOrigin, Tensors]]:
-        """See Feed; reads the files."""
-        samples = []
-        for ref in (self.source.sample_refs[seq] for seq in seqs):
+    def capture(self, seqs: Sequence[int], attempt: int, wanted: Collection[int]) -> Iterator[CapturedSample]:
+        """Read the files of those that are wanted."""
+        for seq in sorted(wanted):
+            ref = self.source.refs[seq]
             tensors, _ = self.source.store.get(ref)
-            name = f"{self.run_id}:{ref.origin.source_task_id}"
-            samples.append((replace(ref.origin, sample_id=name, run_id=self.run_id, attempt=attempt), tensors))
-        return samples
+            sample_id = f"{self.run_id}:{ref.origin.source_task_id}"
+            yield to_put(seq, replace(ref.origin, sample_id=sample_id, run_id=self.run_id, attempt=attempt), tensors)
 
     def token_counts(self) -> torch.Tensor:
-        """See Feed."""
         return self.source.token_counts(self._vocab_size)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lightning_dataflow.contracts import SampleRef
-from lightning_dataflow.data.source import FeatureCard, RefSource, RefWindow, WindowEntry
+from lightning_dataflow.control import ControlPlane, resolve_control_plane
+from lightning_dataflow.data.source import FeatureCard, IndexedSource, RefWindow
 from lightning_dataflow.data.windows import PassOrder
 from lightning_dataflow.producers.capture import FEATURES, capture_prompts
 from lightning_dataflow.prompts import PromptDataset
@@ -14,13 +15,13 @@ from lightning_dataflow.stores import FeatureStore, MemoryFeatureStore
 from lightning_dataflow.targets import TargetEngine
 
 
-class OnlineSource(RefSource):
-    """Captures on demand; every pass captures anew.
+class OnlineSource(IndexedSource):
+    """Captures on demand, again in each pass.
 
     Args:
-        prompts: to train on.
         target: with its capture layers set.
         store: where features wait for the step that uses them.
+        plane: by default one that coordinates nothing.
         capture_batch_size: prompts per target forward pass. 1 gives the same bits in every topology; more is faster on a
             GPU, and rounds differently when the groups differ.
 
@@ -28,7 +29,7 @@ class OnlineSource(RefSource):
         UserError: the prompts hold tokens that the target does not know, or are longer than its positions.
     """
 
-    prefetch_windows = 0  # a thread beside would run the target while the trainer computes on the same device
+    prefetch_windows = 0  # a prefetch thread would run the target while the trainer computes on the same device
 
     def __init__(
         self,
@@ -36,6 +37,7 @@ class OnlineSource(RefSource):
         target: TargetEngine,
         store: FeatureStore | None = None,
         *,
+        plane: ControlPlane | None = None,
         capture_batch_size: int = 1,
     ):
         prompts.check_target(target.info.vocab_size, target.info.max_position_embeddings)
@@ -43,45 +45,35 @@ class OnlineSource(RefSource):
         self.target = target
         self.store = store or MemoryFeatureStore()
         self.capture_batch_size = capture_batch_size
-        self.run_id = secrets.token_hex(4)
+        self.plane = plane or resolve_control_plane("local_colocated", secrets.token_hex(4))
         self.card = feature_card(prompts, target)
 
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def num_tokens(self, seq: int, order: PassOrder) -> int:
-        """See RefSource."""
-        return window_tokens(self.prompts, range(seq, seq + 1), order)
+    def source_id(self, index: int) -> str:
+        return self.prompts[index].source_id
+
+    def num_tokens_of(self, index: int) -> int:
+        return len(self.prompts[index].input_ids)
 
     def window(self, seqs: range, share: Sequence[int], order: PassOrder) -> RefWindow:
-        """See RefSource; captures the share now."""
-        version = self.target.info.model_version
-        tasks = [
-            self.prompts.task(index, pass_index, run_id=self.run_id, target_model_version=version)
-            for index, pass_index in map(order.locate, share)
-        ]
-        refs: list[SampleRef] = []
-        for start in range(0, len(tasks), self.capture_batch_size):
-            group = tasks[start : start + self.capture_batch_size]
-            refs += [self.store.put(tensors, origin) for origin, tensors in capture_prompts(group, self.target, self.card)]
-        return RefWindow(
-            entries=[WindowEntry(seq=seq, ref=ref) for seq, ref in zip(share, refs, strict=True)],
-            num_tokens=window_tokens(self.prompts, seqs, order),
-        )
+        """Captures the share now."""
+        run_id, version = self.plane.run_id, self.target.info.model_version
+        refs: dict[int, SampleRef] = {}
+        for start in range(0, len(share), self.capture_batch_size):
+            group = share[start : start + self.capture_batch_size]
+            tasks = [self.prompts.task(*order.locate(seq), run_id=run_id, target_model_version=version) for seq in group]
+            captured = zip(group, capture_prompts(tasks, self.target, self.card), strict=True)
+            refs |= {seq: self.store.put(tensors, origin) for seq, (origin, tensors) in captured}
+        return self.make_window(seqs, refs, order)
 
     def in_flight(self) -> dict[str, int]:
-        """See RefSource."""
         health = self.store.health()
         return {"refs_in_flight": health["num_samples"], "bytes_in_flight": health["num_bytes"]}
 
     def token_counts(self, vocab_size: int) -> Tensor:
-        """See RefSource."""
         return self.prompts.token_counts(vocab_size)
-
-
-def window_tokens(prompts: PromptDataset, seqs: range, order: PassOrder) -> int:
-    """Tokens of a window."""
-    return sum(len(prompts[order.locate(seq)[0]].input_ids) for seq in seqs)
 
 
 def feature_card(prompts: PromptDataset, target: TargetEngine) -> FeatureCard:

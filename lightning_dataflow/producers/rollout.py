@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 from lightning_dataflow.contracts import (
@@ -16,8 +16,8 @@ from lightning_dataflow.contracts import (
 )
 from lightning_dataflow.control import MAX_ATTEMPTS, ControlPlane, Lease, NoLease, RunPlan, Watermarks
 from lightning_dataflow.control.heartbeat import Heartbeat
-from lightning_dataflow.data.streaming import announcement_to_json
-from lightning_dataflow.producers.feeds import Feed
+from lightning_dataflow.data.announcement import Announcement
+from lightning_dataflow.producers.feeds import CapturedSample, Feed
 from lightning_dataflow.stores import FeatureStore, StoreUnavailableError
 
 State = Literal["captured", "failed", "idle", "finished"]
@@ -26,6 +26,7 @@ WAITING = "waiting for the trainer to begin"
 LOADED_AT = time.monotonic()
 MAX_FAILURES = 3 * MAX_ATTEMPTS
 """Failed leases in a row after which a worker ends with the error: three groups, each tried as often as it may be."""
+NO_FAULT_OF_PROMPTS = (CapacityError, PeerFailedError, PeerGoneError, StoreUnavailableError)
 
 
 class RolloutWorker:
@@ -33,8 +34,8 @@ class RolloutWorker:
 
     Args:
         group: prompts that are captured as one batch; the same for all workers of a run.
-        lease_s: a lease of a worker that died ends after this long.
-        peer_timeout_s: wait this long for a trainer to begin, or to show a sign of life.
+        lease_s: how long a lease of a worker that died stays valid.
+        peer_timeout_s: how long to wait for a trainer to begin, or to show a sign of life.
 
     Raises:
         UserError: another producer announced another run under this run_id.
@@ -62,27 +63,30 @@ class RolloutWorker:
         self.peer_timeout_s = peer_timeout_s
         self.state = WAITING
         self.num_captured = 0
-        # A run that finished before this process existed is one that its next trainer resumes.
+        # If the run finished before this process started, wait for a trainer to resume it.
         self._since = plane.ledger.now() - (time.monotonic() - LOADED_AT)
         self._failures_in_a_row = 0
         self._ending = threading.Event()
         self._checked: RunPlan | None = None
-        plane.log.announce(
-            {
-                **announcement_to_json(
-                    feed.card, run_id=plane.run_id, num_samples=len(feed), seed=feed.seed, token_counts=feed.token_counts()
-                ),
-                "capture_batch_size": group,
-                "largest_bytes": max(feed.sizes()),
-            }
+        self._ended: RunPlan | None = None
+        counts = feed.token_counts()
+        announcement = Announcement(
+            run_id=plane.run_id,
+            card=feed.card,
+            num_samples=len(feed),
+            seed=feed.seed,
+            token_counts={token: int(counts[token]) for token in counts.nonzero().flatten().tolist()},
+            capture_batch_size=group,
+            largest_bytes=max(feed.sizes),
         )
+        plane.log.announce(announcement.to_json())
 
     def run(self, should_stop: Callable[[], bool] = lambda: False) -> None:
         """Capture until the trainer has finished.
 
         Raises:
             PeerTimeoutError: no trainer began, or the trainer gave no sign of life.
-            StoreUnavailableError: the store stayed away. That counts against no sample.
+            StoreUnavailableError: the store did not come back. This counts against no sample.
             CaptureMismatchError: the target captures something else than was announced.
             PeerFailedError: no capture server is left.
             UserError: a watermark is below a window.
@@ -128,7 +132,16 @@ class RolloutWorker:
             return "finished"
         reasons = {"paused": "waiting for the trainer to free some", "nothing left": "all captured"}
         self.state = reasons.get(answer.reason, WAITING)
+        if answer.reason == "nothing left" and answer.plan is not None:
+            self._end_log(answer.plan)
         return "idle"
+
+    def _end_log(self, plan: RunPlan) -> None:
+        """Once everything planned is published, say so: a reader of the log that wants more need not wait for it."""
+        ledger = self.plane.ledger
+        if plan != self._ended and ledger.status()["leased"] == 0 and ledger.plan() == plan:
+            self.plane.log.close(plan.stop)
+            self._ended = plan
 
     def _drive(self, should_stop: Callable[[], bool]) -> None:
         pause, waiting_since = IDLE_S[0], time.monotonic()
@@ -146,57 +159,60 @@ class RolloutWorker:
     def _capture(self, lease: Lease) -> State:
         refs: dict[int, SampleRef] = {}
         try:
-            for seq, ref in self.feed.store(lease.seqs, lease.attempt, lease.wanted, self.store, self._patiently):
-                refs[seq] = ref
+            for sample in self.feed.capture(lease.seqs, lease.attempt, lease.wanted):
+                refs[sample.seq] = self._put(sample)
             accepted = self.plane.publish(lease, refs)
-        except StoreUnavailableError as error:
-            self.plane.give_back(lease, str(error), counts=False)
-            raise
         except BaseException as error:
-            for ref in refs.values():
-                self.store.free(ref)
-            if isinstance(error, CapacityError):
-                self.plane.give_back(lease, str(error), counts=False)
-                return "idle"
-            if isinstance(error, PeerFailedError):  # no fault of the prompts: somebody else may capture them
-                self.plane.give_back(lease, str(error), counts=False)
-                raise
-            if isinstance(error, PeerGoneError):  # neither; the next attempt finds its features stale, if it left any
-                self.plane.give_back(lease, str(error), counts=False)
-                return "failed"
-            reason = f"capture failed: {str(error) or type(error).__name__}"
-            self.plane.give_back(lease, reason, counts=isinstance(error, Exception))  # Ctrl-C is no fault of the prompts
-            if isinstance(error, CaptureMismatchError) or not isinstance(error, Exception):
-                raise
-            self._failures_in_a_row += 1
-            if self._failures_in_a_row >= MAX_FAILURES:
-                raise
-            return "failed"
-        for seq in refs.keys() - set(accepted):
-            self.store.free(refs[seq])
+            return self._give_back(lease, refs, error)
+        self._free(refs[seq] for seq in refs.keys() - set(accepted))  # another attempt has published these
         self.num_captured += len(accepted)
         self._failures_in_a_row = 0
         return "captured"
 
-    def _patiently(self, action: Callable[[], SampleRef], longest_pause_s: float) -> SampleRef:
-        """Store, and while the store is full wait for the trainer to free some of it, for at most one lease."""
+    def _put(self, sample: CapturedSample) -> SampleRef:
+        """Put, and while the store is full wait for the trainer to free some of it, for at most one lease."""
         deadline, pause = time.monotonic() + self.lease_s, IDLE_S[0]
         while True:
             try:
-                return action()
+                return sample.put(self.store)
             except CapacityError:
                 if time.monotonic() > deadline or self._ending.is_set() or self.plane.ledger.finished() is not None:
                     raise
                 self.state = "waiting for room in the store"
                 self._ending.wait(pause)
-                pause = min(2 * pause, longest_pause_s)
+                pause = min(2 * pause, self.feed.longest_pause_s)
+            except StoreUnavailableError:
+                raise
+            except BaseException:
+                self.store.abort(sample.sample_id)  # it may have been stored in part
+                raise
+
+    def _give_back(self, lease: Lease, refs: Mapping[int, SampleRef], error: BaseException) -> State:
+        """Return a lease whose capture failed, and raise `error` unless this worker can go on."""
+        blames_prompts = isinstance(error, Exception) and not isinstance(error, NO_FAULT_OF_PROMPTS)
+        reason = f"capture failed: {str(error) or type(error).__name__}"
+        if not isinstance(error, StoreUnavailableError):
+            self._free(refs.values())
+        self.plane.give_back(lease, reason, counts=blames_prompts)
+        if isinstance(error, CapacityError):
+            return "idle"
+        if isinstance(error, PeerGoneError):
+            return "failed"
+        self._failures_in_a_row += 1
+        if not blames_prompts or isinstance(error, CaptureMismatchError) or self._failures_in_a_row >= MAX_FAILURES:
+            raise error
+        return "failed"
+
+    def _free(self, refs: Iterable[SampleRef]) -> None:
+        for ref in refs:
+            self.store.free(ref)
 
     def _check_windows(self, plan: RunPlan | None) -> None:
-        """The largest window that the order of any pass can make must fit below the watermarks."""
+        """Raise UserError unless the largest window that any order of samples can make fits below the watermarks."""
         if plan is None or plan == self._checked:
             return
-        sizes = sorted(self.feed.sizes(), reverse=True)
-        overhang = self.group - 1  # of the group in which the window ends; a packed one may end at any seq
+        sizes = sorted(self.feed.sizes, reverse=True)
+        overhang = self.group - 1  # the group in which a window ends may begin with the window's last sample
         num_refs = min(plan.window + overhang, plan.stop - plan.start)
         passes, rest = divmod(num_refs, len(sizes))
         self.watermarks.check_window(num_refs, passes * sum(sizes) + sum(sizes[:rest]))

@@ -168,10 +168,13 @@ def start_process(command: list[str], death_signal: signal.Signals, **options: A
     )
 
 
-def signal_group(process: subprocess.Popen[bytes], number: int) -> None:
-    """Send a signal to a process and every process that it started."""
-    with suppress(ProcessLookupError):
+def signal_group(process: subprocess.Popen[bytes], number: int) -> bool:
+    """Send a signal to a process and every process that it started; returns whether any is left. Signal 0 only asks."""
+    try:
         os.killpg(process.pid, number)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
 
 
 def end_process(process: subprocess.Popen[bytes], timeout_s: float) -> None:

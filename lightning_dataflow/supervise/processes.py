@@ -1,5 +1,6 @@
-"""A process of a run that is supervised."""
+"""A process of a supervised run."""
 
+import io
 import os
 import signal
 import subprocess
@@ -10,80 +11,58 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO
 
-from lightning_dataflow.run.exit_status import BAD_SETTINGS, TERMINATED
-from lightning_dataflow.services.leash import leashed_command
+from lightning_dataflow.contracts.errors import BAD_SETTINGS, TERMINATED
+from lightning_dataflow.services.server import signal_group, start_process
 
 POLL_S = 0.05
 INTERRUPT_S, KILL_S = 7.0, 2.0
 
 
-class Part:
-    """A process of the run, in a process group of its own, that dies with this process.
+class ManagedProcess:
+    """A `train` command in a process group of its own, which dies with this process.
 
-    Its lines are printed with its name in front, except one that begins with `error: `, which is kept.
+    Its output is forwarded line by line, with its name in front. A line that begins with `error: ` is kept instead.
 
     Args:
-        death_signal: what it gets when this process is gone. A producer can be killed, whatever it does. A trainer has
-            ranks to end, and frees what it holds: SIGINT.
+        death_signal: what it gets when this process is gone. A producer can be killed at any time. A trainer has ranks to
+            end and a store to clean up: SIGINT.
     """
 
     def __init__(self, name: str, arguments: Sequence[str], num_threads: int, death_signal: signal.Signals):
         self.name = name
         self._arguments = arguments
-        self._num_threads = num_threads
         self._death_signal = death_signal
+        # With OpenMP's default, idle threads would spin and keep the other processes from their cores.
+        self._environment = os.environ | {"OMP_NUM_THREADS": str(num_threads), "OMP_WAIT_POLICY": "PASSIVE"}
         self.start()
 
     def start(self, *more: str) -> None:
-        """Start it; once it ended, again.
-
-        Args:
-            more: arguments that replace those of the same names.
-        """
+        """Start it, or start it again after it ended, with `more` arguments."""
         self.error: str | None = None
-        names = [one.partition("=")[0] for one in more]
-        arguments = [*without(self._arguments, *names), *more]
-        # Idle threads that spin keep the other parts from their cores.
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self._num_threads), "OMP_WAIT_POLICY": "PASSIVE"}
-        with interrupts_wait():
-            self.process = subprocess.Popen(
-                leashed_command([sys.executable, "-m", "lightning_dataflow", "train", *arguments], self._death_signal),
-                env=environment,
+        command = [sys.executable, "-m", "lightning_dataflow", "train", *self._arguments, *more]
+        with defer_interrupts():
+            self.process = start_process(
+                command,
+                self._death_signal,
+                env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
             )
-        assert self.process.stdout is not None, "it was asked for"
-        self._forward = threading.Thread(target=self._forward_lines, args=(self.process.stdout,), daemon=True)
-        self._forward.start()
-
-    def signal(self, number: signal.Signals) -> None:
-        """Send `number` to the part and all processes it started."""
-        try:
-            os.killpg(self.process.pid, number)
-        except ProcessLookupError:
-            return
+        assert self.process.stdout is not None, "a pipe"
+        self._forwarder = threading.Thread(target=self._forward_output, args=(self.process.stdout,), daemon=True)
+        self._forwarder.start()
 
     def is_running(self) -> bool:
-        """Whether any process of the part is there."""
-        if self.process.poll() is None:
-            return True
-        try:
-            os.killpg(self.process.pid, 0)
-        except (ProcessLookupError, PermissionError):
-            return False
-        return True
+        """Whether it, or any process that it started, is running."""
+        return self.process.poll() is None or signal_group(self.process, 0)
 
     def kill(self) -> None:
-        """End what is left of it, the ranks that it started among them."""
-        self.signal(signal.SIGKILL)
-        deadline = time.monotonic() + KILL_S
-        while self.is_running() and time.monotonic() < deadline:
-            time.sleep(POLL_S)
+        """Kill what is left of it, including ranks that it started."""
+        signal_group(self.process, signal.SIGKILL)
+        wait_for_end([self], KILL_S)
 
-    def how_it_ended(self) -> str:
-        """Its error, or its status in words."""
+    def exit_reason(self) -> str:
+        """Its error message, or its exit status in words."""
         self.drain()
         status = self.process.returncode
         if self.error is not None:
@@ -95,62 +74,55 @@ class Part:
             return "was ended by SIGTERM"
         return f"ended with status {status}, see above"
 
-    def may_do_better(self) -> bool:
-        """Whether it failed of something else than its settings; those end with status 1 and one line."""
+    def is_retryable(self) -> bool:
+        """Whether another start could succeed: it did not fail because of its settings."""
         self.drain()
         return self.process.returncode != BAD_SETTINGS or self.error is None
 
     def drain(self) -> None:
-        """Wait for its last lines."""
-        self._forward.join(KILL_S)
+        """Wait until its last lines are forwarded."""
+        self._forwarder.join(KILL_S)
 
-    def _forward_lines(self, pipe: IO[bytes]) -> None:
-        line = b""
-        while chunk := os.read(pipe.fileno(), 1 << 16):
-            for piece in chunk.splitlines(keepends=True):
-                line += piece
-                if line.endswith((b"\n", b"\r")):
-                    self._show(line.decode(errors="replace"))
-                    line = b""
-        if line:
-            self._show(line.decode(errors="replace") + "\n")
-
-    def _show(self, line: str) -> None:
-        if line.startswith("error: "):
-            self.error = line.removeprefix("error: ").strip()
-        elif line.strip():
-            sys.stdout.write(f"[{self.name}] {line}")
-            sys.stdout.flush()
+    def _forward_output(self, pipe: IO[bytes]) -> None:
+        for line in io.TextIOWrapper(pipe, encoding="utf-8", errors="replace", newline=""):
+            if line.startswith("error: "):
+                self.error = line.removeprefix("error: ").strip()
+            elif line.strip():
+                sys.stdout.write(f"[{self.name}] {line}" + ("" if line.endswith(("\n", "\r")) else "\n"))
+                sys.stdout.flush()
 
 
 @contextmanager
-def interrupts_wait() -> Iterator[None]:
-    """Ctrl-C and SIGTERM come when the block is done: a process that it starts is then known, and can be ended."""
-    came: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    handlers = [(one, signal.signal(one, lambda number, frame: came.append(number))) for one in numbers]
+def defer_interrupts() -> Iterator[None]:
+    """Handle SIGINT and SIGTERM only after the block: a process that it starts is then known, and can be ended."""
+    received: list[int] = []
+    handlers = {
+        number: signal.signal(number, lambda number, frame: received.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:
-        for number, handler in handlers:
+        for number, handler in handlers.items():
             signal.signal(number, handler)
-        if came:
-            signal.raise_signal(came[0])
+        if received:
+            signal.raise_signal(received[0])
 
 
-def end_all(parts: Sequence[Part]) -> None:
-    """Interrupt what still runs, so that it can free what it holds; then kill it."""
-    for number, patience_s in ((signal.SIGINT, INTERRUPT_S), (signal.SIGKILL, KILL_S)):
-        running = [part for part in parts if part.is_running()]
-        for part in running:
-            part.signal(number)
-        deadline = time.monotonic() + patience_s
-        while any(part.is_running() for part in running) and time.monotonic() < deadline:
-            time.sleep(POLL_S)
-    for part in parts:
-        part.drain()
+def wait_for_end(processes: Sequence[ManagedProcess], timeout_s: float) -> list[ManagedProcess]:
+    """Wait until all have ended; returns those that have not after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while (running := [process for process in processes if process.is_running()]) and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    return running
 
 
-def without(arguments: Sequence[str], *names: str) -> list[str]:
-    """`arguments` but those that set one of `names`."""
-    return [one for one in arguments if one.lstrip("+").partition("=")[0] not in names]
+def end_all(processes: Sequence[ManagedProcess]) -> None:
+    """Interrupt all, so that each can free what it holds; then kill those that did not end."""
+    running = list(processes)
+    for number, timeout_s in ((signal.SIGINT, INTERRUPT_S), (signal.SIGKILL, KILL_S)):
+        for process in running:
+            signal_group(process.process, number)
+        running = wait_for_end(running, timeout_s)
+    for process in processes:
+        process.drain()

@@ -1,6 +1,7 @@
-"""One machine: start the parts of a disaggregated run, forward what they print, and end all of them together."""
+"""One machine: start the processes of a disaggregated run, forward what they print, and end all of them together."""
 
 import json
+import logging
 import os
 import signal
 import time
@@ -20,77 +21,59 @@ from lightning_dataflow.run.ranks import num_processes
 from lightning_dataflow.run.streams import redis_address
 from lightning_dataflow.services.mooncake import LocalMooncake
 from lightning_dataflow.services.redis import LocalRedis
-from lightning_dataflow.supervise.processes import Part, end_all, interrupts_wait, without
+from lightning_dataflow.services.server import LocalServer
+from lightning_dataflow.supervise.processes import ManagedProcess, defer_interrupts, end_all
 from lightning_dataflow.supervise.watch import Restarts, Watch
 
+log = logging.getLogger(__name__)
+
 PATIENCE_S = 2.0
-"""For a Redis that went away: who waits longer cannot start it again."""
+"""For a Redis that does not answer: a supervisor that waits longer cannot restart it."""
 
 
 def supervise(config: TrainConfig, arguments: Sequence[str]) -> None:
-    """Run all parts and return when the trainer is done.
+    """Run all processes and return when the trainer is done.
 
     Args:
-        arguments: of this command, to which each part's own are added.
+        config: the addresses of servers that start here are set in it.
+        arguments: of this command; each process gets them, and some of its own.
 
     Raises:
-        PeerFailedError: parts failed and the run cannot go on without them; the others have been ended.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; all have been ended.
+        PeerFailedError: the run cannot go on without the processes that failed; the others have been ended.
+        KeyboardInterrupt: SIGINT or SIGTERM; all have been ended.
     """
+    run_dir = Path(config.run_dir)
+    restarts = Restarts(config.topology.restarts)
     with ExitStack() as stack:
-        settings = [*without(arguments, "role", "run_name", "num_threads"), f"run_name={quoted(config.run_name)}"]
-        settings += [f"channel.path={quoted(str(Path(config.channel.path).absolute()))}"]
-        redis = _start_redis(config, stack)
-        if redis is not None:
-            config.channel.address, config.channel.secret_file = redis.where.address, str(redis.secret_file.absolute())
-            settings += [
-                f"channel.address={config.channel.address}",
-                f"channel.secret_file={quoted(config.channel.secret_file)}",
-            ]
+        servers = _start_redis(config, stack)
         plane = _control_plane(config)
         stack.callback(plane.close)
         check_no_other_trainer(plane.ledger, config.run_name)
-        mooncake = _start_mooncake(config, stack)
-        if mooncake is not None:
-            settings += [
-                f"store.address={mooncake.master_address}",
-                f"store.client_address={mooncake.client_address}",
-                f"store.metrics_address={mooncake.metrics_address}",
-                f"store.capacity_bytes={mooncake.capacity_bytes}",
-            ]
-        restarts = Restarts(config.topology.restarts)
-        stack.push(partial(_complete_result, Path(config.run_dir) / "result.json", restarts, time.time()))
-        parts: list[Part] = []
-        stack.callback(end_all, parts)
-        threads = _num_threads(config)
-        settings.append(f"num_threads={threads}")
+        servers += _start_mooncake(config, stack)
+        stack.push(partial(_complete_result, run_dir / "result.json", restarts, time.time()))
+        processes: list[ManagedProcess] = []
+        stack.callback(end_all, processes)
+        settings = _shared_settings(config, arguments)
         for name in _producers(config):
-            folder = Path(config.run_dir) / name
-            arguments = [*settings, "role=producer", f"hydra.run.dir={quoted(str(folder))}"]
-            with interrupts_wait():
-                parts.append(Part(name, arguments, threads, signal.SIGKILL))
-        folder = Path(config.run_dir)
-        arguments = [*settings, "role=trainer", f"hydra.run.dir={quoted(str(folder))}"]
-        with interrupts_wait():
-            parts.append(Part("trainer", arguments, threads, signal.SIGINT))
-        *producers, trainer = parts
-        servers = [*([redis] if redis else []), *(mooncake.servers if mooncake else [])]
-        watch = Watch(producers, trainer, servers, plane.ledger, Path(config.run_dir), restarts)
+            with defer_interrupts():
+                processes.append(_start(name, "producer", run_dir / name, settings, config))
+        with defer_interrupts():
+            processes.append(_start("trainer", "trainer", run_dir, settings, config))
+        *producers, trainer = processes
+        watch = Watch(producers, trainer, servers, plane.ledger, run_dir, restarts)
         heartbeat = Heartbeat(plane.ledger, SUPERVISOR, watch.describe)
         stack.callback(heartbeat.stop, "ended")
         watch.run()
 
 
-def _complete_result(
-    path: Path, restarts: Restarts, since: float, kind: object, error: BaseException | None, trace: object
-) -> None:
-    """The trainer, which writes its result, knows neither of restarts nor of the error for which it was interrupted."""
-    if not path.is_file() or path.stat().st_mtime < since:
-        return
-    result = json.loads(path.read_text()) | {"restarts": restarts.counts}
-    if isinstance(error, PeerFailedError) and result["status"] != "completed":
-        result["status"] = f"failed: {error}"
-    write_result(path, result)
+def _start_redis(config: TrainConfig, stack: ExitStack) -> list[LocalServer]:
+    channel = config.channel
+    if channel.kind != "redis" or channel.address is not None:
+        return []
+    redis = stack.enter_context(LocalRedis(channel.path))
+    channel.address, channel.secret_file = redis.address, str(redis.secret_file.absolute())
+    log.info("Redis at %s, files in %s", redis.address, channel.path)
+    return [redis]
 
 
 def _control_plane(config: TrainConfig) -> ControlPlane:
@@ -100,28 +83,54 @@ def _control_plane(config: TrainConfig) -> ControlPlane:
     return resolve_control_plane("disaggregated", run_id(config.run_name), path=config.channel.path)
 
 
-def _start_redis(config: TrainConfig, stack: ExitStack) -> LocalRedis | None:
-    if config.channel.kind != "redis" or config.channel.address is not None:
-        return None
-    redis = LocalRedis(config.channel.path)
-    stack.callback(redis.close)
-    print(f"Redis at {redis.where.address}, files in {config.channel.path}", flush=True)
-    return redis
+def _start_mooncake(config: TrainConfig, stack: ExitStack) -> list[LocalServer]:
+    store, log_dir = config.store, Path(config.run_dir) / "mooncake"
+    if store.kind != "mooncake" or store.address is not None:
+        return []
+    assert store.capacity_bytes is not None, "checked"
+    mooncake = stack.enter_context(LocalMooncake(capacity_bytes=store.capacity_bytes, log_dir=log_dir, warm=True))
+    store.address, store.metrics_address = mooncake.master_address, mooncake.metrics_address
+    store.client_address = mooncake.client_address
+    log.info("Mooncake at %s, logs in %s", mooncake.master_address, log_dir)
+    return [*mooncake.servers]
 
 
-def _start_mooncake(config: TrainConfig, stack: ExitStack) -> LocalMooncake | None:
-    if config.store.kind != "mooncake" or config.store.address is not None:
-        return None
-    assert config.store.capacity_bytes is not None, "checked"
-    logs = Path(config.run_dir) / "mooncake"
-    mooncake = LocalMooncake(capacity_bytes=config.store.capacity_bytes, log_dir=logs, warm=True)
-    stack.callback(mooncake.close)
-    print(f"Mooncake at {mooncake.master_address}, logs in {logs}", flush=True)
-    return mooncake
+def _complete_result(
+    path: Path, restarts: Restarts, since: float, kind: object, error: BaseException | None, trace: object
+) -> None:
+    """Add what the trainer, which writes its result, cannot know: restarts, and the error for which it was interrupted."""
+    if not path.is_file() or path.stat().st_mtime < since:
+        return
+    result = json.loads(path.read_text()) | {"restarts": restarts.counts}
+    if isinstance(error, PeerFailedError) and result["status"] != "completed":
+        result["status"] = f"failed: {error}"
+    write_result(path, result)
+
+
+def _shared_settings(config: TrainConfig, arguments: Sequence[str]) -> list[str]:
+    """Arguments of all processes. Of two values for a setting, Hydra takes the last."""
+    own = {
+        "run_name": config.run_name,
+        "num_threads": _num_threads(config),
+        "channel.path": Path(config.channel.path).absolute(),
+        "channel.address": config.channel.address,
+        "channel.secret_file": config.channel.secret_file,
+        "store.address": config.store.address,
+        "store.client_address": config.store.client_address,
+        "store.metrics_address": config.store.metrics_address,
+    }
+    given = [argument for argument in arguments if not argument.startswith("role=")]
+    return [*given, *(f"{name}={quoted(value)}" for name, value in own.items() if value is not None)]
+
+
+def _start(name: str, role: str, folder: Path, settings: Sequence[str], config: TrainConfig) -> ManagedProcess:
+    arguments = [*settings, f"role={role}", f"hydra.run.dir={quoted(folder)}"]
+    death_signal = signal.SIGINT if role == "trainer" else signal.SIGKILL
+    return ManagedProcess(name, arguments, _num_threads(config), death_signal)
 
 
 def _producers(config: TrainConfig) -> list[str]:
-    """One ingests files; more would read the same ones."""
+    """Offline features need exactly one producer; a second would ingest the same files."""
     count = config.topology.num_producers if config.topology.name == "disagg_online" else 1
     return [f"producer-{index}" for index in range(count)]
 

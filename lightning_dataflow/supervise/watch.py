@@ -1,5 +1,6 @@
-"""What becomes of a supervised run when one of its parts ends."""
+"""What happens to a supervised run when one of its processes ends."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -11,23 +12,25 @@ from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError
 from lightning_dataflow.control import MetadataStore
 from lightning_dataflow.control.heartbeat import end_leases
 from lightning_dataflow.services.server import LocalServer
-from lightning_dataflow.supervise.processes import POLL_S, Part
+from lightning_dataflow.supervise.processes import POLL_S, ManagedProcess, wait_for_end
+
+log = logging.getLogger(__name__)
 
 FIRST_FAILURE_S = 1.0
-"""A part that fails can make others fail; the first in the order of starting is the cause."""
+"""One failing process can take others down; report the one that was started first."""
 PRODUCERS_END_S = 30.0
 LONGEST_PAUSE_S = 8.0
-"""Before a part is started again: a store's clients wait for 15 to 20 s."""
-LEDGER_AWAY_S = 60.0
-"""How long what needs the ledger is put off while it cannot be used; as long as the parts themselves wait for it."""
+"""Before a process is started again. A store's clients wait for it for 15 to 20 s."""
+LEDGER_TIMEOUT_S = 60.0
+"""How long restarts are put off while the ledger does not answer; the processes themselves wait for it as long."""
 Answer = TypeVar("Answer")
 
 
 class Restarts:
-    """How often parts were started again, and when the next ones will be.
+    """How often processes were started again, and when the next restarts are due.
 
     Args:
-        limit: for each part.
+        limit: for each process.
     """
 
     def __init__(self, limit: int):
@@ -35,46 +38,46 @@ class Restarts:
         self.counts: dict[str, int] = {}
         self._due: dict[str, float] = {}
 
-    def plan(self, name: str, how_it_ended: str, *, least_pause_s: float = 0.0) -> bool:
-        """False when the part has used up its restarts."""
+    def plan(self, name: str, exit_reason: str, *, least_pause_s: float = 0.0) -> bool:
+        """Plan a restart; False when the process has used all of them."""
         count = self.counts.get(name, 0)
         if count == self.limit:
             return False
         pause = max(min(2.0**count, LONGEST_PAUSE_S), least_pause_s)
         self.counts[name], self._due[name] = count + 1, time.monotonic() + pause
-        say(f"{name}: {how_it_ended}; starts again in {pause:.0f} s, attempt {count + 1} of {self.limit}")
+        log.warning("%s: %s; starts again in %.0f s, attempt %d of %d", name, exit_reason, pause, count + 1, self.limit)
         return True
 
     def is_planned(self, name: str) -> bool:
-        """Whether the part has ended and will be started again."""
+        """Whether the process has ended and will be started again."""
         return name in self._due
 
     def is_due(self, name: str) -> bool:
-        """Whether that is now, until it is `done`."""
+        """Whether it should be started now."""
         return self._due.get(name, float("inf")) <= time.monotonic()
 
     def done(self, name: str) -> None:
-        """The part was started again."""
+        """The process was started again."""
         del self._due[name]
 
 
 class Watch:
-    """Watches all parts until the trainer and then the producers have ended, and starts again what died.
+    """Watches all processes until the trainer and then the producers have ended, and restarts those that died.
 
-    - A producer or trainer that found an error in its settings ends the run: it would find it again.
-    - The store and the trainer end the run when they die and have used up their restarts; producers when the last did.
-    - Samples that a dead producer had leased are free at once. Its own restart, or the others, capture them.
-    - A trainer goes on at its newest checkpoint, or at the start where it wrote none.
-    - While the ledger is away nothing is started: parts that begin do not wait for it.
+    - A producer or trainer that found an error in its settings ends the run: it would find the same error again.
+    - Servers and the trainer end the run when they die and have no restarts left; producers when the last one did.
+    - Leases of a dead producer end at once. The same producer, when restarted, or the others capture those samples.
+    - A restarted trainer continues from its newest checkpoint, or starts anew without one.
+    - Nothing is started while the ledger does not answer: a process that starts does not wait for it.
 
     Raises:
-        PeerFailedError: from `run`: the run cannot go on; names who failed, and how.
+        PeerFailedError: from `run`: the run cannot go on; names the process that failed, and why.
     """
 
     def __init__(
         self,
-        producers: Sequence[Part],
-        trainer: Part,
+        producers: Sequence[ManagedProcess],
+        trainer: ManagedProcess,
         servers: Sequence[LocalServer],
         ledger: MetadataStore,
         run_dir: Path,
@@ -87,29 +90,30 @@ class Watch:
         self._run_dir = run_dir
         self._restarts = restarts
         self._trainer_started = self._ledger.now()
-        self._lost: dict[str, str] = {}  # producers that will not be started again
-        self._holders: list[int] = []  # processes of dead producers, which may hold leases
-        self._away_since: float | None = None  # the ledger
+        self._lost: dict[str, str] = {}  # producers without restarts left: exit reasons by name
+        self._dead_pids: list[int] = []  # of producers, which may hold leases
+        self._ledger_away_since: float | None = None
 
     def run(self) -> None:
-        """Until all have ended."""
+        """Return when all have ended."""
         while (status := self._trainer.process.poll()) != 0:
-            if self._servers_are_up():
-                self._look_after_producers()
+            if self._servers_run():
+                self._check_producers()
                 if status is not None:
-                    self._look_after_trainer()
+                    self._on_trainer_death()
             time.sleep(POLL_S)
         self._wait_for_producers()
 
     def describe(self) -> str:
-        """For signs of life."""
+        """For the supervisor's heartbeat."""
         counts = ", ".join(f"{name} ×{count}" for name, count in self._restarts.counts.items())
         return f"watching; started again: {counts or 'none'}"
 
-    def _servers_are_up(self) -> bool:
-        return all(self._is_up(server) for server in self._servers)
+    def _servers_run(self) -> bool:
+        return all(self._runs(server) for server in self._servers)
 
-    def _is_up(self, server: LocalServer) -> bool:
+    def _runs(self, server: LocalServer) -> bool:
+        """Whether a server runs; restarts it when that is due."""
         if (status := server.poll()) is None:
             return True
         if self._restarts.is_planned(server.name):
@@ -117,98 +121,83 @@ class Watch:
                 return False
             server.start()
             self._restarts.done(server.name)
-            say(f"{server.name} runs again; {'it has its data' if server.keeps_data else 'its data is captured again'}")
+            kept = "it has its data" if server.keeps_data else "its data is captured again"
+            log.warning("%s runs again; %s", server.name, kept)
             return True
-        if not self._restarts.plan(server.name, f"ended with status {status}", least_pause_s=server.restart_pause_s):
-            raise PeerFailedError(f"{server.name} ended with status {status}, see {server.log_path}")
+        reason = f"ended with status {status}"
+        if not self._restarts.plan(server.name, reason, least_pause_s=server.restart_pause_s):
+            raise PeerFailedError(f"{server.name} {reason}, see {server.log_path}")
         return False
 
-    def _look_after_producers(self) -> None:
-        for part in self._producers:
-            status = part.process.poll()
-            if status is None or part.name in self._lost:
+    def _check_producers(self) -> None:
+        for producer in self._producers:
+            status = producer.process.poll()
+            if status is None or producer.name in self._lost:
                 continue
-            if self._restarts.is_planned(part.name):
-                if self._restarts.is_due(part.name) and self._ask(self._ledger.now) is not None:
-                    part.start()
-                    self._restarts.done(part.name)
-            elif status == 0:
-                if self._ask(lambda: self._ledger.finished(since=self._trainer_started) is None):
-                    part.start()  # it ended with an earlier trainer
-            else:
-                self._bury(part)
+            if self._restarts.is_planned(producer.name):
+                if self._restarts.is_due(producer.name) and self._ask(self._ledger.now) is not None:
+                    producer.start()
+                    self._restarts.done(producer.name)
+            elif status != 0:
+                self._on_producer_death(producer)
+            elif self._ask(lambda: self._ledger.finished(since=self._trainer_started) is None):
+                producer.start()  # it ended with an earlier trainer
         self._end_leases()
 
-    def _bury(self, part: Part) -> None:
-        """A producer failed."""
-        self._holders.append(part.process.pid)
-        part.kill()
-        how = part.how_it_ended()
-        if part.may_do_better() and self._restarts.plan(part.name, how):
+    def _on_producer_death(self, producer: ManagedProcess) -> None:
+        self._dead_pids.append(producer.process.pid)
+        producer.kill()
+        reason = producer.exit_reason()
+        if not producer.is_retryable():
+            raise PeerFailedError(f"{producer.name}: {reason}")
+        if self._restarts.plan(producer.name, reason):
             return
-        self._lost[part.name] = how
-        left = [one.name for one in self._producers if one.name not in self._lost]
-        if not part.may_do_better() or not left:
-            failures = self._lost if part.may_do_better() else {part.name: how}
-            raise PeerFailedError("; ".join(f"{name}: {how}" for name, how in failures.items()))
-        say(f"{part.name}: {how}; the run goes on with {', '.join(left)}")
+        self._lost[producer.name] = reason
+        left = [each.name for each in self._producers if each.name not in self._lost]
+        if not left:
+            raise PeerFailedError("; ".join(f"{name}: {reason}" for name, reason in self._lost.items()))
+        log.warning("%s: %s; the run goes on with %s", producer.name, reason, ", ".join(left))
 
-    def _look_after_trainer(self) -> None:
-        """It failed."""
+    def _on_trainer_death(self) -> None:
         trainer = self._trainer
         if self._restarts.is_planned(trainer.name):
             if self._restarts.is_due(trainer.name) and (now := self._ask(self._ledger.now)) is not None:
                 self._trainer_started = now
-                written = latest_checkpoint(self._run_dir / "checkpoints")
-                trainer.start(*([] if written is None else ["ckpt_path=auto"]))
+                checkpoint = latest_checkpoint(self._run_dir / "checkpoints")
+                trainer.start(*([] if checkpoint is None else ["ckpt_path=auto"]))
                 self._restarts.done(trainer.name)
             return
         trainer.kill()
-        how = trainer.how_it_ended()
+        reason = trainer.exit_reason()
         time.sleep(FIRST_FAILURE_S)
-        if self._servers_are_up():
-            self._look_after_producers()  # the cause, maybe
-        if not trainer.may_do_better() or not self._restarts.plan(trainer.name, how):
-            raise PeerFailedError(f"{trainer.name}: {how}")
+        if self._servers_run():
+            self._check_producers()  # raises if a producer is the cause
+        if not trainer.is_retryable() or not self._restarts.plan(trainer.name, reason):
+            raise PeerFailedError(f"{trainer.name}: {reason}")
 
     def _ask(self, question: Callable[[], Answer]) -> Answer | None:
-        """What the ledger answers; None while it is away. Raises PeerFailedError when it stays away."""
+        """The ledger's answer; None while it gives none. Raises PeerFailedError after LEDGER_TIMEOUT_S."""
         try:
             answer = question()
         except PeerTimeoutError as error:
-            self._away_since = self._away_since or time.monotonic()
-            if time.monotonic() - self._away_since > LEDGER_AWAY_S:
-                raise PeerFailedError(f"a part has ended and cannot be started again: {error}") from error
+            self._ledger_away_since = self._ledger_away_since or time.monotonic()
+            if time.monotonic() - self._ledger_away_since > LEDGER_TIMEOUT_S:
+                raise PeerFailedError(f"a process has ended and cannot be started again: {error}") from error
             return None
-        self._away_since = None
+        self._ledger_away_since = None
         return answer
 
     def _end_leases(self) -> None:
-        """Of dead producers, or later, when the ledger is there again."""
+        """End those of dead producers; later, if the ledger does not answer."""
         with suppress(PeerTimeoutError):
-            while self._holders:
-                end_leases(self._ledger, self._holders[0])
-                self._holders.pop(0)
+            while self._dead_pids:
+                end_leases(self._ledger, self._dead_pids[0])
+                self._dead_pids.pop(0)
 
     def _wait_for_producers(self) -> None:
-        """The run is complete, whatever becomes of them."""
-        deadline = time.monotonic() + PRODUCERS_END_S
-        running = list(self._producers)
-        while running := [part for part in running if part.process.poll() is None]:
-            if time.monotonic() > deadline:
-                names = ", ".join(part.name for part in running)
-                print(
-                    f"[supervisor] {names} did not end within {PRODUCERS_END_S:.0f} s of the trainer's end: ended",
-                    flush=True,
-                )
-                for part in running:
-                    part.kill()
-                break
-            time.sleep(POLL_S)
-        for part in (*self._producers, self._trainer):
-            part.drain()
-
-
-def say(text: str) -> None:
-    """Print a line among those of the parts."""
-    print(f"[supervisor] {text}", flush=True)
+        """The run is complete, even if producers do not end by themselves."""
+        for producer in wait_for_end(self._producers, PRODUCERS_END_S):
+            log.warning("%s did not end within %.0f s of the trainer's end: killed", producer.name, PRODUCERS_END_S)
+            producer.kill()
+        for process in (*self._producers, self._trainer):
+            process.drain()

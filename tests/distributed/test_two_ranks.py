@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from tests.processes import ROOT, TINY, TRAIN, long, python, result, torchrun, with_strategy
+from tests.processes import ROOT, TINY, TRAIN, nightly, python, result, torchrun, with_strategy
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def test_losses_are_those_of_one_process(folder, trainer, topology):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", [long("dflash"), long("domino")])
+@pytest.mark.parametrize("strategy", [nightly("dflash"), nightly("domino")])
 def test_losses_of_other_strategies_are_those_of_one_process(folder, strategy):
     """24 steps go over the prompts twice: anchors do not depend on the rank that draws them."""
     tiny = (*with_strategy(TINY, strategy), "trainer.max_steps=24")
@@ -51,7 +51,7 @@ def test_losses_of_other_strategies_are_those_of_one_process(folder, strategy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["eagle3", long("dflash"), long("domino")])
+@pytest.mark.parametrize("strategy", ["eagle3", nightly("dflash"), nightly("domino")])
 def test_gradients_and_a_clipped_sgd_step_are_those_of_one_process(tmp_path, target_path, conversations, strategy):
     """AdamW and losses alone would hide a gradient of the wrong scale. Gradients are those before clipping."""
     worker, saved = str(ROOT / "tests" / "distributed" / "sgd_worker.py"), {}
@@ -105,8 +105,7 @@ def test_lightnings_own_launcher_and_evaluation_over_ranks(folder):
     assert [one["num_prompts"] for one in launched["acceptance"]] == [8, 8]
 
 
-@pytest.mark.slow
-@pytest.mark.long
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="threads of their own priority are Linux's")
 def test_a_rank_ends_well_when_gloo_comes_late(tmp_path):
     """A gloo thread that frees a tensor while the interpreter ends aborts the process: two runs of three without a wait."""

@@ -108,10 +108,14 @@ def test_trainers_give_the_cpus_losses(tmp_path, trainer):
 
 
 def test_batches_are_copied_to_the_device_ahead():
-    batches = [{"x": torch.full((1024, 1024), float(index)), "next_seq": index} for index in range(8)]
+    batches = [
+        {"x": torch.full((1024, 1024), float(index)), "rows": (torch.full((8,), index),), "next_seq": index}
+        for index in range(8)
+    ]
     prefetcher = Prefetcher(iter(batches), depth=2, device=torch.device("cuda", 0))
     for index, batch in enumerate(prefetcher):
         assert batch["x"].is_cuda
+        assert batch["rows"][0].is_cuda
         assert batch["next_seq"] == index
         assert batch["x"].eq(index).all()
     prefetcher.close()

@@ -16,9 +16,9 @@ from typing import Any
 
 from lightning_dataflow.control import ControlPlane, RunPlan, Watermarks, resolve_control_plane
 from lightning_dataflow.data import PassOrder
-from lightning_dataflow.data.windows import rank_slice
 from lightning_dataflow.services.mooncake import LocalMooncake
 from lightning_dataflow.stores import MooncakeFeatureStore
+from tests.records import rank_slice
 from tests.streams import SeqFeed, make_source, make_worker
 
 WINDOW, GROUP = 8, 8

@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 
-from tests.processes import long
+from tests.processes import nightly
 from tests.system.chaos.schedules import random_schedule
 from tests.system.chaos.trial import compare, run_trial
 
-pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 FSDP2 = ("trainer=fsdp2", "trainer.devices=2")
 
@@ -21,7 +21,7 @@ def undisturbed(tmp_path_factory):
     return outcome
 
 
-@pytest.mark.parametrize("seed", [0, *(long(seed) for seed in (1, 2, 3, 4))])
+@pytest.mark.parametrize("seed", [0, *(nightly(seed) for seed in (1, 2, 3, 4))])
 def test_random_faults(tmp_path, undisturbed, seed):
     schedule = random_schedule(random.Random(seed))
     outcome = run_trial(tmp_path, schedule.faults, schedule.settings, own_services=schedule.own_services)
@@ -29,7 +29,7 @@ def test_random_faults(tmp_path, undisturbed, seed):
 
 
 @pytest.mark.skipif(shutil.which("redis-server") is None, reason="redis-server is not installed")
-@pytest.mark.parametrize("seed", [300, long(304)])
+@pytest.mark.parametrize("seed", [300, nightly(304)])
 def test_random_faults_over_redis(tmp_path, undisturbed, seed):
     schedule = random_schedule(random.Random(seed), redis=True)
     outcome = run_trial(tmp_path, schedule.faults, schedule.settings, own_services=schedule.own_services)
@@ -50,7 +50,7 @@ def test_the_comparison_notices_a_difference(undisturbed):
         assert len(compare(other, undisturbed)) == 1
 
 
-@pytest.mark.parametrize("moment", [long("before append"), "before checkpoint"])
+@pytest.mark.parametrize("moment", [nightly("before append"), "before checkpoint"])
 def test_a_full_disk(tmp_path, undisturbed, moment):
     part = "trainer" if "checkpoint" in moment else "producer-0"
     outcome = run_trial(tmp_path, [{"part": part, "moment": moment, "count": 2, "action": "disk full"}])
@@ -58,7 +58,7 @@ def test_a_full_disk(tmp_path, undisturbed, moment):
     assert all("No space left on device" in error for error in outcome.errors)
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_a_full_store(tmp_path, undisturbed):
     """Before the first put: nothing is in flight that the trainer could free."""
     fault = {"part": "producer-0", "moment": "before put", "count": 1, "action": "store full"}
@@ -69,7 +69,7 @@ def test_a_full_store(tmp_path, undisturbed):
     assert "no sample came for" in error
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_a_killed_rank_of_two(tmp_path, undisturbed):
     whole = run_trial(tmp_path / "whole", [], FSDP2)
     assert compare(whole, whole) == []

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lightning_dataflow.checkpoints.markers import mark_complete
-from tests.processes import ROOT, TINY, TRAIN, environment, long, python, result, torchrun
+from tests.processes import ROOT, TINY, TRAIN, environment, nightly, python, result, torchrun
 
-pytestmark = [pytest.mark.system, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 KILLED = str(ROOT / "tests" / "system" / "kill_in_save.py")
 EVERY_2 = "callbacks.checkpoint.every_n_train_steps=2"
@@ -43,7 +43,7 @@ def test_killed_while_a_checkpoint_is_written(folder):
     assert not list((folder / "runs" / "killed" / "checkpoints").glob(".*"))
 
 
-@pytest.mark.parametrize("rank", ["0", long("1")])
+@pytest.mark.parametrize("rank", ["0", nightly("1")])
 def test_a_rank_killed_while_it_writes_its_shard(folder, rank):
     name = f"rank-{rank}"
     settings = (*TINY, EVERY_2, "trainer=fsdp2", "trainer.devices=2", f"run_name={name}")

@@ -9,9 +9,18 @@ import time
 
 import pytest
 
-from tests.processes import ROOT, TINY, TRAIN, environment, heed_ctrl_c, long, python, result, wait_until, with_strategy
-
-pytestmark = pytest.mark.system
+from tests.processes import (
+    ROOT,
+    TINY,
+    TRAIN,
+    environment,
+    nightly,
+    python,
+    restore_sigint,
+    result,
+    wait_until,
+    with_strategy,
+)
 
 
 def running(group: int) -> list[str]:
@@ -81,7 +90,7 @@ def test_ctrl_c_ends_everything_and_a_resume_goes_on(folder):
     settings = ("trainer=ddp", "trainer.devices=2", "trainer.max_steps=40", "callbacks.checkpoint.every_n_train_steps=2")
     python(TRAIN, *TINY, *settings, "run_name=straight", cwd=folder)
     command = [sys.executable, TRAIN, *TINY, *settings, "run_name=stopped"]
-    options = {"start_new_session": True, "preexec_fn": heed_ctrl_c, "stderr": subprocess.DEVNULL}
+    options = {"start_new_session": True, "preexec_fn": restore_sigint, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, cwd=folder, env=environment(), **options)
     checkpoints = folder / "runs" / "stopped" / "checkpoints"
     deadline = time.monotonic() + 120
@@ -102,7 +111,7 @@ def test_ctrl_c_ends_everything_and_a_resume_goes_on(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["eagle3", long("dflash"), long("domino")])
+@pytest.mark.parametrize("strategy", ["eagle3", nightly("dflash"), nightly("domino")])
 def test_a_killed_run_resumes_to_the_bit(folder, strategy):
     """Killed in its second pass: the resumed losses, and so the anchors, are those of a run that was left alone."""
     straight, killed = f"straight-{strategy}", f"killed-{strategy}"
@@ -127,7 +136,7 @@ def test_a_killed_run_resumes_to_the_bit(folder, strategy):
 def test_ctrl_c_while_a_command_exits_shows_no_traceback(folder):
     """A part that failed is interrupted by its supervisor, however far it has come."""
     command = [sys.executable, "-m", "tests.system.slow_exit", *TINY, "data.max_length=4", "run_name=exits"]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": heed_ctrl_c}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": restore_sigint}
     with subprocess.Popen(command, cwd=folder, env=environment(), **options) as process:
         assert any(line == "exiting\n" for line in process.stdout)
         process.send_signal(signal.SIGINT)

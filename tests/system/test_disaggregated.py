@@ -18,19 +18,17 @@ from tests.processes import (
     TINY,
     TRAIN,
     environment,
-    heed_ctrl_c,
-    long,
+    nightly,
     processes_in,
     python,
+    restore_sigint,
     result,
     wait_until,
     with_strategy,
 )
 
-pytestmark = pytest.mark.system
-
-DISAGG = (*TINY, "topology=disagg_online", "store.capacity_bytes=64000000")
-OTHERS = [pytest.param(name, marks=[pytest.mark.slow, pytest.mark.long]) for name in ("dflash", "domino")]
+DISAGG = (*TINY, "topology=disagg_online", "store.capacity_bytes=64000000", "hydra.job_logging.root.level=INFO")
+OTHERS = [pytest.param(name, marks=pytest.mark.nightly) for name in ("dflash", "domino")]
 EVERYWHERE = ("losses", "samples_trained", "samples_skipped", "samples_recaptured", "global_batch_size", "optimizer_steps")
 
 
@@ -59,7 +57,7 @@ def started(folder: Path, *arguments: str, variables: dict[str, str] | None = No
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=heed_ctrl_c,
+            preexec_fn=restore_sigint,
         )
         process.shown = lambda: (folder / "output.txt").read_text()
         try:
@@ -121,7 +119,7 @@ def test_a_strategy_from_outside_the_package(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", [long("dflash"), long("domino")])
+@pytest.mark.parametrize("strategy", [nightly("dflash"), nightly("domino")])
 def test_other_strategies_stream_to_the_bit(folder, strategy):
     """24 steps go over the prompts twice: anchors are drawn anew in each pass, the same in every topology."""
     options = ("trainer.max_steps=24",)
@@ -137,7 +135,7 @@ def test_other_strategies_stream_to_the_bit(folder, strategy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainer", [long("ddp"), "fsdp2"])
+@pytest.mark.parametrize("trainer", [nightly("ddp"), "fsdp2"])
 def test_two_ranks(folder, trainer):
     python(TRAIN, *DISAGG, f"trainer={trainer}", "trainer.devices=2", f"run_name={trainer}", cwd=folder)
     found, expected = result(folder, trainer), result(folder, "online")
@@ -146,7 +144,7 @@ def test_two_ranks(folder, trainer):
     assert found["samples_trained"] == expected["samples_trained"]
 
 
-@pytest.mark.parametrize("moment", ["mooncake", pytest.param("announced", marks=pytest.mark.slow), long("import")])
+@pytest.mark.parametrize("moment", ["mooncake", pytest.param("announced", marks=pytest.mark.slow), nightly("import")])
 def test_ctrl_c_while_starting(folder, moment):
     signs = {"import": "", "mooncake": "Mooncake at", "announced": "waiting for the trainer to begin"}
     with started(folder, *DISAGG, f"run_name=early-{moment}") as process:
@@ -212,8 +210,8 @@ def find(folder: Path, text: str) -> int:
     [
         ("role=producer", "error: producer-0: was killed by SIGKILL"),
         pytest.param("role=trainer", "error: trainer: was killed by SIGKILL", marks=pytest.mark.slow),
-        long("mooncake_client", "error: mooncake_client ended with status -9, see"),
-        long("mooncake_master", "error: mooncake_master ended with status -9, see"),
+        nightly("mooncake_client", "error: mooncake_client ended with status -9, see"),
+        nightly("mooncake_master", "error: mooncake_master ended with status -9, see"),
     ],
 )
 def test_a_part_that_dies_ends_the_run(folder, part, message):
@@ -241,7 +239,7 @@ def test_a_supervisor_that_is_killed_leaves_nothing(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prefetch", [long(0), long(2)])
+@pytest.mark.parametrize("prefetch", [nightly(0), nightly(2)])
 def test_a_trainer_that_waits_for_its_first_sample_ends_with_its_supervisor(folder, prefetch, tmp_path_factory):
     """The producer stands still before its first put."""
     name = f"waits-{prefetch}"
@@ -306,8 +304,8 @@ def test_the_scripts_without_hydra(folder, tmp_path):
     ("options", "message"),
     [
         (("topology.high_bytes=1000",), "error: producer-0: a window can have"),
-        long(("store.address=127.0.0.1:9",), "127.0.0.1:9"),
-        long(("target.path=nowhere",), "error: producer-0: "),
+        nightly(("store.address=127.0.0.1:9",), "127.0.0.1:9"),
+        nightly(("target.path=nowhere",), "error: producer-0: "),
     ],
 )
 def test_a_part_with_bad_input_ends_the_run_with_its_message(folder, options, message):

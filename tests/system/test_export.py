@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.processes import ROOT, TINY, TRAIN, long, python, result, torchrun, with_strategy
+from tests.processes import ROOT, TINY, TRAIN, nightly, python, result, torchrun, with_strategy
 
-pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 SETTINGS = (*TINY, "trainer.max_steps=3", "data.micro_batch_size=4")
 STRATEGIES = ("eagle3", "dflash", "domino")
@@ -26,7 +26,7 @@ def export(folder, run, *arguments, status=0):
     return (folder / "drafts" / out) if status == 0 else shown.stderr
 
 
-@pytest.mark.parametrize("strategy", ["eagle3", long("dflash"), long("domino")])
+@pytest.mark.parametrize("strategy", ["eagle3", nightly("dflash"), nightly("domino")])
 def test_sharded_and_ddp_runs_give_the_folder_of_one_process(folder, strategy):
     settings = with_strategy(SETTINGS, strategy)
     python(TRAIN, *settings, f"run_name=one-{strategy}", cwd=folder)
@@ -43,7 +43,7 @@ def test_sharded_and_ddp_runs_give_the_folder_of_one_process(folder, strategy):
             torch.testing.assert_close(two[name], tensor, atol=1e-3, rtol=1e-3, msg=name)
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_checkpoints_of_fsdp1(tmp_path, target_path, conversations):
     """Sharded, and of the shape of a full one: with all tensors in the file."""
     worker = str(ROOT / "tests" / "distributed" / "fsdp1_worker.py")

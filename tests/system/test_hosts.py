@@ -7,12 +7,11 @@ import time
 
 import pytest
 
-from tests.processes import TINY, TRAIN, long, python, result, wait_until
+from tests.processes import TINY, TRAIN, nightly, python, result, wait_until
 from tests.system.chaos.links import random_cuts, run_trial
 from tests.system.hosts import SECRET, Host, hosts, redis, start_services, steps, why_not
 
 pytestmark = [
-    pytest.mark.system,
     pytest.mark.slow,
     pytest.mark.timeout(600),
     pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
@@ -80,7 +79,7 @@ def test_one_rank_has_the_losses_of_one_process(folder, three):
     assert keys(services) == "0"
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_two_ranks(folder, three):
     producer, trainer, services, settings = three
     settings = (*settings, "run_name=two")
@@ -92,7 +91,7 @@ def test_two_ranks(folder, three):
     assert keys(services) == "0"
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_two_ranks_on_two_hosts(folder, three):
     first, second, services, settings = three  # the producer is where the store is
     (services.folder / "secret").write_text(SECRET)
@@ -125,7 +124,7 @@ def begin_narrow(three, name: str) -> tuple[subprocess.Popen[bytes], subprocess.
     return producing, training
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_links_that_are_cut_and_healed(folder, three):
     producer, trainer, services, _ = three
     producing, training = begin_narrow(three, "cut")
@@ -141,7 +140,7 @@ def test_links_that_are_cut_and_healed(folder, three):
     assert keys(services) == "0"
 
 
-@pytest.mark.parametrize("cut_off", [long("producer"), "trainer", long("services")])
+@pytest.mark.parametrize("cut_off", [nightly("producer"), "trainer", nightly("services")])
 def test_a_link_that_is_cut_for_20_seconds(folder, three, cut_off):
     hosts = dict(zip(("producer", "trainer", "services"), three, strict=False))
     services, trainer = hosts["services"], hosts["trainer"]
@@ -174,7 +173,7 @@ def test_a_trainer_that_is_cut_off_and_replaced(folder, three):
     assert keys(services) == "0"
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 @pytest.mark.parametrize("seed", [1, 4])
 def test_random_cuts_and_kills(folder, tmp_path, seed):
     """Behind one of the cuts the trainer is killed (seed 1), or both producers (seed 4)."""

@@ -5,7 +5,6 @@ import pytest
 from lightning_dataflow.run.target import SHARED_MEMORY
 from tests.processes import ROOT, TINY, TRAIN, processes_in, python, result, wait_until
 
-pytestmark = pytest.mark.system
 STAND_IN = {"PYTHONPATH": f"{ROOT}/tests/sglang/stand_in:{ROOT}"}
 TOPOLOGIES = {
     "online": (),

@@ -21,10 +21,8 @@ from lightning_dataflow.contracts import CapacityError, SampleRef, ref_from_json
 from lightning_dataflow.services.mooncake import CLIENT_PAUSE_S, LocalMooncake
 from lightning_dataflow.stores import MooncakeFeatureStore, StoreUnavailableError
 from lightning_dataflow.stores.mooncake.client import MooncakeAdmin
-from tests.processes import ROOT, environment, long
+from tests.processes import ROOT, environment, nightly
 from tests.unit.stores.test_contract import origin
-
-pytestmark = pytest.mark.system
 
 PEER = """
 import json, os, sys, time
@@ -312,7 +310,7 @@ def until_it_works(action, limit_s: float) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("client", ["shared_memory", long("tcp")])
+@pytest.mark.parametrize("client", ["shared_memory", nightly("tcp")])
 def test_the_master_dies_and_comes_back(tmp_path, client):
     with LocalMooncake(capacity_bytes=32 << 20, log_dir=tmp_path) as mooncake:
         options = {} if client == "shared_memory" else {"client_address": None}
@@ -383,8 +381,7 @@ def test_the_storage_process_dies_and_comes_back(tmp_path):
             store.close()
 
 
-@pytest.mark.long
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_storage_process_that_comes_back_unnoticed_is_an_error_and_no_lost_sample(tmp_path):
     with LocalMooncake(capacity_bytes=32 << 20, log_dir=tmp_path) as mooncake:
         writer, reader = attach(mooncake), attach(mooncake)

@@ -10,8 +10,6 @@ from lightning_dataflow.targets import load_tokenizer
 from lightning_dataflow.targets.tiny import write_tiny_target
 from tests.processes import TINY, TRAIN, python
 
-pytestmark = pytest.mark.system
-
 EVERY_STEP = ("callbacks.checkpoint.every_n_train_steps=1",)
 RARE = "k"
 """Of the first eight samples one has it, of the second rank."""

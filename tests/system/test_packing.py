@@ -2,9 +2,9 @@
 
 import pytest
 
-from tests.processes import TINY, TRAIN, long, python, result
+from tests.processes import TINY, TRAIN, nightly, python, result
 
-pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 STEPS, MOST = 4, 16
 PACKED = ("data.row_tokens=320", "data.rows_per_step=4", f"data.global_batch_size={MOST}", f"trainer.max_steps={STEPS}")
@@ -25,8 +25,8 @@ def run(folder, strategy, topology, *more):
     ("strategy", "topologies"),
     [
         ("eagle3", ("interleaved", "disagg_offline")),
-        long("dflash", ("disagg_online",)),
-        long("domino", ("disagg_online",)),
+        nightly("dflash", ("disagg_online",)),
+        nightly("domino", ("disagg_online",)),
     ],
 )
 def test_packed_steps_are_the_same_in_every_topology_and_on_two_ranks(tmp_path, strategy, topologies):

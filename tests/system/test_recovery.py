@@ -7,10 +7,8 @@ import signal
 
 import pytest
 
-from tests.processes import TINY, TRAIN, long, processes_in, python, result, wait_until
+from tests.processes import TINY, TRAIN, nightly, processes_in, python, result, wait_until
 from tests.system.test_disaggregated import DISAGG, find, started, status
-
-pytestmark = pytest.mark.system
 
 LONG = (*DISAGG, "trainer.max_steps=40", "callbacks.checkpoint.every_n_train_steps=10")
 WORKS = ("losses", "samples_trained", "samples_skipped", "optimizer_steps")
@@ -48,7 +46,7 @@ def agrees(folder, name: str) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", [long("role=producer"), "role=trainer", "/mooncake_master", long("mooncake_client")])
+@pytest.mark.parametrize("part", [nightly("role=producer"), "role=trainer", "/mooncake_master", nightly("mooncake_client")])
 def test_a_part_that_is_killed_starts_again(folder, part):
     name = f"killed-{len(part)}"
     with started(folder, *LONG, "topology.restarts=2", f"run_name={name}") as process:
@@ -62,11 +60,10 @@ def test_a_part_that_is_killed_starts_again(folder, part):
     found = agrees(folder, name)
     print(json.dumps({key: found[key] for key in ("restarts", "samples_recaptured")}))
     assert list(found["restarts"].values()) == [1]
-    assert re.search(r"\[supervisor\] \S+: .*killed by SIGKILL|ended with status -9", process.shown())
+    assert re.search(r"\S+: was killed by SIGKILL|ended with status -9", process.shown())
 
 
-@pytest.mark.long
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_goes_on_while_a_producer_lives(folder):
     """Without restarts. What the dead one had leased is captured by the other at once, not after lease_s."""
     with started(folder, *LONG, "topology.num_producers=2", "run_name=one-of-two") as process:

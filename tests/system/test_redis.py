@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 
 from lightning_dataflow.services.redis import LocalRedis
-from tests.processes import TINY, TRAIN, long, python, result, wait_until
+from tests.processes import TINY, TRAIN, nightly, python, result, wait_until
 from tests.system.test_disaggregated import DISAGG, folder as folder, nothing_is_left as nothing_is_left, started, status
 
 pytestmark = [
-    pytest.mark.system,
     pytest.mark.skipif(
         shutil.which("redis-server") is None, reason="redis-server is not installed (Debian: apt-get install redis-server)"
     ),
@@ -52,7 +51,7 @@ def test_losses_are_those_of_online_to_the_bit_and_nothing_is_left(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("control", ["redis", long("sqlite")])
+@pytest.mark.parametrize("control", ["redis", nightly("sqlite")])
 def test_of_two_trainers_that_start_together_one_trains(folder, control, tmp_path):
     """Each in a folder of its own, as on two machines."""
     name = f"together-{control}"

@@ -19,7 +19,7 @@ from lightning_dataflow.contracts import CapacityError, PeerFailedError, PeerGon
 from lightning_dataflow.control import RunPlan, resolve_control_plane
 from lightning_dataflow.evaluation import SGLangDecoder
 from lightning_dataflow.evaluation.judges.sglang_server import read_counts, sampling_params
-from lightning_dataflow.evaluation.speculative import greedy_decode
+from lightning_dataflow.evaluation.loop import greedy_decode
 from lightning_dataflow.run.target import SHARED_MEMORY
 from lightning_dataflow.services.mooncake import LocalMooncake
 from lightning_dataflow.services.sglang import LocalSGLang
@@ -30,11 +30,11 @@ from lightning_dataflow.targets import HFTargetEngine, SGLangServerTarget
 from lightning_dataflow.targets.conformance import compare_engines, make_prompts, table
 from lightning_dataflow.targets.sglang_http import CaptureServer
 from tests.conftest import LAYER_IDS
-from tests.processes import TINY, TRAIN, environment, heed_ctrl_c, processes_in, python, result, wait_until
+from tests.processes import TINY, TRAIN, environment, processes_in, python, restore_sigint, result, wait_until
 from tests.sglang.environment import ARGUMENTS, VARIABLES, sglang_python
 
 KEY = "the'key"
-pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -327,7 +327,7 @@ def test_ctrl_c_ends_the_server_too_and_a_resume_goes_on(tmp_path):
             env=VARIABLES,
             stdout=output,
             stderr=subprocess.STDOUT,
-            preexec_fn=heed_ctrl_c,
+            preexec_fn=restore_sigint,
         )
         shown = (tmp_path / "output.txt").read_text
         checkpoints = tmp_path / "runs" / "served" / "checkpoints"

@@ -16,7 +16,7 @@ from lightning_dataflow.strategies.published.engines import resolve_engine
 from tests.processes import ROOT
 from tests.sglang.environment import VARIABLES, sglang_python
 
-pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 NUM_TOKENS = 23
 SMALL = {"num_layers": 2, "block_size": 6}

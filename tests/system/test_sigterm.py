@@ -10,11 +10,9 @@ from contextlib import contextmanager
 import pytest
 
 from lightning_dataflow.control import RunPlan, resolve_control_plane
-from tests.processes import TINY, TRAIN, environment, long, processes_in, result, wait_until
+from tests.processes import TINY, TRAIN, environment, nightly, processes_in, result, wait_until
 from tests.records import WIDE
 from tests.system.test_disaggregated import started, status
-
-pytestmark = pytest.mark.system
 
 BY_HAND = (*TINY, "topology=disagg_online", "store=shared_dir", "store.capacity_bytes=64000000", "num_threads=1")
 SLOW = "imports=[tests.system.slow_capture]"
@@ -31,7 +29,7 @@ def nothing_is_left(folder):
     wait_until(lambda: not processes_in(folder), 10, lambda: f"processes left: {processes_in(folder)}")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), long(signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), nightly(signal.SIGINT, 130)])
 def test_a_producer_gives_its_leases_back_and_that_counts_against_no_prompt(folder, number, code):
     name = f"told-{code}"
     with started(folder, *BY_HAND, "role=producer", SLOW, f"run_name={name}") as process:
@@ -64,8 +62,7 @@ def begun(folder, *arguments):
             process.kill()
 
 
-@pytest.mark.long
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_capture_command(folder):
     command = ("-m", "lightning_dataflow", "capture", *TINY, "store=shared_dir", "store.root=features", SLOW)
     with begun(folder, *command) as process:
@@ -85,7 +82,7 @@ def check_ended(folder, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "launched"), [long(1, False), long(2, False), (2, True)])
+@pytest.mark.parametrize(("ranks", "launched"), [nightly(1, False), nightly(2, False), (2, True)])
 def test_a_trainer_that_trains(folder, ranks, launched):
     """Started by hand, or by torchrun, which has a status and words of its own. Producers end with it."""
     name = f"trains-{ranks}-{launched}"
@@ -132,11 +129,11 @@ def end(folder, text: str) -> None:
         os.kill(pid, signal.SIGTERM)
 
 
-@pytest.mark.long
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_parts_of_a_supervised_run(folder):
     """A trainer that was told to end has not completed the run; a producer starts again."""
-    settings = (*BY_HAND, "trainer.max_steps=1000", "callbacks.checkpoint.every_n_train_steps=4", "topology.restarts=1")
+    steps = ("trainer.max_steps=1000", "callbacks.checkpoint.every_n_train_steps=4")
+    settings = (*BY_HAND, *steps, "topology.restarts=1", "hydra.job_logging.root.level=INFO")
     with started(folder, *settings, "run_name=parts") as process:
         checkpoints = folder / "runs" / "parts" / "checkpoints"
         wait_until(lambda: list(checkpoints.glob("*.complete")), 90, process.shown)

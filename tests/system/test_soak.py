@@ -4,7 +4,7 @@ import pytest
 
 from tests.system.soak import GROUP, MARKS, SEGMENT_BYTES, WINDOW, soak
 
-pytestmark = [pytest.mark.system, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 NUM_SAMPLES = 2000
 MAX_GROWTH_KB = 24 << 10
@@ -12,7 +12,7 @@ MAX_LEDGER_BYTES = 6 << 20
 """SQLite starts its write-ahead log over at 1,000 pages of 4 kB."""
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_a_producer_that_outruns_the_trainer(tmp_path):
     report = soak(tmp_path, NUM_SAMPLES, step_s=0.02)
     assert report.trained == [list(range(at, at + WINDOW)) for at in range(0, NUM_SAMPLES, WINDOW)]

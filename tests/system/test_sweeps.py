@@ -6,7 +6,6 @@ import pytest
 
 from tests.processes import TINY, TRAIN, python, result, with_strategy
 
-pytestmark = pytest.mark.system
 SHORT = (*TINY, "trainer.max_steps=2")
 
 
@@ -34,8 +33,7 @@ def test_a_grid_on_two_ranks(tmp_path):
     assert last == f"results in {sweep.relative_to(tmp_path)}"
 
 
-@pytest.mark.slow
-@pytest.mark.long
+@pytest.mark.nightly
 def test_a_grid_of_strategies_on_two_ranks(tmp_path):
     """Each job has the sizes that the experiment sets for its strategy, and the losses of a run of its own on one rank."""
     strategies = ("eagle3", "dflash", "domino")
@@ -84,8 +82,7 @@ def test_launchers(tmp_path, launcher):
     assert f"results in {sweep.relative_to(tmp_path)}" in shown
 
 
-@pytest.mark.long
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_job_that_fails_is_named(tmp_path):
     shown = python(TRAIN, "-m", *SHORT, "data.global_batch_size=8,7", cwd=tmp_path, status=1)
     assert "ended with status 1, see its messages above" in shown.stderr

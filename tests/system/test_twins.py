@@ -9,8 +9,6 @@ import pytest
 
 from tests.processes import TINY, TRAIN, environment, processes_in, result, wait_until
 
-pytestmark = pytest.mark.system
-
 SMALL = "store.capacity_bytes=64000000"
 LRS = ("1e-3", "2e-3")
 

@@ -16,7 +16,7 @@ from tests.processes import TRAIN, python
 from tests.vllm.environment import VARIABLES, vllm_python
 from tests.vllm.targets import write_questions, write_target
 
-pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 MAX_NEW_TOKENS = 32
 DRAFTS = {

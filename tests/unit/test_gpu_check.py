@@ -9,6 +9,7 @@ from benchmarks import gpu_check
 SHAPE = (40, (9, 3))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("name", "packed"), [("eagle3", False), ("domino", True), pytest.param("dflash", True, marks=pytest.mark.slow)]
 )
@@ -19,6 +20,7 @@ def test_a_row_for_each_precision(capsys, name, packed):
     assert float(rows[0][7]) == 0 < float(rows[1][7])  # float32 is compared with itself here
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("error", [1.0, math.nan])
 def test_a_wrong_gradient_is_reported(capsys, monkeypatch, error):
     """Of the last parameter, and in one precision alone."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_dataflow.evaluation.speculative import Proposal
+from lightning_dataflow.evaluation.loop import Proposal
 from lightning_dataflow.strategies.blocks.drafter import BlockDrafter
 from lightning_dataflow.strategies.blocks.network import BlockDraft
 from lightning_dataflow.strategies.domino.network import DominoDraft

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_dataflow.evaluation.speculative import Drafter, Proposal, check_num_draft_tokens
+from lightning_dataflow.evaluation.loop import Drafter, Proposal, check_num_draft_tokens
 from lightning_dataflow.strategies.eagle3.network import DraftCache, Eagle3Draft
 
 

@@ -50,6 +50,7 @@ def saved(folder):
     return sorted(path.name for path in folder.glob("*.ckpt"))
 
 
+@pytest.mark.integration
 def test_the_last_measurement_may_be_the_best(fit, tmp_path):
     """3 does not divide 4: ModelCheckpoint leaves the last step out, and the last step is measured."""
     follower = best(tmp_path)
@@ -71,6 +72,7 @@ def test_the_last_measurement_may_be_the_best(fit, tmp_path):
     assert saved(tmp_path) == ["best-step-000004.ckpt"]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("accepted", "max_steps", "options", "kept"),
     [

@@ -25,6 +25,7 @@ def saved(folder) -> list[str]:
     return sorted(path.name for path in folder.glob("*.ckpt"))
 
 
+@pytest.mark.integration
 def test_they_go_through_the_trainers_own_callback(target_path, data, tmp_path):
     newest = checkpoint(tmp_path, every_n_train_steps=5, monitor="step", mode="max", save_top_k=2)
     module = make_module(target_path)

@@ -118,6 +118,7 @@ def test_two_complete_checkpoints_are_kept_and_durability_follows(fit, tmp_path)
     assert data.source.durable_seqs == [2, 4, 6]
 
 
+@pytest.mark.integration
 def test_a_save_that_fails_half_way_is_no_checkpoint(fit, tmp_path, monkeypatch):
     """Also where a complete one had that name, and nothing is called durable."""
     save, calls = torch.save, []
@@ -148,6 +149,7 @@ def test_a_save_that_fails_half_way_is_no_checkpoint(fit, tmp_path, monkeypatch)
     assert numbers(module.step_losses) == numbers(straight.step_losses)
 
 
+@pytest.mark.integration
 def test_random_and_optimizer_state_are_restored_exactly(fit, tmp_path):
     straight, _, trainer = fit(3, cls=NoisyModule)
     resumed, _, other = fit(3, cls=NoisyModule, ckpt_path=tmp_path / "checkpoints" / "step-000002.ckpt", seed=0)
@@ -287,6 +289,7 @@ def test_shards_are_looked_into_before_torch_does(tmp_path):
         read_header(tmp_path / "fine.ckpt")
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("victim", ["local://{}", "file://{}", "{}", "checkpoints/../{}", "local://checkpoints/../{}"])
 def test_a_checkpoint_that_names_others_removes_none_of_them(fit, tmp_path, monkeypatch, victim):
     """A crafted list of the best checkpoints, each of which the next saves would replace."""
@@ -314,6 +317,7 @@ def test_a_checkpoint_that_names_others_removes_none_of_them(fit, tmp_path, monk
     ]
 
 
+@pytest.mark.integration
 def test_a_run_that_was_moved_goes_on_and_leaves_its_old_folder_alone(fit, tmp_path):
     fit(2)
     shutil.copytree(tmp_path / "checkpoints", tmp_path / "moved")

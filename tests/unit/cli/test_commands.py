@@ -12,9 +12,11 @@ from hydra.core.global_hydra import GlobalHydra
 
 from lightning_dataflow.cli import capture, evaluate, main as commands, show_mask, train
 from lightning_dataflow.cli.hydra_command import command
-from lightning_dataflow.run.exit_status import RETRYABLE
+from lightning_dataflow.contracts.errors import RETRYABLE
 from lightning_dataflow.run.signals import Terminated, on_sigterm, raise_again
 from tests.unit.run.test_claim import start_owner
+
+pytestmark = pytest.mark.integration
 
 BY_HAND = ("topology=disagg_online", "store=shared_dir", "role=producer", "run_name=test")
 SERVED = ("target.engine=sglang_server", "target.urls=[http://127.0.0.1:9]")

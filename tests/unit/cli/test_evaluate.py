@@ -11,14 +11,16 @@ from safetensors.torch import load_file, save_file
 
 from lightning_dataflow import DFlashModule, export_draft
 from lightning_dataflow.cli import evaluate, train
-from lightning_dataflow.cli.backends import HFBackend
 from lightning_dataflow.cli.evaluate import table
+from lightning_dataflow.cli.judges import HFBackend
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.export.export import describe
 from lightning_dataflow.export.folder import write_draft
 from lightning_dataflow.strategies.published.engines import resolve_engine
 from tests.sglang.speculating import SpeculatingServer
 from tests.vllm.stand_in import write_stand_in
+
+pytestmark = pytest.mark.integration
 
 TINY = ("experiment=tiny", "logger=none")
 VLLM = ("evaluate.backend=vllm", f"evaluate.python={sys.executable}")

@@ -142,11 +142,13 @@ def roles(trained: list[Call]) -> Counter[str]:
     return Counter(next((one for one in call.settings if one.startswith("role=")), "role=auto") for call in trained)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("page", PAGES)
 def test_bash_takes_every_block(page):
     assert calls(page)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("page", PAGES)
 def test_no_command_shows_a_key(page):
     for call in calls(page):
@@ -155,6 +157,7 @@ def test_no_command_shows_a_key(page):
         assert not call.flags.keys() & {"--api-key", "--requirepass"}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("page", PAGES)
 def test_settings_compose_and_batches_fit_their_ranks(page):
     for call in calls(page):
@@ -172,6 +175,7 @@ def test_settings_compose_and_batches_fit_their_ranks(page):
         assert call.step.get("ntasks-per-node", config.trainer["devices"]) == config.trainer["devices"]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("strategy", GROUPS["strategy"])
 @pytest.mark.parametrize("page", ["recipes/clusters/README.md", "recipes/qwen3_8b/README.md"])
 def test_three_windows_fit_the_store(page, strategy):
@@ -184,6 +188,7 @@ def test_three_windows_fit_the_store(page, strategy):
         watermarks(config.topology, config.store).check_window(config.data.global_batch_size, 3 * window)
 
 
+@pytest.mark.integration
 def test_the_parts_of_the_recipe_for_8_gpus():
     trained = [call for call in calls("recipes/qwen3_8b/README.md") if call.trains]
     assert roles(trained) == {"role=producer": 2, "role=trainer": 2, "role=auto": 1}
@@ -191,6 +196,7 @@ def test_the_parts_of_the_recipe_for_8_gpus():
         assert composed(*call.settings).trainer["devices"] <= 7
 
 
+@pytest.mark.integration
 def test_the_parts_of_the_recipe_for_clusters():
     trained = [call for call in calls("recipes/clusters/README.md") if call.trains]
     assert roles(trained) == {"role=producer": 2, "role=trainer": 4}

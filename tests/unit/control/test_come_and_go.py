@@ -44,6 +44,7 @@ def opener(request, tmp_path) -> Callable[[], ControlPlane]:
     return lambda: resolve_control_plane("disaggregated", server.run_id, redis=server.where)
 
 
+@pytest.mark.integration
 def test_producers_come_and_go(opener):
     from lightning_dataflow.data import StreamingRefQueue
     from lightning_dataflow.stores import MemoryFeatureStore

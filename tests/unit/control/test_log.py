@@ -116,6 +116,7 @@ def test_which_record_of_a_seq_counts():
     assert not replaces(skip, skip)
 
 
+@pytest.mark.integration
 def test_several_writers_do_not_mix(opener, channel):
     writers = [forked(write, opener, first) for first in range(0, 2000, 500)]
     seqs: list[int] = []

@@ -206,6 +206,7 @@ def test_a_trainer_that_came_between_look_and_claim_is_found(redis_run, monkeypa
         claim_trainer(ledger, "run")
 
 
+@pytest.mark.integration
 def test_another_trainer_on_another_host(redis_run, monkeypatch):
     """One that gives signs of life is refused, one that gives none is waited for and then is none."""
     ledger = RedisMetadataStore(redis_run)

@@ -91,6 +91,7 @@ def test_a_checkpoint_of_another_order_is_refused(online, options):
         make(online, **options).load_state_dict(state)
 
 
+@pytest.mark.integration
 def test_online_and_offline_yield_the_same_bits(online, prompts, target, tmp_path):
     size = capture_to_folder(prompts[0], target, tmp_path)
     offline = OfflineSource(tmp_path)

@@ -10,9 +10,8 @@ from lightning_dataflow.control import ControlPlane, RunPlan, Watermarks
 from lightning_dataflow.data import Batching, PassOrder, queue as queue_module
 from lightning_dataflow.data.kept import KeptSamples
 from lightning_dataflow.data.reader import WindowReader
-from lightning_dataflow.data.windows import rank_slice
 from lightning_dataflow.stores import MemoryFeatureStore, SharedDirFeatureStore
-from tests.records import WIDE, memory_plane
+from tests.records import WIDE, memory_plane, rank_slice
 from tests.streams import ORDER, SeqFeed, make_source, make_worker
 
 LARGEST = SeqFeed().num_bytes(2)

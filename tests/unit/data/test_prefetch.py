@@ -77,6 +77,16 @@ def test_closing_while_the_reader_waits_for_a_batch():
     assert len(seen) == 1
 
 
+def test_tensors_within_tuples_are_copied_too(monkeypatch):
+    """As EAGLE3's target rows are. The device `meta` needs no hardware."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    batch = {"ids": torch.ones(2), "rows": (torch.ones(2), torch.ones(3)), "nested": {"x": [torch.ones(1)]}, "names": ["a"]}
+    copy = prefetch_module.copy_to(torch.device("meta"), batch)
+    assert copy["names"] == ["a"]
+    assert [type(copy[name]) for name in ("rows", "nested")] == [tuple, dict]
+    assert {tensor.device.type for tensor in (copy["ids"], *copy["rows"], *copy["nested"]["x"])} == {"meta"}
+
+
 def test_a_read_that_hangs_is_said(monkeypatch):
     monkeypatch.setattr(prefetch_module, "JOIN_TIMEOUT_S", 0.05)
     release = threading.Event()

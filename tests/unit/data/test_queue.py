@@ -9,10 +9,10 @@ import pytest
 from lightning_dataflow.contracts import LogRecord, PeerFailedError, PeerTimeoutError, UserError
 from lightning_dataflow.control import ControlPlane, RedisMetadataStore
 from lightning_dataflow.control.redis.log import RedisChannel
-from lightning_dataflow.data import StreamingRefQueue, queue as queue_module, rank_slice
+from lightning_dataflow.data import StreamingRefQueue, queue as queue_module
 from lightning_dataflow.data.queue import QueueCancelledError
 from lightning_dataflow.data.source import WindowEntry
-from tests.records import WIDE, begin, make_ref, memory_plane
+from tests.records import WIDE, begin, make_ref, memory_plane, rank_slice
 
 
 @pytest.fixture
@@ -128,10 +128,10 @@ def test_all_ranks_count_the_tokens_of_the_first_record(plane):
 
 
 def test_skip_ids_are_not_trained_and_are_freed(plane):
-    queue = queue_of(plane, skip_ids=["run:s1"])
+    queue = queue_of(plane, skip_ids=["s1"])
     refs = publish(plane, 0, 1)
     assert [entry.ref for entry in queue.get(range(2), range(2)).entries] == [refs[0], None]
-    assert queue.skipped == {1: "skip_ids"}
+    assert queue.skipped == {1: "listed in skip_ids"}
     assert queue.ack(2) == [refs[1]]
 
 
@@ -242,6 +242,7 @@ def test_a_producer_that_falls_silent_is_named(plane):
     assert queue.waiting_for == "1 of the 2 samples of the window at seq 0"
 
 
+@pytest.mark.integration
 def test_records_keep_the_patience_up(plane):
     queue = queue_of(plane, idle_timeout_s=0.5)
     for at in range(1, 6):
@@ -282,6 +283,7 @@ def test_a_log_that_ends_before_the_window(plane):
     assert queue.get(range(2, 4), range(2, 4)).entries
 
 
+@pytest.mark.integration
 def test_windows_are_read_while_others_are_acknowledged(redis_run):
     """By two threads, which Python switches between as often as it can; a Redis, because there refs are loaded later."""
     plane = ControlPlane(run_id="run", ledger=RedisMetadataStore(redis_run), channel=RedisChannel(redis_run), durable=True)

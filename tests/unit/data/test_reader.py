@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from lightning_dataflow.control import ControlPlane
-from lightning_dataflow.data import Batching, DataFlowDataModule, SampleRows
+from lightning_dataflow.data import Batching, DataFlowDataModule, PassOrder, SampleRows
 from lightning_dataflow.data.reader import STAND_IN_TOKENS, WindowReader
-from lightning_dataflow.data.source import RefWindow, WindowEntry
 from lightning_dataflow.producers import OnlineSource
 from lightning_dataflow.stores import MemoryFeatureStore, SharedDirFeatureStore
 from lightning_dataflow.strategies.eagle3.module import Eagle3Module
@@ -100,20 +99,6 @@ def test_ranks_read_their_shares(source):
     assert names == [["run:s0", "run:s1"], ["run:s2", "run:s3"]]
 
 
-class Skipping(OnlineSource):
-    """Gives up the samples at `positions` of every window."""
-
-    positions: tuple[int, ...] = ()
-
-    def window(self, seqs, share, order):
-        found = super().window(seqs, share, order)
-        entries = list(found.entries)
-        for position in self.positions:
-            self.store.free(entries[position].ref)
-            entries[position] = WindowEntry(seq=entries[position].seq, ref=None)
-        return RefWindow(entries=entries, num_tokens=found.num_tokens)
-
-
 class Recording(Eagle3Module):
     """Keeps the last gradients."""
 
@@ -123,15 +108,16 @@ class Recording(Eagle3Module):
 
 
 def fit(target_path, prompts, target, folder, positions, micro_batch_size=1) -> Recording:
-    source = Skipping(prompts[0], target)
-    source.positions = positions
-    data = DataFlowDataModule(source, global_batch_size=4, micro_batch_size=micro_batch_size)
+    source, order = OnlineSource(prompts[0], target), PassOrder(len(prompts[0]), 0)
+    skip_ids = [prompts[0][order.locate(position)[0]].source_id for position in positions]
+    data = DataFlowDataModule(source, global_batch_size=4, micro_batch_size=micro_batch_size, skip_ids=skip_ids)
     module = Recording(str(target_path), draft_vocab_size=64, num_steps=2, lr=1e-2)
     steps = 4 // micro_batch_size
     limits = {"max_steps": 1, "max_epochs": 1, "limit_train_batches": steps, "accumulate_grad_batches": steps}
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     L.Trainer(accelerator="cpu", default_root_dir=folder, **limits, **quiet).fit(module, data)
     assert source.store.health()["num_samples"] == 0
+    assert data.skipped() == dict.fromkeys(positions, "listed in skip_ids")
     return module
 
 
@@ -152,8 +138,8 @@ def test_a_window_of_skipped_samples_alone_is_a_step_of_nothing(target_path, pro
 
 
 def test_a_feed_is_what_the_card_says():
-    (_, tensors), *_ = SeqFeed().capture([3], 0)
-    assert tuple(tensors) == SeqFeed.card.features
+    (sample,) = SeqFeed().capture([3], 0, [3])
+    assert tuple(sample.put(MemoryFeatureStore()).features) == SeqFeed.card.features
 
 
 def test_a_rank_that_outlives_rank_0_leaves_its_features_to_the_resume(tmp_path):

@@ -1,5 +1,6 @@
 """The trainer's end: begin, train, end, for any number of ranks; what is in the store is freed exactly once."""
 
+import json
 import subprocess
 import threading
 
@@ -9,10 +10,9 @@ import torch
 from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
 from lightning_dataflow.control import ControlPlane, RunPlan, resolve_control_plane
 from lightning_dataflow.data import ManifestSource, PassOrder, queue as queue_module
-from lightning_dataflow.data.streaming import announcement_from_json, announcement_to_json
-from lightning_dataflow.data.windows import rank_slice
+from lightning_dataflow.data.announcement import Announcement
 from lightning_dataflow.stores import MemoryFeatureStore, SharedDirFeatureStore
-from tests.records import PLAN, memory_plane
+from tests.records import PLAN, memory_plane, rank_slice
 from tests.streams import CARD, ORDER, SeqFeed, make_source, make_worker
 
 
@@ -195,15 +195,16 @@ def test_the_log_of_another_run(tmp_path, plane, store):
 
 
 def test_announcements():
-    counts = torch.tensor([0, 3, 0, 1])
-    announced = announcement_to_json(CARD, run_id="run", num_samples=5, seed=None, token_counts=counts)
-    assert announcement_from_json(announced, "here") == (CARD, 5, None, {1: 3, 3: 1})
+    options = {"num_samples": 5, "seed": None, "token_counts": {1: 3, 3: 1}, "capture_batch_size": 1, "largest_bytes": 9}
+    announcement = Announcement(run_id="run", card=CARD, **options)
+    announced = json.loads(json.dumps(announcement.to_json()))
+    assert Announcement.from_json(announced, "here") == announcement
     for damage in ({"num_samples": 0}, {"token_counts": {"1": -1}}, {"token_counts": {"x": 1}}, {"card": {}}, {"seed": 1}):
         damaged = {**announced, **damage}
         if "seed" in damage:
             del damaged["num_samples"]
         with pytest.raises(UserError, match=r"what here announces is damaged .* another run_name"):
-            announcement_from_json(damaged, "here")
+            Announcement.from_json(damaged, "here")
 
 
 def test_token_counts_of_another_vocabulary(plane, store):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.data import Batching, PassOrder, rank_slice
+from lightning_dataflow.data import Batching, PassOrder
 from lightning_dataflow.data.windows import share_of
 
 
@@ -23,7 +23,7 @@ def test_the_order_depends_on_the_seed_alone():
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_ranks_share_a_window_without_gap_or_overlap(world_size):
-    seqs = [seq for rank in range(world_size) for seq in rank_slice(5, 8, rank, world_size)]
+    seqs = [seq for rank in range(world_size) for seq in share_of(range(40, 48), rank, world_size)]
     assert seqs == list(range(40, 48))
 
 

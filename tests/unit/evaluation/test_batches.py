@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.evaluation import NoDrafter, SpeculativeDecoder, evaluate_acceptance
-from lightning_dataflow.evaluation.speculative import greedy_decode
+from lightning_dataflow.evaluation.loop import greedy_decode
 from lightning_dataflow.strategies.common.target_tensors import FrozenTarget
 from lightning_dataflow.strategies.eagle3.drafter import ChainDrafter
 from lightning_dataflow.strategies.eagle3.network import Eagle3Config, Eagle3Draft
@@ -30,6 +30,7 @@ def drafters(target, target_path, questions):
     return {"eagle3": make_drafter(target, target_path), "dflash": block, "none": NoDrafter()}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", ["eagle3", "dflash", "none"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_batch_is_its_sequences(target, questions, drafters, kind, temperature, monkeypatch):
@@ -48,6 +49,7 @@ def test_a_batch_is_its_sequences(target, questions, drafters, kind, temperature
     assert len({len(one.tokens) for one in alone}) > 1, "some end before others"
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_counts_depend_neither_on_the_batch_nor_on_the_order(target, questions, drafters, temperature):
     def counts(prompts, batch_size):
@@ -60,6 +62,7 @@ def test_counts_depend_neither_on_the_batch_nor_on_the_order(target, questions, 
     assert expected == counts(questions, 3) == counts(questions[::-1], len(questions))
 
 
+@pytest.mark.integration
 def test_the_target_alone(target, questions, drafters):
     report = evaluate_acceptance(target, drafters["dflash"], questions, max_new_tokens=12, batch_size=4, baseline=True)
     assert report.num_identical == len(questions)

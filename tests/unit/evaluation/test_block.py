@@ -5,7 +5,7 @@ import torch
 
 from lightning_dataflow.contracts import StepContext, UserError
 from lightning_dataflow.evaluation import SpeculativeDecoder, evaluate_acceptance
-from lightning_dataflow.evaluation.speculative import greedy_decode
+from lightning_dataflow.evaluation.loop import greedy_decode
 from lightning_dataflow.strategies.blocks.blocks import cut_blocks
 from lightning_dataflow.strategies.blocks.drafter import BlockDrafter
 from lightning_dataflow.strategies.blocks.network import BlockConfig
@@ -70,6 +70,7 @@ def train_on(drafter, target, sequence, num_steps=60):
         optimizer.step()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_output_is_the_targets_own(target, target_path, questions, kind):
     drafter = make_drafter(target, target_path, kind)
@@ -82,6 +83,7 @@ def test_greedy_output_is_the_targets_own(target, target_path, questions, kind):
     assert report.acceptance_length > 1.2
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", ["dflash", "domino"])
 def test_sampled_decoding_follows_the_target(target, target_path, questions, kind):
     """The first drafted position of many runs against the target's exact distribution of the second token."""

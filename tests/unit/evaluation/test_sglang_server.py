@@ -59,6 +59,7 @@ def test_a_server_of_another_version_is_one_line(info, message):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.integration
 def test_the_first_request_of_each_server_is_not_timed():
     prompts = [[7, 8], [9], [10]]
     plain = {"speculative_algorithm": None}

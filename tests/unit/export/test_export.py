@@ -93,6 +93,7 @@ def export(source, folder, kind="eagle3", **options) -> Path:
     return export_draft(source, folder, **{"engine": engine, "format": form, "dtype": "float32"} | options)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", KINDS)
 def test_there_and_back_to_the_bit_and_one_step_on(kind, checkpoint, fit, target_path, tmp_path):
     folder = export(checkpoint(kind), tmp_path / "draft", kind)

@@ -8,10 +8,9 @@ import torch
 
 from lightning_dataflow.control import RunPlan
 from lightning_dataflow.data import DataFlowDataModule, PassOrder, SampleRows, queue as queue_module
-from lightning_dataflow.data.windows import rank_slice
 from lightning_dataflow.producers import ColocatedSource, OnlineSource, colocated as colocated_module
 from lightning_dataflow.stores import MemoryFeatureStore
-from tests.records import WIDE, memory_plane
+from tests.records import WIDE, memory_plane, rank_slice
 
 PLAN = RunPlan(start=8, stop=32, window=8)
 FEATURES = ("input_ids", "loss_mask", "aux_hidden_states", "last_hidden_state")
@@ -46,6 +45,7 @@ def read(source, window: int, rank: int = 0, world_size: int = 1) -> list[dict[s
     return samples
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("capture_batch_size", [1, 4])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_it_yields_the_bits_of_online(prompts, target, tmp_path, threaded, rank, capture_batch_size):
@@ -63,6 +63,7 @@ def test_it_yields_the_bits_of_online(prompts, target, tmp_path, threaded, rank,
     assert colocated.store.health()["num_samples"] == 0
 
 
+@pytest.mark.integration
 def test_through_the_data_module(prompts, target, tmp_path, threaded):
     class Fit:  # what `start` and `batches` ask of a Trainer
         checkpoint_callbacks = ()
@@ -88,6 +89,22 @@ def test_through_the_data_module(prompts, target, tmp_path, threaded):
     for one, other in zip(*batches, strict=True):
         assert (one["next_seq"], one["window_num_tokens"]) == (other["next_seq"], other["window_num_tokens"])
         assert all(torch.equal(one[name], other[name]) for name in FEATURES)
+
+
+def test_skipped_samples_are_read_while_others_are_skipped(prompts, target, tmp_path, monkeypatch):
+    """The prefetch thread adds to them at any moment."""
+    source = make(prompts, target, tmp_path, False)
+    source.begin(PLAN, 0, 1)
+    source.queue.skipped |= {8: "lost", 9: "lost"}
+    number = source._run_seq
+
+    def skip_another(seq):
+        source.queue.skipped[len(source.queue.skipped) + 8] = "lost"
+        return number(seq)
+
+    monkeypatch.setattr(source, "_run_seq", skip_another)
+    assert set(source.skipped()) == {8, 9}
+    source.finish("completed")
 
 
 def test_a_trainer_that_ends_first(prompts, target, tmp_path, threaded):

@@ -33,7 +33,7 @@ def start(tmp_path, connect, store, prompts):
 
 def records(plane):
     plane.log.rewind()
-    return [one for one in plane.log.poll(10_000) if one.kind != "announce"]
+    return plane.log.poll(10_000)
 
 
 def capture_all(workers, plane) -> list:
@@ -87,6 +87,7 @@ def test_a_poison_prompt_is_skipped_and_the_run_goes_on(start, servers):
     assert plane.ledger.status()["given_up"] == 1
 
 
+@pytest.mark.integration
 def test_a_full_store_is_waited_for_with_growing_pauses_and_the_same_attempt(start, servers, monkeypatch):
     (worker,), plane = start(1, urls=[servers[0].url])
     servers[0].requests.clear()

@@ -234,6 +234,7 @@ def test_several_named_templates(target_path, conversations):
         load_prompts(str(conversations), tokenizer, max_length=64)
 
 
+@pytest.mark.integration
 def test_a_hugging_face_data_set(tokenizer, tmp_path, monkeypatch):
     pytest.importorskip("datasets")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

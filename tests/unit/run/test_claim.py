@@ -69,6 +69,7 @@ def test_a_killed_owner_leaves_the_folder_to_the_next(owner, tmp_path):
         fcntl.flock(os.open(tmp_path / LOCK, os.O_RDWR), fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+@pytest.mark.integration
 def test_a_child_works_under_its_parents_claim(tmp_path):
     """A grandchild does not: nothing of ours starts a part by way of another process."""
     claim(tmp_path, "do something else")
@@ -99,6 +100,7 @@ def test_what_outlives_the_owner_does_not_keep_its_claim(tmp_path, how):
         owner.communicate()
 
 
+@pytest.mark.integration
 def test_of_many_at_once_one_is_the_owner(tmp_path):
     def try_it(results) -> None:
         try:

@@ -15,6 +15,7 @@ def test_an_engine_is_not_shared_by_ranks():
         check_one_engine(config)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("content", ["", " \n", "two\nlines", "schlüssel"])
 def test_a_file_without_a_key(tmp_path, content):
     (tmp_path / "key").write_text(content)

@@ -208,6 +208,7 @@ def test_an_empty_put(store):
         store.put({}, origin())
 
 
+@pytest.mark.integration
 def test_over_capacity_nothing_is_visible(small_store):
     store, unit = small_store
 
@@ -226,6 +227,7 @@ def test_over_capacity_nothing_is_visible(small_store):
     store.put(sample(1500), origin("run:2"))
 
 
+@pytest.mark.integration
 def test_many_threads(store):
     failures: list[BaseException] = []
 
@@ -268,6 +270,7 @@ class TestSharedDir:
             store.release(handle)
         assert store.health()["num_samples"] == 1
 
+    @pytest.mark.integration
     def test_another_process_reads_frees_and_is_told(self, tmp_path):
         store = SharedDirFeatureStore(tmp_path)
         refs = [store.put(tensors(index), origin(f"run:{index}")) for index in range(2)]

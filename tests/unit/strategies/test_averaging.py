@@ -65,6 +65,7 @@ def check_maps(state, vocab, prefix="draft."):
     assert torch.equal(state[f"{prefix}t2d"], vocab.t2d)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("trainer_cls", [L.Trainer, DataFlowTrainer])
 @pytest.mark.parametrize(
     ("decay", "options"), [(0.5, {}), (0.9, {"use_buffers": True}), (0.999, {}), (0.9, {"use_buffers": False})]

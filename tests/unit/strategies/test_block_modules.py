@@ -205,6 +205,7 @@ def test_gradients_and_a_clipped_sgd_step_do_not_depend_on_the_micro_batch(
         assert first.shares == pytest.approx([1.0] * 4 + [0.5] * 4 + [0.0] * 8)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", ["decay", "domino"])
 def test_training_lowers_the_loss_and_a_checkpoint_holds_the_draft_alone(
     target_path, prompts, block_target, tmp_path, kind

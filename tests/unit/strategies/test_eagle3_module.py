@@ -121,6 +121,7 @@ def test_initial_weights_depend_on_the_seed_alone(target_path):
     assert not torch.equal(one, make_module(target_path, seed=1).draft.fc.weight)
 
 
+@pytest.mark.integration
 def test_resume_is_exact(target_path, prompts, target, tmp_path):
     """Killed after 2 of 4 steps, in the middle of a window's micro-batches: same losses, same weights."""
     data, straight = make_data(prompts, target), make_module(target_path)
@@ -145,6 +146,7 @@ def test_resume_is_exact(target_path, prompts, target, tmp_path):
         assert torch.equal(one, two), name
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("micro_batch_size", [1, 4])
 def test_resume_with_another_micro_batch_at_an_odd_step(target_path, prompts, target, tmp_path, micro_batch_size):
     data, straight = make_data(prompts, target), make_module(target_path)
@@ -158,6 +160,7 @@ def test_resume_with_another_micro_batch_at_an_odd_step(target_path, prompts, ta
     assert [float(x) for x in resumed.step_losses] == pytest.approx([float(x) for x in straight.step_losses], rel=1e-5)
 
 
+@pytest.mark.integration
 def test_resume_from_a_checkpoint_inside_a_window(target_path, prompts, target, tmp_path):
     class SaveInside(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -300,6 +303,7 @@ def test_bad_warmup(target_path, prompts, target, tmp_path):
         make_trainer(tmp_path, data).fit(make_module(target_path, warmup_ratio=2), data)
 
 
+@pytest.mark.integration
 def test_learning_rate_schedule(target_path, prompts, target, tmp_path):
     data = make_data(prompts, target)
     module = make_module(target_path, lr=1.0, warmup_ratio=0.25, min_lr_ratio=0.1)
@@ -316,6 +320,7 @@ def test_learning_rate_schedule(target_path, prompts, target, tmp_path):
     assert rates[-1] > 0.1
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("lk_loss", [None, "alpha", "lambda"])
 def test_training_lowers_the_loss(target_path, prompts, target, tmp_path, lk_loss):
     """The same two samples over and over are learnt."""
@@ -358,6 +363,7 @@ def test_norms_do_not_decay(target_path):
     assert not any("norm" in name for name in decaying)
 
 
+@pytest.mark.integration
 def test_bf16_mixed_trains(target_path, prompts, target, tmp_path):
     data, exact = make_data(prompts, target), make_module(target_path)
     make_trainer(tmp_path, data).fit(exact, data)

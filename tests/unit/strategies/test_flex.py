@@ -31,6 +31,7 @@ MASKS = {
 }
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "name", ["blocks in a window", *(pytest.param(name, marks=pytest.mark.slow) for name in ("blocks", "unrolled"))]
 )
@@ -51,6 +52,7 @@ def test_the_unrolled_mask_is_compiled_on_cuda(monkeypatch):
     assert asked == [(CREATE_BLOCK_MASK, {"dynamic": True})]
 
 
+@pytest.mark.integration
 def test_no_call_leaves_the_kernel_to_inductor(monkeypatch):
     real, options = flex_attention.flex_attention, []
 

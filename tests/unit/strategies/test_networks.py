@@ -67,6 +67,7 @@ def test_samples_of_a_packed_row_do_not_see_each_other():
             assert torch.allclose(one[part], other, atol=1e-11)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("num_steps", [1, 3])
 def test_the_packed_flex_mask_is_the_same_attention(num_steps):
     query, keys, values = attention_inputs(num_steps, heads=4, kv_heads=2, length=128, dtype=torch.float32)

@@ -60,6 +60,7 @@ def sums_and_gradients(module, data):
     return batches, totals, {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", KINDS)
 def test_sums_and_gradients_are_those_of_one_sample_a_row(target_path, targets, prompts, kind):
     alone, sums, gradients = sums_and_gradients(*make(kind, target_path, targets, prompts))
@@ -113,6 +114,7 @@ def fit(module, data, folder, max_steps=4, callbacks=(), **options):
     return trainer
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", ["eagle3", "dflash", "domino"])
 def test_training_steps_are_those_of_one_sample_a_row(target_path, targets, prompts, tmp_path, kind):
     runs = []
@@ -126,6 +128,7 @@ def test_training_steps_are_those_of_one_sample_a_row(target_path, targets, prom
     assert len(set(runs[0])) == 4
 
 
+@pytest.mark.integration
 def test_resume_at_a_cursor_that_the_lengths_decide(target_path, targets, prompts, tmp_path):
     options = {"row_tokens": 160, "rows_per_step": 2, "global_batch_size": 32}
     module, data = make("eagle3", target_path, targets, prompts, **options)

@@ -7,11 +7,11 @@ import time
 
 import pytest
 
-from lightning_dataflow.supervise.processes import Part, end_all, interrupts_wait
+from lightning_dataflow.supervise.processes import ManagedProcess, defer_interrupts, end_all
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_part_that_is_interrupted_while_it_starts_is_known(monkeypatch, number):
+def test_a_process_that_is_interrupted_while_it_starts_is_known(monkeypatch, number):
     """Else it would go on for a moment after the command has ended."""
     popen = subprocess.Popen
 
@@ -26,14 +26,14 @@ def test_a_part_that_is_interrupted_while_it_starts_is_known(monkeypatch, number
 
     monkeypatch.setattr(subprocess, "Popen", late)
     before = signal.signal(number, interrupt)
-    parts: list[Part] = []
+    processes: list[ManagedProcess] = []
     try:
-        with pytest.raises(KeyboardInterrupt), interrupts_wait():
-            parts.append(Part("trainer", ["role=trainer"], 1, signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt), defer_interrupts():
+            processes.append(ManagedProcess("trainer", ["role=trainer"], 1, signal.SIGINT))
         assert signal.getsignal(number) is interrupt
-        (part,) = parts
-        assert part.is_running()
+        (process,) = processes
+        assert process.is_running()
     finally:
         signal.signal(number, before)
-        end_all(parts)
-    assert not parts[0].is_running()
+        end_all(processes)
+    assert not processes[0].is_running()

@@ -21,7 +21,7 @@ from lightning_dataflow.supervise.watch import Restarts
     ],
 )
 def test_the_reason_of_a_failed_run_is_in_its_result(tmp_path, status, error, expected):
-    """The supervisor interrupts the trainer when another part failed; only the supervisor knows why."""
+    """The supervisor interrupts the trainer when another process failed; only the supervisor knows why."""
     path, restarts = tmp_path / "result.json", Restarts(2)
     since = time.time() - 1
     write_result(path, {"status": status, "losses": [1.5]})

@@ -1,4 +1,4 @@
-"""Who is started again, who ends the run, and what is said about it; the parts are stand-ins that end as told."""
+"""Which processes are started again, which end the run, and what is logged about it; stand-ins end as they are told."""
 
 from types import SimpleNamespace
 
@@ -32,11 +32,14 @@ class StandIn:
         self.looks -= 1
         return None if self.looks > 0 or self.status is None else self.status
 
-    def how_it_ended(self) -> str:
+    def exit_reason(self) -> str:
         return self.how
 
-    def may_do_better(self) -> bool:
+    def is_retryable(self) -> bool:
         return self.temporary
+
+    def is_running(self) -> bool:
+        return self.poll() is None
 
     def kill(self) -> None: ...
 
@@ -66,14 +69,13 @@ def run(tmp_path, ledger, producers, trainer, limit: int) -> Restarts:
     return restarts
 
 
-def test_what_died_starts_again_up_to_the_limit(tmp_path, ledger, capsys):
+def test_what_died_starts_again_up_to_the_limit(tmp_path, ledger, caplog):
     producer, trainer = StandIn("producer-0", KILLED, KILLED), StandIn("trainer", KILLED)
     trainer.looks = 200
     restarts = run(tmp_path, ledger, [producer], trainer, 2)
     assert restarts.counts == {"producer-0": 2, "trainer": 1}
     assert trainer.starts == [(), ()]  # no checkpoint: from the start
-    said = capsys.readouterr().out
-    assert "[supervisor] producer-0: was killed by SIGKILL; starts again in 0 s, attempt 2 of 2" in said
+    assert "producer-0: was killed by SIGKILL; starts again in 0 s, attempt 2 of 2" in caplog.messages
 
 
 def test_a_trainer_goes_on_at_its_checkpoint(tmp_path, ledger):
@@ -97,9 +99,9 @@ def test_a_trainer_goes_on_at_its_checkpoint(tmp_path, ledger):
     ],
 )
 def test_what_ends_the_run(tmp_path, ledger, producers, trainer, message):
-    parts = [StandIn(f"producer-{index}", end) for index, end in enumerate(producers)]
+    stand_ins = [StandIn(f"producer-{index}", end) for index, end in enumerate(producers)]
     with pytest.raises(PeerFailedError, match=message):
-        run(tmp_path, ledger, parts, StandIn("trainer", trainer or (None, "", True)), 0)
+        run(tmp_path, ledger, stand_ins, StandIn("trainer", trainer or (None, "", True)), 0)
 
 
 def test_bad_settings_are_not_tried_again(tmp_path, ledger):
@@ -109,14 +111,13 @@ def test_bad_settings_are_not_tried_again(tmp_path, ledger):
     assert len(producer.starts) == 1
 
 
-def test_the_run_goes_on_while_a_producer_lives(tmp_path, ledger, capsys):
+def test_the_run_goes_on_while_a_producer_lives(tmp_path, ledger, caplog):
     trainer = StandIn("trainer")
     trainer.looks = 50
     other = running("producer-1")
     run(tmp_path, ledger, [StandIn("producer-0", KILLED), other], trainer, 0)
-    said = capsys.readouterr().out
-    assert "producer-0: was killed by SIGKILL; the run goes on with producer-1" in said
-    assert "producer-1 did not end within 0 s of the trainer's end: ended" in said
+    assert "producer-0: was killed by SIGKILL; the run goes on with producer-1" in caplog.messages
+    assert "producer-1 did not end within 0 s of the trainer's end: killed" in caplog.messages
 
 
 def test_a_producer_that_ended_with_a_failed_trainer_starts_with_the_next(tmp_path, ledger):
@@ -143,7 +144,7 @@ LEASES = {"group": 4, "num_bytes": lambda seq: 8, "watermarks": WIDE, "lease_s":
 
 @pytest.fixture
 def leased(ledger, monkeypatch):
-    """All but the last group are leased to workers of the first part to start; `leased()` → (seqs, attempt) of the next."""
+    """All but the last group are leased to workers of one process; `leased()` → (seqs, attempt) of the next."""
     ledger.begin(RunPlan(start=0, stop=12, window=4), published={}, wanted={}, frontier=0)
     with monkeypatch.context() as patch:
         patch.setattr("os.getpid", lambda: 1)
@@ -186,7 +187,7 @@ def stay_away(ledger, monkeypatch):
     return begin
 
 
-def test_parts_that_die_while_the_ledger_is_away_start_when_it_is_back(tmp_path, ledger, leased, stay_away):
+def test_processes_that_die_while_the_ledger_is_away_start_when_it_is_back(tmp_path, ledger, leased, stay_away):
     """Each once: their restarts are not used up meanwhile."""
     trainer, forever = StandIn("trainer", KILLED), (None, "", True)
     producers = [StandIn("producer-0", KILLED, forever), StandIn("producer-1", (0, "", True), forever)]
@@ -202,15 +203,15 @@ def test_parts_that_die_while_the_ledger_is_away_start_when_it_is_back(tmp_path,
     trainer.start = start_slowly
     watch.run()
     assert restarts.counts == {"producer-0": 1, "trainer": 1}
-    assert [len(part.starts) for part in (trainer, *producers)] == [2, 2, 2]
+    assert [len(each.starts) for each in (trainer, *producers)] == [2, 2, 2]
     assert [leased() for _ in range(2)] == [((0, 1, 2, 3), 1), ((4, 5, 6, 7), 1)]
 
 
 def test_a_ledger_that_stays_away_ends_a_run_that_needs_it(tmp_path, ledger, stay_away, monkeypatch):
-    monkeypatch.setattr(watch_module, "LEDGER_AWAY_S", 0.05)
+    monkeypatch.setattr(watch_module, "LEDGER_TIMEOUT_S", 0.05)
     watch = Watch([running("producer-0")], StandIn("trainer", KILLED), [], ledger, tmp_path, restarts := Restarts(3))
     stay_away(10**9)
-    with pytest.raises(PeerFailedError, match=r"^a part has ended and cannot be started again: Redis could not be used$"):
+    with pytest.raises(PeerFailedError, match=r"^a process has ended and cannot be started again: Redis"):
         watch.run()
     assert restarts.counts == {"trainer": 1}
 

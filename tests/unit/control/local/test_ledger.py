@@ -51,6 +51,7 @@ def work(path: Path, worker: str) -> None:
                 mine.write(f"{seq}\n")
 
 
+@pytest.mark.integration
 def test_several_processes_on_one_file(tmp_path):
     path = tmp_path / "ledger.sqlite"
     begin(SqliteMetadataStore(path), stop=600)

@@ -55,6 +55,7 @@ def test_a_restart_without_it_is_told(own):
     idle.publish(refs(0))
 
 
+@pytest.mark.integration
 def test_a_replica_that_is_behind_is_told_to_whom_it_concerns(own):
     """The last changes are missing, and others went on from there under the same numbers."""
     server, replica = own(), own()
@@ -81,6 +82,7 @@ def test_a_replica_that_is_behind_is_told_to_whom_it_concerns(own):
         reader.poll()
 
 
+@pytest.mark.integration
 def test_while_somebodys_script_runs_for_long_others_wait(own):
     server = own("busy-reply-threshold 100")
     log = channel(server)
@@ -97,6 +99,7 @@ def test_while_somebodys_script_runs_for_long_others_wait(own):
     busy.join(10)
 
 
+@pytest.mark.integration
 def test_a_change_whose_answer_is_lost_is_made_once(own, monkeypatch):
     server = own()
     monkeypatch.setattr(redis_connections, "ANSWER_S", 0.2)

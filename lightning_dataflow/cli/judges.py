@@ -10,7 +10,7 @@ from lightning_dataflow.config.secrets import read_api_key
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.evaluation import AcceptanceReport, SGLangDecoder, VLLMDecoder, evaluate_acceptance
 from lightning_dataflow.evaluation.judges.vllm_process import Decoded, find_python, room_for
-from lightning_dataflow.evaluation.speculative import check_num_draft_tokens
+from lightning_dataflow.evaluation.loop import check_num_draft_tokens
 from lightning_dataflow.export.export import export_draft
 from lightning_dataflow.export.serve import check_engine
 from lightning_dataflow.strategies.checkpoint import load_module

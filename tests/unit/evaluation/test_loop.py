@@ -3,7 +3,7 @@ import torch
 
 from lightning_dataflow.contracts import NotFiniteError
 from lightning_dataflow.evaluation import Drafter, SpeculativeDecoder, evaluate_acceptance
-from lightning_dataflow.evaluation.speculative import Proposal, greedy_decode, rejection_sample
+from lightning_dataflow.evaluation.loop import Proposal, greedy_decode, rejection_sample
 from lightning_dataflow.strategies.common.target_tensors import FrozenTarget
 from lightning_dataflow.strategies.eagle3.draft_vocab import build_draft_vocab
 from lightning_dataflow.strategies.eagle3.drafter import ChainDrafter
@@ -54,6 +54,7 @@ class Oracle(Drafter):
         return Proposal([token if i < self.wrong_at else (token + 1) % 320 for i, token in enumerate(tokens)])
 
 
+@pytest.mark.integration
 def test_greedy_output_is_the_targets_own(target, target_path, questions):
     decoder = SpeculativeDecoder(target, make_drafter(target, target_path))
     for question in questions:
@@ -101,6 +102,7 @@ def test_it_stops_at_an_end_token(target, target_path, questions, monkeypatch):
     assert SpeculativeDecoder(target, oracle).generate(questions[0], 20).tokens == plain[:stop]
 
 
+@pytest.mark.integration
 def test_the_rejection_rule_keeps_the_targets_distribution():
     """Two drafted tokens over four symbols, against the exact joint distribution of the first two tokens."""
     generator = torch.Generator().manual_seed(0)
@@ -119,6 +121,7 @@ def test_the_rejection_rule_keeps_the_targets_distribution():
     assert chi_square < 37.7  # 15 degrees of freedom, 0.1 %
 
 
+@pytest.mark.integration
 def test_sampled_decoding_follows_the_target(target, target_path, questions):
     """The first drafted position of many runs against the target's exact distribution of the second token."""
     question, temperature, trials = questions[0], 1.5, 1000
@@ -158,6 +161,7 @@ def test_the_drafter_keeps_verified_positions_only(target, target_path, question
         assert drafter.cache.length == fresh.cache.length == stop
 
 
+@pytest.mark.integration
 def test_a_target_with_sliding_windows(tmp_path, tokenizer):
     from transformers import MistralConfig, MistralForCausalLM
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import lightning as L
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 LOGGED = ("acceptance_length", "tokens_per_target_forward")
 
 
+@dataclass(eq=False)
 class AcceptanceEvaluation(StepCallback):
     """Decodes held-out prompts before the first step, every `every_n_steps` steps, and after the last.
 
@@ -39,27 +41,19 @@ class AcceptanceEvaluation(StepCallback):
         seed: of what is drawn above temperature 0.
     """
 
-    def __init__(
-        self,
-        target: Callable[[], HFTargetEngine],
-        prompts: Sequence[Sequence[int]],
-        *,
-        num_draft_tokens: int = 4,
-        max_new_tokens: int = 32,
-        every_n_steps: int = 0,
-        temperature: float = 0.0,
-        seed: int = 0,
-    ):
-        if not prompts:
+    target: Callable[[], HFTargetEngine]
+    prompts: Sequence[Sequence[int]]
+    _: KW_ONLY
+    num_draft_tokens: int = 4
+    max_new_tokens: int = 32
+    every_n_steps: int = 0
+    temperature: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
             raise UserError("no held-out prompts to evaluate on: set data.num_eval_samples, or callbacks=no_evaluation")
-        self.prompts = prompts
-        self.num_draft_tokens = num_draft_tokens
-        self.max_new_tokens = max_new_tokens
-        self.every_n_steps = every_n_steps
-        self.temperature = temperature
-        self.seed = seed
         self.history: list[dict[str, Any]] = []
-        self._make_target = target
         self._target: HFTargetEngine | None = None
         self._measured: dict[str, float] = {}  # after the latest step, if that was measured
 
@@ -96,7 +90,7 @@ class AcceptanceEvaluation(StepCallback):
             self.history.pop()
         pl_module.check_weights()
         if self._target is None:
-            self._target = self._make_target()
+            self._target = self.target()
             self._target.set_capture_layers(pl_module.layer_ids)
         with averaged_weights(trainer, pl_module):
             drafter = pl_module.drafter(num_draft_tokens=self.num_draft_tokens)

@@ -1,1 +1,1 @@
-"""Checkpoints: which are complete, how they are written and read, and a Trainer that takes care of both."""
+"""Checkpoints: which are complete, how they are written and read, and a Trainer that handles both."""

@@ -1,4 +1,4 @@
-"""Checkpoints of one file: written beside their place, read without unpickling."""
+"""Checkpoints of one file: written atomically, read without unpickling."""
 
 import os
 from pathlib import Path
@@ -13,35 +13,35 @@ from lightning_dataflow.checkpoints.paths import folder_of, local_path, resolve_
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Lightning's own, with four differences.
+    """Lightning's TorchCheckpointIO, with four differences.
 
-    A file gets its name once it is whole. (Lightning's passes through memory, twice, and the folder for temporary files,
-    from where it is copied when that is another disk; a kill leaves it there.) It is loaded with `weights_only=True`,
-    whatever is asked for. Its completion marker is removed before it is. And nothing is removed but a `*.ckpt` directly in
-    a folder that was given to `admit`.
+    A file gets its name once it is whole. (Lightning copies a checkpoint through memory twice, and through the folder for
+    temporary files, where a kill leaves it.) Loading always uses `weights_only=True`. A checkpoint's completion marker is
+    removed before the checkpoint. And nothing is removed but a `*.ckpt` directly in a folder that was given to `admit`.
     """
 
     def __init__(self) -> None:
         self._folders: set[str] = set()
 
     def admit(self, folder: str | Path) -> None:
-        """This run keeps checkpoints directly in `folder`, so it may remove them there."""
+        """This run keeps checkpoints directly in `folder`, so it may remove checkpoints there."""
         self._folders.add(resolve_folder(folder))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """See CheckpointIO."""
         local = local_path(path)
         if local is None or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        path = local
+        else:
+            self._save(checkpoint, local)
+
+    def _save(self, checkpoint: dict[str, Any], path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = hidden_part(path)
         try:
             with part.open("wb") as file:
                 torch.save(checkpoint, file)
             part.replace(path)
-        except (OSError, RuntimeError) as error:  # torch's own says nothing of the disk
+        except (OSError, RuntimeError) as error:  # torch hides the disk's error in a RuntimeError
             part.unlink(missing_ok=True)
             cause = error if isinstance(error, OSError) else error.__context__
             if isinstance(cause, OSError) and cause.errno is not None:
@@ -51,14 +51,12 @@ class CheckpointFiles(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = lambda storage, _: storage, weights_only: bool | None = True
     ) -> dict[str, Any]:
-        """See CheckpointIO."""
         return super().load_checkpoint(path, map_location, weights_only=True)
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """See CheckpointIO. The path may come from a checkpoint's state: what is no checkpoint of this run stays, with a
-        warning."""
-        local, ours = local_path(path), folder_of(path) in self._folders
-        if local is None and ours:
+        """The path may come from a checkpoint's state. Anything but a checkpoint of this run stays, with a warning."""
+        local, is_ours = local_path(path), folder_of(path) in self._folders
+        if local is None and is_ours:
             super().remove_checkpoint(path)
-        elif local is None or (not (ours and remove(local)) and os.path.lexists(local)):
+        elif local is None or (not (is_ours and remove(local)) and os.path.lexists(local)):
             rank_zero_warn(f"{path} is not removed: it is no checkpoint (*.ckpt) directly in a folder of this run")

@@ -1,13 +1,14 @@
-"""Completion markers: a small file beside a checkpoint that is written once all ranks have written theirs.
+"""Completion markers: a small file beside a checkpoint, written once all ranks have written their parts.
 
 A marker records the size of every file of the checkpoint, and a digest of its last 64 KiB. Torch's files end in a directory
-with the check sums of all that is in them, so this tells cut-short, missing and exchanged files, at the cost of one short
-read a file. It does not tell bytes that a disk changed inside a file, and knows only files that rank 0 sees: ranks of
-several machines need one shared folder.
+with the checksums of their content, so the marker detects truncated, missing and exchanged files at the cost of one short
+read per file. It does not detect bytes that a disk changed inside a file, and it covers only files that rank 0 sees: ranks
+of several machines need one shared folder.
 """
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -15,23 +16,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+log = logging.getLogger(__name__)
+
 SUFFIX, PART = ".complete", ".part"
 TAIL_BYTES = 1 << 16
 _STEP = re.compile(r"step[-=](\d+)")
-_SHARDED = (".metadata", "meta.pt")  # either is there in a folder that Lightning wrote
+_SHARDED = (".metadata", "meta.pt")  # a folder that Lightning wrote has one of them
 
 
-def latest_checkpoint(folder: str | Path, *, on_skip: Callable[[str], None] = print) -> Path | None:
+def latest_checkpoint(folder: str | Path, *, on_skip: Callable[[str], None] = log.warning) -> Path | None:
     """The newest complete checkpoint below `folder`, for `trainer.fit(…, ckpt_path=…)`; None if there is none.
 
-    Only what a DataFlowTrainer saved counts: other Trainers leave no markers, so that nobody can tell a whole checkpoint of
-    theirs from half of one.
+    Only checkpoints of a DataFlowTrainer count: other Trainers leave no markers, so a whole checkpoint of theirs looks like
+    half of one.
 
     Args:
-        on_skip: told, in one line each, of newer checkpoints that are not complete.
+        on_skip: called with one line for each newer checkpoint that is not complete.
     """
     for path in sorted(Path(folder).glob("*.ckpt"), key=_age, reverse=True):
-        if path.is_symlink():  # what it points to is another of them
+        if path.is_symlink():  # its target is in the list too
             continue
         if (reason := incomplete(path)) is None:
             return path
@@ -40,10 +43,10 @@ def latest_checkpoint(folder: str | Path, *, on_skip: Callable[[str], None] = pr
 
 
 def abandon_later(path: Path) -> list[Path]:
-    """Training goes on from `path`: complete checkpoints of later steps beside it no longer count. Returns them."""
-    later = [one for one in path.parent.glob("*.ckpt") if has_marker(one) and _age(one)[0] > _age(path)[0]]
-    for one in later:
-        void(one)
+    """Training resumes from `path`: checkpoints of later steps beside it no longer count as complete. Returns them."""
+    later = [other for other in path.parent.glob("*.ckpt") if has_marker(other) and _age(other)[0] > _age(path)[0]]
+    for other in later:
+        void(other)
     return later
 
 
@@ -60,20 +63,20 @@ def incomplete(path: Path) -> str | None:
         file = path / name if name else path
         if not file.is_file():
             return f"{file.name} is missing"
-        if (found := file.stat().st_size) != size:
-            return f"{file.name} has {found} bytes, {size} were written"
+        if (actual := file.stat().st_size) != size:
+            return f"{file.name} has {actual} bytes, {size} were written"
         if _digest(file) != digest:
             return f"{file.name} is not what was written"
     return None
 
 
 def has_marker(path: Path) -> bool:
-    """Whether a DataFlowTrainer finished `path` once."""
+    """Whether a DataFlowTrainer finished writing `path`."""
     return _marker(path).is_file()
 
 
 def mark_complete(path: Path, global_step: int) -> None:
-    """Every rank has written its part: bring all of it to the disk, then say so."""
+    """Every rank has written its part: sync all files to the disk, then write the marker."""
     files = {"": path} if path.is_file() else {file.name: file for file in sorted(path.iterdir()) if file.is_file()}
     for file in (*files.values(), *(() if path.is_file() else (path,)), path.parent):
         _sync(file)
@@ -86,14 +89,14 @@ def mark_complete(path: Path, global_step: int) -> None:
 
 
 def void(path: Path) -> None:
-    """`path` is about to be written or removed: whatever is there no longer counts."""
+    """`path` is about to be written or removed: what it holds is no longer complete."""
     _marker(path).unlink(missing_ok=True)
 
 
 def make_room(path: Path) -> None:
-    """Before writing `path`: nothing of an older checkpoint of that name may end up in the new one.
+    """Before writing `path`: remove an older checkpoint of that name, so that none of its parts end up in the new one.
 
-    Also removes what a killed process left half-written in the folder.
+    Also removes half-written files that a killed process left in the folder.
     """
     void(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +124,7 @@ def remove(path: Path) -> bool:
 
 
 def hidden_part(path: Path) -> Path:
-    """Where `path` is written before it gets its name."""
+    """The name under which `path` is written, until it is whole."""
     return path.with_name(f".{path.name}{PART}")
 
 

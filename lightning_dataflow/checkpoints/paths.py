@@ -1,4 +1,4 @@
-"""Where checkpoints are, and which paths a run may remove or take over from a checkpoint, which may come from anywhere."""
+"""Paths of checkpoints: which ones a run may remove, or take over from a checkpoint, which may come from anywhere."""
 
 import os
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ _PATHS = ("kth_best_model_path", "last_model_path", "best_model_path")
 
 
 def local_path(path: str | Path) -> Path | None:
-    """`path` on this machine's disks, also through `file://` and `local://`; None where fsspec would look elsewhere."""
+    """`path` on this machine's disks, also through `file://` and `local://`; None if fsspec would look elsewhere."""
     protocol, separator, rest = str(path).partition("://")
     if not separator:
         return Path(path)
@@ -20,15 +20,16 @@ def local_path(path: str | Path) -> Path | None:
 
 
 def resolve_folder(folder: str | Path) -> str:
-    """A folder without symlinks or `..`, to be compared. Folders elsewhere are compared as they are written."""
+    """A folder without symlinks or `..`, for comparisons. A folder elsewhere is left as it is written."""
     local = local_path(folder)
     return str(folder).rstrip("/") if local is None else os.path.realpath(local)
 
 
 def folder_of(path: str | Path) -> str | None:
-    """The folder that `path` is directly in, as of `resolve_folder`; None if it is not named `*.ckpt`.
+    """The folder that directly holds `path`, resolved; None if the path is not named `*.ckpt`.
 
-    A symlink is in the folder that it is in, whatever it points to. Elsewhere fsspec would expand wildcards in a name.
+    A symlink belongs to the folder that holds it, not to that of its target. Names with wildcards are refused where fsspec
+    would expand them.
     """
     local = local_path(path)
     text = str(path if local is None else local)
@@ -41,12 +42,12 @@ def folder_of(path: str | Path) -> str | None:
 def forget_foreign_paths(callbacks: Iterable[Any], states: dict[str, Any]) -> None:
     """Drop the state of each ModelCheckpoint that names anything but checkpoints directly in its folder, with a warning.
 
-    Lightning would remove what is named there as soon as it has a newer or better one. It is also dropped when a run was
-    moved or copied: the checkpoints of the other folder are not this run's.
+    Lightning would remove the files that are named there as soon as it has newer or better ones. The state is also dropped
+    when a run was moved or copied: the checkpoints in the other folder are not this run's.
 
     Args:
-        callbacks: of the Trainer, after their `setup`, which finds their folders.
-        states: `callbacks` of a checkpoint.
+        callbacks: the Trainer's, after their `setup`, which determines their folders.
+        states: the entry `callbacks` of a checkpoint.
     """
     for callback in callbacks:
         if not isinstance(callback, ModelCheckpoint) or callback.state_key not in states or callback.dirpath is None:

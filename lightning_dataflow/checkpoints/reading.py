@@ -1,4 +1,4 @@
-"""Reading a checkpoint that may come from anywhere: no code of it runs, and what is wrong with it is one line."""
+"""Reads a checkpoint from anywhere without running code in it. If something is wrong with it, the error is one line."""
 
 import io
 import pickle
@@ -11,33 +11,30 @@ from lightning_dataflow.checkpoints.markers import has_marker, incomplete
 from lightning_dataflow.contracts import UserError
 
 METADATA, HEADER = ".metadata", "meta.pt"
+_DAMAGED = (LookupError, TypeError, AttributeError, ValueError, OSError, EOFError, RuntimeError, pickle.UnpicklingError)
 _ALLOWED = {
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "Path"),
-    *(
-        ("torch.distributed.checkpoint.metadata", name)
-        for name in (
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        )
-    ),
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "pathlib": {"PosixPath", "Path"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
 }
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
-    """What a checkpoint holds beside its large tensors, which are not read from a folder, and only mapped from a file.
+    """What a checkpoint holds beside its large tensors. Those of a folder are not read, those of a file only mapped.
 
     Raises:
-        UserError: there is none, it is incomplete, or something in it would have to be unpickled.
+        UserError: there is no checkpoint, it is incomplete, or something in it would have to be unpickled.
     """
     path = Path(path)
     if not path.exists():
@@ -51,36 +48,26 @@ def read_header(path: str | Path) -> dict[str, Any]:
         else:
             header = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         header["strategy"], header["hyper_parameters"]
-    except (
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        ValueError,
-        OSError,
-        EOFError,
-        RuntimeError,
-        pickle.UnpicklingError,
-    ) as error:
+    except _DAMAGED as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} is not a draft's checkpoint ({reason})") from error
     return header
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Knows the records of torch.distributed.checkpoint and nothing else."""
+    """Accepts the records of torch.distributed.checkpoint and torch's dtypes, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        found = super().find_class(module, name) if (module, name) in _ALLOWED or module == "torch" else None
-        if (module, name) in _ALLOWED or isinstance(found, torch.dtype):
-            return found
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or name in _ALLOWED.get(module, ()):
+            return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{METADATA} names {module}.{name}")
 
 
 def _check_shards(folder: Path) -> None:
-    """Torch unpickles `.metadata`, and the values in shards that are no tensors: this makes sure that it may.
+    """Raise an error if torch would unpickle anything unsafe, or if shards are missing or cut short.
 
-    Also finds shards that are missing or cut short.
+    Torch unpickles `.metadata`, and the values in shards that are no tensors.
     """
     with (folder / METADATA).open("rb") as handle:
         metadata = _MetadataUnpickler(handle).load()

@@ -1,4 +1,4 @@
-"""A Lightning Trainer whose checkpoints say when they are complete, and that resumes only what fits."""
+"""A Lightning Trainer that marks complete checkpoints, and resumes only from checkpoints that fit."""
 
 import os
 from collections.abc import Sequence
@@ -19,15 +19,15 @@ from lightning_dataflow.data import DataFlowDataModule
 class DataFlowTrainer(L.Trainer):
     """`lightning.Trainer`, with the same arguments, and checkpoints that survive a kill at any moment.
 
-    Every save, a ModelCheckpoint's or your own, full or sharded, ends with a completion marker, written once all ranks are
-    done; `latest_checkpoint(folder)` finds the newest that has one. Only then is the source of samples told that its
-    samples are safe. A resume from a checkpoint of something else is refused before anything is loaded, nothing is
-    unpickled, and nothing is removed but checkpoints directly in the folders that this Trainer saves them in.
+    Every save, by a ModelCheckpoint or by you, full or sharded, ends with a completion marker, written once all ranks are
+    done. `latest_checkpoint(folder)` finds the newest checkpoint that has one. Only then does the source learn that its
+    samples are durable. Resuming from a checkpoint of another training is refused before anything is loaded. Nothing is
+    unpickled, and nothing is removed but checkpoints directly in the folders to which this Trainer saves them.
 
     Files on remote file systems (`s3://…`) are saved as Lightning saves them, without markers.
 
     Raises:
-        UserError: another CheckpointIO among the plugins; it could return before the checkpoint is written.
+        UserError: there is another CheckpointIO among the plugins; it could return before the checkpoint is written.
     """
 
     def __init__(self, *, plugins: Any = None, **kwargs: Any):
@@ -47,7 +47,7 @@ class DataFlowTrainer(L.Trainer):
         ckpt_path: str | Path | None = None,
         weights_only: bool | None = True,
     ) -> None:
-        """See lightning.Trainer. Raises UserError for a checkpoint that is damaged or does not belong to this training."""
+        """Raises UserError for a checkpoint that is damaged or does not belong to this training."""
         data = train_dataloaders if isinstance(train_dataloaders, L.LightningDataModule) else datamodule
         if ckpt_path is not None and ckpt_path not in ("best", "last", "hpc", "registry"):
             check, local = getattr(model, "check_checkpoint", None), local_path(ckpt_path)
@@ -65,10 +65,10 @@ class DataFlowTrainer(L.Trainer):
     def save_checkpoint(
         self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any | None = None
     ) -> None:
-        """See lightning.Trainer. Weights alone are no checkpoint to resume from, and get no marker.
+        """Weights alone are no checkpoint to resume from, so they get no marker.
 
-        Raises NotFiniteError, before anything is written or voided, when the weights are not finite or such an error has
-        ended the fit. Does nothing while it ends the fit, whichever callback asks.
+        Raises NotFiniteError, before anything is written or voided, if the weights are not finite or such an error has
+        ended the fit. While such an error is ending the fit, this does nothing, whichever callback calls it.
         """
         if self._is_fitting and getattr(self.lightning_module, "failure", None) is not None:
             return

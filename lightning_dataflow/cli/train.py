@@ -87,7 +87,7 @@ def train(config: TrainConfig, settings: dict[str, Any]) -> None:
     save_final_checkpoint(trainer, run_dir)
     if skipped := builder.data.skipped():
         first = ", ".join(f"{seq} ({reason})" for seq, reason in sorted(skipped.items())[:3])
-        print(f"{len(skipped)} samples were not trained, their features could not be had: seq {first}", flush=True)
+        print(f"{len(skipped)} samples were not trained: seq {first}", flush=True)
     if trainer.is_global_zero:
         _show_result(run_dir)
     leave_process_group()
@@ -128,12 +128,12 @@ def _is_complete(path: Path, num_steps: int) -> bool:
 def _show_result(run_dir: Path) -> None:
     from lightning_dataflow.cli.figure import draw_result
 
-    draw_result(run_dir / "result.json", run_dir / "figure.png")
+    figure = "figure.png, " if draw_result(run_dir / "result.json", run_dir / "figure.png") else ""
     history = json.loads((run_dir / "result.json").read_text()).get("acceptance", [])
     if len(history) > 1:
         first, last = (measurement["acceptance_length"] for measurement in (history[0], history[-1]))
         print(f"acceptance length {first:.3f} → {last:.3f}", flush=True)
-    print(f"results in {run_dir}: result.json, figure.png, checkpoints/", flush=True)
+    print(f"results in {run_dir}: result.json, {figure}checkpoints/", flush=True)
 
 
 main = command(run, owns_folder=True)

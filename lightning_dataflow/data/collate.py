@@ -16,7 +16,7 @@ class Sample:
 
     Attributes:
         sample_id: unique in the run; it differs between topologies.
-        source_id, pass_index: the prompt and the pass over it, the same in every topology: random draws are keyed by them.
+        source_id, pass_index: the prompt and the pass over it, the same in every topology. Random draws are keyed by them.
         tensors: their first dimension is the sample's length.
         broken: the error message if they hold NaN or infinity.
     """
@@ -30,7 +30,7 @@ class Sample:
 
 
 class Placed(NamedTuple):
-    """A sample and the positions [start, stop) of a row where it stands."""
+    """A sample and the positions [start, stop) that it takes in a row."""
 
     sample: Sample
     row: int
@@ -42,8 +42,8 @@ class SampleRows:
     """The samples of one micro-batch, laid out in rows.
 
     Args:
-        rows: the samples of each row, one after the other; at least one a row.
-        row_tokens: S, the length of packed rows; None where each row holds one sample, and S is the longest.
+        rows: the samples of each row, one after the other; at least one per row.
+        row_tokens: S, the length of packed rows; None if each row holds one sample, and S is the length of the longest.
     """
 
     def __init__(self, rows: Sequence[Sequence[Sample]], row_tokens: int | None = None):
@@ -59,31 +59,31 @@ class SampleRows:
                 start += sample.num_tokens
 
     def stack(self, features: Sequence[str] | None = None) -> Batch:
-        """Features as [B, S, ...], zeros where no sample stands; `features` leaves the others out.
+        """Features as [B, S, ...], with zeros in the padding; all of them, or those named by `features`.
 
         Always copies into fresh memory, so that numbers do not depend on how a store aligned its bytes.
 
-        Beside them: `num_tokens`, the batch's tokens without padding; `sample_ids`, in order; and `position`, int64 [B, S],
-        of each token in its sample, counted on in the padding as if that were one more: a sample begins where it is 0.
-        None without packing.
+        The batch also has `num_tokens`, its tokens without padding; `sample_ids`, in order; and with packing `position`,
+        int64 [B, S], of each token in its sample, otherwise None. The padding counts as one more sample: samples begin
+        where the position is 0.
         """
-        placed = list(self)
-        first = placed[0].sample.tensors
+        first = self.rows[0][0].tensors
+        samples = [sample for row in self.rows for sample in row]
         batch: Batch = {
-            "num_tokens": sum(one.sample.num_tokens for one in placed),
-            "sample_ids": [one.sample.sample_id for one in placed],
-            "position": self._position(placed) if self.packed else None,
+            "num_tokens": sum(sample.num_tokens for sample in samples),
+            "sample_ids": [sample.sample_id for sample in samples],
+            "position": self._position() if self.packed else None,
         }
         for name in features or first:
             stacked = torch.zeros(len(self.rows), self.length, *first[name].shape[1:], dtype=first[name].dtype)
-            for one in placed:
-                stacked[one.row, one.start : one.stop] = one.sample.tensors[name]
+            for sample, row, start, stop in self:
+                stacked[row, start:stop] = sample.tensors[name]
             batch[name] = stacked
         return batch
 
-    def _position(self, placed: Sequence[Placed]) -> Tensor:
-        start = torch.zeros(len(self.rows), self.length, dtype=torch.int64)
-        for one in placed:
-            start[one.row, one.start : one.stop] = one.start
-            start[one.row, one.stop :] = one.stop
-        return torch.arange(self.length) - start
+    def _position(self) -> Tensor:
+        starts = torch.zeros(len(self.rows), self.length, dtype=torch.int64)
+        for _, row, start, stop in self:
+            starts[row, start:stop] = start
+            starts[row, stop:] = stop
+        return torch.arange(self.length) - starts

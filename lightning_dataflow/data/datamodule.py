@@ -212,11 +212,11 @@ class DataFlowDataModule(L.LightningDataModule):
         trainer = self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         reader = self._reader = WindowReader(
-            self.source,
-            self.order,
-            self._collate,
-            self.batching,
-            start=self.next_seq,
+            source=self.source,
+            order=self.order,
+            collate=self._collate,
+            batching=self.batching,
+            next_seq=self.next_seq,
             num_windows=trainer.max_steps - trainer.global_step if trainer else sys.maxsize,
             rank=rank,
             world_size=world_size,

@@ -1,4 +1,4 @@
-"""Whether tensors hold NaN or infinity."""
+"""Finds NaN and infinity in tensors."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """Name of the first tensor with a NaN or an infinity; of a sharded one, in this rank's part."""
+    """Name of the first tensor with a NaN or an infinity. Of a sharded tensor, only this rank's part is checked."""
     local = {name: getattr(tensor, "_local_tensor", tensor).detach() for name, tensor in tensors.items()}
     checks = {name: _is_finite(tensor) for name, tensor in local.items() if tensor.is_floating_point() and tensor.numel()}
     if not checks:
@@ -23,7 +23,7 @@ def broken_features(tensors: Mapping[str, Tensor], source_id: str, sample_id: st
         return None
     return (
         f"{name} of sample {source_id} ({sample_id}) holds NaN or infinity: check the target's weights, and whether its "
-        "dtype (target.dtype) is wide enough, then capture again"
+        "dtype (target.dtype) is wide enough, then capture again; or list the sample in data.skip_ids"
     )
 
 

@@ -1,4 +1,4 @@
-"""What is trained and still in the store, until a checkpoint makes it durable."""
+"""Counts trained samples that stay in the store until a checkpoint makes them durable."""
 
 from collections import deque
 
@@ -6,17 +6,17 @@ from lightning_dataflow.control import Watermarks
 
 
 class KeptSamples:
-    """Counts the samples that `release_at=durable` keeps, and tells when a checkpoint must free them.
+    """Counts the samples that `release_at=durable` keeps, and decides when a checkpoint must free them.
 
-    They are in flight, so capture waits when they reach the watermarks; and the trainer, which could free them, would wait
-    for capture. So a checkpoint is due while the next window still fits. It is due earlier, when they take half of what may
-    be in flight, so that capture can run ahead. Every rank counts the same, from windows that all ranks see: all of them
-    decide the same checkpoints at the same steps without asking each other.
+    Kept samples are in flight, so capture would wait when they reach the watermarks, and the trainer, which could free
+    them, would wait for capture. So a checkpoint is due while the next window still fits. It is due earlier when they take
+    half of what may be in flight, so that capture can run ahead. All ranks count the same windows, so they decide on the
+    same checkpoints at the same steps without asking each other.
 
     Args:
-        window: the most samples of a step.
-        group: prompts that are captured together; the one in which a window ends sticks out of it.
-        largest_bytes: of any sample.
+        window: samples of a step, at most.
+        group: prompts that are captured together; the group in which a window ends may extend beyond it.
+        largest_bytes: payload of the largest sample.
     """
 
     def __init__(self, marks: Watermarks, *, window: int, group: int, largest_bytes: int):

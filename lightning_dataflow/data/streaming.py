@@ -68,8 +68,6 @@ class StreamingSource(RefSource):
         self._announced = announced
         self._watermarks = watermarks
         self._kept: KeptSamples | None = None
-        self._window_sizes: dict[int, tuple[int, int]] = {}  # next seq → refs and bytes
-        self._durable_seq = 0
         self.store = store
         self.plane = plane
         self.reconciliation: Reconciliation | None = None
@@ -96,8 +94,7 @@ class StreamingSource(RefSource):
         else:
             self.plane.ledger.join()
         self._rank = rank
-        self._durable_seq = plan.start
-        self._window_sizes.clear()
+        self._applied_seq = self._durable_seq = plan.start
         if self.release_at == "durable" and self._watermarks is not None:
             self._kept = KeptSamples(
                 self._watermarks,
@@ -112,7 +109,7 @@ class StreamingSource(RefSource):
             self.reconciliation = reconcile_on_restart(self.plane, self.store, plan, self.queue.catch_up)
             self.queue.forget(self.reconciliation.lost)
         else:
-            self.queue.skim()
+            self.queue.catch_up()
         self.queue.take_unwanted()  # those of earlier fits are swept
 
     def num_tokens(self, seq: int, order: PassOrder) -> int:
@@ -120,10 +117,7 @@ class StreamingSource(RefSource):
 
     def window(self, seqs: range, share: Sequence[int], order: PassOrder) -> RefWindow:
         """Raises PeerTimeoutError, PeerFailedError or UserError; see StreamingRefQueue."""
-        window = self.queue.get(seqs, share)
-        if self._kept is not None:
-            self._window_sizes[seqs.stop] = len(seqs), self.queue.num_bytes(seqs)
-        return window
+        return self.queue.get(seqs, share)
 
     def replace(self, entry: WindowEntry, reason: str) -> WindowEntry:
         log_entry = WindowEntry(seq=self.log_seq(entry.seq), ref=entry.ref)
@@ -145,9 +139,10 @@ class StreamingSource(RefSource):
         return counts
 
     def applied(self, seqs: Sequence[int], next_seq: int, global_step: int) -> None:
-        unwanted = self.queue.ack(next_seq)
+        window, self._applied_seq = range(self._applied_seq, next_seq), next_seq
         if self._kept is not None:
-            self._kept.add(next_seq, *self._window_sizes.pop(next_seq))
+            self._kept.add(next_seq, len(window), self.queue.num_bytes(window))
+        unwanted = self.queue.ack(next_seq)
         if self._rank == 0:
             self.plane.ledger.ack(next_seq, global_step, seqs)
             self.free(unwanted)

@@ -1,9 +1,9 @@
 """Deterministic sharding: one order of samples for every topology, world size and micro-batch size.
 
-A seq numbers samples across passes: pass p of n samples is seqs [p·n, (p + 1)·n), each pass in an order of its own. A
-window is the consecutive seqs of one optimizer step, laid out in rows: one sample a row, or as many as fit into
-`row_tokens` (packing). Every rank cuts the same windows and takes its contiguous share of the rows, so the samples of a
-step depend on the seed, the batching and the samples' lengths alone.
+Seqs number samples across passes: pass p over n samples is seqs [p·n, (p + 1)·n), each pass in an order of its own. A
+window is the consecutive seqs of one optimizer step, laid out in rows: one sample per row, or as many as fit into
+`row_tokens` (packing). Every rank computes the same windows and takes its contiguous share of the rows, so the samples of
+a step depend only on the seed, the batching and the samples' lengths.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,12 +20,7 @@ Rows = TypeVar("Rows", bound=Sequence[Any])
 
 
 class PassOrder:
-    """Maps seqs to samples.
-
-    Args:
-        num_samples: n, samples in a pass.
-        seed: of the permutations.
-    """
+    """Maps seqs to samples, by one permutation per pass that `seed` determines."""
 
     def __init__(self, num_samples: int, seed: int):
         assert num_samples > 0, "sources refuse to be empty"
@@ -50,7 +45,7 @@ class Window:
 
     Attributes:
         seqs: consecutive.
-        rows: the same seqs, as they stand in the rows of batches; a row may be empty.
+        rows: the same seqs by row of the batches; a row may be empty.
     """
 
     seqs: range
@@ -62,9 +57,9 @@ class Batching:
     """How seqs become windows, and windows micro-batches.
 
     Attributes:
-        global_batch_size: G, samples of a window. With packing, the most that it may hold.
+        global_batch_size: G, samples of a window; with packing, at most.
         micro_batch_size: rows of one forward pass of a rank.
-        row_tokens: pack samples into rows of so many tokens; None for one sample a row.
+        row_tokens: pack samples into rows of this many tokens; None for one sample per row.
         rows_per_step: with packing, rows of a window, over all ranks.
     """
 
@@ -103,8 +98,8 @@ class Batching:
     def window(self, start: int, num_tokens: Callable[[int], int]) -> Window:
         """The window that begins at seq `start`.
 
-        With packing, samples go in order into the first row that has room for them; the window ends before the first that
-        fits nowhere. `num_tokens` of a seq is asked for seq by seq, up to that one and never beyond G of them.
+        With packing, each sample goes into the first row that has room for it, in order. The window ends before the first
+        sample that fits nowhere. `num_tokens` is called seq by seq up to that one, and at most G times.
         """
         if self.row_tokens is None or self.rows_per_step is None:
             seqs = range(start, start + self.global_batch_size)

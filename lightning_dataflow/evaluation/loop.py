@@ -3,11 +3,12 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_dataflow.contracts import NotFiniteError, UserError
 from lightning_dataflow.targets.batch import TargetBatch
@@ -32,7 +33,7 @@ class Drafter(ABC):
         """Forget the sequence."""
 
     def fresh(self) -> Self:
-        """The same draft, for another sequence beside this one."""
+        """A copy that shares the draft's weights, for another sequence."""
         other = copy(self)
         other.reset()
         return other
@@ -51,14 +52,14 @@ class NoDrafter(Drafter):
 
     num_draft_tokens = 0
 
-    def reset(self) -> None:
-        """See Drafter."""
+    @override
+    def reset(self) -> None: ...
 
-    def observe(self, next_tokens: Sequence[int], aux_hidden_states: Tensor) -> None:
-        """See Drafter."""
+    @override
+    def observe(self, next_tokens: Sequence[int], aux_hidden_states: Tensor) -> None: ...
 
+    @override
     def propose(self, temperature: float, generator: torch.Generator) -> Proposal:
-        """See Drafter."""
         return Proposal([])
 
 
@@ -66,8 +67,8 @@ class NoDrafter(Drafter):
 class Generation:
     """One generated continuation.
 
-    What a proposal got accepted counts whole, also behind an end token or `max_new_tokens`, where `tokens` is cut; so do
-    vLLM's counters.
+    All accepted tokens of a proposal count, even those behind an end token or `max_new_tokens`, where `tokens` is cut; vLLM
+    counts the same way.
 
     Attributes:
         tokens: generated ids, the first of them sampled from the prompt's own forward pass.
@@ -75,9 +76,9 @@ class Generation:
         accepted_per_position: how often the proposal was accepted at least up to position i.
     """
 
-    tokens: list[int] = field(default_factory=list)
-    num_drafts: int = 0
-    accepted_per_position: list[int] = field(default_factory=list)
+    tokens: list[int]
+    num_drafts: int
+    accepted_per_position: list[int]
 
 
 class SpeculativeDecoder:
@@ -113,45 +114,41 @@ class SpeculativeDecoder:
         Args:
             generators: of each prompt's draws.
         """
-        num_draft_tokens = self.drafter.num_draft_tokens
+        num_draft_tokens, ends = self.drafter.num_draft_tokens, set(self.target.eos_token_ids)
         batch = TargetBatch(self.target, prompts, room=max_new_tokens + num_draft_tokens)
-        every = [
-            _Sequence(self.drafter.fresh(), generator, Generation(accepted_per_position=[0] * num_draft_tokens))
-            for generator in generators
-        ]
-        for one, prompt, logits, aux in zip(every, prompts, batch.logits, batch.aux, strict=True):
-            first = self._choose(logits, one.generator)
-            one.generation.tokens.append(first)
-            one.drafter.observe([*prompt[1:], first], aux)
-        going = every
-        while going := self._unfinished(batch, going, max_new_tokens):
-            self._round(batch, going)
-        for one in every:
-            one.generation.tokens = _cut(one.generation.tokens, max_new_tokens, self.target.eos_token_ids)
-        return [one.generation for one in every]
+        sequences: list[_Sequence] = []
+        for prompt, generator, logits, aux in zip(prompts, generators, batch.logits, batch.aux, strict=True):
+            first = self._choose(logits, generator)
+            drafter = self.drafter.fresh()
+            drafter.observe([*prompt[1:], first], aux)
+            sequences.append(_Sequence(drafter, generator, Generation([first], 0, [0] * num_draft_tokens)))
+        unfinished = sequences
+        while True:
+            tokens = [sequence.generation.tokens for sequence in unfinished]
+            rows = [row for row, ids in enumerate(tokens) if len(ids) < max_new_tokens and ends.isdisjoint(ids)]
+            if not rows:
+                break
+            batch.keep(rows)
+            unfinished = [unfinished[row] for row in rows]
+            self._round(batch, unfinished)
+        for sequence in sequences:
+            sequence.generation.tokens = _cut(sequence.generation.tokens, max_new_tokens, ends)
+        return [sequence.generation for sequence in sequences]
 
-    def _unfinished(self, batch: TargetBatch, going: Sequence["_Sequence"], max_new_tokens: int) -> list["_Sequence"]:
-        ends = self.target.eos_token_ids
-        rows = [row for row, one in enumerate(going) if not _finished(one.generation.tokens, max_new_tokens, ends)]
-        batch.keep(rows)
-        return [going[row] for row in rows]
-
-    def _round(self, batch: TargetBatch, going: Sequence["_Sequence"]) -> None:
+    def _round(self, batch: TargetBatch, sequences: Sequence["_Sequence"]) -> None:
         """Draft, verify, and keep what is accepted and the token after it."""
-        proposals = [one.drafter.propose(self.temperature, one.generator) for one in going]
+        proposals = [sequence.drafter.propose(self.temperature, sequence.generator) for sequence in sequences]
         lengths = list(batch.lengths)
         states = batch.extend(
-            [[one.generation.tokens[-1], *proposal.tokens] for one, proposal in zip(going, proposals, strict=True)]
+            [
+                [sequence.generation.tokens[-1], *proposal.tokens]
+                for sequence, proposal in zip(sequences, proposals, strict=True)
+            ]
         )
-        for row, (one, proposal, (logits, aux)) in enumerate(zip(going, proposals, states, strict=True)):
-            accepted, bonus = self._verify(proposal, logits, one.generator)
-            new_tokens = [*proposal.tokens[:accepted], bonus]
+        for row, (sequence, proposal, (logits, aux)) in enumerate(zip(sequences, proposals, states, strict=True)):
+            accepted, bonus = self._verify(proposal, logits, sequence.generator)
             lengths[row] += 1 + accepted
-            one.drafter.observe(new_tokens, aux[: accepted + 1])
-            one.generation.num_drafts += 1
-            for position in range(accepted):
-                one.generation.accepted_per_position[position] += 1
-            one.generation.tokens += new_tokens
+            sequence.accept([*proposal.tokens[:accepted], bonus], aux[: accepted + 1])
         batch.crop(lengths)
 
     def _choose(self, logits: Tensor, generator: torch.Generator) -> int:
@@ -183,6 +180,14 @@ class _Sequence:
     drafter: Drafter
     generator: torch.Generator
     generation: Generation
+
+    def accept(self, new_tokens: Sequence[int], aux: Tensor) -> None:
+        """Append the accepted tokens of a proposal and the token after them."""
+        self.drafter.observe(new_tokens, aux)
+        self.generation.tokens += new_tokens
+        self.generation.num_drafts += 1
+        for position in range(len(new_tokens) - 1):
+            self.generation.accepted_per_position[position] += 1
 
 
 def check_num_draft_tokens(num_draft_tokens: int, *, block_size: int | None = None, first: int = 1) -> None:
@@ -221,11 +226,6 @@ def rejection_sample(p: Tensor, q: Tensor, tokens: Sequence[int], generator: tor
     return len(tokens), _draw(p[len(tokens)], generator)
 
 
-def greedy_decode(target: HFTargetEngine, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
-    """The target's own greedy continuation, one token a forward pass."""
-    return SpeculativeDecoder(target, NoDrafter()).generate(prompt, max_new_tokens).tokens
-
-
 def _check_finite(logits: Tensor) -> None:
     """−inf excludes a token; NaN and infinity show in the largest."""
     if not logits.amax().isfinite():
@@ -238,15 +238,7 @@ def _draw(weights: Tensor, generator: torch.Generator) -> int:
     return int(torch.multinomial(weights, 1, generator=generator))
 
 
-def _finished(tokens: Sequence[int], max_new_tokens: int, eos_token_ids: Sequence[int]) -> bool:
-    return (
-        len(_cut(tokens, max_new_tokens, eos_token_ids)) < len(tokens)
-        or len(tokens) == max_new_tokens
-        or (tokens[-1] in eos_token_ids)
-    )
-
-
-def _cut(tokens: Sequence[int], max_new_tokens: int, eos_token_ids: Sequence[int]) -> list[int]:
-    """Up to the first end token, and no longer than asked for."""
-    ends = [index + 1 for index, token in enumerate(tokens) if token in eos_token_ids]
-    return list(tokens[: min([max_new_tokens, *ends])])
+def _cut(tokens: Sequence[int], max_new_tokens: int, ends: set[int]) -> list[int]:
+    """Up to the first end token, and no more than `max_new_tokens`."""
+    length = next((index + 1 for index, token in enumerate(tokens) if token in ends), len(tokens))
+    return list(tokens[: min(length, max_new_tokens)])

@@ -1,4 +1,4 @@
-"""One step of every producer: capture a group of prompts and check that it is what the run was announced with."""
+"""Captures a group of prompts and checks that the features are what the run was announced with."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,7 +9,8 @@ from lightning_dataflow.data.source import FeatureCard
 from lightning_dataflow.stores.base import Tensors, dtype_name
 from lightning_dataflow.targets import TargetEngine
 
-FEATURES = ("input_ids", "loss_mask", "aux_hidden_states", "last_hidden_state")
+FROM_PROMPT = ("input_ids", "loss_mask")
+"""Features that come with the prompt; the others are captured."""
 
 
 def capture_prompts(
@@ -18,7 +19,7 @@ def capture_prompts(
     """Capture `tasks` as one batch.
 
     Raises:
-        CaptureMismatchError: the engine returned other features than `card` says; names the difference.
+        CaptureMismatchError: the engine returned other features than `card` says. The message names the difference.
     """
     verify_capture_spec(target.capture_spec, card)
     captured = target.capture([task.payload["input_ids"] for task in tasks])
@@ -28,15 +29,15 @@ def capture_prompts(
 
 
 def verify_capture_spec(spec: CaptureSpec, card: FeatureCard) -> None:
-    """Raise CaptureMismatchError when a target captures other layers, another width or norm than was announced."""
-    for what, found, expected in (
+    """Raise CaptureMismatchError if a target captures other layers, another width or another norm than was announced."""
+    for what, actual, expected in (
         ("layers", spec.layer_ids, card.capture.layer_ids),
         ("hidden size", spec.hidden_size, card.capture.hidden_size),
         ("norm of the last hidden state", spec.norm, card.capture.norm),
     ):
-        if found != expected:
+        if actual != expected:
             raise CaptureMismatchError(
-                f"the target captures another {what} ({found}) than the run was announced with ({expected}): give the "
+                f"the target captures another {what} ({actual}) than the run was announced with ({expected}): give the "
                 "producer the settings of the run"
             )
 
@@ -44,7 +45,7 @@ def verify_capture_spec(spec: CaptureSpec, card: FeatureCard) -> None:
 def _sample(
     task: PromptTask, features: Mapping[str, torch.Tensor], target: TargetEngine, card: FeatureCard
 ) -> tuple[SampleOrigin, Tensors]:
-    _verify(task, features, target.backend, card)
+    _verify(task, features, target, card)
     tensors = {
         "input_ids": torch.tensor(task.payload["input_ids"], dtype=torch.int64),
         "loss_mask": torch.tensor(task.payload["loss_mask"], dtype=torch.uint8),
@@ -54,7 +55,7 @@ def _sample(
 
 
 def sample_origin(task: PromptTask, target: TargetEngine) -> SampleOrigin:
-    """What is known of a sample before it is stored."""
+    """The description of a sample, before it is stored."""
     return SampleOrigin(
         sample_id=f"{task.run_id}:{task.task_id}",
         run_id=task.run_id,
@@ -69,13 +70,10 @@ def sample_origin(task: PromptTask, target: TargetEngine) -> SampleOrigin:
     )
 
 
-def _verify(task: PromptTask, features: Mapping[str, torch.Tensor], backend: str, card: FeatureCard) -> None:
-    """A capture of another shape or dtype than announced must not reach the store."""
-    spec, length = card.capture, len(task.payload["input_ids"])
-    expected = {
-        "aux_hidden_states": ((length, len(spec.layer_ids) * spec.hidden_size), card.dtype),
-        "last_hidden_state": ((length, spec.hidden_size), card.dtype),
-    }
-    found = {name: (tuple(tensor.shape), dtype_name(tensor.dtype)) for name, tensor in features.items()}
-    if found != expected:
-        raise CaptureMismatchError(f"the {backend} target captured {found} for {task.task_id}, expected {expected}")
+def _verify(task: PromptTask, features: Mapping[str, torch.Tensor], target: TargetEngine, card: FeatureCard) -> None:
+    """Raise CaptureMismatchError for a shape or dtype other than announced, before it reaches the store."""
+    length, widths = len(task.payload["input_ids"]), target.widths
+    expected = {name: ((length, widths.get(name)), card.dtype) for name in card.features if name not in FROM_PROMPT}
+    actual = {name: (tuple(tensor.shape), dtype_name(tensor.dtype)) for name, tensor in features.items()}
+    if actual != expected:
+        raise CaptureMismatchError(f"the {target.backend} target captured {actual} for {task.task_id}, expected {expected}")

@@ -9,7 +9,7 @@ from lightning_dataflow.contracts import SampleRef
 from lightning_dataflow.control import ControlPlane, resolve_control_plane
 from lightning_dataflow.data.source import FeatureCard, IndexedSource, RefWindow
 from lightning_dataflow.data.windows import PassOrder
-from lightning_dataflow.producers.capture import FEATURES, capture_prompts
+from lightning_dataflow.producers.capture import FROM_PROMPT, capture_prompts
 from lightning_dataflow.prompts import PromptDataset
 from lightning_dataflow.stores import FeatureStore, MemoryFeatureStore
 from lightning_dataflow.targets import TargetEngine
@@ -79,7 +79,7 @@ class OnlineSource(IndexedSource):
 def feature_card(prompts: PromptDataset, target: TargetEngine) -> FeatureCard:
     """What features of these prompts, captured by this target, have in common."""
     return FeatureCard(
-        features=FEATURES,
+        features=(*FROM_PROMPT, *target.features),
         dtype=target.dtype,
         prompts_version=prompts.version,
         capture=target.capture_spec,

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 from lightning_dataflow.contracts import (
@@ -29,10 +30,11 @@ MAX_FAILURES = 3 * MAX_ATTEMPTS
 NO_FAULT_OF_PROMPTS = (CapacityError, PeerFailedError, PeerGoneError, StoreUnavailableError)
 
 
+@dataclass(eq=False)
 class RolloutWorker:
     """Captures what the ledger leases to it. Any number of workers share a run; each needs a name of its own.
 
-    Args:
+    Attributes:
         group: prompts that are captured as one batch; the same for all workers of a run.
         lease_s: how long a lease of a worker that died stays valid.
         peer_timeout_s: how long to wait for a trainer to begin, or to show a sign of life.
@@ -41,45 +43,36 @@ class RolloutWorker:
         UserError: another producer announced another run under this run_id.
     """
 
-    def __init__(
-        self,
-        name: str,
-        feed: Feed,
-        plane: ControlPlane,
-        store: FeatureStore,
-        watermarks: Watermarks,
-        *,
-        group: int = 1,
-        lease_s: float = 30.0,
-        peer_timeout_s: float = 1800.0,
-    ):
-        self.name = name
-        self.feed = feed
-        self.plane = plane
-        self.store = store
-        self.watermarks = watermarks
-        self.group = group
-        self.lease_s = lease_s
-        self.peer_timeout_s = peer_timeout_s
+    name: str
+    feed: Feed
+    plane: ControlPlane
+    store: FeatureStore
+    watermarks: Watermarks
+    _: KW_ONLY
+    group: int = 1
+    lease_s: float = 30.0
+    peer_timeout_s: float = 1800.0
+
+    def __post_init__(self) -> None:
         self.state = WAITING
         self.num_captured = 0
         # If the run finished before this process started, wait for a trainer to resume it.
-        self._since = plane.ledger.now() - (time.monotonic() - LOADED_AT)
+        self._since = self.plane.ledger.now() - (time.monotonic() - LOADED_AT)
         self._failures_in_a_row = 0
         self._ending = threading.Event()
         self._checked: RunPlan | None = None
         self._ended: RunPlan | None = None
-        counts = feed.token_counts()
+        counts = self.feed.token_counts()
         announcement = Announcement(
-            run_id=plane.run_id,
-            card=feed.card,
-            num_samples=len(feed),
-            seed=feed.seed,
+            run_id=self.plane.run_id,
+            card=self.feed.card,
+            num_samples=len(self.feed),
+            seed=self.feed.seed,
             token_counts={token: int(counts[token]) for token in counts.nonzero().flatten().tolist()},
-            capture_batch_size=group,
-            largest_bytes=max(feed.sizes),
+            capture_batch_size=self.group,
+            largest_bytes=max(self.feed.sizes),
         )
-        plane.log.announce(announcement.to_json())
+        self.plane.log.announce(announcement.to_json())
 
     def run(self, should_stop: Callable[[], bool] = lambda: False) -> None:
         """Capture until the trainer has finished.

@@ -9,15 +9,6 @@ from typing import Any
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.prompts.unread import check_record, check_turn
 
-REQUIRED_KEYS = {
-    "tokens": {"input_ids"},
-    "sharegpt": {"conversations"},
-    "messages": {"messages"},
-    "alpaca": {"instruction", "output"},
-    "text": {"text"},
-}
-"""What records of each format have. A record that fits several is of the first."""
-FORMATS = ("auto", *REQUIRED_KEYS)
 SHAREGPT_ROLES = {
     "system": "system",
     "human": "user",
@@ -61,7 +52,7 @@ class Tokens:
 def detect_format(record: Mapping[str, Any]) -> str | None:
     """The format of a record by its keys, or None. In a data set, null stands for a key that the row does not have."""
     keys = {key for key, value in record.items() if value is not None}
-    return next((name for name, required in REQUIRED_KEYS.items() if required <= keys), None)
+    return next((name for name, (required, _) in READERS.items() if required <= keys), None)
 
 
 def normalise(record: Mapping[str, Any], format: str, where: str) -> Conversation | PlainText | Tokens:
@@ -77,9 +68,10 @@ def normalise(record: Mapping[str, Any], format: str, where: str) -> Conversatio
             "(role/content), instruction/output, text or input_ids"
         )
     try:
-        read = _READERS[detected](record)
-        check_record(record, detected, _system(read))
-        return read
+        _, read = READERS[detected]
+        conversation = read(record)
+        check_record(record, detected, _system(conversation))
+        return conversation
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -170,10 +162,12 @@ def _text(value: Any) -> str:
     return value
 
 
-_READERS: dict[str, Callable[[Mapping[str, Any]], Conversation | PlainText | Tokens]] = {
-    "sharegpt": _sharegpt,
-    "messages": _messages,
-    "alpaca": _alpaca,
-    "text": _plain_text,
-    "tokens": _tokens,
+READERS: dict[str, tuple[set[str], Callable[[Mapping[str, Any]], Conversation | PlainText | Tokens]]] = {
+    "tokens": ({"input_ids"}, _tokens),
+    "sharegpt": ({"conversations"}, _sharegpt),
+    "messages": ({"messages"}, _messages),
+    "alpaca": ({"instruction", "output"}, _alpaca),
+    "text": ({"text"}, _plain_text),
 }
+"""The keys that records of each format have, and how to read them. A record that fits several formats is of the first."""
+FORMATS = ("auto", *READERS)

@@ -43,6 +43,7 @@ from lightning_dataflow.strategies.module import DraftModule
 from lightning_dataflow.strategies.registry import resolve_strategy
 from lightning_dataflow.strategies.spec import StrategySpec
 from lightning_dataflow.targets import HFTargetEngine, ReferenceEngine, TargetEngine, load_tokenizer
+from lightning_dataflow.targets.base import HIDDEN_STATES
 from lightning_dataflow.targets.tiny import write_tiny_conversations, write_tiny_target
 
 
@@ -103,6 +104,11 @@ class Builder:
         """Layers to capture."""
         return self.module.layer_ids
 
+    @property
+    def hidden_states(self) -> tuple[str, ...]:
+        """Hidden states to capture: those that the module, with its settings, reads."""
+        return tuple(name for name in HIDDEN_STATES if name in self.module.features)
+
     @cached_property
     def plane(self) -> ControlPlane:
         """The log and the ledger of a disaggregated run."""
@@ -121,11 +127,12 @@ class Builder:
     def target(self) -> TargetEngine:
         """The target that captures features."""
         target = self.config.target
+        capture: dict[str, Any] = {"layer_ids": self.layer_ids, "features": self.hidden_states}
         if target.engine == "sglang_server":
-            return served_target(self.config, self.layer_ids, self.shared_store, store_id(self.plane), self.resources)
+            return served_target(self.config, self.shared_store, store_id(self.plane), self.resources, **capture)
         if target.engine == "sglang":
-            return local_target(self.config, self.layer_ids, self.resources)
-        return HFTargetEngine(target.path, layer_ids=self.layer_ids, dtype=target.dtype, device=target.device)
+            return local_target(self.config, self.resources, **capture)
+        return HFTargetEngine(target.path, dtype=target.dtype, device=target.device, **capture)
 
     def workers(self, name: str) -> list[RolloutWorker]:
         """The producers of this process."""

@@ -11,7 +11,7 @@ from lightning_dataflow.config.secrets import read_secret, read_secret_file
 from lightning_dataflow.control import ControlPlane, resolve_control_plane
 from lightning_dataflow.control.heartbeat import Heartbeat
 from lightning_dataflow.control.plane import DeploymentMode
-from lightning_dataflow.control.redis.connections import RedisAddress
+from lightning_dataflow.control.redis.address import RedisAddress
 from lightning_dataflow.data import ManifestSource, StreamingSource
 from lightning_dataflow.producers import ColocatedSource, Feed, OnlineSource, RolloutWorker, ServedFeed
 from lightning_dataflow.prompts import PromptDataset
@@ -82,7 +82,13 @@ def colocated_source(config: TrainConfig, prompts: PromptDataset, target: Target
     """Samples that this process captures itself, for `online` and `interleaved`."""
     store = MemoryFeatureStore(config.store.capacity_bytes)
     if config.control.kind == "noop":
-        return OnlineSource(prompts, target, store, capture_batch_size=config.target.capture_batch_size)
+        return OnlineSource(
+            prompts,
+            target,
+            store,
+            plane=control_plane(config),
+            capture_batch_size=config.target.capture_batch_size,
+        )
     return ColocatedSource(
         prompts,
         target,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_dataflow.config.derived import is_disaggregated, shared_dir_root
-from lightning_dataflow.config.schema import StoreConfig, TrainConfig
+from lightning_dataflow.config.schema import StoreConfig, TargetConfig, TrainConfig
 from lightning_dataflow.config.secrets import read_api_key, read_secret
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.run.ranks import num_devices
@@ -25,23 +25,27 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 def served_target(
-    config: TrainConfig, layer_ids: Sequence[int], store: FeatureStore, store_id: str, resources: ExitStack
+    config: TrainConfig, store: FeatureStore, store_id: str, resources: ExitStack, **capture: Any
 ) -> SGLangServerTarget:
-    """Connect to the servers of `target.urls`, or start one here; features go into the run's store."""
+    """Connect to the servers of `target.urls`, or start one here; features go into the run's store.
+
+    Args:
+        capture: `layer_ids` and `features` of the target.
+    """
     urls, api_key = list(config.target.urls), read_api_key(config.target)
     if not urls:
         settings = server_settings(config.store, config.channel.path)
-        server = start_server(config, layer_ids, settings, resources)
+        server = start_server(config, capture["layer_ids"], settings, resources)
         urls, api_key = [server.url], server.api_key
-    return _connect(config, layer_ids, store, store_id, resources, urls=urls, api_key=api_key)
+    return _connect(config.target, resources, store=store, store_id=store_id, urls=urls, api_key=api_key, **capture)
 
 
-def local_target(config: TrainConfig, layer_ids: Sequence[int], resources: ExitStack) -> SGLangServerTarget:
+def local_target(config: TrainConfig, resources: ExitStack, **capture: Any) -> SGLangServerTarget:
     """Start a server here, which hands features over through a folder in memory."""
     folder = resources.enter_context(exchange_folder())
-    server = start_server(config, layer_ids, {"store": "shared_dir", "root": folder}, resources)
-    store = SharedDirFeatureStore(folder)
-    return _connect(config, layer_ids, store, "exchange", resources, urls=[server.url], api_key=server.api_key)
+    server = start_server(config, capture["layer_ids"], {"store": "shared_dir", "root": folder}, resources)
+    capture |= {"store": SharedDirFeatureStore(folder), "store_id": "exchange"}
+    return _connect(config.target, resources, urls=[server.url], api_key=server.api_key, **capture)
 
 
 def start_server(
@@ -75,25 +79,8 @@ def exchange_folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="lightning-dataflow-", dir=parent)
 
 
-def _connect(
-    config: TrainConfig,
-    layer_ids: Sequence[int],
-    store: FeatureStore,
-    store_id: str,
-    resources: ExitStack,
-    *,
-    urls: Sequence[str],
-    api_key: str | None,
-) -> SGLangServerTarget:
-    target = SGLangServerTarget(
-        config.target.path,
-        urls=urls,
-        store=store,
-        store_id=store_id,
-        layer_ids=layer_ids,
-        api_key=api_key,
-        in_flight=config.target.requests_in_flight,
-    )
+def _connect(settings: TargetConfig, resources: ExitStack, **arguments: Any) -> SGLangServerTarget:
+    target = SGLangServerTarget(settings.path, in_flight=settings.requests_in_flight, **arguments)
     resources.callback(target.stop_waiting)
     return target
 

@@ -19,7 +19,6 @@ from lightning_dataflow.contracts import CapacityError, PeerFailedError, PeerGon
 from lightning_dataflow.control import RunPlan, resolve_control_plane
 from lightning_dataflow.evaluation import SGLangDecoder
 from lightning_dataflow.evaluation.judges.sglang_server import read_counts, sampling_params
-from lightning_dataflow.evaluation.loop import greedy_decode
 from lightning_dataflow.run.target import SHARED_MEMORY
 from lightning_dataflow.services.mooncake import LocalMooncake
 from lightning_dataflow.services.sglang import LocalSGLang
@@ -30,6 +29,7 @@ from lightning_dataflow.targets import HFTargetEngine, SGLangServerTarget
 from lightning_dataflow.targets.conformance import compare_engines, make_prompts, table
 from lightning_dataflow.targets.sglang_http import CaptureServer
 from tests.conftest import LAYER_IDS
+from tests.decoding import greedy_decode
 from tests.processes import TINY, TRAIN, environment, processes_in, python, restore_sigint, result, wait_until
 from tests.sglang.environment import ARGUMENTS, VARIABLES, sglang_python
 

@@ -6,9 +6,13 @@ import pytest
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
-from lightning_dataflow.cli import train
+from lightning_dataflow.cli.hydra_command import command
 
 SHOW = ("strategy=outside", "experiment=tiny", "--cfg", "job", "-p", "optimizer.lr")
+
+
+def shown(config, settings):
+    """A command; `--cfg job` shows its settings instead."""
 
 
 @pytest.fixture
@@ -21,7 +25,7 @@ def show(tmp_path, monkeypatch):
         (tmp_path / "own" / "strategy" / "outside.yaml").write_text(f"name: outside\nwith:\n  {entries}\n")
         GlobalHydra.instance().clear()
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments, *SHOW])
-        train.main()
+        command(shown)()
 
     yield call
     ConfigStore.instance().repo["with_experiment"].pop("outside-tiny.yaml", None)

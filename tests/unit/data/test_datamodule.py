@@ -92,18 +92,25 @@ def test_a_checkpoint_of_another_order_is_refused(online, options):
 
 
 @pytest.mark.integration
-def test_online_and_offline_yield_the_same_bits(online, prompts, target, tmp_path):
+@pytest.mark.parametrize("packing", [{}, {"row_tokens": 400, "rows_per_step": 2}], ids=["rows", "packed"])
+@pytest.mark.parametrize("skipped", [(), (1, 4)])
+def test_online_and_offline_yield_the_same_bits(online, prompts, target, tmp_path, packing, skipped):
     size = capture_to_folder(prompts[0], target, tmp_path)
     offline = OfflineSource(tmp_path)
     assert size == offline.num_bytes > 0
     assert len(offline) == len(online)
     assert torch.equal(offline.token_counts(320), online.token_counts(320))
-    passes = 2 * len(offline) // 4
-    for one, other in zip(take(make(online), 2 * passes), take(make(offline), 2 * passes), strict=True):
+    num_batches = len(offline)
+    order = PassOrder(len(offline), 0)
+    skip_ids = [prompts[0][order.locate(seq)[0]].source_id for seq in skipped]
+    options = {"skip_ids": skip_ids, "micro_batch_size": 1} | packing
+    ours, theirs = make(online, **options), make(offline, **options)
+    for one, other in zip(take(ours, num_batches), take(theirs, num_batches), strict=True):
         assert one["window_num_tokens"] == other["window_num_tokens"]
         for name in ("input_ids", "loss_mask", "aux_hidden_states", "last_hidden_state"):
             assert torch.equal(one[name], other[name])
-    assert offline.store.health()["num_samples"] == len(offline)  # still there for the next pass
+    assert set(skipped) <= ours.skipped().keys() == theirs.skipped().keys()
+    assert offline.store.health()["num_samples"] == len(offline)  # kept for the next pass
 
 
 def test_capturing_twice_into_one_folder(prompts, target, tmp_path):
@@ -150,7 +157,7 @@ def test_damaged_captures(prompts, target, tmp_path):
     with pytest.raises(UserError, match=r"refs\.jsonl, line 1: .*not a valid id"):
         OfflineSource(tmp_path)
     (tmp_path / "manifest.json").write_text(json.dumps(json.loads(manifest) | {"schema_version": 0}))
-    with pytest.raises(UserError, match="schema version 0, this release reads 2"):
+    with pytest.raises(UserError, match=r"schema version 0 .* this release reads 3: capture again"):
         OfflineSource(tmp_path)
     (tmp_path / "manifest.json").write_text(json.dumps(json.loads(manifest) | {"card": {}}))
     with pytest.raises(UserError, match="is damaged"):
@@ -158,6 +165,27 @@ def test_damaged_captures(prompts, target, tmp_path):
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         OfflineSource(tmp_path)
+
+
+def test_a_capture_of_release_0_1_is_read(prompts, target, tmp_path):
+    few = prompts[0].__class__(prompts=prompts[0][:3], max_length=128)
+    capture_to_folder(few, target, tmp_path)
+    refs, manifest = OfflineSource(tmp_path).refs, json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 2}))
+    lines = [json.loads(line) for line in (tmp_path / "refs.jsonl").read_text().splitlines()]
+    for line in lines:
+        capture, specs = line["origin"]["capture"], line["features"].values()
+        layer_ids = "-".join(map(str, capture["layer_ids"]))
+        line["origin"]["capture"] = f"{layer_ids}/{capture['norm']}/{capture['hidden_size']}"
+        del line["origin"]["attempt"], line["origin"]["draft_weight_version"]
+        words = [f"{spec['name']}/{spec['dtype']}/{'x'.join(map(str, spec['shape'][1:]))}" for spec in specs]
+        representations = [f"={spec['target_repr']}" if spec["target_repr"] else "" for spec in specs]
+        line["features"] = " ".join(map("".join, zip(words, representations, strict=True)))
+        line["schema_version"] = 2
+    (tmp_path / "refs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    old = OfflineSource(tmp_path)
+    assert old.refs == refs
+    assert set(old.store.get(old.refs[0])[0]) == {"input_ids", "loss_mask", "aux_hidden_states", "last_hidden_state"}
 
 
 def test_captures_for_another_vocabulary(prompts, target, tmp_path):

@@ -181,17 +181,17 @@ def test_a_sample_lost_before_it_is_read_is_trained_in_its_place_or_named(tmp_pa
     producing.start()
     collate = lambda rows: {"values": [int(one.sample.tensors["last_hidden_state"][0, 0]) for one in rows]}  # noqa: E731
     reader = WindowReader(
-        source,
-        PassOrder(300, 0),
-        collate,
-        Batching(global_batch_size=4, micro_batch_size=4),
-        start=0,
+        source=source,
+        order=PassOrder(300, 0),
+        collate=collate,
+        batching=Batching(global_batch_size=4, micro_batch_size=4),
+        next_seq=0,
         num_windows=2,
         rank=0,
         world_size=1,
     )
     batches = [batch["values"] for batch in reader]
-    assert batches == [[0, 1, 2, 3], [4, 0, 6, 7]]  # a stand-in at seq 5
+    assert batches == [[0, 1, 2, 3], [4, 0, 6, 7]]  # a placeholder at seq 5
     assert set(source.skipped()) == {5}
     assert source.num_recaptured() == 3
     assert plane.ledger.status()["given_up"] == 1

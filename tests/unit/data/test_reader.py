@@ -8,7 +8,7 @@ import torch
 
 from lightning_dataflow.control import ControlPlane
 from lightning_dataflow.data import Batching, DataFlowDataModule, PassOrder, SampleRows
-from lightning_dataflow.data.reader import STAND_IN_TOKENS, WindowReader
+from lightning_dataflow.data.reader import PLACEHOLDER_TOKENS, WindowReader
 from lightning_dataflow.producers import OnlineSource
 from lightning_dataflow.stores import MemoryFeatureStore, SharedDirFeatureStore
 from lightning_dataflow.strategies.eagle3.module import Eagle3Module
@@ -38,8 +38,8 @@ def source(tmp_path, store):
 
 def read(source, **options) -> WindowReader:
     batching = Batching(global_batch_size=4, micro_batch_size=2)
-    place = {"start": 0, "num_windows": 10, "rank": 0, "world_size": 1} | options
-    return WindowReader(source, ORDER, SampleRows.stack, batching, **place)
+    place = {"next_seq": 0, "num_windows": 10, "rank": 0, "world_size": 1} | options
+    return WindowReader(source=source, order=ORDER, collate=SampleRows.stack, batching=batching, **place)
 
 
 def lose(source, seq: int) -> None:
@@ -75,7 +75,7 @@ def test_a_sample_that_is_given_up_keeps_its_place(source):
     stop.set()
     producing.join(5)
     assert first["sample_ids"] == ["run:s0", "skipped"]
-    assert first["input_ids"].shape == (2, STAND_IN_TOKENS)
+    assert first["input_ids"].shape == (2, PLACEHOLDER_TOKENS)
     assert not first["loss_mask"][1].any()
     assert first["window_num_tokens"] == second["window_num_tokens"] == sum(2 + seq % 3 for seq in range(4))
     assert dict(source.skipped()) == {1: "capture failed: broken"}

@@ -243,6 +243,23 @@ def test_a_manifest_is_read_for_several_passes(tmp_path):
     assert store.health()["num_samples"] == 0
 
 
+def test_listed_samples_of_a_manifest_are_skipped_in_every_pass(tmp_path):
+    plane = memory_plane(tmp_path / "log")
+    store = SharedDirFeatureStore(tmp_path / "store", retain=True)
+    worker = make_worker(plane, store, SeqFeed(length=6))
+    source, order = ManifestSource(plane, store, start_timeout_s=1, idle_timeout_s=5), PassOrder(6, 0)
+    source.skip_ids = frozenset({"s2"})
+    source.begin(RunPlan(start=0, stop=12, window=6), 0, 1)
+    capture(worker, 6)
+    windows = [source.window(seqs, seqs, order) for seqs in (range(6), range(6, 12))]
+    listed = {seq for seq in range(12) if order.locate(seq)[0] == 2}
+    assert {entry.seq for window in windows for entry in window.entries if entry.ref is None} == listed
+    assert source.skipped() == dict.fromkeys(listed, "listed in skip_ids")
+    assert [window.num_tokens for window in windows] == [sum(2 + index % 3 for index in range(6))] * 2
+    source.finish("completed")
+    assert store.health()["num_samples"] == 0
+
+
 def test_a_run_that_another_trainer_trains_is_refused_and_a_dead_ones_is_not(plane, store, monkeypatch):
     make_worker(plane, store)
     with subprocess.Popen(["sleep", "60"]) as other:

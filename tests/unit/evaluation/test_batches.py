@@ -6,13 +6,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.evaluation import NoDrafter, SpeculativeDecoder, evaluate_acceptance
-from lightning_dataflow.evaluation.loop import greedy_decode
 from lightning_dataflow.strategies.common.target_tensors import FrozenTarget
 from lightning_dataflow.strategies.eagle3.drafter import ChainDrafter
 from lightning_dataflow.strategies.eagle3.network import Eagle3Config, Eagle3Draft
 from lightning_dataflow.targets import HFTargetEngine
+from tests.decoding import greedy_decode
 from tests.unit.evaluation.test_block import make_drafter as make_block_drafter, train_on
-from tests.unit.evaluation.test_speculative import make_drafter
+from tests.unit.evaluation.test_loop import make_drafter
 
 SYMBOLS = 5
 

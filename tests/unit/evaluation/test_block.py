@@ -5,7 +5,6 @@ import torch
 
 from lightning_dataflow.contracts import StepContext, UserError
 from lightning_dataflow.evaluation import SpeculativeDecoder, evaluate_acceptance
-from lightning_dataflow.evaluation.loop import greedy_decode
 from lightning_dataflow.strategies.blocks.blocks import cut_blocks
 from lightning_dataflow.strategies.blocks.drafter import BlockDrafter
 from lightning_dataflow.strategies.blocks.network import BlockConfig
@@ -16,6 +15,7 @@ from lightning_dataflow.strategies.domino.drafter import DominoDrafter
 from lightning_dataflow.strategies.domino.network import DominoConfig, DominoDraft
 from lightning_dataflow.strategies.domino.objective import DominoObjective
 from lightning_dataflow.targets.hf import TargetSession
+from tests.decoding import greedy_decode
 
 KINDS = ["dflash", "sliding", "domino", "shifted"]
 

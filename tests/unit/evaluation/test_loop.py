@@ -3,13 +3,14 @@ import torch
 
 from lightning_dataflow.contracts import NotFiniteError
 from lightning_dataflow.evaluation import Drafter, SpeculativeDecoder, evaluate_acceptance
-from lightning_dataflow.evaluation.loop import Proposal, greedy_decode, rejection_sample
+from lightning_dataflow.evaluation.loop import Proposal, rejection_sample
 from lightning_dataflow.strategies.common.target_tensors import FrozenTarget
 from lightning_dataflow.strategies.eagle3.draft_vocab import build_draft_vocab
 from lightning_dataflow.strategies.eagle3.drafter import ChainDrafter
 from lightning_dataflow.strategies.eagle3.network import Eagle3Config, Eagle3Draft
 from lightning_dataflow.targets import HFTargetEngine
 from lightning_dataflow.targets.hf import TargetSession
+from tests.decoding import greedy_decode
 
 
 @pytest.fixture(scope="module")

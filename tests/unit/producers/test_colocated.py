@@ -64,7 +64,12 @@ def test_it_yields_the_bits_of_online(prompts, target, tmp_path, threaded, rank,
 
 
 @pytest.mark.integration
-def test_through_the_data_module(prompts, target, tmp_path, threaded):
+@pytest.mark.parametrize("positions", [(), (1, 8, 9)])
+def test_through_the_data_module(prompts, target, tmp_path, threaded, positions):
+    """Also with samples that are listed in skip_ids."""
+    order = PassOrder(len(prompts[0]), 0)
+    skip_ids = [prompts[0][order.locate(seq)[0]].source_id for seq in positions]
+
     class Fit:  # what `start` and `batches` ask of a Trainer
         checkpoint_callbacks = ()
         global_rank, world_size, max_steps, global_step = 0, 1, 3, 0
@@ -75,7 +80,9 @@ def test_through_the_data_module(prompts, target, tmp_path, threaded):
 
     batches = []
     for source in (OnlineSource(prompts[0], target), make(prompts, target, tmp_path, threaded)):
-        data = DataFlowDataModule(source, global_batch_size=8, micro_batch_size=4, collate=SampleRows.stack)
+        data = DataFlowDataModule(
+            source, global_batch_size=8, micro_batch_size=4, collate=SampleRows.stack, skip_ids=skip_ids
+        )
         data.trainer = Fit
         data.start(resumed=False)
         mine = []
@@ -85,6 +92,7 @@ def test_through_the_data_module(prompts, target, tmp_path, threaded):
                 data.mark_applied(batch["next_seq"], len(mine) // 2)
         data.teardown("fit")
         assert source.store.health()["num_samples"] == 0
+        assert {seq for seq in data.skipped() if seq < 24} == set(positions)
         batches.append(mine)
     for one, other in zip(*batches, strict=True):
         assert (one["next_seq"], one["window_num_tokens"]) == (other["next_seq"], other["window_num_tokens"])

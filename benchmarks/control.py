@@ -26,7 +26,7 @@ from lightning_dataflow.control import (
     reconcile_on_restart,
     resolve_control_plane,
 )
-from lightning_dataflow.control.redis.connections import RedisAddress
+from lightning_dataflow.control.redis.address import RedisAddress
 from lightning_dataflow.control.redis.server import KEYS, RedisServer
 from lightning_dataflow.data import StreamingRefQueue
 from lightning_dataflow.producers.rollout import IDLE_S
@@ -60,8 +60,8 @@ class Place:
         keys = [(name, server.ask("MEMORY", "USAGE", server.key(name)) or 0) for name in KEYS]
         cpu = dict(line.split(":") for line in server.ask("INFO", "CPU").decode().split() if ":" in line)
         return {
-            "log_mb": sum(size for name, size in keys if name in ("lines", "index")) / 1e6,
-            "ledger_mb": sum(size for name, size in keys if name not in ("lines", "index")) / 1e6,
+            "log_mb": sum(size for name, size in keys if name == "log") / 1e6,
+            "ledger_mb": sum(size for name, size in keys if name != "log") / 1e6,
             "server_s": float(cpu["used_cpu_user"]) + float(cpu["used_cpu_sys"]),
         }
 

@@ -1,4 +1,4 @@
-"""What ranks cost a Redis: every one reads the heads of all records and the references of its share.
+"""What ranks cost a Redis: each reads all references.
 
 `python -m benchmarks.readers` publishes references, then lets 1, 8 and 64 readers take them in one after the other, and
 prints what one more rank and one more reference cost the server and the network, in CPU time.
@@ -10,7 +10,6 @@ import time
 
 from benchmarks.references import reference
 from lightning_dataflow.contracts import LogRecord
-from lightning_dataflow.control.heads import SEQ
 from lightning_dataflow.control.redis.log import RedisChannel
 from lightning_dataflow.control.redis.server import RedisServer
 from lightning_dataflow.services.redis import LocalRedis
@@ -44,9 +43,9 @@ def main() -> None:
             channels = [RedisChannel(server) for _ in range(readers)]
             cpu, sent = counters(server)
             own = time.process_time()
-            for rank, channel in enumerate(channels):
-                while heads := channel.poll_heads():
-                    channel.load(heads.rows[heads.rows[:, SEQ] // 8 % readers == rank])
+            for channel in channels:
+                while channel.poll():
+                    pass
             more_cpu, more_sent = counters(server)
             micros = 1e6 * (time.process_time() - own) / options.refs / readers
             print(

@@ -37,6 +37,6 @@ def clean(options: argparse.Namespace) -> str:
                 f"run {options.run} is alive: {part['name']} on {part['host']} was seen {part['seen_s_ago']:.0f} s ago "
                 f"({part['state']}); end it first, and wait {FRESH_S:.0f} s"
             )
-    sizes = server.ask_all([("MEMORY", "USAGE", key, "SAMPLES", 0) for key in server.keys])
+    sizes = [server.ask("MEMORY", "USAGE", key, "SAMPLES", 0) for key in server.keys]
     num_keys = server.ask("DEL", *server.keys)
     return f"removed run {options.run}: {num_keys} keys, {sum(size or 0 for size in sizes) / 1e6:.1f} MB"

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.control.redis.connections import RedisAddress
+from lightning_dataflow.control.redis.address import RedisAddress
 from lightning_dataflow.control.redis.server import KEYS, PREFIX, RedisServer
 from lightning_dataflow.services.redis import ADDRESS, SECRET
 

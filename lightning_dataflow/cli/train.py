@@ -86,12 +86,12 @@ def train(config: TrainConfig, settings: dict[str, Any]) -> None:
         first = ", ".join(f"{seq} ({reason})" for seq, reason in sorted(skipped.items())[:3])
         print(f"{len(skipped)} samples were not trained: seq {first}", flush=True)
     if trainer.is_global_zero:
-        draw_result(run_dir / "result.json", run_dir / "figure.png")
+        figure = "figure.png, " if draw_result(run_dir / "result.json", run_dir / "figure.png") else ""
         history = json.loads((run_dir / "result.json").read_text()).get("acceptance", [])
         if len(history) > 1:
             first, last = history[0], history[-1]
             print(f"acceptance length {first['acceptance_length']:.3f} → {last['acceptance_length']:.3f}", flush=True)
-        print(f"results in {run_dir}: result.json, figure.png, checkpoints/", flush=True)
+        print(f"results in {run_dir}: result.json, {figure}checkpoints/", flush=True)
     leave_process_group()
 
 

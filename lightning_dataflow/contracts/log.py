@@ -1,13 +1,14 @@
 """Records of the log that carries references from producers to trainers."""
 
-from typing import Any, Literal, NamedTuple, Protocol, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 from lightning_dataflow.contracts.errors import UserError
 from lightning_dataflow.contracts.records import SampleRef
-from lightning_dataflow.contracts.validation import ref_from_json, ref_to_json
+from lightning_dataflow.contracts.validation import ref_from_json
 
 Kind = Literal["begin", "ref", "supersede", "skip", "end"]
-MAX_SEQ = 1 << 48
+MAX_SEQ = 10**14 - 1
+"""Lua, which runs in Redis, writes whole numbers of up to 14 digits."""
 MAX_REASON = 500
 KINDS = frozenset(get_args(Kind))
 
@@ -29,51 +30,19 @@ class LogRecord(NamedTuple):
     ref: SampleRef | None = None
     reason: str | None = None
 
-    @property
-    def has_ref(self) -> bool:
-        """Whether there are features to read."""
-        return self.ref is not None
 
-    @property
-    def attempt(self) -> int:
-        """Of its ref; 0 without one."""
-        return 0 if self.ref is None else self.ref.origin.attempt
-
-
-class OfAttempt(Protocol):
-    """A record, or its head."""
-
-    @property
-    def has_ref(self) -> bool:
-        """Whether there are features to read."""
-
-    @property
-    def attempt(self) -> int:
-        """Of its ref; 0 without one."""
-
-
-def replaces(record: OfAttempt, known: OfAttempt) -> bool:
+def replaces(record: LogRecord, known: LogRecord) -> bool:
     """Whether `record` counts instead of `known`, an earlier record of its seq, for every reader of the log.
 
     A later attempt does, and so does giving up, which is final. A second record of one attempt does not.
     """
-    if not record.has_ref or not known.has_ref:
-        return known.has_ref
-    return record.attempt > known.attempt
-
-
-def record_to_json(record: LogRecord) -> dict[str, Any]:
-    """Containers fit for JSON, if the sample's metadata is."""
-    data: dict[str, Any] = {"kind": record.kind, "seq": record.seq}
-    if record.ref is not None:
-        data["ref"] = ref_to_json(record.ref)
-    if record.reason is not None:
-        data["reason"] = record.reason[:MAX_REASON]
-    return data
+    if record.ref is None or known.ref is None:
+        return known.ref is not None
+    return record.ref.origin.attempt > known.ref.origin.attempt
 
 
 def record_from_json(data: Any) -> LogRecord:
-    """Rebuild and validate a record from `json.loads` output. Raises UserError for anything malformed."""
+    """Rebuild and validate a record from the parsed line of JSON. Raises UserError for anything malformed."""
     kind, seq = (data.get("kind"), data.get("seq")) if isinstance(data, dict) else (None, None)
     if kind not in KINDS or not isinstance(seq, int) or isinstance(seq, bool) or not 0 <= seq <= MAX_SEQ:
         raise UserError(f"not a log record: {str(data)[:80]}")

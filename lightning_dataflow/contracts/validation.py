@@ -3,9 +3,8 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import fields
-from functools import lru_cache
-from typing import Any, TypeVar, cast, get_args
+from dataclasses import asdict
+from typing import Any, get_args
 
 from lightning_dataflow.contracts.errors import UserError
 from lightning_dataflow.contracts.records import (
@@ -17,7 +16,6 @@ from lightning_dataflow.contracts.records import (
     TargetRepr,
 )
 
-T = TypeVar("T")
 DTYPE_BYTES = {
     "bool": 1,
     "uint8": 1,
@@ -38,12 +36,9 @@ MAX_ATTEMPT = 10**9 - 1
 MAX_RANK = 8
 MAX_TEXT = 1024
 MAX_FEATURES = 64
-CACHED_LAYOUTS, CACHED_SPECS, CACHED_CAPTURES = 1 << 13, 1 << 15, 16
-_ORIGIN_DEFAULTS: dict[str, Any] = {"attempt": 0, "draft_weight_version": None}
-_FIELDS: dict[type, tuple[frozenset[str], dict[str, Any]]] = {
-    cls: (frozenset(field.name for field in fields(cls)), defaults)
-    for cls, defaults in ((SampleOrigin, _ORIGIN_DEFAULTS), (SampleRef, {"schema_version": SCHEMA_VERSION}))
-}
+RELEASES = {2: "0.1"}
+"""Earlier releases by the schema version that they write."""
+_TARGET_REPRS = (None, *get_args(TargetRepr))
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:#-]{0,254}")
 _GENERATION = re.compile(r"[0-9]{1,9}-[0-9a-f]{16,64}")
 
@@ -58,209 +53,93 @@ def check_id(value: Any, what: str) -> str:
     return value
 
 
-def validate_ref(ref: SampleRef) -> SampleRef:
-    """Return `ref` if every field is within bounds; raise UserError naming the field otherwise."""
-    _check_fields(ref)
-    _check_capture(ref.origin.capture)
-    return _check_total(ref, _payload(ref))
-
-
-def _check_fields(ref: SampleRef) -> None:
-    """All but the features."""
-    origin = ref.origin
-    check_id(origin.sample_id, "sample_id")
-    check_id(origin.source_task_id, "source_task_id")
-    check_id(origin.source_id, "source_id")
-    try:
-        _check_of_run(origin.run_id, origin.target_model_version, origin.tokenizer_version, ref.uri, ref.schema_version)
-    except (UserError, TypeError) as error:  # TypeError: a list where a text belongs
-        raise UserError(f"ref {origin.sample_id}: {error}") from error
-    if not isinstance(ref.generation, str) or not _GENERATION.fullmatch(ref.generation):
-        raise UserError(f"ref {origin.sample_id} has generation {_short(ref.generation)}, expected attempt-nonce")
-    _check_count(origin.num_tokens, MAX_TOKENS, "num_tokens", origin.sample_id)
-    if not 0 < len(ref.features) <= MAX_FEATURES:
-        raise UserError(f"ref {origin.sample_id} has {len(ref.features)} features, expected 1 to {MAX_FEATURES}")
-    if not isinstance(origin.attempt, int) or not 0 <= origin.attempt <= MAX_ATTEMPT:
-        raise UserError(f"attempt of {origin.sample_id} is {_short(origin.attempt)}, expected a whole number from 0")
-
-
-def _check_version(version: Any) -> None:
+def check_schema(version: Any, what: str, remedy: str) -> None:
+    """Raise UserError, with the release that wrote it, where `what` has another schema version than this release."""
     if version != SCHEMA_VERSION:
+        release = RELEASES.get(version, "another release") if isinstance(version, int) else "another release"
         raise UserError(
-            f"a sample reference has schema version {_short(version)}, this release reads {SCHEMA_VERSION}: capture again "
-            "with this release"
+            f"{what} has schema version {_short(version)} (of lightning_dataflow {release}), this release reads "
+            f"{SCHEMA_VERSION}: {remedy}"
         )
 
 
-def _payload(ref: SampleRef) -> int:
-    """Bytes of its features, once all that is said of them is within bounds."""
-    origin, total = ref.origin, 0
-    try:
-        for name, spec in ref.features.items():
-            shape = spec.shape
-            if not isinstance(shape, tuple) or not shape or shape[0] != origin.num_tokens:
-                raise UserError(
-                    f"feature {name} has shape {_short(shape)}, its first size must be the {origin.num_tokens} tokens"
-                )
-            total += _feature_bytes(name, spec.name, spec.dtype, spec.target_repr, *shape)
-    except (UserError, TypeError) as error:  # TypeError: a list where a name or number belongs
-        raise UserError(f"ref {origin.sample_id}: {error}") from error
-    return total
-
-
-def _check_total(ref: SampleRef, total: int) -> SampleRef:
+def validate_ref(ref: SampleRef) -> SampleRef:
+    """Return `ref` if every field is within bounds; raise UserError naming the field otherwise."""
+    origin, sample_id = ref.origin, check_id(ref.origin.sample_id, "sample_id")
+    check_id(origin.source_task_id, "source_task_id")
+    check_id(origin.source_id, "source_id")
+    check_id(origin.run_id, "run_id")
+    _check_text(ref.uri, "uri", sample_id)
+    _check_text(origin.target_model_version, "target_model_version", sample_id)
+    _check_text(origin.tokenizer_version, "tokenizer_version", sample_id)
+    check_schema(ref.schema_version, f"ref {sample_id}", "capture again with this release")
+    if not isinstance(ref.generation, str) or not _GENERATION.fullmatch(ref.generation):
+        raise UserError(f"ref {sample_id} has generation {_short(ref.generation)}, expected attempt-nonce")
+    if not isinstance(origin.attempt, int) or not 0 <= origin.attempt <= MAX_ATTEMPT:
+        raise UserError(f"attempt of {sample_id} is {_short(origin.attempt)}, expected a whole number from 0")
+    _check_count(origin.num_tokens, MAX_TOKENS, "num_tokens", sample_id)
+    _check_capture(origin.capture, sample_id)
+    if not 0 < len(ref.features) <= MAX_FEATURES:
+        raise UserError(f"ref {sample_id} has {len(ref.features)} features, expected 1 to {MAX_FEATURES}")
+    total = sum(_feature_bytes(name, spec, ref) for name, spec in ref.features.items())
     if total != ref.num_bytes or total > MAX_SAMPLE_BYTES:
         raise UserError(
-            f"ref {ref.sample_id} says {_short(ref.num_bytes)} bytes but its features hold {total} "
+            f"ref {sample_id} says {_short(ref.num_bytes)} bytes but its features hold {total} "
             f"(at most {MAX_SAMPLE_BYTES}): the ref is damaged, capture the sample again"
         )
     return ref
 
 
 def ref_to_json(ref: SampleRef) -> dict[str, Any]:
-    """Containers fit for JSON. Fields at their defaults are left out: the log holds one line a sample.
-
-    The capture is a line of text, `layer-layer-…/norm/hidden_size`. So are the features, `name/dtype/sizes=target_repr …`
-    without the first size, which is the tokens; those that do not fit into a line are a mapping.
-    """
-    origin = dict(vars(ref.origin))
-    for name, default in _ORIGIN_DEFAULTS.items():
-        if origin[name] == default:
-            del origin[name]
-    if not ref.origin.metadata:
-        del origin["metadata"]
-    capture = ref.origin.capture
-    origin["capture"] = _write_capture(capture.layer_ids, capture.norm, capture.hidden_size)
-    return {
-        "origin": origin,
-        "uri": ref.uri,
-        "generation": ref.generation,
-        "features": _layout(ref) or {name: _spec_to_json(spec) for name, spec in ref.features.items()},
-        "num_bytes": ref.num_bytes,
-        "schema_version": ref.schema_version,
-    }
+    """Containers fit for JSON, if the sample's metadata is."""
+    return asdict(ref)
 
 
 def ref_from_json(data: Any) -> SampleRef:
     """Rebuild and validate a ref from `json.loads` output. Raises UserError for anything malformed."""
     try:
-        told, features = data["origin"], data["features"]
-        _check_version(data["schema_version"])
-        capture = _read_capture(told["capture"])
-        origin = _filled(SampleOrigin, {"metadata": {}, **told}, capture=capture)
-        total = None
-        if isinstance(features, str):
-            _check_count(origin.num_tokens, MAX_TOKENS, "num_tokens", str(origin.sample_id))
-            features, total = _read_layout(features, origin.num_tokens)
-        else:
-            features = {name: FeatureSpec(**{**spec, "shape": tuple(spec["shape"])}) for name, spec in features.items()}
-        ref = _filled(SampleRef, data, origin=origin, features=features)
+        check_schema(data["schema_version"], "a sample reference", "capture again with this release")
+        origin, features = data["origin"], data["features"]
+        capture = origin["capture"]
+        capture = CaptureSpec(**{**capture, "layer_ids": tuple(capture["layer_ids"])})
+        features = {name: FeatureSpec(**spec | {"shape": tuple(spec["shape"])}) for name, spec in features.items()}
+        return validate_ref(
+            SampleRef(**data | {"origin": SampleOrigin(**origin | {"capture": capture}), "features": features})
+        )
     except UserError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"not a sample reference ({error!r}): {_short(data)}") from error
-    _check_fields(ref)
-    return _check_total(ref, _payload(ref) if total is None else total)
 
 
-def _layout(ref: SampleRef) -> str | None:
-    """None where the features do not fit into a line."""
-    told, num_tokens = [], ref.origin.num_tokens
-    for name, spec in ref.features.items():
-        shape = spec.shape
-        if not shape or shape[0] != num_tokens or spec.name != name or spec.target_meta:
-            return None
-        told.append((name, spec.dtype, shape[1:], spec.target_repr))
-    return _write_layout(tuple(told))
+def _check_capture(spec: CaptureSpec, sample_id: str) -> None:
+    _check_count(spec.hidden_size, MAX_TOKENS, "hidden_size", f"the capture of {sample_id}")
+    are_ids = 0 < len(spec.layer_ids) <= MAX_FEATURES and all(isinstance(layer_id, int) for layer_id in spec.layer_ids)
+    if spec.norm not in ("post", "pre") or not are_ids:
+        raise UserError(f"ref {sample_id} has capture {_short(spec)}: it needs layer ids and norm post or pre")
 
 
-@lru_cache(CACHED_CAPTURES)
-def _write_layout(told: tuple[tuple[str, str, tuple[int, ...], str | None], ...]) -> str:
-    """All samples of a run have one."""
-    words = (f"{name}/{dtype}/{'x'.join(map(str, sizes))}" + f"={what}" * bool(what) for name, dtype, sizes, what in told)
-    return " ".join(words)
+def _feature_bytes(name: str, spec: FeatureSpec, ref: SampleRef) -> int:
+    """Payload of a feature, once its fields are within bounds."""
+    shape, wrong = spec.shape, None
+    if spec.name != name or not _ID.fullmatch(name) or ".." in name:
+        wrong = f"has the name {_short(spec.name)}, expected a valid id, the same in both places"
+    elif spec.dtype not in DTYPE_BYTES:
+        wrong = f"has dtype {_short(spec.dtype)}, known: {', '.join(DTYPE_BYTES)}"
+    elif spec.target_repr not in _TARGET_REPRS:
+        wrong = f"represents {_short(spec.target_repr)}, known: {', '.join(get_args(TargetRepr))}"
+    elif not 0 < len(shape) <= MAX_RANK or shape[0] != ref.origin.num_tokens:
+        wrong = f"has shape {_short(shape)}, expected up to {MAX_RANK} sizes, the first of them the sample's tokens"
+    elif not all(type(size) is int and 0 < size <= MAX_SAMPLE_BYTES for size in shape):
+        wrong = f"has shape {_short(shape)}, expected whole numbers from 1 to {MAX_SAMPLE_BYTES}"
+    if wrong is not None:
+        raise UserError(f"feature {name} of ref {ref.sample_id} {wrong}: the ref is damaged, capture the sample again")
+    return math.prod(shape) * DTYPE_BYTES[spec.dtype]
 
 
-@lru_cache(CACHED_LAYOUTS, typed=True)
-def _read_layout(layout: str, num_tokens: int) -> tuple[dict[str, FeatureSpec], int]:
-    """Features and their payload in bytes. They recur in every sample of that length, and nobody changes them."""
-    features, total = {}, 0
-    for word in layout.split(" "):
-        told, _, target_repr = word.partition("=")
-        name, dtype, sizes = told.split("/")
-        shape = (num_tokens, *(int(size) for size in sizes.split("x") if sizes))
-        features[name] = FeatureSpec(name=name, shape=shape, dtype=dtype, target_repr=cast(Any, target_repr or None))
-        total += _feature_bytes(name, name, dtype, target_repr or None, *shape)
-    if len(features) != layout.count(" ") + 1:
-        raise UserError(f"features {_short(layout)} name one twice: the ref is damaged")
-    return features, total
-
-
-def _filled(cls: type[T], told: Mapping[str, Any], **others: Any) -> T:
-    """An instance of what is told and others. The constructor of a frozen class sets each field by a call of its own."""
-    names, defaults = _FIELDS[cls]
-    values = {**defaults, **told, **others}
-    if len(values) != len(names) or not names.issuperset(values):
-        raise TypeError(f"fields of {cls.__name__}: {', '.join(map(str, values.keys() ^ names))}")
-    filled = object.__new__(cls)
-    object.__setattr__(filled, "__dict__", values)
-    return filled
-
-
-def _spec_to_json(spec: FeatureSpec) -> dict[str, Any]:
-    data: dict[str, Any] = {"name": spec.name, "shape": spec.shape, "dtype": spec.dtype}
-    if spec.target_repr is not None:
-        data["target_repr"] = spec.target_repr
-    if spec.target_meta:
-        data["target_meta"] = spec.target_meta
-    return data
-
-
-@lru_cache(CACHED_CAPTURES)
-def _write_capture(layer_ids: tuple[int, ...], norm: str, hidden_size: int) -> str:
-    return f"{'-'.join(map(str, layer_ids))}/{norm}/{hidden_size}"
-
-
-@lru_cache(CACHED_CAPTURES, typed=True)
-def _read_capture(text: str) -> CaptureSpec:
-    """All samples of a run have one."""
-    layer_ids, norm, hidden_size = text.split("/")
-    spec = CaptureSpec(layer_ids=tuple(map(int, layer_ids.split("-"))), norm=cast(Any, norm), hidden_size=int(hidden_size))
-    return _check_capture(spec)
-
-
-def _check_capture(spec: CaptureSpec) -> CaptureSpec:
-    _check_count(spec.hidden_size, MAX_TOKENS, "hidden_size", "a capture")
-    if spec.norm not in ("post", "pre") or not 0 < len(spec.layer_ids) <= MAX_FEATURES:
-        raise UserError(f"{_short(spec)} is no capture: it needs layer ids and norm post or pre")
-    return spec
-
-
-@lru_cache(CACHED_SPECS, typed=True)
-def _feature_bytes(name: str, own_name: str, dtype: str, target_repr: Any, *shape: int) -> int:
-    """Payload of a feature, once all that is said of it is within bounds."""
-    check_id(name, "feature name")
-    if own_name != name:
-        raise UserError(f"feature {name} calls itself {_short(own_name)}: the ref is damaged")
-    if dtype not in DTYPE_BYTES:
-        raise UserError(f"feature {name} has dtype {_short(dtype)}, known: {', '.join(DTYPE_BYTES)}")
-    if target_repr is not None and target_repr not in get_args(TargetRepr):
-        raise UserError(f"feature {name} represents {_short(target_repr)}, known: {', '.join(get_args(TargetRepr))}")
-    if len(shape) > MAX_RANK:
-        raise UserError(f"feature {name} has shape {_short(shape)}, expected at most {MAX_RANK} sizes")
-    for size in shape:
-        _check_count(size, MAX_SAMPLE_BYTES, "a size", f"feature {name}")
-    return math.prod(shape) * DTYPE_BYTES[dtype]
-
-
-@lru_cache(CACHED_CAPTURES, typed=True)
-def _check_of_run(run_id: Any, target: Any, tokenizer: Any, uri: Any, schema_version: Any) -> None:
-    """What all samples of a run have."""
-    check_id(run_id, "run_id")
-    for what, value in (("uri", uri), ("target_model_version", target), ("tokenizer_version", tokenizer)):
-        if not isinstance(value, str) or not 0 < len(value) <= MAX_TEXT:
-            raise UserError(f"its {what} is {_short(value)}, expected up to {MAX_TEXT} characters")
-    _check_version(schema_version)
+def _check_text(value: Any, what: str, sample_id: str) -> None:
+    if not isinstance(value, str) or not 0 < len(value) <= MAX_TEXT:
+        raise UserError(f"ref {sample_id}: its {what} is {_short(value)}, expected up to {MAX_TEXT} characters")
 
 
 def _check_count(value: Any, limit: int, what: str, whose: str) -> None:

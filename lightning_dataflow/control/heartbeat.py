@@ -88,7 +88,7 @@ def _try_twice(act: Callable[[], None]) -> None:
 
 def end_leases(ledger: MetadataStore, pid: int) -> None:
     """All leases of that process of this machine end at once, whatever its workers are called: it is known to be dead."""
-    for part in ledger.status()["parts"]:
+    for part in ledger.parts():
         if (part["pids"], part["pid"]) == (pid_space(), pid):
             ledger.renew(part["name"], 0)
 
@@ -100,11 +100,9 @@ def producer_failures(ledger: MetadataStore) -> list[str]:
     while a producer lives, or a supervisor, which starts producers again or ends the run itself. One that died without a
     word may be started again by whoever started it: only the reader's patience ends that wait.
     """
-    if not ledger.failures():
-        return []
-    parts = ledger.status()["parts"]
+    parts = ledger.parts()
     failed = [f"{part['name']}: {part['state']}" for part in parts if part["failed"]]
-    if any(part["fatal"] for part in parts):
+    if not failed or any(part["fatal"] for part in parts):
         return failed
     others = [part for part in parts if not part["failed"] and part["name"].startswith(("producer", SUPERVISOR))]
     if any(_is_alive(part) for part in others):

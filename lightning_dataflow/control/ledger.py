@@ -1,7 +1,7 @@
 """The contract of every MetadataStore: who captures which sample, and what became of it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -10,6 +10,8 @@ from lightning_dataflow.control.log import StreamingRefChannel
 
 SILENT_S = 60.0
 """A process elsewhere that said nothing for so long has died."""
+FATAL = 2
+"""What a part is reported with: 0 is alive, 1 failed."""
 MAX_ATTEMPTS = 3
 """A sample whose capture failed this often is given up."""
 TOTALS = (
@@ -174,11 +176,10 @@ class MetadataStore(ABC):
         skips: Mapping[int, bytes],
         log: StreamingRefChannel,
         *,
-        retryable: bool = True,
         counts: bool = True,
     ) -> list[int]:
-        """Return a lease whose capture failed, and append to `log` the skips of those seqs that are given up, because they
-        are not retryable or have failed too often. One transaction. Returns those seqs.
+        """Return a lease whose capture failed, and append to `log` the skips of those seqs that have failed too often. One
+        transaction. Returns those seqs.
 
         Args:
             skips: seq → its record, encoded by the log, of all that the lease wanted.
@@ -257,8 +258,14 @@ class MetadataStore(ABC):
         """Whether no other process has claimed the run since this one claimed it, or joined."""
 
     @abstractmethod
-    def failures(self) -> Sequence[str]:
+    def parts(self) -> list[dict[str, Any]]:
+        """The last sign of life of each process of the run: name, host, pid, pids (whose process ids these are, see
+        `pid_space`), state, seen_s_ago, failed, fatal.
+        """
+
+    def failures(self) -> list[str]:
         """What failed processes reported since the latest `begin`. Others may go on: see `heartbeat.producer_failures`."""
+        return [f"{part['name']}: {part['state']}" for part in self.parts() if part["failed"]]
 
     @abstractmethod
     def in_flight(self) -> tuple[int, int]:

@@ -1,20 +1,20 @@
 """The contract of every channel."""
 
+import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import orjson
 
-from lightning_dataflow.contracts import LogRecord, PeerTimeoutError, UserError, assert_no_tensors
-from lightning_dataflow.contracts.log import record_to_json
-from lightning_dataflow.control.heads import MAX_LINE_BYTES, Heads, head_of, rows_of
+from lightning_dataflow.contracts import SCHEMA_VERSION, LogRecord, PeerTimeoutError, UserError, assert_no_tensors
+from lightning_dataflow.contracts.log import MAX_REASON, record_from_json
+from lightning_dataflow.contracts.validation import check_schema
 
+MAX_LINE_BYTES = 1 << 20
 POLL_S = (0.002, 0.05)
-"""Waits between two looks at a log without news: they grow from the first to the second."""
-_AS_LINE = orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS | orjson.OPT_PASSTHROUGH_DATACLASS
+"""Pauses between two looks at a log: they grow from the first to the second."""
 
 
 class StreamingRefChannel(ABC):
@@ -22,41 +22,59 @@ class StreamingRefChannel(ABC):
 
     Any number of processes append; each reader has a position of its own. The log is the truth about what was published;
     whatever else counts it is rebuilt from it. How far training has come is no part of it: see MetadataStore.
+
+    Attributes:
+        name: where the log is, for messages.
     """
 
     name: str
-    """Where the log is, for messages."""
+    _run_id: str | None = None
 
-    _numbers: Iterator[int]
-
-    @abstractmethod
     def announce(self, card: Mapping[str, Any]) -> None:
         """Say what run this is; plain data. Whoever comes second must say the same: UserError names the difference."""
+        assert_no_tensors(card, "card")
+        mine = orjson.dumps({**card, "schema_version": SCHEMA_VERSION})
+        self._write_once("card", mine)
+        check_card(orjson.loads(self._read("card") or b"{}"), orjson.loads(mine), self.name)
 
-    @abstractmethod
     def card(self) -> dict[str, Any] | None:
-        """What was announced; None before that."""
+        """What was announced; None before that. Raises UserError for a log of another release."""
+        text = self._read("card")
+        if text is None:
+            return None
+        try:
+            card = orjson.loads(text)
+            version, self._run_id = card.pop("schema_version"), card["run_id"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"the card of {self.name} is damaged ({error!r}): start again under another run_name, or remove the run"
+            ) from error
+        check_schema(version, self.name, "finish the run with the release that began it, or choose another run_name")
+        return card
 
-    @abstractmethod
     def nonce(self) -> str:
         """A random name of this log, which no other log has, not even that of another run with the same name.
 
         Made by the first caller. It tells apart what runs of one name keep in a shared store.
         """
+        while (nonce := self._read("nonce")) is None:
+            self._write_once("nonce", secrets.token_hex(8).encode())
+        return nonce.decode()
 
     @abstractmethod
     def append(self, lines: Sequence[bytes]) -> None:
         """Append encoded records at once: a reader sees them in this order, and none from another writer between them."""
 
     def encode(self, record: LogRecord) -> bytes:
-        """A record as `append` takes it: a line of JSON.
+        """A record as `append` takes it: a line of JSON. A long reason is cut.
 
         Raises:
             TypeError: it carries a tensor, whose path is named, or anything else that is no plain data.
             UserError: it is longer than readers accept.
         """
+        fields = record._asdict() | {"reason": record.reason and record.reason[:MAX_REASON]}
         try:
-            line = orjson.dumps(record_to_json(record), _refuse, _AS_LINE)
+            line = orjson.dumps(fields, _refuse)
         except TypeError as error:
             assert_no_tensors(record, "record")
             raise (error.__cause__ or error) from None
@@ -78,16 +96,6 @@ class StreamingRefChannel(ABC):
         Raises UserError for a record that is malformed, of another run or another schema.
         """
 
-    def poll_heads(self, max_records: int = 1024) -> Heads:
-        """As `poll`, only what every reader needs; a channel that has to read the records anyway gives them along."""
-        records = self.poll(max_records)
-        return Heads(rows_of(head_of(record, next(self._numbers)) for record in records), records)
-
-    def load(self, rows: np.ndarray) -> list[LogRecord]:
-        """The records of rows of heads, where `poll_heads` of this reader gave none along."""
-        assert len(rows) == 0, "poll_heads gave them"
-        return []
-
     @abstractmethod
     def rewind(self) -> None:
         """Read from the start again."""
@@ -99,6 +107,32 @@ class StreamingRefChannel(ABC):
     def close(self, total: int) -> None:
         """Publish that no seq from `total` on will follow."""
         self.publish([LogRecord(kind="end", seq=total)])
+
+    @abstractmethod
+    def _read(self, what: Literal["card", "nonce"]) -> bytes | None:
+        """What was written once; None before that."""
+
+    @abstractmethod
+    def _write_once(self, what: Literal["card", "nonce"], content: bytes) -> None:
+        """Write it unless it exists: the first of several writers wins."""
+
+    def _parse(self, data: Any, place: str) -> LogRecord:
+        """The record of a parsed line. Raises UserError, with the place of the line, for one that nobody may read."""
+        try:
+            record = record_from_json(data)
+        except UserError as error:
+            raise damaged(place, error) from error
+        if record.ref is not None and record.ref.origin.run_id != self._known_run_id():
+            raise UserError(
+                f"{place} holds references of run {record.ref.origin.run_id}, its card is of run {self._run_id}: two runs "
+                "were mixed, start again under another run_name"
+            )
+        return record
+
+    def _known_run_id(self) -> str | None:
+        if self._run_id is None:
+            self.card()
+        return self._run_id
 
     def wait_for_card(self, timeout_s: float, who: str) -> dict[str, Any]:
         """The card, once somebody announced it. Raises PeerTimeoutError naming `who`."""
@@ -132,6 +166,11 @@ class StreamingRefChannel(ABC):
 
 def _refuse(value: Any) -> Any:
     raise TypeError(f"a {type(value).__name__} cannot be logged: records hold plain data")
+
+
+def damaged(place: str, error: Exception) -> UserError:
+    """The error of a line that no writer wrote."""
+    return UserError(f"{place} is damaged: {error}; put back an undamaged copy, or start again under another run_name")
 
 
 def check_card(found: Mapping[str, Any], mine: Mapping[str, Any], where: str) -> None:

@@ -12,7 +12,7 @@ from lightning_dataflow.control.local.ledger import SqliteMetadataStore
 from lightning_dataflow.control.local.log import FileChannel
 from lightning_dataflow.control.log import StreamingRefChannel
 from lightning_dataflow.control.noop import NoOpMetadataStore
-from lightning_dataflow.control.redis.connections import RedisAddress
+from lightning_dataflow.control.redis.address import RedisAddress
 from lightning_dataflow.control.redis.ledger import RedisMetadataStore
 from lightning_dataflow.control.redis.log import RedisChannel
 from lightning_dataflow.control.redis.server import PATIENCE_S, RedisServer

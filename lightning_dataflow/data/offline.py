@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_dataflow.contracts import SCHEMA_VERSION, SampleRef, UserError, assert_no_tensors, ref_from_json, ref_to_json
+from lightning_dataflow.contracts.old_refs import OLD_SCHEMA_VERSION, ref_from_old_json
+from lightning_dataflow.contracts.validation import check_schema
 from lightning_dataflow.control import resolve_control_plane
 from lightning_dataflow.data.source import FeatureCard, IndexedSource, RefWindow
 from lightning_dataflow.data.windows import PassOrder
@@ -40,7 +42,7 @@ class OfflineSource(IndexedSource):
         self.store = SharedDirFeatureStore(self.folder, retain=True, secret=secret)
         try:
             self.card = FeatureCard.from_json(manifest["card"])
-            self.refs = _read_refs(self.folder / REFS)
+            self.refs = _read_refs(self.folder / REFS, manifest["schema_version"])
             num_samples = manifest["num_samples"]
         except (KeyError, TypeError, AttributeError, OSError) as error:
             raise UserError(f"the capture in {self.folder} is damaged ({error!r}): capture again") from error
@@ -110,16 +112,16 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         ) from error
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{folder}/{MANIFEST} is damaged ({error!r}): capture again") from error
-    if version != SCHEMA_VERSION:
-        raise UserError(f"{folder} has schema version {version}, this release reads {SCHEMA_VERSION}: capture again")
+    if version != OLD_SCHEMA_VERSION:
+        check_schema(version, str(folder), "capture again")
     return manifest
 
 
-def _read_refs(path: Path) -> list[SampleRef]:
-    refs = []
+def _read_refs(path: Path, version: int) -> list[SampleRef]:
+    refs, from_json = [], ref_from_old_json if version == OLD_SCHEMA_VERSION else ref_from_json
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         try:
-            refs.append(ref_from_json(json.loads(line)))
+            refs.append(from_json(json.loads(line)))
         except ValueError as error:
             raise UserError(f"{path}, line {number}: {error}") from error
     return refs

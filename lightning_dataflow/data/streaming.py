@@ -115,7 +115,7 @@ class StreamingSource(RefSource):
                 log.info(f"{num_live} samples of an earlier fit are in the store, {num_lost} are captured again")
             self.queue.forget(self.reconciliation.lost)
         else:
-            self.queue.skim()
+            self.queue.catch_up()
         self.queue.take_unwanted()  # those of earlier fits are swept
 
     def num_tokens(self, seq: int, order: PassOrder) -> int:

@@ -104,8 +104,7 @@ class PromptFeed(Feed):
         self.run_id = run_id
         self.card = feature_card(prompts, target)
         self._locate = locate or PassOrder(len(prompts), seed).locate
-        spec = target.capture_spec
-        hidden = (len(spec.layer_ids) + 1) * spec.hidden_size * DTYPE_BYTES[target.dtype]
+        hidden = sum(target.widths.values()) * DTYPE_BYTES[target.dtype]
         bytes_per_token = hidden + DTYPE_BYTES["int64"] + DTYPE_BYTES["uint8"]
         self.sizes = [len(prompt.input_ids) * bytes_per_token for prompt in prompts]
 

@@ -27,6 +27,7 @@ from lightning_dataflow.strategies.module import DraftModule
 from lightning_dataflow.strategies.registry import resolve_strategy
 from lightning_dataflow.strategies.spec import StrategySpec
 from lightning_dataflow.targets import HFTargetEngine, TargetEngine, load_tokenizer
+from lightning_dataflow.targets.base import HIDDEN_STATES
 from lightning_dataflow.targets.hf import check_dtype
 from lightning_dataflow.targets.tiny import write_tiny_conversations, write_tiny_target
 
@@ -78,7 +79,13 @@ class Builder:
             from lightning_dataflow.run.target import local_target
 
             return local_target(self)
-        return HFTargetEngine(target.path, layer_ids=self.layer_ids, dtype=target.dtype, device=target.device)
+        return HFTargetEngine(
+            target.path,
+            layer_ids=self.layer_ids,
+            features=self.hidden_states,
+            dtype=target.dtype,
+            device=target.device,
+        )
 
     @cached_property
     def plane(self) -> ControlPlane:
@@ -98,6 +105,11 @@ class Builder:
     def layer_ids(self) -> tuple[int, ...]:
         """Layers to capture."""
         return self.module.layer_ids
+
+    @property
+    def hidden_states(self) -> tuple[str, ...]:
+        """Hidden states to capture: those that the module, with its settings, reads."""
+        return tuple(name for name in HIDDEN_STATES if name in self.module.features)
 
     @cached_property
     def module(self) -> DraftModule:

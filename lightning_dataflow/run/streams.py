@@ -10,7 +10,7 @@ from lightning_dataflow.contracts import UnknownNameError, UserError
 from lightning_dataflow.control import ControlPlane, Watermarks, resolve_control_plane
 from lightning_dataflow.control.heartbeat import Heartbeat
 from lightning_dataflow.control.plane import DeploymentMode
-from lightning_dataflow.control.redis.connections import RedisAddress
+from lightning_dataflow.control.redis.address import RedisAddress
 from lightning_dataflow.data import ManifestSource, OfflineSource, RefSource, StreamingSource
 from lightning_dataflow.data.source import ReleaseAt
 from lightning_dataflow.producers import (

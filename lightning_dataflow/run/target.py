@@ -81,6 +81,7 @@ def _connect(
         store=store,
         store_id=store_id,
         layer_ids=parts.layer_ids,
+        features=parts.hidden_states,
         api_key=api_key,
         in_flight=parts.config.target.requests_in_flight,
     )

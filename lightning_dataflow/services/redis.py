@@ -11,7 +11,7 @@ from typing import IO
 from typing_extensions import override
 
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.control.redis.connections import RedisAddress
+from lightning_dataflow.control.redis.address import RedisAddress
 from lightning_dataflow.control.redis.server import RedisServer
 from lightning_dataflow.services.server import HOST, POLL_S, START_TIMEOUT_S, LocalServer, open_private, start_together
 
@@ -111,7 +111,7 @@ class LocalRedis(LocalServer):
     def _everything_expires(self) -> bool:
         try:
             server = RedisServer(self.where, "end", patience_s=self.stop_timeout_s)
-            return all(left_s >= 0 for left_s in server.ask_all([("TTL", key) for key in server.ask("KEYS", "*")]))
+            return all(server.ask("TTL", key) >= 0 for key in server.ask("KEYS", "*"))
         except (UserError, OSError):
             return False
 

@@ -21,7 +21,7 @@ ALLOWED = {
     "data": {"contracts", "stores", "control"},
     "checkpoints": {"contracts", "data"},
     "producers": {"contracts", "stores", "control", "prompts", "targets", "data"},
-    "evaluation": {"contracts", "services", "targets", "strategies"},
+    "evaluation": {"contracts", "services", "targets"},
     "strategies": {"contracts", "checkpoints", "data", "evaluation", "targets", "callbacks"},
     "export": {"contracts", "checkpoints", "strategies"},
     "callbacks": {"contracts", "stores", "data", "evaluation", "targets"},

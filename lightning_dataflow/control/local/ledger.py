@@ -10,10 +10,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from lightning_dataflow.contracts import PeerFailedError, UserError
 from lightning_dataflow.contracts.errors import TAKEN_OVER
-from lightning_dataflow.control.ledger import SILENT_S, CommitEntry, Lease, MetadataStore, NoLease, RunPlan, Watermarks
-from lightning_dataflow.control.local.tables import FATAL, LedgerTables
+from lightning_dataflow.control.ledger import (
+    FATAL,
+    SILENT_S,
+    CommitEntry,
+    Lease,
+    MetadataStore,
+    NoLease,
+    RunPlan,
+    Watermarks,
+)
+from lightning_dataflow.control.local.tables import LedgerTables
 from lightning_dataflow.control.log import StreamingRefChannel
 from lightning_dataflow.control.processes import pid_space
 
@@ -45,8 +56,8 @@ class SqliteMetadataStore(MetadataStore):
                 "rebuilds it from the log"
             )
 
+    @override
     def fence(self) -> dict[int, int]:
-        """See MetadataStore."""
         with self._change():
             self._tables.db.execute(
                 "UPDATE samples SET state = 'wanted', attempt = attempt + 1, worker = NULL WHERE state = 'leased'"
@@ -54,10 +65,10 @@ class SqliteMetadataStore(MetadataStore):
             self._tables.set("plan", None)
             return dict(self._tables.db.execute("SELECT seq, attempt FROM samples WHERE state = 'wanted'").fetchall())
 
+    @override
     def begin(
         self, plan: RunPlan, *, published: Mapping[int, tuple[str, int]], wanted: Mapping[int, int], frontier: int
     ) -> None:
-        """See MetadataStore."""
         rows: list[tuple[int, str, int, str | None, int]]
         rows = [(seq, "published", _attempt(generation), generation, size) for seq, (generation, size) in published.items()]
         rows += [(seq, "wanted", attempt, None, 0) for seq, attempt in wanted.items()]
@@ -78,15 +89,15 @@ class SqliteMetadataStore(MetadataStore):
                 paused=0,
             )
 
+    @override
     def plan(self) -> RunPlan | None:
-        """See MetadataStore."""
         text = self._tables.get("plan")
         return None if text is None else RunPlan(**json.loads(text))
 
+    @override
     def lease(
         self, worker: str, *, group: int, num_bytes: Callable[[int], int], watermarks: Watermarks, lease_s: float
     ) -> Lease | NoLease:
-        """See MetadataStore."""
         with self._change():
             plan = self.plan()
             if self.finished() is not None:
@@ -100,43 +111,41 @@ class SqliteMetadataStore(MetadataStore):
                 if seq >= plan.stop:
                     return NoLease("nothing left", plan)
             seqs = tuple(range(seq // group * group, min((seq // group + 1) * group, plan.stop)))
-            new = [one for one in seqs if one >= totals["frontier"]]
+            new = [number for number in seqs if number >= totals["frontier"]]
             wanted = self._tables.open_in(seqs, now)
-            unreserved = {one: num_bytes(one) for one in (*wanted, *new) if not wanted.get(one)}
+            unreserved = {number: num_bytes(number) for number in (*wanted, *new) if not wanted.get(number)}
             if unreserved and self._must_wait(seq, sum(unreserved.values()), len(new), totals, plan, watermarks):
                 return NoLease("paused", plan)
             self._tables.reserve(unreserved, new, totals)
             attempt, tries = self._tables.take(worker, [*wanted, *new], now + lease_s)
             return Lease(worker=worker, seqs=seqs, wanted=(*wanted, *new), attempt=attempt, plan=plan, tries=tries)
 
+    @override
     def renew(self, worker: str, lease_s: float) -> None:
-        """See MetadataStore."""
         with self._change():
             self._tables.db.execute(
                 "UPDATE samples SET expires = ? WHERE state = 'leased' AND worker = ?", (time.time() + lease_s, worker)
             )
 
+    @override
     def give_back(
         self,
         lease: Lease,
         skips: Mapping[int, bytes],
         log: StreamingRefChannel,
         *,
-        retryable: bool = True,
         counts: bool = True,
     ) -> list[int]:
-        """See MetadataStore."""
         with self._change():
-            mine = self._tables.held(lease)
-            if retryable:
-                mine = [seq for seq in mine if not self._tables.want_again(seq, lease.attempt + 1, counts)]
-            self._give_up(mine)
-            if mine:
-                log.append([skips[seq] for seq in mine])
-            return mine
+            held = self._tables.held(lease)
+            given_up = [seq for seq in held if not self._tables.want_again(seq, lease.attempt + 1, counts)]
+            self._give_up(given_up)
+            if given_up:
+                log.append([skips[seq] for seq in given_up])
+            return given_up
 
+    @override
     def commit(self, lease: Lease, captured: Mapping[int, CommitEntry], log: StreamingRefChannel) -> list[int]:
-        """See MetadataStore."""
         with self._change():
             held = [] if self.finished() is not None else self._tables.held(lease)
             accepted = [seq for seq in held if seq in captured]
@@ -156,8 +165,8 @@ class SqliteMetadataStore(MetadataStore):
             )
             return accepted
 
+    @override
     def want(self, seq: int, generation: str) -> bool:
-        """See MetadataStore."""
         with self._change():
             if self.finished() is not None:
                 return True
@@ -172,51 +181,51 @@ class SqliteMetadataStore(MetadataStore):
             self._give_up([seq])
             return False
 
+    @override
     def free(self, seqs: Iterable[int]) -> None:
-        """See MetadataStore."""
         with self._change():
             self._tables.drop(seqs)
 
+    @override
     def ack(self, next_seq: int, global_step: int, freed: Iterable[int] = ()) -> None:
-        """See MetadataStore."""
         with self._change():
             self._tables.drop(freed)
             self._tables.set_totals(trained_seq=next_seq, trained_step=global_step)
 
+    @override
     def ack_durable(self, next_seq: int, global_step: int) -> None:
-        """See MetadataStore."""
         with self._change():
             self._tables.set_totals(durable_seq=next_seq, durable_step=global_step)
 
+    @override
     def count_wait(self) -> None:
-        """See MetadataStore."""
         with self._change():
             self._tables.add(train_waits=1)
 
+    @override
     def finish(self, status: str) -> None:
-        """See MetadataStore."""
         with self._change():
             self._tables.set("finished", status)
             self._tables.set("finished_at", str(time.time()))
             self._tables.db.execute("DELETE FROM samples")
             self._tables.set_totals(bytes_in_flight=0, refs_in_flight=0)
 
+    @override
     def finished(self, since: float = 0.0) -> str | None:
-        """See MetadataStore."""
         status = self._tables.get("finished")
         return status if status is not None and float(self._tables.get("finished_at") or 0) >= since else None
 
+    @override
     def now(self) -> float:
-        """See MetadataStore. All processes are on one machine."""
         return time.time()
 
+    @override
     def report(self, name: str, state: str, *, failed: bool = False, fatal: bool = False) -> None:
-        """See MetadataStore."""
         with self._change():
             self._report(name, state, FATAL if fatal else failed)
 
+    @override
     def claim(self, name: str, state: str, before: tuple[str, int] | None) -> bool:
-        """See MetadataStore."""
         with self._tables.transaction():
             if self._tables.db.execute("SELECT host, pid FROM parts WHERE name = ?", (name,)).fetchone() != before:
                 return False
@@ -228,31 +237,41 @@ class SqliteMetadataStore(MetadataStore):
             self._report(name, state, False)
             return True
 
+    @override
     def join(self) -> None:
-        """See MetadataStore."""
         self._term = int(self._tables.get("term") or 0)
 
+    @override
     def is_ours(self) -> bool:
-        """See MetadataStore."""
         return self._term is None or self._term == int(self._tables.get("term") or 0)
 
-    def failures(self) -> Sequence[str]:
-        """See MetadataStore."""
-        return [f"{name}: {state}" for name, state in self._tables.failed_parts()]
+    @override
+    def parts(self) -> list[dict[str, Any]]:
+        now = time.time()
+        return [
+            {
+                "name": name,
+                "host": host,
+                "pid": pid,
+                "pids": pid_space(),
+                "state": state,
+                "seen_s_ago": now - seen,
+                "failed": failed > 0,
+                "fatal": failed == FATAL,
+            }
+            for name, host, pid, seen, state, failed in self._tables.parts()
+        ]
 
+    @override
     def in_flight(self) -> tuple[int, int]:
-        """See MetadataStore."""
         return self._tables.in_flight()
 
+    @override
     def status(self) -> dict[str, Any]:
-        """See MetadataStore."""
         with self._tables.transaction():
             states = dict(self._tables.db.execute("SELECT state, COUNT(*) FROM samples GROUP BY state"))
-            parts = self._tables.db.execute(
-                "SELECT name, host, pid, seen, state, failed FROM parts ORDER BY name"
-            ).fetchall()
             plan = self.plan()
-            now, totals = time.time(), self._tables.totals()
+            totals = self._tables.totals()
             kept_refs, kept_bytes = self._tables.published_below(totals["trained_seq"])
             return {
                 "plan": None if plan is None else asdict(plan),
@@ -263,23 +282,11 @@ class SqliteMetadataStore(MetadataStore):
                 "waiting_to_be_trained": states.get("published", 0) - kept_refs,
                 "kept_refs": kept_refs,
                 "kept_bytes": kept_bytes,
-                "parts": [
-                    dict(
-                        name=name,
-                        host=host,
-                        pid=pid,
-                        pids=pid_space(),
-                        seen_s_ago=now - seen,
-                        state=state,
-                        failed=bool(failed),
-                        fatal=failed == FATAL,
-                    )
-                    for name, host, pid, seen, state, failed in parts
-                ],
+                "parts": self.parts(),
             }
 
+    @override
     def close(self) -> None:
-        """See MetadataStore."""
         self._tables.close()
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""Lines of a log in a file: each carries a checksum of itself, so that damage is told from a write that was cut short."""
+"""Lines of a log in a file: a checksum in each tells damage from a write that was cut short."""
 
 import json
 import re
@@ -14,9 +14,8 @@ _LITERALS = ("true", "false", "null", "-")
 
 
 def add_crc(line: bytes) -> bytes:
-    """Add the checksum to a line, a JSON object and its newline, as its last field."""
-    body = line.removesuffix(b"\n")
-    return b'%b,"crc32":"%08x"}\n' % (body[:-1], zlib.crc32(body))
+    """Add the checksum to a line, a JSON object, as its last field."""
+    return b'%b,"crc32":"%08x"}' % (line[:-1], zlib.crc32(line))
 
 
 def check_crc(line: bytes) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""The tables of the SQLite ledger and the statements on them; what they mean is `sqlite.py`'s business."""
+"""The tables of the SQLite ledger, and the statements on them that its rules are made of."""
 
 import errno
 import json
@@ -17,8 +17,6 @@ from lightning_dataflow.control.ledger import MAX_ATTEMPTS, TOTALS, Lease
 BUSY_TIMEOUT_S = 30.0
 BUSY_PAUSE_S = 0.0001
 """Between two tries to begin a transaction: they take less than that, SQLite's own pauses grow to 0.1 s."""
-FATAL = 2
-"""In `parts.failed`: 0 is alive, 1 failed."""
 _COLUMNS = ", ".join(f"{name} INTEGER NOT NULL DEFAULT 0" for name in TOTALS)
 SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value TEXT);
@@ -71,10 +69,10 @@ class LedgerTables:
         for statement in SCHEMA.split(";\n"):
             self._patiently(statement)
 
-    def failed_parts(self) -> list[tuple[str, str]]:
-        """(name, state) of parts that failed."""
+    def parts(self) -> list[tuple[str, str, int, float, str, int]]:
+        """(name, host, process id, when it was seen, state, failed) of each process of the run."""
         with self._lock:
-            return self._patiently("SELECT name, state FROM parts WHERE failed ORDER BY name").fetchall()
+            return self._patiently("SELECT name, host, pid, seen, state, failed FROM parts ORDER BY name").fetchall()
 
     def first_open(self, now: float) -> int | None:
         """The lowest seq that is wanted again, or whose lease expired."""

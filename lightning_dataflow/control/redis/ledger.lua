@@ -1,316 +1,206 @@
--- The ledger's operations on samples; what they mean is MetadataStore's contract. rows: seq → "state attempt tries bytes rest",
--- where rest is the lease of a leased sample and the generation of a published one. wanted: seqs by seq. A lease is called
--- "first-seq-of-its-group worker"; leased: leases by the millisecond at which they end; holders: lease → all seqs that it may hold.
+-- The ledger's operations on samples; MetadataStore says what they mean. SAMPLES: seq → its row as JSON: state (leased, wanted or
+-- published), attempt, tries, bytes, and the worker of a leased one, the generation of a published one. WANTED: wanted seqs by
+-- seq. LEASED: leased seqs by the end of their lease.
 
-local function parse(text)
-  local state, attempt, tries, bytes, rest = string.match(text, '^(%a+) (%d+) (%d+) (%d+) (.*)$')
-  return {state = state, attempt = tonumber(attempt), tries = tonumber(tries), bytes = tonumber(bytes), rest = rest}
+local function get(seq)
+  local text = redis.call('HGET', SAMPLES, seq)
+  return text and cjson.decode(text)
 end
 
--- rows of seqs as they are kept, in their order; false where there is none
-local function texts_of(seqs)
-  if #seqs > 0 and #seqs <= MOST then
-    return redis.call('HMGET', ROWS, unpack(seqs))
+local function put(seq, row, ends)
+  redis.call('HSET', SAMPLES, seq, cjson.encode(row))
+  if row.state == 'wanted' then
+    redis.call('ZADD', WANTED, seq, seq)
+  else
+    redis.call('ZREM', WANTED, seq)
   end
-  local texts = {}
-  for first = 1, #seqs, MOST do
-    for _, text in ipairs(redis.call('HMGET', ROWS, unpack(seqs, first, math.min(first + MOST - 1, #seqs)))) do
-      texts[#texts + 1] = text
-    end
+  if row.state == 'leased' then
+    redis.call('ZADD', LEASED, ends, seq)
+  else
+    redis.call('ZREM', LEASED, seq)
   end
-  return texts
 end
 
-local function rows_of(seqs)
-  local rows = texts_of(seqs)
-  for i, text in ipairs(rows) do
-    rows[i] = text and parse(text)
-  end
-  return rows
-end
-
-local function put(seqs, rows)
-  local pairs = {}
-  for i, row in ipairs(rows) do
-    pairs[2 * i - 1] = seqs[i]
-    pairs[2 * i] = string.format('%s %d %d %d %s', row.state, row.attempt, row.tries, row.bytes, row.rest)
-  end
-  many('HSET', ROWS, pairs)
-end
-
-local function want_all(seqs)
-  local pairs = {}
-  for i, seq in ipairs(seqs) do
-    pairs[2 * i - 1], pairs[2 * i] = seq, seq
-  end
-  many('ZADD', WANTED, pairs)
+local function want(seq, row)
+  put(seq, {state = 'wanted', attempt = row.attempt + 1, tries = row.tries, bytes = row.bytes})
 end
 
 local function drop(seqs)
-  local freed, wanted = 0, {}
-  for i, text in ipairs(texts_of(seqs)) do
-    if text then
-      local state, bytes = string.match(text, '^(%a+) %d+ %d+ (%d+)')
-      freed = freed + bytes
-      if state == 'wanted' then
-        wanted[#wanted + 1] = seqs[i]
-      end
+  local freed = 0
+  for _, seq in ipairs(seqs) do
+    local row = get(seq)
+    if row then
+      freed = freed + row.bytes
+      redis.call('HDEL', SAMPLES, seq)
+      redis.call('ZREM', WANTED, seq)
+      redis.call('ZREM', LEASED, seq)
     end
   end
-  many('HDEL', ROWS, seqs)
-  many('ZREM', WANTED, wanted)
-  redis.call('HINCRBY', TOTALS, 'bytes_in_flight', int(0 - freed))
+  redis.call('HINCRBY', TOTALS, 'bytes_in_flight', 0 - freed)  -- Redis takes no -0
 end
 
 local function give_up(seqs)
-  if #seqs > 0 then
-    drop(seqs)
-    redis.call('HINCRBY', TOTALS, 'given_up', #seqs)
-  end
+  drop(seqs)
+  redis.call('HINCRBY', TOTALS, 'given_up', #seqs)
 end
 
-local function is_held(row, lease, attempt)
-  return row and row.state == 'leased' and row.rest == lease and row.attempt == attempt
-end
-
--- settles what a lease still holds: returns its seqs; one that holds nothing is over
-local function settle(lease)
-  local seqs, held = {}, {}
-  for seq in string.gmatch(redis.call('HGET', HOLDERS, lease) or '', '%d+') do
-    seqs[#seqs + 1] = seq
-  end
-  for i, row in ipairs(rows_of(seqs)) do
-    if row and row.state == 'leased' and row.rest == lease then
-      held[#held + 1] = seqs[i]
-    end
-  end
-  if #held == 0 then
-    redis.call('HDEL', HOLDERS, lease)
-    redis.call('ZREM', LEASED, lease)
-  end
-  return held
+local function is_held(row, worker, attempt)
+  return row and row.state == 'leased' and row.worker == worker and row.attempt == attempt
 end
 
 local function finished()
   return redis.call('HGET', TOTALS, 'finished')
 end
 
-local function milliseconds(seconds)
-  return string.format('%.0f', seconds * 1000)
-end
-
+-- the lowest seq that is wanted, or whose lease has ended
 local function first_open(time)
-  local first = redis.call('ZRANGE', WANTED, 0, 0)[1]
-  local lowest = first and tonumber(first)
-  for _, lease in ipairs(redis.call('ZRANGEBYSCORE', LEASED, '-inf', '(' .. time)) do
-    for _, seq in ipairs(settle(lease)) do
-      if not lowest or tonumber(seq) < lowest then
-        lowest = tonumber(seq)
-      end
-    end
+  local lowest = tonumber(redis.call('ZRANGE', WANTED, 0, 0)[1])
+  for _, seq in ipairs(redis.call('ZRANGEBYSCORE', LEASED, '-inf', string.format('(%.17g', time))) do
+    lowest = math.min(lowest or seq, seq)
   end
   return lowest
 end
 
-local function must_wait(seq, bytes, num_new, window, high_bytes, high_refs, low_bytes, low_refs)
+local function must_wait(seq, bytes, num_new, window, marks)
   local totals = redis.call('HMGET', TOTALS, 'bytes_in_flight', 'paused', 'trained_seq')
-  local in_bytes, in_refs = tonumber(totals[1] or 0), redis.call('HLEN', ROWS)
-  local fits = in_bytes + bytes <= high_bytes and in_refs + num_new <= high_refs
-  local low = in_bytes <= low_bytes and in_refs <= low_refs
+  local in_bytes, in_refs = tonumber(totals[1]), redis.call('HLEN', SAMPLES)
+  local fits = in_bytes + bytes <= marks.high_bytes and in_refs + num_new <= marks.high_refs
+  local low = in_bytes <= marks.low_bytes and in_refs <= marks.low_refs
   local was_paused = totals[2] == '1'
   local paused = not fits or (was_paused and not low)
   if paused ~= was_paused then
     redis.call('HINCRBY', TOTALS, 'capture_waits', paused and 1 or 0)
     redis.call('HSET', TOTALS, 'paused', paused and 1 or 0)
   end
-  if seq < tonumber(totals[3] or 0) + window then  -- the trainer waits for it
+  if seq < tonumber(totals[3]) + window then  -- the trainer waits for it
     local lost = num_new == 0  -- of a resumed run; what survived must not keep it out
     return not fits and not lost
   end
   return paused
 end
 
--- list: sizes of the seqs of the group that the caller expects, the first of which is `expected`. Another group's are asked for.
-ops.lease = function(worker, group, lease_s, high_bytes, high_refs, low_bytes, low_refs, expected)
+-- first, sizes: the group that the caller expects to be next, and the bytes of its samples. Those of another are asked for.
+ops.lease = function(worker, group, lease_s, marks, first, sizes)
   local totals = redis.call('HMGET', TOTALS, 'plan', 'finished_at', 'frontier')
-  if totals[2] then
-    return {reason = 'finished', plan = totals[1] or nil, finished_at = totals[2]}
+  local text, finished_at = totals[1] or nil, totals[2] or nil
+  if finished_at or not text then
+    return {reason = finished_at and 'finished' or 'not begun', plan = text, finished_at = finished_at}
   end
-  if not totals[1] then
-    return {reason = 'not begun'}
+  local plan, time, frontier = cjson.decode(text), now(), tonumber(totals[3])
+  local seq = first_open(time) or frontier
+  if seq >= plan.stop then
+    return {reason = 'nothing left', plan = text}
   end
-  local plan, time, frontier = cjson.decode(totals[1]), now(), tonumber(totals[3] or 0)
-  local seq = first_open(milliseconds(time))
-  if not seq then
-    seq = frontier
-    if seq >= plan.stop then
-      return {reason = 'nothing left', plan = totals[1]}
-    end
-  end
-  group = tonumber(group)
   local low = math.floor(seq / group) * group
-  local high = math.min(low + group, plan.stop)
-  local names, known, lease = {}, {}, int(low) .. ' ' .. worker
-  for one = low, high - 1 do
-    names[#names + 1] = int(one)
-    if one < frontier then
-      known[#known + 1] = names[#names]
-    end
+  local stop = math.min(low + group, plan.stop)
+  if first ~= low or #sizes ~= stop - low then
+    return {plan = text, first = low, stop = stop}
   end
-  local is_sized = tonumber(expected) == low and #ARGV - REST + 1 == high - low
-  local rows, seqs, taken, bytes, num_unreserved = rows_of(known), {}, {}, 0, #names - #known
-  local num_new = num_unreserved
-  for i = 1, #known do
-    local row, is_open = rows[i], false
-    if row and row.state == 'leased' then
-      is_open = tonumber(redis.call('ZSCORE', LEASED, row.rest) or 0) < time * 1000
-    elseif row then
-      is_open = row.state == 'wanted'
+  local wanted, rows, attempt, tries, bytes, num_unreserved, num_new = {}, {}, 0, 0, 0, 0, 0
+  for seq = low, stop - 1 do
+    local row = seq < frontier and get(seq)
+    if seq >= frontier then
+      row, num_new = {state = 'wanted', attempt = 0, tries = 0, bytes = 0}, num_new + 1
     end
-    if is_open then
-      seqs[#seqs + 1], taken[#taken + 1] = known[i], row
-      if row.bytes == 0 then
-        num_unreserved, row.size = num_unreserved + 1, tonumber(ARGV[REST + i - 1])
-        bytes = bytes + (row.size or 0)
+    if row and row.state ~= 'published' then
+      local has_ended = row.state == 'leased' and tonumber(redis.call('ZSCORE', LEASED, seq)) < time
+      attempt = math.max(attempt, row.attempt + (row.state == 'leased' and 1 or 0))
+      if row.state == 'wanted' or has_ended then
+        row.tries = row.tries + (has_ended and 1 or 0)
+        tries = math.max(tries, row.tries)
+        if row.bytes == 0 then
+          row.bytes, num_unreserved = sizes[seq - low + 1], num_unreserved + 1
+          bytes = bytes + row.bytes
+        end
+        wanted[#wanted + 1], rows[#rows + 1] = seq, row
       end
     end
   end
-  if num_unreserved > 0 then
-    if not is_sized then
-      return {low = int(low), high = int(high), plan = totals[1]}
-    end
-    for i = #known + 1, #names do
-      bytes = bytes + ARGV[REST + i - 1]
-    end
-    if must_wait(seq, bytes, num_new, plan.window, tonumber(high_bytes), tonumber(high_refs), tonumber(low_bytes),
-        tonumber(low_refs)) then
-      return {reason = 'paused', plan = totals[1]}
-    end
-    redis.call('HINCRBY', TOTALS, 'bytes_in_flight', int(bytes))
-    if num_new > 0 then
-      redis.call('HSET', TOTALS, 'frontier', int(high))
-    end
+  if num_unreserved > 0 and must_wait(seq, bytes, num_new, plan.window, marks) then
+    return {reason = 'paused', plan = text}
   end
-  local first = tonumber(seqs[1] or names[#known + 1])
-  local last = num_new > 0 and high - 1 or tonumber(seqs[#seqs])
-  local attempt, tries = 0, 0
-  for i, row in ipairs(rows) do  -- those in between that another lease holds count too
-    if row and row.state ~= 'published' and low + i - 1 >= first and low + i - 1 <= last then
-      attempt = math.max(attempt, row.attempt + (row.state == 'leased' and 1 or 0))
-    end
+  redis.call('HINCRBY', TOTALS, 'bytes_in_flight', bytes)
+  redis.call('HSET', TOTALS, 'frontier', math.max(frontier, stop))
+  for i, row in ipairs(rows) do
+    row.state, row.attempt, row.worker = 'leased', attempt, worker
+    put(wanted[i], row, time + lease_s)
   end
-  for _, row in ipairs(taken) do
-    row.tries = row.tries + (row.state == 'leased' and 1 or 0)
-    tries = math.max(tries, row.tries)
-    row.state, row.attempt, row.rest, row.bytes = 'leased', attempt, lease, row.size or row.bytes
-  end
-  put(seqs, taken)
-  many('ZREM', WANTED, known)
-  local pairs, of = {}, 'leased ' .. int(attempt) .. ' 0 '
-  for i = #known + 1, #names do
-    seqs[#seqs + 1] = names[i]
-    pairs[#pairs + 1] = names[i]
-    pairs[#pairs + 1] = of .. ARGV[REST + i - 1] .. ' ' .. lease
-  end
-  many('HSET', ROWS, pairs)
-  redis.call('ZADD', LEASED, milliseconds(time + lease_s), lease)
-  local held = table.concat(seqs, ' ')
-  local before = redis.call('HGET', HOLDERS, lease)
-  redis.call('HSET', HOLDERS, lease, before and before .. ' ' .. held or held)
-  return {low = int(low), high = int(high), plan = totals[1], wanted = #seqs == high - low or seqs, attempt = attempt,
-    tries = tries}
+  return {plan = text, first = low, stop = stop, wanted = wanted, attempt = attempt, tries = tries}
 end
 
 ops.renew = function(worker, lease_s)
-  local ends = milliseconds(now() + lease_s)
-  for _, lease in ipairs(redis.call('HKEYS', HOLDERS)) do
-    if string.match(lease, '^%d+ (.*)$') == worker and #settle(lease) > 0 then
-      redis.call('ZADD', LEASED, ends, lease)
+  local ends = now() + lease_s
+  for _, seq in ipairs(redis.call('ZRANGE', LEASED, 0, -1)) do
+    if get(seq).worker == worker then
+      redis.call('ZADD', LEASED, ends, seq)
     end
   end
   return true
 end
 
--- heads: of skip records of all seqs; list: seqs of the lease, then chunks of the records
-ops.give_back = function(nonce, lease, attempt, retryable, counts, most, heads)
-  local count = #heads / HEAD
-  local seqs, lost, chosen, again, rows = listed(1, 1, count), {}, {}, {}, {}
-  for i, row in ipairs(rows_of(seqs)) do
-    if is_held(row, lease, tonumber(attempt)) then
-      row.tries = row.tries + tonumber(counts)
-      if retryable == '1' and row.tries < tonumber(most) then
-        row.state, row.attempt, row.rest = 'wanted', row.attempt + 1, ''
-        again[#again + 1], rows[#rows + 1] = seqs[i], row
+-- skips: lists of a seq of the lease, and the record that skips it
+ops.give_back = function(nonce, worker, attempt, counts, most, skips)
+  local lost, lines = {}, {}
+  for _, skip in ipairs(skips) do
+    local seq, row = skip[1], get(skip[1])
+    if is_held(row, worker, attempt) then
+      row.tries = row.tries + counts
+      if row.tries < most then
+        want(seq, row)
       else
-        lost[#lost + 1], chosen[#chosen + 1] = seqs[i], i
+        lost[#lost + 1], lines[#lines + 1] = seq, skip[2]
       end
     end
   end
-  put(again, rows)
-  want_all(again)
   give_up(lost)
-  settle(lease)
-  if #lost > 0 then
-    append(nonce, cut(heads, listed(1, count + 1), chosen))
-  end
+  append(nonce, lines)
   return lost
 end
 
--- total: of the bytes of all samples; heads: of their records; list: seq and "bytes generation" of each sample, then chunks
-ops.commit = function(nonce, lease, attempt, total, heads)
-  if finished() then
-    return {}
-  end
-  local count = #heads / HEAD
-  local seqs, chunks = listed(2, 1, 2 * count), listed(1, 2 * count + 1)
-  local chosen, accepted, pairs, reserved = {}, {}, {}, 0
-  for i, text in ipairs(texts_of(seqs)) do
-    local of, tries, bytes, holder
-    if text then
-      of, tries, bytes, holder = string.match(text, '^leased (%d+) (%d+) (%d+) (.*)$')
-    end
-    if of == attempt and holder == lease then  -- is_held, in the digits as they are
-      local n = #accepted + 1
-      reserved = reserved + bytes
-      chosen[n], accepted[n] = i, seqs[i]
-      pairs[2 * n - 1], pairs[2 * n] = seqs[i], 'published ' .. of .. ' ' .. tries .. ' ' .. ARGV[REST + 2 * i - 1]
+-- entries: lists of seq, generation, bytes and record
+ops.commit = function(nonce, worker, attempt, entries)
+  local accepted, lines, change = {}, {}, 0
+  for _, entry in ipairs(finished() and {} or entries) do
+    local seq, generation, bytes, line = unpack(entry)
+    local row = get(seq)
+    if is_held(row, worker, attempt) then
+      change = change + bytes - row.bytes
+      put(seq, {state = 'published', attempt = attempt, tries = row.tries, bytes = bytes, generation = generation})
+      accepted[#accepted + 1], lines[#lines + 1] = seq, line
     end
   end
-  if #accepted == 0 then
-    settle(lease)
-    return {}
-  end
-  if #accepted < #seqs then
-    total = 0
-    for n, i in ipairs(chosen) do
-      total = total + string.match(ARGV[REST + 2 * i - 1], '^%d+')
-    end
-    heads, chunks = cut(heads, chunks, chosen)
-  end
-  append(nonce, heads, chunks)
-  many('HSET', ROWS, pairs)
-  if redis.call('HGET', HOLDERS, lease) == table.concat(accepted, ' ') then
-    redis.call('HDEL', HOLDERS, lease)
-    redis.call('ZREM', LEASED, lease)
-  else
-    settle(lease)
-  end
-  redis.call('HINCRBY', TOTALS, 'bytes_in_flight', int(total - reserved))
+  append(nonce, lines)
+  redis.call('HINCRBY', TOTALS, 'bytes_in_flight', change)
   redis.call('HINCRBY', TOTALS, 'published', #accepted)
-  if attempt ~= '0' then
-    redis.call('HINCRBY', TOTALS, 'recaptured', #accepted)
-  end
-  return #accepted == #seqs or accepted
+  redis.call('HINCRBY', TOTALS, 'recaptured', attempt > 0 and #accepted or 0)
+  return accepted
 end
 
--- names and values of totals to set; list: the seqs to drop
-ops.ack = function(...)
-  local totals, seqs = {...}, listed(1, 1)
+ops.want = function(seq, generation, most)
+  if finished() then
+    return true
+  end
+  local row = get(seq)
+  if not row then
+    return false
+  end
+  if row.state ~= 'published' or row.generation ~= generation then
+    return true  -- asked before
+  end
+  row.tries = row.tries + 1
+  if row.tries >= most then
+    give_up({seq})
+    return false
+  end
+  want(seq, row)
+  return true
+end
+
+-- totals: names and values to set
+ops.ack = function(totals, freed)
   if #totals > 0 then
-    redis.call('HSET', TOTALS, ...)
+    redis.call('HSET', TOTALS, unpack(totals))
   end
-  if #seqs > 0 then
-    drop(seqs)
-  end
+  drop(freed)
   return true
 end

@@ -1,18 +1,14 @@
 """Lua that runs in Redis: each change of a run is one script."""
 
 import hashlib
-from functools import cache
 from importlib import resources
-
-ALLOW_OOM, NO_WRITES = "allow-oom", "no-writes"
-"""Scripts say in their first line that they may run while memory is full, or that they write nothing."""
 
 
 class Script:
-    """Lua that the server runs without anybody else in between.
+    """Lua that the server runs without any other command in between.
 
     Args:
-        flags: of Redis; ALLOW_OOM for what must work while memory is full, because it frees some.
+        flags: of Redis, for example `allow-oom`.
     """
 
     def __init__(self, text: str, flags: str = ""):
@@ -20,13 +16,13 @@ class Script:
         self.sha = hashlib.sha1(self.text.encode()).hexdigest()
 
 
-@cache
-def change_script(*names: str, package: str = __package__, flags: str = "") -> Script:
-    """A script of operations for `RedisServer.change`: the log's, and those of the files `names` of `package`."""
-    texts = [read_script("log.lua"), *(read_script(name, package) for name in names), read_script("tail.lua")]
-    return Script("\n".join(texts), flags)
+def _read(*names: str) -> str:
+    return "\n".join((resources.files(__package__) / name).read_text() for name in names)
 
 
-def read_script(name: str, package: str = __package__) -> str:
-    """A Lua file of a package."""
-    return (resources.files(package) / name).read_text()
+_CHANGE = _read("log.lua", "ledger.lua", "run.lua", "change.lua")
+GROWING = Script(_CHANGE)
+"""All changes of a run, refused while the server's memory is full."""
+ALWAYS = Script(_CHANGE, "allow-oom")
+"""The same for what must work while memory is full, because it frees some or is needed to end."""
+LEAVE = Script(_read("leave.lua"), "allow-oom")

@@ -4,35 +4,27 @@ import contextlib
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import orjson
 
 from lightning_dataflow.contracts import CapacityError, PeerFailedError, PeerTimeoutError, UserError
 from lightning_dataflow.contracts.errors import TAKEN_OVER
-from lightning_dataflow.control.redis.connections import CONNECT_S, Argument, RedisAddress, RedisConnections
-from lightning_dataflow.control.redis.scripts import ALLOW_OOM, Script
+from lightning_dataflow.contracts.validation import check_schema
+from lightning_dataflow.control.redis.address import CONNECT_S, RedisAddress, redis_library
+from lightning_dataflow.control.redis.scripts import LEAVE, Script
 
 PREFIX = "ldf"
-KEYS = (
-    "card",
-    "lines",
-    "index",
-    "totals",
-    "clients",
-    "rows",
-    "wanted",
-    "leased",
-    "holders",
-    "parts",
-    "failed",
-    "nonce",
-)
+KEYS = ("card", "nonce", "log", "totals", "clients", "samples", "wanted", "leased", "parts")
+"""Of a run; the scripts know them by this order."""
 OLDEST = (7, 0)
 """The first version of Redis whose scripts have flags."""
 PATIENCE_S = 60.0
 PAUSE_S = (0.01, 0.5)
+INTERRUPTED_RUN = "resume with ckpt_path=last"
+
+Argument = str | bytes | int | float
 
 
 class RedisServer:
@@ -45,47 +37,38 @@ class RedisServer:
         patience_s: how long a call waits for a server that went away. At the start nothing is waited for.
 
     Raises:
-        UserError: nobody, or something else, answers at the address; or the server is too old or evicts keys.
+        UserError: nobody, or something else, answers at the address; or the server is too old or evicts keys; or another
+            release wrote the run.
         PermissionError: it does not let us in.
     """
 
     def __init__(self, where: RedisAddress, run_id: str, *, patience_s: float = PATIENCE_S):
+        redis = redis_library()
         self.where = where
         self.run_id = run_id
         self.patience_s = patience_s
         self.name = f"Redis at {where.address}"
-        self.num_connections = 0
-        self._connections = self._connect()
-        self._errors = self._connections.errors
+        self.keys = [self.key(name) for name in KEYS]
+        self.term = ""
+        """Of the claim that this process's changes belong to; whoever claimed later refuses them."""
+        self._errors = redis.exceptions
+        self._pool = where.connection_pool(f"{PREFIX}-{run_id}")
+        errors = (self._errors.ConnectionError, self._errors.TimeoutError, self._errors.ResponseError, OSError)
+        self._retry = redis.retry.Retry(redis.backoff.ExponentialBackoff(PAUSE_S[1], PAUSE_S[0]), -1, errors)
         self._lock = threading.Lock()
         self._client = secrets.token_hex(8)
         self._acked = self._request = 0
         self._lost: PeerFailedError | None = None
-        self._keys = [self.key(name) for name in KEYS]
-        self.term = ""
-        """Of the claim that this process's changes belong to; whoever claimed later refuses them."""
         self.check()
+        if run_id:
+            self._check_release()
 
     def key(self, name: str) -> str:
         """A key of the run. The braces keep all of them in one slot of a cluster."""
         return f"{PREFIX}:{{{self.run_id}}}:{name}"
 
-    @property
-    def keys(self) -> list[str]:
-        """All keys that a run can have."""
-        return self._keys
-
-    def change(
-        self,
-        script: Script,
-        operation: str,
-        *arguments: Argument,
-        listed: Sequence[Argument] = (),
-    ) -> Any:
-        """Run an operation of `script` once; returns its result.
-
-        Args:
-            listed: of any length, behind the arguments.
+    def change(self, script: Script, operation: str, *arguments: Any) -> Any:
+        """Run an operation of `script` once; returns its result. Arguments and result are plain data.
 
         Raises:
             PeerTimeoutError: the server stayed away; whether the change was made is not known.
@@ -95,37 +78,28 @@ class RedisServer:
         """
         with self._lock:
             self._request += 1
-            what = (self.term, operation, len(arguments), *arguments, *listed)
-            command = (*self._keys, self._client, self._acked, self._request, *what)
-            reply = self.patiently(lambda: self._evaluate(script, command))
+            command = (self._client, self._acked, self._request, self.term, operation, orjson.dumps(arguments))
+            reply = self._patiently(lambda: self._evaluate(script, *command))
             self._acked = self._request
             return orjson.loads(reply)
 
     def ask(self, *command: Argument) -> Any:
         """Send a command that may be sent twice; returns the reply as it comes."""
-        return self.patiently(lambda: self._connections.send(*command))
-
-    def ask_all(self, commands: Sequence[Sequence[Argument]]) -> list[Any]:
-        """Send such commands at once."""
-        return self.patiently(lambda: self._connections.send_all(commands))
-
-    def ask_script(self, script: Script, *arguments: str | int) -> Any:
-        """Run a script that writes nothing."""
-        return self.patiently(lambda: self._evaluate(script, (*self.keys, *arguments)))
+        return self._patiently(lambda: self._send(*command))
 
     def leave(self) -> None:
         """Say that this process is done with the run, and disconnect. The last that leaves a completed run removes it."""
         if self._request and self._lost is None:
-            command = (*self._keys, self._client, int(self.patience_s))  # one that was silent for longer has died
             with contextlib.suppress(PeerTimeoutError, PeerFailedError):
-                self.patiently(lambda: self._evaluate(_LEAVE, command), at_most_s=CONNECT_S)
-        self._connections.close()
+                command = (self._client, int(self.patience_s))
+                self._patiently(lambda: self._evaluate(LEAVE, *command), at_most_s=CONNECT_S)
+        self._pool.disconnect()
 
     def check(self) -> None:
         """Raise UserError unless this is a Redis that can be used, PermissionError if it refuses us."""
         errors = self._errors
         try:
-            text = self._connections.send("INFO")
+            text = self._send("INFO")
         except errors.AuthenticationError as error:
             raise self._refused(error) from error
         except (errors.ConnectionError, errors.TimeoutError, errors.InvalidResponse, OSError, UnicodeDecodeError) as error:
@@ -136,13 +110,20 @@ class RedisServer:
         except errors.ResponseError as error:
             raise self._explained(error) from error
         lines = text.decode(errors="replace").splitlines() if isinstance(text, bytes) else []
-        info = dict(line.split(":", 1) for line in lines if ":" in line)
+        self._check_info(dict(line.split(":", 1) for line in lines if ":" in line))
+
+    def lost(self, what: str) -> PeerFailedError:
+        """The error of every call from now on: the server no longer knows what it once did."""
+        self._lost = PeerFailedError(
+            f"{self.name} lost {what}: it restarted without its append-only file, or failed over to a replica that was "
+            f"behind. Set appendonly yes (docs/redis.md), then {INTERRUPTED_RUN}"
+        )
+        return self._lost
+
+    def _check_info(self, info: dict[str, str]) -> None:
         version = info.get("redis_version", "")
-        try:
-            parts = tuple(int(part) for part in version.split(".")[:2])
-        except ValueError:
-            parts = ()
-        if parts < OLDEST:
+        numbers = [int(part) for part in version.split(".")[:2] if part.isdigit()]
+        if tuple(numbers) < OLDEST:
             oldest = ".".join(map(str, OLDEST))
             raise UserError(f"{self.name} has version {version or 'unknown'}, needed is {oldest} or newer: upgrade it")
         if info.get("redis_mode") == "cluster":
@@ -154,48 +135,63 @@ class RedisServer:
                 "set maxmemory-policy noeviction"
             )
 
-    def patiently(self, action: Callable[[], Any], *, at_most_s: float | None = None) -> Any:
+    def _check_release(self) -> None:
+        """What another release keeps of a run is under other keys."""
+        try:
+            version = orjson.loads(self.ask("GET", self.key("card")) or b"{}")["schema_version"]
+        except (ValueError, TypeError, KeyError):
+            return  # not announced yet; the log reports a damaged card
+        check_schema(version, f"{self.name}, run {self.run_id},", "use that release for it, or choose another run_name")
+
+    def _patiently(self, action: Callable[[], Any], *, at_most_s: float | None = None) -> Any:
         """Do it, again and again while the server is away."""
-        errors, pause, patience = self._errors, PAUSE_S[0], at_most_s or self.patience_s
+        patience = at_most_s or self.patience_s
         deadline = time.monotonic() + patience
-        while True:
+
+        def attempt() -> Any:
             if self._lost is not None:
                 raise self._lost
-            try:
-                return action()
-            except (errors.AuthenticationError, errors.AuthorizationError) as error:
-                raise self._refused(error) from error
-            except (errors.ConnectionError, errors.TimeoutError, errors.ReadOnlyError, OSError) as error:
-                if time.monotonic() > deadline:
-                    raise PeerTimeoutError(
-                        f"{self.name} could not be used for {patience:.0f} s ({_first_line(error)}): is it running, and "
-                        "can this machine reach it? Start it, then resume with ckpt_path=last"
-                    ) from error
-            except errors.ResponseError as error:
-                if not str(error).startswith("BUSY") or time.monotonic() > deadline:  # with somebody's long script
-                    raise self._explained(error) from error
-            time.sleep(pause)
-            pause = min(2 * pause, PAUSE_S[1])
+            return action()
 
-    def lost(self, what: str) -> PeerFailedError:
-        """The error of every call from now on: the server is not the one that it was."""
-        self._lost = PeerFailedError(
-            f"{self.name} lost {what}: it restarted without its append-only file, or failed over to a replica that was "
-            "behind. Set appendonly yes (docs/redis.md), then resume with ckpt_path=last"
-        )
-        return self._lost
+        def give_up_when_late(error: Exception) -> None:
+            if time.monotonic() > deadline:
+                raise PeerTimeoutError(
+                    f"{self.name} could not be used for {patience:.0f} s ({_first_line(error)}): is it running, and "
+                    f"can this machine reach it? Start it, then {INTERRUPTED_RUN}"
+                ) from error
 
-    def _connect(self) -> RedisConnections:
-        return RedisConnections(self.where, f"{PREFIX}-{self.run_id}", self._connected)
-
-    def _connected(self) -> None:
-        self.num_connections += 1
-
-    def _evaluate(self, script: Script, arguments: Sequence[Any]) -> Any:
         try:
-            return self._connections.send("EVALSHA", script.sha, len(KEYS), *arguments)
+            return self._retry.call_with_retry(attempt, give_up_when_late, self._may_pass)
+        except (self._errors.AuthenticationError, self._errors.AuthorizationError) as error:
+            raise self._refused(error) from error
+        except self._errors.ResponseError as error:
+            raise self._explained(error) from error
+
+    def _may_pass(self, error: Exception) -> bool:
+        """Whether to try again: the server is away, read-only during a failover, or busy with a long script."""
+        if isinstance(error, self._errors.AuthenticationError | self._errors.AuthorizationError):
+            return False
+        is_refusal = isinstance(error, self._errors.ResponseError) and not isinstance(error, self._errors.ReadOnlyError)
+        return not is_refusal or str(error).startswith("BUSY")
+
+    def _send(self, *command: Argument) -> Any:
+        connection = self._pool.get_connection()
+        try:
+            connection.send_command(*command)
+            return connection.read_response()
+        except self._errors.ResponseError:
+            raise
+        except BaseException:  # an interrupt too: the next command must not get this one's reply
+            connection.disconnect()
+            raise
+        finally:
+            self._pool.release(connection)
+
+    def _evaluate(self, script: Script, *arguments: Argument) -> Any:
+        try:
+            return self._send("EVALSHA", script.sha, len(KEYS), *self.keys, *arguments)
         except self._errors.NoScriptError:
-            return self._connections.send("EVAL", script.text, len(KEYS), *arguments)
+            return self._send("EVAL", script.text, len(KEYS), *self.keys, *arguments)
 
     def _explained(self, error: Exception) -> Exception:
         text = _first_line(error)
@@ -217,25 +213,6 @@ class RedisServer:
             f"{self.name} refuses this user ({_first_line(error)}): check channel.username and the password in "
             "channel.secret_file; docs/redis.md lists what the user must be allowed"
         )
-
-
-_LEAVE = Script(
-    """
-local totals, clients = KEYS[4], KEYS[5]
-redis.call('HDEL', clients, ARGV[1])
-if redis.call('HGET', totals, 'finished') ~= 'completed' then
-  return
-end
-local oldest = redis.call('TIME')[1] - ARGV[2]
-for _, text in ipairs(redis.call('HVALS', clients)) do
-  if tonumber(string.match(text, '^%d+ (%d+)')) > oldest then
-    return
-  end
-end
-redis.call('DEL', unpack(KEYS))
-""",
-    ALLOW_OOM,
-)
 
 
 def _first_line(error: Exception) -> str:

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
 from typing_extensions import override
 
 from lightning_dataflow.contracts import UserError
@@ -15,20 +14,18 @@ from lightning_dataflow.strategies.blocks.labels import BlockLabels
 from lightning_dataflow.strategies.blocks.mask_token import choose_mask_token
 from lightning_dataflow.strategies.blocks.network import FULL, BlockDraft
 from lightning_dataflow.strategies.module import DraftModule
-from lightning_dataflow.targets.base import check_layer_ids
 from lightning_dataflow.targets.info import load_tokenizer
 
 MAX_ANCHORS = 512
 BLOCK_FEATURES = ("input_ids", "loss_mask", "aux_hidden_states")
 _FIELDS = tuple(f"block_{name}" for name in Blocks._fields)
 Draft = TypeVar("Draft", bound=BlockDraft)
-Config = TypeVar("Config")
 
 
 class BlockDraftModule(DraftModule):
     """Trains a draft on blocks of tokens at random anchors.
 
-    Subclasses build `self.draft` with `self.new_draft`.
+    Subclasses build `self.draft` with `self.block_draft`.
 
     Args:
         num_layers: of the draft; None for 5.
@@ -61,8 +58,6 @@ class BlockDraftModule(DraftModule):
         super().__init__(target, layer_ids, **options)
         if not 1 <= num_anchors <= MAX_ANCHORS:
             raise UserError(f"num_anchors={num_anchors}: choose 1 to {MAX_ANCHORS} blocks a sample")
-        info = self.target_info
-        self.layer_ids = check_layer_ids(self.layer_ids, info.num_layers)
         self._has_blocks = False  # known once a whole pass was read
         self._settings = {
             "intermediate_size": intermediate_size,
@@ -73,34 +68,18 @@ class BlockDraftModule(DraftModule):
             "sliding_window": sliding_window,
         }
 
-    def new_draft(self, draft: Callable[[Config], Draft], config: Callable[..., Config], **settings: Any) -> Draft:
-        """A draft of `config`, whose sizes are the target's and those of the constructor; its weights follow the seed."""
-        info = self.target_info
-        defaults = {
-            "num_layers": 5,
-            "intermediate_size": info.intermediate_size,
-            "num_attention_heads": info.num_attention_heads,
-            "num_key_value_heads": info.num_key_value_heads,
-            "head_dim": info.head_dim,
-            "rms_norm_eps": info.rms_norm_eps,
-            "rope_theta": info.rope_theta,
-        }
-        settings = self._settings | settings
+    def block_draft(self, draft: Callable[[Any], Draft], config: Callable[..., Any], **settings: Any) -> Draft:
+        """A new draft of `config`, whose sizes are those of the constructor, of `settings` and of the target."""
+        info, settings = self.target_info, self._settings | settings
         given, network = list(settings["layer_types"] or ()), {} if self._start is None else self._start.network
         if not network.get("layer_types") and given == [FULL] * network.get("num_layers", 0):
             settings["layer_types"] = None  # the same as in the draft to start from, spelt out
-        sizes = self.network_sizes(defaults, settings)
+        sizes = self.network_sizes(settings, num_layers=5)
         if "mask_token_id" not in sizes:
             sizes["mask_token_id"] = choose_mask_token(load_tokenizer(info.path), info.vocab_size)
         sizes["layer_types"] = tuple(sizes.get("layer_types") or ())
-        of_target = {
-            "hidden_size": info.hidden_size,
-            "vocab_size": info.vocab_size,
-            "num_aux_layers": len(self.layer_ids),
-        }
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.hparams["seed"])
-            return draft(config(**of_target, **sizes))
+        of_target = {"hidden_size": info.hidden_size, "vocab_size": info.vocab_size, "num_aux_layers": len(self.layer_ids)}
+        return self.new_draft(draft, config(**of_target, **sizes))
 
     @property
     @override
@@ -160,12 +139,6 @@ class BlockDraftModule(DraftModule):
                 f"{self.strategy_name} on: look at the masks with `lightning-dataflow show-mask`, or train a strategy "
                 "that drafts token by token"
             )
-
-    def unsharded(self, empty: Draft) -> Draft:
-        """Fill a new draft with the weights as they stand. A collective under sharding."""
-        copy = empty.to(self.device)
-        copy.load_state_dict(self.full_draft_state())
-        return copy.eval()
 
 
 def default_layer_ids(num_layers: int, num_ids: int = 5) -> tuple[int, ...]:

@@ -8,7 +8,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts import NotFiniteError, UserError
+from lightning_dataflow.data.finite import first_not_finite
+from lightning_dataflow.targets.info import TargetInfo, tensor_names
 
 EMBEDDING_NAMES = ("model.embed_tokens.weight", "model.language_model.embed_tokens.weight")
 EMBEDDING, HEAD = "embed_tokens.weight", "lm_head.weight"
@@ -59,6 +61,17 @@ class FrozenTarget:
             raise UserError(f"the head of {folder} has a bias, which is not supported")
         embedding = embedding.to(dtype)
         return cls(embedding, embedding if head is None else head.to(dtype))
+
+    @classmethod
+    def of(cls, info: TargetInfo, dtype: torch.dtype) -> "FrozenTarget":
+        """Those of a target, wherever its architecture has them. Raises NotFiniteError for a head with NaN or infinity."""
+        embeddings, heads = tensor_names(info.path)
+        target = cls.load(
+            info.path, dtype=dtype, tied=info.tie_word_embeddings, embedding_names=embeddings, head_names=heads
+        )
+        if first_not_finite({"head": target.head}):
+            raise NotFiniteError(f"the head of {info.path} holds NaN or infinity: check the target's files")
+        return target
 
     def to(self, device: torch.device) -> "FrozenTarget":
         """Move both tensors; tied ones stay tied."""

@@ -33,7 +33,7 @@ class DFlashModule(BlockDraftModule):
         super().__init__(target, **options)
         if loss not in ("decay", "dpace"):
             raise UserError(f"loss={loss} is unknown: use decay or dpace")
-        self.draft = self.new_draft(DFlashDraft, BlockConfig)
+        self.draft = self.block_draft(DFlashDraft, BlockConfig)
         self._objective = DFlashObjective(gamma=gamma, dpace=loss == "dpace", dpace_alpha=dpace_alpha)
 
     @override

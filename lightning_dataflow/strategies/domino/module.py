@@ -42,7 +42,7 @@ class DominoModule(BlockDraftModule):
         **options: Any,
     ):
         super().__init__(target, **options)
-        self.draft = self.new_draft(
+        self.draft = self.block_draft(
             DominoDraft,
             DominoConfig,
             gru_hidden_dim=gru_hidden_dim,

@@ -19,7 +19,6 @@ from lightning_dataflow.strategies.eagle3.network import Eagle3Config, Eagle3Dra
 from lightning_dataflow.strategies.eagle3.objective import Eagle3Objective, TargetRows, supervised_positions
 from lightning_dataflow.strategies.module import DraftModule
 from lightning_dataflow.strategies.spec import StrategySpec
-from lightning_dataflow.targets.base import check_layer_ids
 
 
 class Eagle3Module(DraftModule):
@@ -62,18 +61,8 @@ class Eagle3Module(DraftModule):
         if num_steps < 1:
             raise UserError(f"num_steps={num_steps}: the draft needs at least one step")
         info = self.target_info
-        self.layer_ids = check_layer_ids(self.layer_ids, info.num_layers)
         if draft_vocab_size is not None:
             check_draft_vocab_size(draft_vocab_size, info.vocab_size)
-        defaults = {
-            "intermediate_size": info.intermediate_size,
-            "num_attention_heads": info.num_attention_heads,
-            "num_key_value_heads": info.num_key_value_heads,
-            "head_dim": info.head_dim,
-            "draft_vocab_size": info.vocab_size,
-            "rms_norm_eps": info.rms_norm_eps,
-            "rope_theta": info.rope_theta,
-        }
         settings = {"intermediate_size": intermediate_size, "draft_vocab_size": draft_vocab_size}
         config = Eagle3Config(
             hidden_size=info.hidden_size,
@@ -81,11 +70,9 @@ class Eagle3Module(DraftModule):
             target_hidden_size=info.hidden_size,
             num_aux_layers=len(self.layer_ids),
             train_embeddings=train_embeddings,
-            **self.network_sizes(defaults, settings),
+            **self.network_sizes(settings, draft_vocab_size=info.vocab_size),
         )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.hparams["seed"])
-            self.draft = Eagle3Draft(config)
+        self.draft = self.new_draft(Eagle3Draft, config)
         self._vocab_prompts = ""  # version of the prompts that the draft vocabulary was cut from
         self._objective = Eagle3Objective(
             step_weight_base=step_weight_base,
@@ -167,10 +154,9 @@ class Eagle3Module(DraftModule):
 
     @override
     def drafter(self, *, num_draft_tokens: int = 4) -> ChainDrafter:
-        copy = Eagle3Draft(self.draft.config).to(self.draft.d2t.device)
-        copy.load_state_dict(self.full_draft_state())
-        embedding = None if copy.config.train_embeddings else self.frozen_target.embedding
-        return ChainDrafter(copy.eval(), embedding, num_draft_tokens=num_draft_tokens)
+        draft = self.unsharded(Eagle3Draft(self.draft.config))
+        embedding = None if draft.config.train_embeddings else self.frozen_target.embedding
+        return ChainDrafter(draft, embedding, num_draft_tokens=num_draft_tokens)
 
     def derived_metrics(self, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Simulated acceptance length 1 + a_0 + a_0·a_1 + …, greedy from accuracies, sampled from acceptance rates."""
@@ -182,7 +168,7 @@ class Eagle3Module(DraftModule):
 
 def default_layer_ids(num_layers: int) -> tuple[int, ...]:
     """Low, middle and high: [1, L // 2 − 1, L − 4]."""
-    return check_layer_ids((1, num_layers // 2 - 1, num_layers - 4), num_layers)
+    return 1, num_layers // 2 - 1, num_layers - 4
 
 
 SPEC = StrategySpec(

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from lightning_dataflow import DFlashModule, export_draft
 from lightning_dataflow.cli import evaluate, train
 from lightning_dataflow.cli.evaluate import table
-from lightning_dataflow.cli.judges import HFBackend
+from lightning_dataflow.cli.judges import HFJudge
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.export.export import describe
 from lightning_dataflow.export.folder import write_draft
@@ -288,15 +288,15 @@ def test_vllm_is_not_asked_for_more_than_a_draft_proposes(
 
 
 def test_what_was_measured_before_a_draft_fails_is_kept(run, trained, tmp_path, capsys, monkeypatch):
-    measure, drafts = HFBackend.measure, []
+    measure, drafts = HFJudge.measure, []
 
     def fail_at_the_second(self, draft, prompts):
-        drafts.append(draft.name)
+        drafts.append(draft.stem)
         if len(drafts) == 2:
             raise UserError("the second one fails")
         return measure(self, draft, prompts)
 
-    monkeypatch.setattr(HFBackend, "measure", fail_at_the_second)
+    monkeypatch.setattr(HFJudge, "measure", fail_at_the_second)
     options = ("evaluate.output=report.json", "evaluate.num_prompts=2", "evaluate.baseline=false")
     assert run(evaluate.main, f"evaluate.checkpoint={trained}", *options) == 1
     (one,) = json.loads((tmp_path / "report.json").read_text())["measurements"]

@@ -89,7 +89,7 @@ def test_parts_that_were_killed_are_not_shown_as_at_work(redis_run, ledger, ther
     assert "s ago): training" in shown()
     key = redis_run.key("parts")
     part = json.loads(redis_run.ask("HGET", key, "trainer-0"))
-    redis_run.ask("HSET", key, "trainer-0", json.dumps(part | {"seen": f"{float(part['seen']) - 60:.6f}"}))
+    redis_run.ask("HSET", key, "trainer-0", json.dumps(part | {"seen": part["seen"] - 60}))
     killed = shown()
     assert "state       not ended, but none of its parts is seen any more: resume it with ckpt_path=last" in killed
     assert "not seen for 60 s), at last: training" in killed

@@ -104,12 +104,6 @@ def test_what_is_given_back_is_leased_first_and_given_up_after_bounded_tries(led
     assert in_flight(ledger) == (8, 80)
 
 
-def test_what_is_not_retryable_is_given_up_at_once(ledger):
-    begin(ledger)
-    assert give_back(ledger, lease(ledger), retryable=False) == [0, 1, 2, 3]
-    assert in_flight(ledger) == (0, 0)
-
-
 def test_a_failure_that_does_not_count(ledger):
     begin(ledger)
     for attempt in range(2 * MAX_ATTEMPTS):

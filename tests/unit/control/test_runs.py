@@ -34,7 +34,7 @@ def test_a_fence_voids_leases_until_the_next_begin(ledger):
     assert ledger.fence() == {0: 1, 1: 1, 2: 1, 3: 1, 5: 1}
     assert ledger.fence() == {0: 1, 1: 1, 2: 1, 3: 1, 5: 1}
     assert commit(ledger, old) == []
-    assert give_back(ledger, old, retryable=False) == []
+    assert give_back(ledger, old) == []
     assert lease(ledger) is None
     assert ledger.plan() is None
 

@@ -157,7 +157,7 @@ def test_damaged_captures(prompts, target, tmp_path):
     with pytest.raises(UserError, match=r"refs\.jsonl, line 1: .*not a valid id"):
         OfflineSource(tmp_path)
     (tmp_path / "manifest.json").write_text(json.dumps(json.loads(manifest) | {"schema_version": 0}))
-    with pytest.raises(UserError, match="schema version 0, this release reads 2"):
+    with pytest.raises(UserError, match=r"schema version 0 .* this release reads 3: capture again"):
         OfflineSource(tmp_path)
     (tmp_path / "manifest.json").write_text(json.dumps(json.loads(manifest) | {"card": {}}))
     with pytest.raises(UserError, match="is damaged"):
@@ -165,6 +165,27 @@ def test_damaged_captures(prompts, target, tmp_path):
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         OfflineSource(tmp_path)
+
+
+def test_a_capture_of_release_0_1_is_read(prompts, target, tmp_path):
+    few = prompts[0].__class__(prompts=prompts[0][:3], max_length=128)
+    capture_to_folder(few, target, tmp_path)
+    refs, manifest = OfflineSource(tmp_path).refs, json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 2}))
+    lines = [json.loads(line) for line in (tmp_path / "refs.jsonl").read_text().splitlines()]
+    for line in lines:
+        capture, specs = line["origin"]["capture"], line["features"].values()
+        layer_ids = "-".join(map(str, capture["layer_ids"]))
+        line["origin"]["capture"] = f"{layer_ids}/{capture['norm']}/{capture['hidden_size']}"
+        del line["origin"]["attempt"], line["origin"]["draft_weight_version"]
+        words = [f"{spec['name']}/{spec['dtype']}/{'x'.join(map(str, spec['shape'][1:]))}" for spec in specs]
+        representations = [f"={spec['target_repr']}" if spec["target_repr"] else "" for spec in specs]
+        line["features"] = " ".join(map("".join, zip(words, representations, strict=True)))
+        line["schema_version"] = 2
+    (tmp_path / "refs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    old = OfflineSource(tmp_path)
+    assert old.refs == refs
+    assert set(old.store.get(old.refs[0])[0]) == {"input_ids", "loss_mask", "aux_hidden_states", "last_hidden_state"}
 
 
 def test_captures_for_another_vocabulary(prompts, target, tmp_path):

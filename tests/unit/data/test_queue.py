@@ -7,8 +7,7 @@ import time
 import pytest
 
 from lightning_dataflow.contracts import LogRecord, PeerFailedError, PeerTimeoutError, UserError
-from lightning_dataflow.control import ControlPlane, RedisMetadataStore
-from lightning_dataflow.control.redis.log import RedisChannel
+from lightning_dataflow.control import ControlPlane
 from lightning_dataflow.data import StreamingRefQueue, queue as queue_module
 from lightning_dataflow.data.queue import QueueCancelledError
 from lightning_dataflow.data.source import WindowEntry
@@ -283,13 +282,10 @@ def test_a_log_that_ends_before_the_window(plane):
     assert queue.get(range(2, 4), range(2, 4)).entries
 
 
-@pytest.mark.integration
-def test_windows_are_read_while_others_are_acknowledged(redis_run):
-    """By two threads, which Python switches between as often as it can; a Redis, because there refs are loaded later."""
-    plane = ControlPlane(run_id="run", ledger=RedisMetadataStore(redis_run), channel=RedisChannel(redis_run), durable=True)
-    plane.log.announce({"run_id": "run"})
+def test_windows_are_read_while_others_are_acknowledged(plane):
+    """By two threads, which Python switches between as often as it can."""
     refs = publish(plane, *range(6000))
-    queue, errors, read = StreamingRefQueue(plane), [], [0]
+    queue, errors, read = queue_of(plane), [], [0]
 
     def read_windows() -> None:
         try:
@@ -318,13 +314,13 @@ def test_cancelled_while_each_look_finds_news(plane, monkeypatch):
     """The window lacks one sample, and others keep coming."""
     queue = queue_of(plane)
     log, others = queue._plane.log, iter(range(1, 50))
-    poll = log.poll_heads
+    poll = log.poll
 
     def poll_with_news():
         publish(plane, next(others))  # StopIteration ends a wait that goes on
         return poll()
 
-    monkeypatch.setattr(log, "poll_heads", poll_with_news)
+    monkeypatch.setattr(log, "poll", poll_with_news)
     queue.cancel()
     with pytest.raises(QueueCancelledError):
         queue.get(range(4), range(4))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lightning_dataflow.contracts import PeerTimeoutError, UserError
-from lightning_dataflow.control import CommitEntry, SqliteMetadataStore
+from lightning_dataflow.control import MAX_ATTEMPTS, CommitEntry, SqliteMetadataStore
 from lightning_dataflow.control.local import tables as sqlite_tables
 from lightning_dataflow.control.local.log import FileChannel
 from tests.records import forked
@@ -32,12 +32,14 @@ def failing_log(tmp_path, monkeypatch):
 def test_a_log_that_cannot_be_written_undoes_what_goes_with_it(tmp_path, failing_log, path):
     ledger = SqliteMetadataStore(path and tmp_path / path)
     begin(ledger)
-    found = lease(ledger)
+    for _ in range(MAX_ATTEMPTS - 1):
+        lease(ledger, lease_s=-1)
+    tried_twice, found = lease(ledger), lease(ledger)
     captured = {seq: CommitEntry(generation="0-0", num_bytes=1, line=b"") for seq in found.wanted}
     with pytest.raises(OSError, match="No space left"):
         ledger.commit(found, captured, failing_log)
     with pytest.raises(OSError, match="No space left"):
-        ledger.give_back(found, dict.fromkeys(found.wanted, b""), failing_log, retryable=False)
+        ledger.give_back(tried_twice, dict.fromkeys(tried_twice.wanted, b""), failing_log)
     assert ledger.status()["published"] == ledger.status()["given_up"] == 0
     ledger.commit(found, captured, FileChannel(tmp_path))
     assert ledger.status()["published"] == 4

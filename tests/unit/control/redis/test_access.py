@@ -12,7 +12,7 @@ import pytest
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.control.redis import server as redis_server
-from lightning_dataflow.control.redis.connections import RedisAddress
+from lightning_dataflow.control.redis.address import RedisAddress
 from lightning_dataflow.control.redis.log import RedisChannel
 from lightning_dataflow.control.redis.server import RedisServer
 from tests.unit.control.redis.calls import refs, seqs

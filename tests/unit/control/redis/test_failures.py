@@ -8,7 +8,7 @@ import time
 import pytest
 
 from lightning_dataflow.contracts import CapacityError, PeerFailedError, PeerTimeoutError
-from lightning_dataflow.control.redis import connections as redis_connections
+from lightning_dataflow.control.redis import address as redis_address
 from lightning_dataflow.control.redis.server import RedisServer
 from tests.unit.control.redis.calls import begun, channel, kill, lease, refs, seqs
 
@@ -49,7 +49,7 @@ def test_a_restart_without_it_is_told(own):
     for _ in range(2):
         with pytest.raises(PeerFailedError, match="lost what this process had written there" + why):
             writer.publish(refs(2))
-        with pytest.raises(PeerFailedError, match="lost record 1 of run run, which was read" + why):
+        with pytest.raises(PeerFailedError, match="lost record 2 of run run, which was read" + why):
             reader.poll()
     assert idle.poll() == []  # it had written and read nothing
     idle.publish(refs(0))
@@ -74,7 +74,7 @@ def test_a_replica_that_is_behind_is_told_to_whom_it_concerns(own):
     kill(server)
     for one in (first, second, reader):  # what a name in DNS does
         one.server.where = replica.where
-        one.server._connections = one.server._connect()
+        one.server._pool = one.server.where.connection_pool("replica")
     first.publish(refs(3))
     with pytest.raises(PeerFailedError, match="lost what this process had written there"):
         second.publish(refs(4))
@@ -102,7 +102,7 @@ def test_while_somebodys_script_runs_for_long_others_wait(own):
 @pytest.mark.integration
 def test_a_change_whose_answer_is_lost_is_made_once(own, monkeypatch):
     server = own()
-    monkeypatch.setattr(redis_connections, "ANSWER_S", 0.2)
+    monkeypatch.setattr(redis_address, "ANSWER_S", 0.2)
     log = channel(server)
     log.announce({"run_id": "run"})
     ledger = begun(log.server)

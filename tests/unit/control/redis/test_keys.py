@@ -21,33 +21,26 @@ pytestmark = pytest.mark.skipif(
 def test_what_others_write_is_checked(own):
     log = channel(own())
     log.announce({"run_id": "run"})
-    index, lines = log.server.key("index"), log.server.key("lines")
     good = log.encode(refs(1)[0])
-
-    def write(number: int, head: bytes, line: bytes) -> None:
-        log.server.ask("HSET", lines, number, line)
-        log.server.ask("XADD", index, f"{number}-7", "h", head)
-
-    for number, (head, line, message) in enumerate(
+    for number, (line, message) in enumerate(
         (
-            (good[:31], good[32:], "31 bytes of heads are no whole number"),
-            (good[:28] + b"\xff" + good[29:32], good[32:], r"no record has the RecordHead\(.*seq=1, .* kind=255"),
-            (good[:32], b"{", "is damaged in record 3: "),
-            (good[:32], log.encode(refs(2)[0])[32:], "it is the ref of seq 2"),
-            (good[:8] + b"\1" + good[9:32], good[32:], "its head tells"),
+            (b"{", "unexpected end of data"),
+            (b"[]", "not a log record"),
+            (good.replace(b'"num_bytes":', b'"num_bytes":1'), "the ref is damaged, capture the sample again"),
+            (good.replace(b'"seq":1', b'"seq":-1'), "not a log record"),
         ),
         1,
     ):
-        write(number, head, line)
-        with pytest.raises(UserError, match=message):
+        log.server.ask("XADD", log.server.key("log"), f"{number}-7", "record", line)
+        with pytest.raises(UserError, match=rf"Redis at .*, run run, record {number}, is damaged: .*{message}"):
             log.poll()
-        log._position = (number, 7)
+        log._position = f"{number}-7"
     for card in (b"{", b"[]", b"{}"):
         log.server.ask("SET", log.server.key("card"), card)
         with pytest.raises(UserError, match=r"the card of .* is damaged .* another run_name"):
             log.card()
     log.server.ask("SET", log.server.key("card"), b'{"run_id": "run", "schema_version": 7}')
-    with pytest.raises(UserError, match="has schema version 7, this release reads 2"):
+    with pytest.raises(UserError, match=r"has schema version 7 .* this release reads 3"):
         log.card()
 
 
@@ -89,7 +82,7 @@ def test_the_last_to_leave_a_completed_run_removes_it(own):
     asks = RedisServer(server.where, "other")
     ledger.close()
     other.server.leave()
-    assert asks.ask("DBSIZE") > 3  # for a resume
+    assert asks.ask("DBSIZE") >= 3  # for a resume
     log, other = channel(server), channel(server)
     ledger = begun(log.server)
     other.publish(refs(2))
@@ -111,9 +104,8 @@ def test_who_died_long_ago_is_forgotten(own):
     ledger, asks = begun(log.server), RedisServer(server.where, "run")
     for index in range(50):
         asks.ask("HSET", asks.key("clients"), f"dead-{index}", "3 1000 true")
-        part = {"host": "h", "pid": index, "pids": "p", "seen": "1000.0", "state": "capturing", "failed": index % 2}
+        part = {"host": "h", "pid": index, "pids": "p", "seen": 1000.0, "state": "capturing", "failed": index % 2}
         asks.ask("HSET", asks.key("parts"), f"producer-{index}", json.dumps(part))
-        asks.ask("HSET", asks.key("failed"), f"producer-{index}", "it broke")
         leased = ledger.lease(f"producer-{index}", group=4, num_bytes=lambda seq: 8, watermarks=WIDE, lease_s=-1)
         assert leased.seqs == (0, 1, 2, 3)
     other = channel(server)
@@ -122,7 +114,7 @@ def test_who_died_long_ago_is_forgotten(own):
     ledger.report("producer-new", "capturing")
     assert [part["name"] for part in ledger.status()["parts"]] == ["producer-new"]
     assert ledger.failures() == []
-    assert asks.ask("HLEN", asks.key("holders")) == asks.ask("ZCARD", asks.key("leased")) == 2
+    assert asks.ask("ZCARD", asks.key("leased")) == 4
     asks.ask("HSET", asks.key("clients"), "dead", "3 1000 true")
     ledger.finish("completed")
     other.server.leave()
@@ -131,7 +123,6 @@ def test_who_died_long_ago_is_forgotten(own):
 
 
 def test_what_is_said_after_the_end_does_not_stay(own):
-    """Nor does a key that only a producer's last words make."""
     server = own()
     log = channel(server)
     ledger, dead, asks = begun(log.server), channel(server), RedisServer(server.where, "run")
@@ -139,7 +130,7 @@ def test_what_is_said_after_the_end_does_not_stay(own):
     ledger.finish("completed")
     ledger.report("producer-0", "it broke", failed=True)
     ledger.close()
-    times = {name: asks.ask("TTL", asks.key(name)) for name in ("totals", "lines", "clients", "parts", "failed")}
+    times = {name: asks.ask("TTL", asks.key(name)) for name in ("totals", "log", "clients", "parts")}
     assert all(3500 < seconds <= 3600 for seconds in times.values()), times
 
 
@@ -153,4 +144,4 @@ def test_workers_that_hold_nothing_leave_no_trace(own):
             for seq, record in zip(found.wanted, refs(*found.wanted), strict=True)
         }
         assert ledger.commit(found, captured, log) == list(found.wanted)
-    assert ledger.server.ask("EXISTS", ledger.server.key("holders")) == 0
+    assert ledger.server.ask("EXISTS", ledger.server.key("leased"), ledger.server.key("wanted")) == 0

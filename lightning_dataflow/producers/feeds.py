@@ -168,7 +168,8 @@ class FolderFeed(Feed):
         """Read the files of those that are wanted."""
         for seq in sorted(wanted):
             ref = self.source.refs[seq]
-            tensors, _ = self.source.store.get(ref)
+            tensors, handle = self.source.store.get(ref)
+            self.source.store.release(handle)
             sample_id = f"{self.run_id}:{ref.origin.source_task_id}"
             yield to_put(seq, replace(ref.origin, sample_id=sample_id, run_id=self.run_id, attempt=attempt), tensors)
 

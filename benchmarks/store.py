@@ -96,7 +96,7 @@ class Pickle:
 
     def __init__(self, places: dict[str, Any]):
         addresses = {name: places[name] for name in ("master_address", "client_address")}
-        self.client = MooncakeClient(**addresses, staging_bytes=6 * SLOT_BYTES)
+        self.client = MooncakeClient(**addresses, zero_copy=False)
         self.numbers = itertools.count()
 
     def send(self, sample: Sample, announce: Announce) -> None:

@@ -8,14 +8,15 @@ import torch
 from lightning_dataflow.control import ControlPlane
 from lightning_dataflow.data import FeatureCard, PassOrder, StreamingSource
 from lightning_dataflow.producers import Feed, RolloutWorker
-from lightning_dataflow.producers.capture import FEATURES
+from lightning_dataflow.producers.capture import FROM_PROMPT
 from lightning_dataflow.producers.feeds import CapturedSample, to_put
 from lightning_dataflow.stores import FeatureStore
 from lightning_dataflow.stores.base import Tensors, num_bytes
+from lightning_dataflow.targets.base import HIDDEN_STATES
 from tests.records import CAPTURE, WIDE, make_origin
 
 CARD = FeatureCard(
-    features=FEATURES,
+    features=(*FROM_PROMPT, *HIDDEN_STATES),
     dtype="float32",
     prompts_version="0",
     capture=CAPTURE,

@@ -26,7 +26,7 @@ class Draft:
 
     Attributes:
         name: for the table.
-        step: of the training that it comes from; None when not known.
+        step: of its training; None if not known.
     """
 
     name: str
@@ -37,10 +37,10 @@ class Draft:
 def evaluate(config: TrainConfig, settings: dict[str, Any]) -> None:
     """Decode prompts with every draft, print a table, and write JSON and a figure if asked to.
 
-    What was measured before a draft fails is in the JSON, and in the table.
+    If a draft fails, the table and the JSON hold what was measured before.
     """
     from lightning_dataflow.cli.figure import draw_measurements
-    from lightning_dataflow.cli.judges import make_backend
+    from lightning_dataflow.cli.judges import make_judge
     from lightning_dataflow.evaluation.acceptance import check_decoding
     from lightning_dataflow.run.builder import Builder
 
@@ -52,18 +52,18 @@ def evaluate(config: TrainConfig, settings: dict[str, Any]) -> None:
     measurements: list[dict[str, Any]] = []
     try:
         with parts.resources:
-            backend = make_backend(parts)
-            prompts = _read_prompts(parts, backend.room)
+            judge = make_judge(parts)
+            prompts = _read_prompts(parts, judge.room)
             used = settings["evaluate"] | {"seed": config.seed}
-            used = {name: value for name, value in used.items() if name not in (*backend.unused, *OF_TRAINING)}
+            used = {name: value for name, value in used.items() if name not in (*judge.unused, *OF_TRAINING)}
             for number, draft in enumerate(drafts, start=1):
-                report = backend.measure(draft, prompts)
+                report = judge.measure(draft.path, prompts)
                 measurements.append({"name": draft.name, "step": draft.step, **report.to_json()})
                 if output is not None:
                     output.write_text(strict_json({"measurements": measurements, "settings": used}, indent=1) + "\n")
                 if len(drafts) > 1:
-                    told = f"acceptance length {report.acceptance_length:.3f}, {number} of {len(drafts)} drafts"
-                    print(f"{draft.name}: {told}", flush=True)
+                    length = f"acceptance length {report.acceptance_length:.3f}"
+                    print(f"{draft.name}: {length}, {number} of {len(drafts)} drafts", flush=True)
     finally:
         if measurements:
             print(table(measurements), flush=True)
@@ -72,7 +72,7 @@ def evaluate(config: TrainConfig, settings: dict[str, Any]) -> None:
 
 
 def find_drafts(config: TrainConfig) -> list[Draft]:
-    """What `evaluate.checkpoint` names: a draft, or those of a run by step. Raises UserError for what is none."""
+    """The draft that `evaluate.checkpoint` names, or those of a run, by step. Raises UserError if there is none."""
     options = config.evaluate
     if options.backend not in BACKENDS:
         raise UserError(f"evaluate.backend={options.backend} is unknown: use one of {', '.join(BACKENDS)}")
@@ -88,28 +88,32 @@ def find_drafts(config: TrainConfig) -> list[Draft]:
         )
     path = Path(options.checkpoint)
     if (path / "checkpoints").is_dir():
-        found = [one for one in (path / "checkpoints").glob("*.ckpt") if has_marker(one) and incomplete(one) is None]
-        if not found:
-            raise UserError(f"no complete checkpoint in {path / 'checkpoints'}: name one by its own path")
-        drafts = [Draft(name=one.stem, path=one, step=_step(one)) for one in sorted(found)]
-        by_step = {draft.step or draft.name: draft for draft in drafts}  # the best one may be there twice
-        return sorted(by_step.values(), key=lambda draft: (draft.step or 0, draft.name))
+        return _drafts_of_run(path / "checkpoints")
     if not path.exists():
         raise UserError(f"evaluate.checkpoint={path} does not exist: give a checkpoint, a run's folder, or an exported one")
-    name = Path(os.path.abspath(path)).name.removesuffix(".ckpt")  # of `.` too
+    name = Path(os.path.abspath(path)).name.removesuffix(".ckpt")  # `.` has no name of its own
     return [Draft(name=name, path=path, step=_step(path))]
 
 
+def _drafts_of_run(folder: Path) -> list[Draft]:
+    complete = sorted(path for path in folder.glob("*.ckpt") if has_marker(path) and incomplete(path) is None)
+    if not complete:
+        raise UserError(f"no complete checkpoint in {folder}: name one by its own path")
+    drafts = [Draft(name=path.stem, path=path, step=_step(path)) for path in complete]
+    by_step = {draft.step or draft.name: draft for draft in drafts}  # the best one may be there twice
+    return sorted(by_step.values(), key=lambda draft: (draft.step or 0, draft.name))
+
+
 def table(measurements: Sequence[dict[str, Any]]) -> str:
-    """A line a quantity, a column a draft."""
+    """One line per quantity, one column per draft."""
     rows: dict[str, list[str]] = {}
     for name in measurements[0]:
         if name in (SHARES, "accepted_per_position"):
             for position in range(len(measurements[0][name])):
                 label = f"{'accepted' if name == SHARES else 'num_accepted'}_{position + 1}"
-                rows[label] = [_shown(one[name][position]) for one in measurements]
-        elif any(one[name] is not None for one in measurements):
-            rows[name] = [_shown(one[name]) for one in measurements]
+                rows[label] = [_shown(each[name][position]) for each in measurements]
+        elif any(each[name] is not None for each in measurements):
+            rows[name] = [_shown(each[name]) for each in measurements]
     widths = [max(len(row[column]) for row in rows.values()) for column in range(len(measurements))]
     return "\n".join(
         f"{name:{WIDTH}}" + "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -118,7 +122,7 @@ def table(measurements: Sequence[dict[str, Any]]) -> str:
 
 
 def _output_file(name: str) -> Path:
-    """`evaluate.output`, if JSON and a figure beside it can be written there."""
+    """`evaluate.output`. Raises UserError unless JSON, and a figure beside it, can be written there."""
     file = Path(name)
     if not name or file.is_dir():
         raise UserError(f"evaluate.output={name} is no name of a file: name a JSON file, such as {file / 'report.json'}")
@@ -133,9 +137,12 @@ def _output_file(name: str) -> Path:
 
 
 def _read_prompts(parts: "Builder", room: int) -> list[list[int]]:
-    """Of `evaluate.data`, else the held-out ones, checked against the target, with `room` for proposals."""
+    """Prompts of `evaluate.data`, otherwise the held-out ones.
+
+    Raises UserError if one does not fit the target, with `room` for proposals.
+    """
     from lightning_dataflow.prompts import load_questions
-    from lightning_dataflow.run.builder import read_chat_template
+    from lightning_dataflow.run.prompts import read_chat_template
     from lightning_dataflow.targets import read_target_info
 
     config, options = parts.config, parts.config.evaluate
@@ -166,8 +173,8 @@ def _read_prompts(parts: "Builder", room: int) -> list[list[int]]:
 
 
 def _step(path: Path) -> int | None:
-    found = re.search(r"step[-=](\d+)", path.name)
-    return int(found[1]) if found else None
+    match = re.search(r"step[-=](\d+)", path.name)
+    return int(match[1]) if match else None
 
 
 def _shown(value: Any) -> str:

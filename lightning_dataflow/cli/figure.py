@@ -1,14 +1,25 @@
-"""Pictures: of a run, and of measured drafts."""
+"""Figures of a run and of measured drafts. They need matplotlib, which is an extra."""
 
 import json
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 
-def draw_result(result_file: Path, figure_file: Path) -> None:
+def can_draw() -> bool:
+    """Whether matplotlib is installed; if not, say how to install it."""
+    if find_spec("matplotlib") is not None:
+        return True
+    print("no figure was drawn: it needs matplotlib, pip install 'lightning-dataflow[plots]'", flush=True)
+    return False
+
+
+def draw_result(result_file: Path, figure_file: Path) -> bool:
     """Draw the loss by step, and the share of drafts accepted: by position for the first and last evaluation, and by step
-    where there are more."""
+    if there are more. Returns whether it was drawn."""
+    if not can_draw():
+        return False
     result = json.loads(result_file.read_text())
     evaluations = result.get("acceptance", [])
     figure, (loss_axes, *axes) = _panels(1 + bool(evaluations) + (len(evaluations) > 2))
@@ -21,12 +32,15 @@ def draw_result(result_file: Path, figure_file: Path) -> None:
     if len(evaluations) > 2:
         _by_step(axes[1], evaluations)
     figure.savefig(figure_file, dpi=120)
+    return True
 
 
 def draw_measurements(measurements: Sequence[dict[str, Any]], figure_file: Path) -> None:
-    """Draw the share of drafts accepted by position, and by step of the training where several steps were measured."""
-    by_step = [one for one in measurements if one["step"] is not None]
-    several = len({one["step"] for one in by_step}) > 1
+    """Draw the share of drafts accepted by position, and by step of the training if several steps were measured."""
+    if not can_draw():
+        return
+    by_step = [each for each in measurements if each["step"] is not None]
+    several = len({each["step"] for each in by_step}) > 1
     figure, axes = _panels(1 + several)
     _by_position(
         axes[0], measurements, f"{measurements[0]['num_prompts']} prompts, decoded by {measurements[0]['backend']}"

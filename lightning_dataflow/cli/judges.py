@@ -1,18 +1,21 @@
-"""Who decodes for the `evaluate` command."""
+"""What decodes for the `evaluate` command, by `evaluate.backend`."""
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
+from typing_extensions import override
+
+from lightning_dataflow.config.secrets import read_api_key
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.evaluation import AcceptanceReport, SGLangDecoder, VLLMDecoder, evaluate_acceptance
-from lightning_dataflow.evaluation.judges.vllm_process import Decoded, find_python, room_for
+from lightning_dataflow.evaluation.acceptance import Decoded
+from lightning_dataflow.evaluation.judges.vllm_process import find_python, room_for
 from lightning_dataflow.evaluation.loop import check_num_draft_tokens
 from lightning_dataflow.export.export import export_draft
 from lightning_dataflow.export.serve import check_engine
-from lightning_dataflow.run.target import read_api_key
 from lightning_dataflow.strategies.checkpoint import load_module
 from lightning_dataflow.strategies.published.engines import VLLM
 from lightning_dataflow.strategies.published.reading import is_published, read_draft
@@ -21,37 +24,40 @@ from lightning_dataflow.targets.hf import check_dtype
 from lightning_dataflow.targets.info import read_eos_token_ids
 
 if TYPE_CHECKING:
-    from lightning_dataflow.cli.evaluate import Draft
     from lightning_dataflow.run.builder import Builder
 
 VLLM_FORMATS = ("vllm", "speculators")
 
 
-class Backend(Protocol):
+class Judge(Protocol):
     """Measures drafts one after the other.
 
     Attributes:
-        unused: settings of `evaluate` that it does not heed; `seed` too.
+        unused: settings of `evaluate`, and `seed`, that it does not use.
         room: positions of the target behind the last token of an output, for proposals.
     """
 
     unused: ClassVar[tuple[str, ...]]
     room: int
 
-    def measure(self, draft: "Draft", prompts: Sequence[Sequence[int]]) -> AcceptanceReport:
-        """Decode every prompt."""
+    def measure(self, draft: Path, prompts: Sequence[Sequence[int]]) -> AcceptanceReport:
+        """Decode every prompt with a draft."""
 
 
-def make_backend(parts: "Builder") -> Backend:
-    """By `evaluate.backend`. Raises UserError where a setting is missing that it needs."""
-    kinds: dict[str, Callable[[Builder], Backend]] = {"hf": HFBackend, "vllm": VLLMBackend, "sglang_server": SGLangBackend}
+def make_judge(parts: "Builder") -> Judge:
+    """Raises UserError where a setting is missing that the backend needs."""
+    kinds: dict[str, type[HFJudge | VLLMJudge | SGLangJudge]] = {
+        "hf": HFJudge,
+        "vllm": VLLMJudge,
+        "sglang_server": SGLangJudge,
+    }
     return kinds[parts.config.evaluate.backend](parts)
 
 
-class HFBackend:
+class HFJudge(Judge):
     """This package, with the target in transformers."""
 
-    unused: ClassVar[tuple[str, ...]] = ("python", "vllm_args", "url", "baseline_url", "timeout_s")
+    unused = ("python", "vllm_args", "url", "baseline_url", "timeout_s")
 
     def __init__(self, parts: "Builder"):
         check_dtype(parts.config.evaluate.dtype, "evaluate.dtype")
@@ -59,10 +65,10 @@ class HFBackend:
         self.room = parts.config.evaluate.num_draft_tokens
         self.target: HFTargetEngine | None = None
 
-    def measure(self, draft: "Draft", prompts: Sequence[Sequence[int]]) -> AcceptanceReport:
-        """See Backend."""
+    @override
+    def measure(self, draft: Path, prompts: Sequence[Sequence[int]]) -> AcceptanceReport:
         config, options = self.parts.config, self.parts.config.evaluate
-        module = load_module(draft.path, target=config.target.path)
+        module = load_module(draft, target=config.target.path)
         self.parts.layer_ids = module.layer_ids
         if self.target is None:
             self.target = self.parts.evaluation_target()
@@ -81,21 +87,21 @@ class HFBackend:
         )
 
 
-class VLLMBackend:
-    """vLLM, in an environment of its own. What is no folder that it reads is exported for as long as it takes."""
+class VLLMJudge(Judge):
+    """vLLM, in an environment of its own. A draft that is no folder for vLLM is exported to a temporary one."""
 
-    unused: ClassVar[tuple[str, ...]] = ("url", "baseline_url")
+    unused = ("url", "baseline_url")
 
     def __init__(self, parts: "Builder"):
         config, options = parts.config, parts.config.evaluate
         check_dtype(options.dtype, "evaluate.dtype")
-        self.parts = parts
-        self.room = room_for(options.num_draft_tokens)
-        self.plain: Decoded | None = None
         if not isinstance(options.vllm_args, dict | None):
             raise UserError(
                 f"evaluate.vllm_args={options.vllm_args}: give arguments of vllm.LLM, such as {{max_model_len: 2048}}"
             )
+        self.config = config
+        self.room = room_for(options.num_draft_tokens)
+        self.plain: Decoded | None = None
         self.decoder = VLLMDecoder(
             python=find_python(options.python),
             target=str(Path(config.target.path).absolute()),
@@ -110,72 +116,63 @@ class VLLMBackend:
             timeout_s=options.timeout_s,
         )
 
-    def measure(self, draft: "Draft", prompts: Sequence[Sequence[int]]) -> AcceptanceReport:
-        """See Backend."""
-        options = self.parts.config.evaluate
+    @override
+    def measure(self, draft: Path, prompts: Sequence[Sequence[int]]) -> AcceptanceReport:
+        num_draft_tokens = self.config.evaluate.num_draft_tokens
         with self._folder(draft) as folder:
             published = read_draft(folder)
             export = check_engine(published.strategy, VLLM)
-            check_num_draft_tokens(options.num_draft_tokens, block_size=published.network.get("block_size"))
-            if options.baseline and self.plain is None:
+            check_num_draft_tokens(num_draft_tokens, block_size=published.network.get("block_size"))
+            if self.config.evaluate.baseline and self.plain is None:
                 self.plain = self.decoder.decode(prompts)
             return self.decoder.evaluate(
                 str(folder.absolute()),
                 export.served_as["vllm"],
                 prompts,
-                num_draft_tokens=options.num_draft_tokens,
+                num_draft_tokens=num_draft_tokens,
                 cpu_caveat=export.cpu_caveat(published.network),
                 plain=self.plain,
             )
 
     @contextmanager
-    def _folder(self, draft: "Draft") -> Iterator[Path]:
-        """As vLLM reads it. Raises UserError where it is not whole or of another target, which vLLM may not notice."""
-        target = self.parts.config.target.path
-        if is_published(draft.path) and read_draft(draft.path).format in VLLM_FORMATS:
-            load_module(draft.path, target=target)
-            yield draft.path
+    def _folder(self, draft: Path) -> Iterator[Path]:
+        """A folder that vLLM reads. Raises UserError for a damaged draft, or one of another target: vLLM may not notice."""
+        target = self.config.target.path
+        if is_published(draft) and read_draft(draft).format in VLLM_FORMATS:
+            load_module(draft, target=target)
+            yield draft
             return
-        run = Path(self.parts.config.run_dir)
-        run.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".exported-", dir=run) as folder:  # a disk with room for checkpoints
-            yield export_draft(draft.path, Path(folder) / "draft", engine="vllm", dtype="float32", target=target)
+        run_dir = Path(self.config.run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".exported-", dir=run_dir) as folder:  # this disk has room for checkpoints
+            yield export_draft(draft, Path(folder) / "draft", engine="vllm", dtype="float32", target=target)
 
 
-class SGLangBackend:
-    """A running SGLang server, which has its draft, its K and its dtype, and draws as it likes."""
+class SGLangJudge(Judge):
+    """A running SGLang server. It was started with its draft, K and dtype, and its random draws follow no seed of ours."""
 
-    unused: ClassVar[tuple[str, ...]] = (
-        "checkpoint",
-        "num_draft_tokens",
-        "dtype",
-        "baseline",
-        "seed",
-        "python",
-        "vllm_args",
-    )
+    unused = ("checkpoint", "num_draft_tokens", "dtype", "baseline", "seed", "python", "vllm_args")
 
     def __init__(self, parts: "Builder"):
         config, options = parts.config, parts.config.evaluate
-        self.parts = parts
         if options.url is None:
             raise UserError("backend sglang_server needs a server that speculates: set evaluate.url=http://HOST:PORT")
         key = read_api_key(config.target)
+        self.options = options
         self.decoder = SGLangDecoder(url=options.url, api_key=key, timeout_s=options.timeout_s)
         self.plain = None
         if options.baseline_url is not None:
             self.plain = SGLangDecoder(url=options.baseline_url, api_key=key, timeout_s=options.timeout_s)
         self.stop_token_ids = read_eos_token_ids(config.target.path)
-        self.room = self.decoder.num_draft_tokens() or 0  # a server without any is refused when it should decode
+        self.room = self.decoder.num_draft_tokens() or 0  # `measure` refuses a server without a draft
 
-    def measure(self, draft: "Draft", prompts: Sequence[Sequence[int]]) -> AcceptanceReport:
-        """See Backend."""
-        options = self.parts.config.evaluate
+    @override
+    def measure(self, draft: Path, prompts: Sequence[Sequence[int]]) -> AcceptanceReport:
         return self.decoder.evaluate(
             prompts,
-            max_new_tokens=options.max_new_tokens,
+            max_new_tokens=self.options.max_new_tokens,
             stop_token_ids=self.stop_token_ids,
-            temperature=options.temperature,
-            batch_size=options.batch_size,
+            temperature=self.options.temperature,
+            batch_size=self.options.batch_size,
             plain=self.plain,
         )

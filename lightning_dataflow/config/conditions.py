@@ -1,7 +1,7 @@
 """`with:` in conf/strategy/NAME.yaml: what a strategy needs with a target or in an experiment.
 
-Hydra composes whole files only, so each entry is registered as a file: `experiment=tiny` in dflash.yaml becomes
-`with_experiment/dflash-tiny`. conf/train.yaml composes it right after the experiment, so the command line still wins.
+Hydra composes whole files only, so each entry is registered as a file: `experiment=tiny` in NAME.yaml becomes
+`with_experiment/NAME-tiny`. conf/train.yaml composes it right after the experiment, so the command line still wins.
 """
 
 from importlib.resources.abc import Traversable

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.evaluation.loop import Drafter, NoDrafter, SpeculativeDecoder
+from lightning_dataflow.evaluation.loop import Drafter, Generation, NoDrafter, SpeculativeDecoder
 from lightning_dataflow.targets.hf import HFTargetEngine
 
 LEAST_TEMPERATURE = 1e-5
@@ -20,15 +20,15 @@ LEAST_TEMPERATURE = 1e-5
 class AcceptanceReport:
     """Counts over all prompts, by the conventions of vLLM's `spec_decode` counters.
 
-    A draft is a proposal of K tokens that the target verified. All that it accepted of one counts, also behind an end token
-    or `max_new_tokens`, where the output is cut. The first token of an output comes from the prompt's own pass, without a
-    draft.
+    A draft is a proposal of K tokens that the target verified. All accepted tokens of it count, even those behind an end
+    token or `max_new_tokens`, where the output is cut. The first token of an output comes from the prompt's own pass,
+    without a draft.
 
     Attributes:
-        backend: who decoded: `hf`, `vllm` or `sglang_server`.
-        num_tokens: generated, as cut.
+        backend: what decoded: `hf`, `vllm` or `sglang_server`.
+        num_tokens: generated, after the cut.
         accepted_per_position: how often the proposal was accepted at least up to position i; K counts.
-        seconds: of decoding, the drafts' work included.
+        seconds: of decoding, including the draft's work.
         plain_tokens, plain_seconds: the same of the target alone, on the same prompts; None when not measured.
         num_identical: how many outputs equal the target's own, token for token; None when not checked.
     """
@@ -87,18 +87,47 @@ class AcceptanceReport:
         return None if plain is None else self.tokens_per_second / max(plain, 1e-9)
 
     def to_json(self) -> dict[str, Any]:
-        """Counts and the numbers made of them."""
-        derived = (
-            "num_draft_tokens",
-            "num_accepted_tokens",
-            "acceptance_length",
-            "acceptance_per_position",
-            "tokens_per_target_forward",
-            "tokens_per_second",
-            "plain_tokens_per_second",
-            "speed_up",
-        )
+        """Counts and the numbers derived from them."""
+        derived = [name for name, value in vars(AcceptanceReport).items() if isinstance(value, property)]
         return asdict(self) | {name: getattr(self, name) for name in derived}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoded:
+    """What was generated for every prompt, with a draft or without.
+
+    Attributes:
+        tokens: of each prompt.
+        seconds: of decoding all of them.
+        num_drafts, accepted_per_position: as in AcceptanceReport.
+    """
+
+    tokens: Sequence[Sequence[int]]
+    seconds: float
+    num_drafts: int = 0
+    accepted_per_position: Sequence[int] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all prompts."""
+        return sum(map(len, self.tokens))
+
+    def report(self, backend: str, plain: "Decoded | None", *, temperature: float) -> AcceptanceReport:
+        """Compare with what the target alone generated for the same prompts, if that was measured."""
+        identical = None
+        if plain is not None and temperature == 0:
+            identical = sum(own == other for own, other in zip(self.tokens, plain.tokens, strict=True))
+        return AcceptanceReport(
+            backend=backend,
+            num_prompts=len(self.tokens),
+            num_tokens=self.num_tokens,
+            num_drafts=self.num_drafts,
+            accepted_per_position=tuple(self.accepted_per_position),
+            seconds=self.seconds,
+            plain_tokens=plain.num_tokens if plain else None,
+            plain_seconds=plain.seconds if plain else None,
+            num_identical=identical,
+        )
 
 
 def evaluate_acceptance(
@@ -115,54 +144,57 @@ def evaluate_acceptance(
 ) -> AcceptanceReport:
     """Decode every prompt speculatively and count.
 
-    What is drawn for a prompt depends on the seed and its tokens alone, not on the prompts beside it.
+    Random draws for a prompt depend on the seed and its tokens only, not on the other prompts of its batch.
 
     Args:
-        batch_size: prompts that the target decodes together; the next ones begin when all of them have ended.
+        batch_size: prompts that the target decodes together; the next batch begins when all of them have ended.
         baseline: also decode with the target alone, by the same code, for the speed-up; and at temperature 0 compare token
             for token.
 
     Raises:
-        UserError: a setting out of range, or several prompts at a time for a target that is not decoded so.
+        UserError: a setting out of range, or several prompts at a time for a target that cannot decode them together.
     """
     check_decoding(max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size)
-    decoder = SpeculativeDecoder(target, drafter, temperature=temperature)
-    alone = SpeculativeDecoder(target, NoDrafter(), temperature=temperature)
-    counts = [0] * drafter.num_draft_tokens
-    num_tokens = num_drafts = plain_tokens = num_identical = 0
-    seconds = plain_seconds = 0.0
-    if baseline:  # what the first pass has to set up is nobody's
-        alone.generate(prompts[0], min(2, max_new_tokens))
+    runs = [_Run(SpeculativeDecoder(target, drafter, temperature=temperature))]
+    if baseline:
+        alone = SpeculativeDecoder(target, NoDrafter(), temperature=temperature)
+        alone.generate(prompts[0], min(2, max_new_tokens))  # warm-up; not timed
+        runs.append(_Run(alone))
     for first in range(0, len(prompts), batch_size):
         batch = prompts[first : first + batch_size]
-        start = time.perf_counter()
-        generations = decoder.generate_batch(batch, max_new_tokens, _generators(target, batch, seed))
-        seconds += time.perf_counter() - start
-        for generation in generations:
-            num_tokens += len(generation.tokens)
-            num_drafts += generation.num_drafts
-            counts = [a + b for a, b in zip(counts, generation.accepted_per_position, strict=True)]
-        if baseline:
-            start = time.perf_counter()
-            own = alone.generate_batch(batch, max_new_tokens, _generators(target, batch, seed))
-            plain_seconds += time.perf_counter() - start
-            plain_tokens += sum(len(generation.tokens) for generation in own)
-            num_identical += sum(a.tokens == b.tokens for a, b in zip(generations, own, strict=True))
+        for run in runs:
+            run.decode(batch, max_new_tokens, seed)
         progress(min(first + batch_size, len(prompts)), len(prompts))
-    return AcceptanceReport(
-        num_prompts=len(prompts),
-        num_tokens=num_tokens,
-        num_drafts=num_drafts,
-        accepted_per_position=tuple(counts),
-        seconds=seconds,
-        plain_tokens=plain_tokens if baseline else None,
-        plain_seconds=plain_seconds if baseline else None,
-        num_identical=num_identical if baseline and temperature == 0 else None,
-    )
+    plain = runs[1].decoded() if baseline else None
+    return runs[0].decoded().report("hf", plain, temperature=temperature)
+
+
+class _Run:
+    """What a decoder has generated so far, and how long that took."""
+
+    def __init__(self, decoder: SpeculativeDecoder):
+        self.decoder = decoder
+        self.generations: list[Generation] = []
+        self.seconds = 0.0
+
+    def decode(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int) -> None:
+        start = time.perf_counter()
+        generators = _generators(self.decoder.target, prompts, seed)
+        self.generations += self.decoder.generate_batch(prompts, max_new_tokens, generators)
+        self.seconds += time.perf_counter() - start
+
+    def decoded(self) -> Decoded:
+        positions = range(self.decoder.drafter.num_draft_tokens)
+        return Decoded(
+            tokens=[generation.tokens for generation in self.generations],
+            seconds=self.seconds,
+            num_drafts=sum(generation.num_drafts for generation in self.generations),
+            accepted_per_position=[sum(each.accepted_per_position[i] for each in self.generations) for i in positions],
+        )
 
 
 def check_decoding(*, max_new_tokens: int, temperature: float, batch_size: int) -> None:
-    """Raise UserError for settings that no backend takes."""
+    """Raise UserError for settings that no backend accepts."""
     if max_new_tokens < 1:
         raise UserError(f"evaluate.max_new_tokens={max_new_tokens}: nothing would be generated, use at least 1")
     if temperature != 0 and not LEAST_TEMPERATURE <= temperature < float("inf"):

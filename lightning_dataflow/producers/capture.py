@@ -6,10 +6,12 @@ import torch
 
 from lightning_dataflow.contracts import CaptureMismatchError, CaptureSpec, PromptTask, SampleOrigin
 from lightning_dataflow.data.source import FeatureCard
+from lightning_dataflow.prompts import PromptDataset
 from lightning_dataflow.stores.base import Tensors, dtype_name
 from lightning_dataflow.targets import TargetEngine
 
-FEATURES = ("input_ids", "loss_mask", "aux_hidden_states", "last_hidden_state")
+FROM_PROMPT = ("input_ids", "loss_mask")
+"""Features that come with the prompt; the others are captured."""
 
 
 def capture_prompts(
@@ -44,7 +46,7 @@ def verify_capture_spec(spec: CaptureSpec, card: FeatureCard) -> None:
 def _sample(
     task: PromptTask, features: Mapping[str, torch.Tensor], target: TargetEngine, card: FeatureCard
 ) -> tuple[SampleOrigin, Tensors]:
-    _verify(task, features, target.backend, card)
+    _verify(task, features, target, card)
     tensors = {
         "input_ids": torch.tensor(task.payload["input_ids"], dtype=torch.int64),
         "loss_mask": torch.tensor(task.payload["loss_mask"], dtype=torch.uint8),
@@ -69,13 +71,24 @@ def sample_origin(task: PromptTask, target: TargetEngine) -> SampleOrigin:
     )
 
 
-def _verify(task: PromptTask, features: Mapping[str, torch.Tensor], backend: str, card: FeatureCard) -> None:
+def _verify(task: PromptTask, features: Mapping[str, torch.Tensor], target: TargetEngine, card: FeatureCard) -> None:
     """Raise CaptureMismatchError for a shape or dtype other than announced, before it reaches the store."""
-    spec, length = card.capture, len(task.payload["input_ids"])
-    expected = {
-        "aux_hidden_states": ((length, len(spec.layer_ids) * spec.hidden_size), card.dtype),
-        "last_hidden_state": ((length, spec.hidden_size), card.dtype),
-    }
+    length, widths = len(task.payload["input_ids"]), target.widths
+    expected = {name: ((length, widths.get(name)), card.dtype) for name in card.features if name not in FROM_PROMPT}
     actual = {name: (tuple(tensor.shape), dtype_name(tensor.dtype)) for name, tensor in features.items()}
     if actual != expected:
-        raise CaptureMismatchError(f"the {backend} target captured {actual} for {task.task_id}, expected {expected}")
+        raise CaptureMismatchError(f"the {target.backend} target captured {actual} for {task.task_id}, expected {expected}")
+
+
+def feature_card(prompts: PromptDataset, target: TargetEngine) -> FeatureCard:
+    """What features of these prompts, captured by this target, have in common."""
+    return FeatureCard(
+        features=(*FROM_PROMPT, *target.features),
+        dtype=target.dtype,
+        prompts_version=prompts.version,
+        capture=target.capture_spec,
+        target_model_version=target.info.model_version,
+        tokenizer_version=target.info.tokenizer_version,
+        max_num_tokens=max(len(prompt.input_ids) for prompt in prompts),
+        skipped=prompts.skipped,
+    )

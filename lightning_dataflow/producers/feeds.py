@@ -12,8 +12,7 @@ import torch
 from lightning_dataflow.contracts import PromptTask, SampleOrigin, SampleRef
 from lightning_dataflow.contracts.validation import DTYPE_BYTES
 from lightning_dataflow.data import FeatureCard, OfflineSource, PassOrder
-from lightning_dataflow.producers.capture import capture_prompts, sample_origin, verify_capture_spec
-from lightning_dataflow.producers.online import feature_card
+from lightning_dataflow.producers.capture import capture_prompts, feature_card, sample_origin, verify_capture_spec
 from lightning_dataflow.prompts import PromptDataset
 from lightning_dataflow.stores import FeatureStore
 from lightning_dataflow.stores.base import Tensors
@@ -105,8 +104,7 @@ class PromptFeed(Feed):
         self.run_id = run_id
         self.card = feature_card(prompts, target)
         self._locate = locate or PassOrder(len(prompts), seed).locate
-        spec = target.capture_spec
-        hidden = (len(spec.layer_ids) + 1) * spec.hidden_size * DTYPE_BYTES[target.dtype]
+        hidden = sum(target.widths.values()) * DTYPE_BYTES[target.dtype]
         bytes_per_token = hidden + DTYPE_BYTES["int64"] + DTYPE_BYTES["uint8"]
         self.sizes = [len(prompt.input_ids) * bytes_per_token for prompt in prompts]
 
@@ -170,7 +168,8 @@ class FolderFeed(Feed):
         """Read the files of those that are wanted."""
         for seq in sorted(wanted):
             ref = self.source.refs[seq]
-            tensors, _ = self.source.store.get(ref)
+            tensors, handle = self.source.store.get(ref)
+            self.source.store.release(handle)
             sample_id = f"{self.run_id}:{ref.origin.source_task_id}"
             yield to_put(seq, replace(ref.origin, sample_id=sample_id, run_id=self.run_id, attempt=attempt), tensors)
 

@@ -11,10 +11,10 @@ from typing_extensions import override
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.services.server import HOST, START_TIMEOUT_S, LocalServer, free_port, start_together
+from lightning_dataflow.stores.mooncake.admin import MooncakeAdmin
 from lightning_dataflow.stores.mooncake.client import (
     INSTALL,
     TRANSFER_SETTINGS,
-    MooncakeAdmin,
     MooncakeClient,
     listens,
 )

@@ -172,11 +172,11 @@ def _capture(
         )
     if req.sampling_params.max_new_tokens != MAX_NEW_TOKENS:
         raise UserError(f"a capture generates {MAX_NEW_TOKENS} token: set max_new_tokens={MAX_NEW_TOKENS}")
+    computed = {"aux_hidden_states": output.hidden_states, "last_hidden_state": output.last_hidden_states}
     tensors = {
         "input_ids": torch.tensor(token_ids, dtype=torch.int64),
         "loss_mask": torch.tensor(request.loss_mask, dtype=torch.uint8),
-        "aux_hidden_states": output.hidden_states[rows.start : rows.stop],
-        "last_hidden_state": output.last_hidden_states[rows.start : rows.stop],
+        **{name: computed[name][rows.start : rows.stop] for name in request.features},
     }
     server.check(tensors)
     ref = store.put(tensors, server.origin(request, len(token_ids)))
@@ -240,7 +240,7 @@ class Server:
         num_tokens = len(tensors["input_ids"])
         size = self.capture.hidden_size
         for name, width in (("aux_hidden_states", len(self.capture.layer_ids) * size), ("last_hidden_state", size)):
-            if tuple(tensors[name].shape) != (num_tokens, width):
+            if name in tensors and tuple(tensors[name].shape) != (num_tokens, width):
                 raise CaptureMismatchError(f"{name} has shape {tuple(tensors[name].shape)}, expected {(num_tokens, width)}")
 
 

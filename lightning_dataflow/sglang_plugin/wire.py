@@ -20,7 +20,8 @@ from lightning_dataflow.contracts import CaptureSpec, UserError
 from lightning_dataflow.contracts.validation import MAX_TOKENS, check_id
 
 PARAM = "lightning_dataflow"
-PROTOCOL = 1
+PROTOCOL = 2
+HIDDEN_STATES = ("aux_hidden_states", "last_hidden_state")
 SERVER_FILE = "LIGHTNING_DATAFLOW_SERVER_FILE"
 """The environment variable that names the server's settings; worker processes are spawned, so nothing else reaches them."""
 OLDEST, BELOW = (0, 5, 23), (0, 6)
@@ -40,12 +41,14 @@ class CaptureRequest:
     Attributes:
         store_id: of the run; which Mooncake it is in, the server knows.
         loss_mask: 0 or 1 for each token; None asks for the server's description and stores nothing.
+        features: which of the hidden states to store.
     """
 
     store_id: str
     sample_id: str
     attempt: int = 0
     loss_mask: tuple[int, ...] | None = None
+    features: tuple[str, ...] = HIDDEN_STATES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +73,7 @@ def request_to_text(request: CaptureRequest) -> str:
     data: dict[str, Any] = {"protocol": PROTOCOL, "store": request.store_id, "sample": request.sample_id}
     if request.loss_mask is not None:
         runs = [(value, len(list(run))) for value, run in itertools.groupby(request.loss_mask)]
+        data["features"] = list(request.features)
         data |= {"attempt": request.attempt, "mask": [0] * (runs[:1] != [] and runs[0][0] == 1) + [n for _, n in runs]}
     return json.dumps(data, separators=(",", ":"))
 
@@ -80,6 +84,8 @@ def request_from_text(text: Any, num_tokens: int) -> CaptureRequest:
         data = json.loads(text)
         protocol, store_id, sample_id = data["protocol"], data["store"], data["sample"]
         attempt, runs = data.get("attempt", 0), data.get("mask")
+        features = tuple(data.get("features", HIDDEN_STATES))
+        unknown = set(features) - set(HIDDEN_STATES)
         well_formed = _is_count(attempt, 10**9) and (runs is None or all(_is_count(run, MAX_TOKENS) for run in runs))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"not a capture request ({type(error).__name__}): use the client of this package") from error
@@ -93,8 +99,10 @@ def request_from_text(text: Any, num_tokens: int) -> CaptureRequest:
         return CaptureRequest(store_id=store_id, sample_id=sample_id)
     if sum(runs) != num_tokens:
         raise UserError(f"the loss mask of {sample_id} has {sum(runs)} entries, the server read {num_tokens} tokens")
+    if not features or unknown:
+        raise UserError(f"features={list(features)} of {sample_id}: a server captures {' and '.join(HIDDEN_STATES)}")
     mask = tuple(index % 2 for index, run in enumerate(runs) for _ in range(run))
-    return CaptureRequest(store_id=store_id, sample_id=sample_id, attempt=attempt, loss_mask=mask)
+    return CaptureRequest(store_id=store_id, sample_id=sample_id, attempt=attempt, loss_mask=mask, features=features)
 
 
 def description_to_json(description: ServerDescription) -> dict[str, Any]:

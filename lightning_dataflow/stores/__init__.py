@@ -1,8 +1,7 @@
 """Feature stores: where tensors wait between capture and training."""
 
-from lightning_dataflow.stores.base import FeatureStore, feature_specs
+from lightning_dataflow.stores.base import FeatureStore, StoreUnavailableError
 from lightning_dataflow.stores.memory import MemoryFeatureStore
-from lightning_dataflow.stores.mooncake.client import StoreUnavailableError
 from lightning_dataflow.stores.mooncake.store import MooncakeFeatureStore
 from lightning_dataflow.stores.shared_dir import SharedDirFeatureStore
 
@@ -12,5 +11,4 @@ __all__ = [
     "MooncakeFeatureStore",
     "SharedDirFeatureStore",
     "StoreUnavailableError",
-    "feature_specs",
 ]

@@ -1,9 +1,9 @@
-"""Whether captured features are those that a draft reads."""
+"""Whether the data of a fit suits a draft: its captured features, and how samples are packed."""
 
 from collections.abc import Sequence
 
 from lightning_dataflow.contracts import CaptureSpec, UserError
-from lightning_dataflow.data import FeatureCard
+from lightning_dataflow.data import DataFlowDataModule, FeatureCard
 from lightning_dataflow.targets.info import TargetInfo
 
 
@@ -16,15 +16,15 @@ def check_features(
     missing = set(features) - set(card.features)
     if missing:
         raise UserError(f"the features lack {', '.join(sorted(missing))}, which {strategy} needs: capture again")
-    for what, found, wanted in (
+    for what, actual, wanted in (
         ("hidden size", card.capture.hidden_size, expected.hidden_size),
         ("norm of the last hidden state", card.capture.norm, expected.norm),
         ("tokenizer", card.tokenizer_version, target.tokenizer_version),
         ("target weights", card.target_model_version, target.model_version),
     ):
-        if found != wanted:
+        if actual != wanted:
             raise UserError(
-                f"the features were captured with another {what} ({found}, this draft's target {target.path} has "
+                f"the features were captured with another {what} ({actual}, this draft's target {target.path} has "
                 f"{wanted}): capture again with this target, or train with the one they came from"
             )
     if card.capture.layer_ids != expected.layer_ids:
@@ -32,4 +32,16 @@ def check_features(
         raise UserError(
             f"the features hold the target's layers {layers}, this {strategy} draft reads {list(expected.layer_ids)}: "
             f"capture again with strategy={strategy}, or set 'strategy.layer_ids={layers}'"
+        )
+
+
+def check_packing(data: DataFlowDataModule, strategy: str, packs: bool) -> None:
+    """Raise UserError when samples are packed for a draft that cannot tell them apart, or do not fit into a row."""
+    row_tokens, longest = data.batching.row_tokens, data.source.card.max_num_tokens
+    if data.batching.packed and not packs:
+        raise UserError(f"{strategy} does not pack samples: leave row_tokens and rows_per_step out")
+    if row_tokens is not None and row_tokens < longest:
+        raise UserError(
+            f"row_tokens={row_tokens} is less than the {longest} tokens of the longest sample: raise it, or cut samples to "
+            "a smaller max_length"
         )

@@ -14,12 +14,13 @@ from lightning_dataflow.contracts import UserError
 def adamw(
     parameters: Iterable[tuple[str, nn.Parameter]], *, lr: float, betas: tuple[float, float], weight_decay: float
 ) -> AdamW:
-    """AdamW over named parameters; norms and biases do not decay. Told apart by name: FSDP1 flattens every shape."""
+    """AdamW over named parameters; norms and biases do not decay. Names tell them apart, since FSDP1 flattens shapes."""
     decaying: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in parameters:
+        owner = name.rpartition(".")[0].rpartition(".")[2]
         if parameter.requires_grad:
-            (others if "norm" in name.split(".")[-2] or name.endswith("bias") else decaying).append(parameter)
+            (others if "norm" in owner or name.endswith("bias") else decaying).append(parameter)
     groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return AdamW(groups, lr=lr, betas=betas)
 

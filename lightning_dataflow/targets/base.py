@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 
 from lightning_dataflow.contracts import CaptureSpec, SampleOrigin, SampleRef, UserError
+from lightning_dataflow.sglang_plugin.wire import HIDDEN_STATES
 from lightning_dataflow.targets.info import TargetInfo
 
 
@@ -20,6 +21,8 @@ class TargetEngine(ABC):
     backend: ClassVar[str]
     info: TargetInfo
     layer_ids: tuple[int, ...] = ()
+    features: tuple[str, ...] = HIDDEN_STATES
+    """What `capture` returns; drafts need not read all of it."""
 
     def set_capture_layers(self, layer_ids: Sequence[int]) -> None:
         """Capture these layers from now on, in ascending order. Raises UserError for an id that does not exist."""
@@ -35,12 +38,19 @@ class TargetEngine(ABC):
         """What `capture` returns, as refs describe it."""
         return CaptureSpec(layer_ids=self.layer_ids, norm="post", hidden_size=self.info.hidden_size)
 
+    @property
+    def widths(self) -> dict[str, int]:
+        """Last dimension of every captured feature."""
+        size = self.info.hidden_size
+        widths = {"aux_hidden_states": len(self.layer_ids) * size, "last_hidden_state": size}
+        return {name: widths[name] for name in self.features}
+
     @abstractmethod
     def capture(self, batch: Sequence[Sequence[int]]) -> list[dict[str, torch.Tensor]]:
         """Read sequences of token ids, of different lengths S.
 
-        Returns for each, on the CPU: `aux_hidden_states` [S, n·H], the n layers concatenated in ascending order, and
-        `last_hidden_state` [S, H] after the final norm. Attention is causal and padding follows the tokens, so the
+        Returns `features` for each, on the CPU: `aux_hidden_states` [S, n·H], the n layers concatenated in ascending order,
+        and `last_hidden_state` [S, H] after the final norm. Attention is causal and padding follows the tokens, so the
         numbers do not depend on what else is in the batch beyond the rounding of matrix kernels, which may differ
         with the batch's shape.
         """

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.targets.base import TargetEngine
+from lightning_dataflow.targets.base import HIDDEN_STATES, TargetEngine
 from lightning_dataflow.targets.hardware import default_device, multiplies_bfloat16
 from lightning_dataflow.targets.info import read_target_info
 
@@ -29,6 +29,7 @@ class HFTargetEngine(TargetEngine):
     Args:
         path: a Hugging Face folder.
         layer_ids: layers to capture; see TargetEngine.
+        features: what `capture` returns.
         dtype: `float32`, `bfloat16`, `float16`, or `auto`: the checkpoint's, but float32 where the hardware only
             emulates bfloat16. Features have this dtype.
         device: `auto` (this rank's GPU when there is one), or a torch device.
@@ -42,6 +43,7 @@ class HFTargetEngine(TargetEngine):
         path: str | Path,
         *,
         layer_ids: Sequence[int] | None = None,
+        features: Sequence[str] = HIDDEN_STATES,
         dtype: str = "auto",
         device: str = "auto",
         attention: str = "sdpa",
@@ -58,6 +60,7 @@ class HFTargetEngine(TargetEngine):
         self.model.requires_grad_(False)
         self._decoder = model.get_decoder()
         self._layers = decoder_layers(self._decoder, self.info.num_layers)
+        self.features = tuple(features)
         if layer_ids is not None:
             self.set_capture_layers(layer_ids)
 
@@ -88,12 +91,10 @@ class HFTargetEngine(TargetEngine):
                 attention_mask=attention_mask.to(self.device) if min(lengths) < max(lengths) else None,
                 use_cache=False,
             ).last_hidden_state
-        aux = torch.cat([states[layer] for layer in self.layer_ids], dim=-1).cpu()
-        last = last.cpu()
-        return [
-            {"aux_hidden_states": aux[row, :length], "last_hidden_state": last[row, :length]}
-            for row, length in enumerate(lengths)
-        ]
+        captured = {"aux_hidden_states": torch.cat([states[layer] for layer in self.layer_ids], dim=-1)}
+        captured["last_hidden_state"] = last
+        on_cpu = {name: captured[name].cpu() for name in self.features}
+        return [{name: rows[row, :length] for name, rows in on_cpu.items()} for row, length in enumerate(lengths)]
 
     @contextmanager
     def recorded(self) -> Iterator[dict[int, torch.Tensor]]:

@@ -18,7 +18,7 @@ from lightning_dataflow.contracts import (
     UserError,
 )
 from lightning_dataflow.contracts.validation import DTYPE_BYTES
-from lightning_dataflow.sglang_plugin.wire import CaptureRequest, start_advice
+from lightning_dataflow.sglang_plugin.wire import HIDDEN_STATES, CaptureRequest, start_advice
 from lightning_dataflow.stores import FeatureStore
 from lightning_dataflow.targets.base import ReferenceEngine
 from lightning_dataflow.targets.info import read_target_info
@@ -41,6 +41,7 @@ class SGLangServerTarget(ReferenceEngine):
         store: where the servers put the features.
         store_id: names that store in requests.
         layer_ids: layers to capture; the servers' own flags must name the same.
+        features: hidden states to store.
         in_flight: prompts at a time and server.
         absence_s: the run fails after all servers were lost for this long.
 
@@ -58,6 +59,7 @@ class SGLangServerTarget(ReferenceEngine):
         store: FeatureStore,
         store_id: str,
         layer_ids: Sequence[int],
+        features: Sequence[str] = HIDDEN_STATES,
         api_key: str | None = None,
         in_flight: int = 4,
         timeout_s: float = 300.0,
@@ -77,6 +79,7 @@ class SGLangServerTarget(ReferenceEngine):
         self._pool = ServerPool(members, admit=self._admit, in_flight=in_flight, absence_s=absence_s)
         self._executor = ThreadPoolExecutor(self.num_requests, thread_name_prefix="capture")
         self.set_capture_layers(layer_ids)
+        self.features = tuple(features)
         if self.layer_ids[-1] == self.info.num_layers - 1:
             raise UserError(f"layers {list(self.layer_ids)}: SGLang does not capture the last layer: choose lower ones")
         self._check_servers()
@@ -115,7 +118,11 @@ class SGLangServerTarget(ReferenceEngine):
     ) -> SampleRef:
         """The server's reference under our own names, once it is what was asked for."""
         request = CaptureRequest(
-            store_id=self.store_id, sample_id=origin.sample_id, attempt=origin.attempt, loss_mask=tuple(loss_mask)
+            store_id=self.store_id,
+            sample_id=origin.sample_id,
+            attempt=origin.attempt,
+            loss_mask=tuple(loss_mask),
+            features=self.features,
         )
         ref = server.capture(token_ids, request)
         self._check_ref(ref, origin, server.url)
@@ -151,7 +158,7 @@ class SGLangServerTarget(ReferenceEngine):
         self._store.release(handle)
         if tensors["input_ids"].tolist() != list(token_ids):
             raise CaptureMismatchError(f"the store holds other tokens than the {len(token_ids)} that were sent")
-        return {feature: tensors[feature] for feature in ("aux_hidden_states", "last_hidden_state")}
+        return {feature: tensors[feature] for feature in self.features}
 
     def _check_servers(self) -> None:
         for server in self.servers:
@@ -227,8 +234,7 @@ class SGLangServerTarget(ReferenceEngine):
         features = {
             "input_ids": ((length,), "int64"),
             "loss_mask": ((length,), "uint8"),
-            "aux_hidden_states": ((length, len(spec.layer_ids) * spec.hidden_size), self._dtype),
-            "last_hidden_state": ((length, spec.hidden_size), self._dtype),
+            **{name: ((length, width), self._dtype) for name, width in self.widths.items()},
         }
         for what, actual, expected in (
             ("sample", (theirs.sample_id, theirs.attempt, theirs.num_tokens), (origin.sample_id, origin.attempt, length)),

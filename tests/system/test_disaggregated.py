@@ -23,13 +23,12 @@ from tests.processes import (
     python,
     restore_sigint,
     result,
+    slow,
     wait_until,
     with_strategy,
 )
 
 DISAGG = (*TINY, "topology=disagg_online", "store.capacity_bytes=64000000", "hydra.job_logging.root.level=INFO")
-OTHERS = [pytest.param(name, marks=pytest.mark.nightly) for name in ("dflash", "domino")]
-EVERYWHERE = ("losses", "samples_trained", "samples_skipped", "samples_recaptured", "global_batch_size", "optimizer_steps")
 
 
 @pytest.fixture(scope="module")
@@ -72,32 +71,10 @@ def status(folder: Path, run_name: str) -> dict:
     return json.loads(shown.stdout)
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("interleaved", ("topology=interleaved",)),
-        ("colocated", ("topology=online", "control=memory")),
-        ("disagg_online", DISAGG),
-        pytest.param("disagg_offline", (*DISAGG, "topology=disagg_offline"), marks=pytest.mark.slow),
-    ],
-)
-def test_losses_are_those_of_online_to_the_bit(folder, name, options):
-    python(TRAIN, *TINY, *dict.fromkeys(options), f"run_name={name}", cwd=folder)
-    found, expected = result(folder, name), result(folder, "online")
-    assert {key: found[key] for key in EVERYWHERE} == {key: expected[key] for key in EVERYWHERE}
-    assert len(found["losses"]) == 8
-
-
-def test_the_status_command_after_a_run(folder):
-    found = status(folder, "disagg_online")
-    assert found["finished"] == "completed"
-    assert (found["published"], found["trained_seq"], found["durable_seq"]) == (64, 64, 64)
-    assert found["refs_in_flight"] == found["bytes_in_flight"] == found["leased"] == 0
-    assert {part["name"].partition("-")[0] for part in found["parts"]} == {"producer", "supervisor", "trainer"}
-    table = python("-m", "lightning_dataflow", "status", "runs/disagg_online", cwd=folder).stdout
-    assert "trained     up to seq 64, step 8" in table
-    wrong = python("-m", "lightning_dataflow", "status", "runs/online", cwd=folder, status=1)
-    assert wrong.stderr.startswith("error: runs/online has ended and left nothing to watch: its result is in runs/online/")
+@pytest.mark.slow
+def test_the_full_control_plane_in_one_process(folder):
+    python(TRAIN, *TINY, "topology=online", "control=memory", "run_name=colocated", cwd=folder)
+    assert result(folder, "colocated")["losses"] == result(folder, "online")["losses"]
 
 
 @pytest.mark.slow
@@ -119,22 +96,6 @@ def test_a_strategy_from_outside_the_package(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", [nightly("dflash"), nightly("domino")])
-def test_other_strategies_stream_to_the_bit(folder, strategy):
-    """24 steps go over the prompts twice: anchors are drawn anew in each pass, the same in every topology."""
-    options = ("trainer.max_steps=24",)
-    tiny, losses = with_strategy(TINY, strategy), []
-    for topology in ("online", "offline", "interleaved", "disagg_online", "disagg_offline"):
-        name = f"{strategy}-{topology}"
-        python(TRAIN, *tiny, *options, f"topology={topology}", f"run_name={name}", cwd=folder)
-        losses.append(result(folder, name)["losses"])
-    assert all(one == losses[0] for one in losses)
-    ranks = ("topology=disagg_online", "trainer=ddp", "trainer.devices=2", f"run_name={strategy}-ddp")
-    python(TRAIN, *tiny, *options, *ranks, cwd=folder)
-    assert result(folder, f"{strategy}-ddp")["losses"] == pytest.approx(losses[0], rel=1e-4)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("trainer", [nightly("ddp"), "fsdp2"])
 def test_two_ranks(folder, trainer):
     python(TRAIN, *DISAGG, f"trainer={trainer}", "trainer.devices=2", f"run_name={trainer}", cwd=folder)
@@ -144,7 +105,7 @@ def test_two_ranks(folder, trainer):
     assert found["samples_trained"] == expected["samples_trained"]
 
 
-@pytest.mark.parametrize("moment", ["mooncake", pytest.param("announced", marks=pytest.mark.slow), nightly("import")])
+@pytest.mark.parametrize("moment", ["mooncake", slow("announced"), nightly("import")])
 def test_ctrl_c_while_starting(folder, moment):
     signs = {"import": "", "mooncake": "Mooncake at", "announced": "waiting for the trainer to begin"}
     with started(folder, *DISAGG, f"run_name=early-{moment}") as process:
@@ -157,7 +118,7 @@ def test_ctrl_c_while_starting(folder, moment):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["eagle3", *OTHERS])
+@pytest.mark.parametrize("strategy", ["eagle3", nightly("dflash"), nightly("domino")])
 def test_ctrl_c_while_training_and_an_exact_resume(folder, strategy):
     straight, stopped = f"straight-{strategy}", f"stopped-{strategy}"
     settings = (*with_strategy(DISAGG, strategy), "trainer.max_steps=30", "callbacks.checkpoint.every_n_train_steps=2")
@@ -209,7 +170,7 @@ def find(folder: Path, text: str) -> int:
     ("part", "message"),
     [
         ("role=producer", "error: producer-0: was killed by SIGKILL"),
-        pytest.param("role=trainer", "error: trainer: was killed by SIGKILL", marks=pytest.mark.slow),
+        slow("role=trainer", "error: trainer: was killed by SIGKILL"),
         nightly("mooncake_client", "error: mooncake_client ended with status -9, see"),
         nightly("mooncake_master", "error: mooncake_master ended with status -9, see"),
     ],

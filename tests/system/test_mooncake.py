@@ -20,7 +20,7 @@ import torch
 from lightning_dataflow.contracts import CapacityError, SampleRef, ref_from_json, ref_to_json
 from lightning_dataflow.services.mooncake import CLIENT_PAUSE_S, LocalMooncake
 from lightning_dataflow.stores import MooncakeFeatureStore, StoreUnavailableError
-from lightning_dataflow.stores.mooncake.client import MooncakeAdmin
+from lightning_dataflow.stores.mooncake.admin import MooncakeAdmin
 from tests.processes import ROOT, environment, nightly
 from tests.unit.stores.test_contract import origin
 

@@ -21,7 +21,6 @@ if sys.argv[1] != "-c":  # which asks whether vLLM is there
         num_drafts=num_prompts,
         num_draft_tokens=num_prompts * length,
         accepted_per_position=[num_prompts] * length,
-        version="0",
         on_cpu=False,
     )
     Path(sys.argv[3]).write_text(json.dumps(result))

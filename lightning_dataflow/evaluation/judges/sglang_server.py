@@ -1,7 +1,7 @@
 """Acceptance by an SGLang server that was started with speculative decoding.
 
-Counts are those of `meta_info` in SGLang's answers (0.5.23): verifications, correct drafts, and a histogram of how many of
-these a verification found.
+Counts come from `meta_info` in the answers of SGLang 0.5.23: verifications, correct draft tokens, and a histogram of the
+correct draft tokens per verification.
 """
 
 import http.client
@@ -15,7 +15,7 @@ from itertools import zip_longest
 from typing import Any
 
 from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
-from lightning_dataflow.evaluation.acceptance import AcceptanceReport, check_decoding
+from lightning_dataflow.evaluation.acceptance import AcceptanceReport, Decoded, check_decoding
 
 WRITTEN_FOR = "this backend reads the answers of SGLang 0.5.23, measure on a server of that version"
 WARM_UP_TOKENS = 8
@@ -45,11 +45,11 @@ class SGLangDecoder:
         batch_size: int = 1,
         plain: "SGLangDecoder | None" = None,
     ) -> AcceptanceReport:
-        """Decode every prompt and add up what the server says it accepted.
+        """Decode every prompt and add up what the server accepted by its own count.
 
         Args:
             stop_token_ids: the target's end tokens.
-            batch_size: prompts that are sent at a time.
+            batch_size: prompts per request.
             plain: a server of the target alone, for the speed-up.
 
         Raises:
@@ -68,30 +68,24 @@ class SGLangDecoder:
             raise UserError(f"the server at {plain.url} speculates: evaluate.baseline_url is of one without a draft")
         sampling = sampling_params(max_new_tokens, temperature, stop_token_ids)
         for server in (self, plain):
-            if server is not None:  # what a first request has to set up is nobody's
+            if server is not None:  # warm-up; not timed
                 server.generate(prompts[:1], sampling | {"max_new_tokens": min(WARM_UP_TOKENS, max_new_tokens)}, 1)
         answers, seconds = self.generate(prompts, sampling, batch_size)
-        own, plain_seconds = plain.generate(prompts, sampling, batch_size) if plain is not None else ([], None)
-        tokens = [_output_ids(answer, self.url) for answer in answers]
-        plain_tokens = [_output_ids(answer, plain.url) for answer in own] if plain is not None else None
         counts = [read_counts(answer, num_draft_tokens, f"the server at {self.url}") for answer in answers]
-        identical = None
-        if plain_tokens is not None and temperature == 0:
-            identical = sum(one == other for one, other in zip(tokens, plain_tokens, strict=True))
-        return AcceptanceReport(
-            backend="sglang_server",
-            num_prompts=len(prompts),
-            num_tokens=sum(map(len, tokens)),
-            num_drafts=sum(drafts for drafts, _ in counts),
-            accepted_per_position=tuple(sum(column) for column in zip(*(one for _, one in counts), strict=True)),
+        drafted = Decoded(
+            tokens=[_output_ids(answer, self.url) for answer in answers],
             seconds=seconds,
-            plain_tokens=None if plain_tokens is None else sum(map(len, plain_tokens)),
-            plain_seconds=plain_seconds,
-            num_identical=identical,
+            num_drafts=sum(num_drafts for num_drafts, _ in counts),
+            accepted_per_position=[sum(column) for column in zip(*(accepted for _, accepted in counts), strict=True)],
         )
+        alone = None
+        if plain is not None:
+            answers, seconds = plain.generate(prompts, sampling, batch_size)
+            alone = Decoded(tokens=[_output_ids(answer, plain.url) for answer in answers], seconds=seconds)
+        return drafted.report("sglang_server", alone, temperature=temperature)
 
     def num_draft_tokens(self) -> int | None:
-        """Positions that a proposal reaches, the depth of a tree; None for a server without speculation."""
+        """How many tokens ahead a proposal reaches (the depth of a tree); None for a server without speculation."""
         info = self._ask("/server_info", None)
         if not isinstance(info, dict) or "speculative_algorithm" not in info:
             raise UserError(f"what answers at {self.url} is no SGLang server")
@@ -100,24 +94,22 @@ class SGLangDecoder:
         who = f"the server at {self.url}"
         if (info.get("speculative_eagle_topk") or 1) > 1:
             return _count(info, "speculative_num_steps", who, least=1)
-        return (
-            _count(info, "speculative_num_draft_tokens", who, least=2) - 1
-        )  # SGLang counts the token that it verifies first
+        return _count(info, "speculative_num_draft_tokens", who, least=2) - 1  # SGLang counts the verified token too
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: dict[str, Any], batch_size: int
     ) -> tuple[list[dict[str, Any]], float]:
-        """The server's answers, and the seconds that they took together."""
+        """The server's answers, and how many seconds all of them took."""
         answers: list[dict[str, Any]] = []
         seconds = 0.0
         for first in range(0, len(prompts), batch_size):
             batch = [list(prompt) for prompt in prompts[first : first + batch_size]]
             start = time.perf_counter()
-            found = self._ask("/generate", {"input_ids": batch, "sampling_params": sampling})
+            outputs = self._ask("/generate", {"input_ids": batch, "sampling_params": sampling})
             seconds += time.perf_counter() - start
-            if not isinstance(found, list) or len(found) != len(batch):
+            if not isinstance(outputs, list) or len(outputs) != len(batch):
                 raise UserError(f"the server at {self.url} did not answer {len(batch)} prompts with as many outputs")
-            answers += found
+            answers += outputs
         return answers, seconds
 
     def _ask(self, path: str, body: Any) -> Any:
@@ -150,7 +142,7 @@ class SGLangDecoder:
 
 
 def sampling_params(max_new_tokens: int, temperature: float, stop_token_ids: Sequence[int]) -> dict[str, Any]:
-    """As SGLang takes them. The end tokens are those that are given, and no others."""
+    """Sampling parameters of a request. Only the given tokens end an output."""
     params: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "ignore_eos": True}
     return params | ({"stop_token_ids": list(stop_token_ids)} if stop_token_ids else {})
 
@@ -178,9 +170,9 @@ def read_counts(answer: dict[str, Any], num_draft_tokens: int, who: str) -> tupl
     return drafts, per_position
 
 
-def _count(found: Mapping[str, Any], name: str, who: str, *, least: int = 0) -> int:
-    """A number of the server's. Raises UserError where it says none."""
-    value = found.get(name)
+def _count(answer: Mapping[str, Any], name: str, who: str, *, least: int = 0) -> int:
+    """A count in an answer. Raises UserError if it is none."""
+    value = answer.get(name)
     if not isinstance(value, int) or value < least:
         raise UserError(f"{who} says {name}={value!r:.80}, which is no count from {least} on: {WRITTEN_FOR}")
     return value

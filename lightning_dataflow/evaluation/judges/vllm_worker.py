@@ -8,11 +8,10 @@ The job:
     max_new_tokens, temperature, seed, stop_token_ids: of sampling.
 The result:
     tokens: generated ids of each prompt.
-    seconds: of decoding all of them, without starting and warming up.
-    num_drafts, num_draft_tokens, accepted_per_position: how far vLLM's `spec_decode` counters went on; 0 and empty without
+    seconds: of decoding all of them, without start and warm-up.
+    num_drafts, num_draft_tokens, accepted_per_position: by how much vLLM's `spec_decode` counters grew; 0 and empty without
         a draft.
-    version: vLLM's.
-    on_cpu: whether it ran there.
+    on_cpu: whether it ran on a CPU.
     error: one line, in place of all of these.
 """
 
@@ -44,7 +43,7 @@ def decode(job: dict[str, Any]) -> dict[str, Any]:
 
     engine = job["engine"]
     if current_platform.is_cpu():
-        if job["temperature"]:  # without a draft too: it is decoded first, to compare
+        if job["temperature"]:  # also without a draft, or the baseline would be decoded in vain
             raise ValueError(CPU_SAMPLES)
         engine = {"enforce_eager": True, **engine}  # compiling costs minutes there
     llm = vllm.LLM(**engine)
@@ -55,12 +54,12 @@ def decode(job: dict[str, Any]) -> dict[str, Any]:
             max_tokens=max_tokens,
             temperature=job["temperature"],
             seed=job["seed"] + index if job["temperature"] else None,
-            ignore_eos=True,  # the end tokens are those we are given
+            ignore_eos=True,  # only the given tokens end an output
             stop_token_ids=job["stop_token_ids"],
             detokenize=False,
         )
 
-    llm.generate(prompts[:1], sampling(0, min(8, job["max_new_tokens"])), use_tqdm=False)  # the first call sets things up
+    llm.generate(prompts[:1], sampling(0, min(8, job["max_new_tokens"])), use_tqdm=False)  # warm-up; not timed
     each = [sampling(index, job["max_new_tokens"]) for index in range(len(prompts))]
     before = _counts(llm)
     tokens: list[list[int]] = [[] for _ in prompts]
@@ -79,17 +78,16 @@ def decode(job: dict[str, Any]) -> dict[str, Any]:
         "accepted_per_position": [
             new - old for new, old in zip(after["accepted_per_position"], before["accepted_per_position"], strict=True)
         ],
-        "version": vllm.__version__,
         "on_cpu": current_platform.is_cpu(),
     }
 
 
 def rounds(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Which prompts vLLM is given together, by their lengths.
+    """Indices of the prompts that vLLM gets together, by their lengths.
 
     A prompt of one token that joins while others decode looks like one of them to vLLM 0.32's scheduler, which pads it to
-    the length of a verification and counts that as a draft of which nothing is accepted. So these decode first, in batches
-    that begin together; all others share a round.
+    the length of a verification and counts that as a draft with nothing accepted. So these decode first, in batches that
+    begin together; all others share a round.
     """
     single = [index for index, length in enumerate(lengths) if length == 1]
     others = [index for index, length in enumerate(lengths) if length != 1]
@@ -99,10 +97,10 @@ def rounds(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 
 def _counts(llm: Any) -> dict[str, list[int]]:
     """The counters as lists; without speculation there are none."""
-    found = {metric.name: metric for metric in llm.get_metrics()}
+    metrics = {metric.name: metric for metric in llm.get_metrics()}
     counts = {}
     for name, counter in COUNTERS.items():
-        metric = found.get(counter)
+        metric = metrics.get(counter)
         values = getattr(metric, "values", None)
         if values is None:
             values = [metric.value] if metric is not None else []

@@ -1,4 +1,4 @@
-"""Registered memory that is recycled: fresh pages and registrations cost more than the copy into them."""
+"""Registered memory that is reused: fresh pages and registrations cost more than the copy into them."""
 
 import ctypes
 import mmap
@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 ALIGNMENT = 64
 SMALLEST_STEP = 1 << 16
@@ -20,24 +20,12 @@ class Block(NamedTuple):
     num_bytes: int
 
 
-class BlockMemory(Protocol):
-    """Where blocks come from. Both methods may be called by any thread."""
-
-    def allocate(self, num_bytes: int) -> Block:
-        """A registered block of exactly this size, aligned to pages."""
-
-    def free(self, block: Block) -> None:
-        """Give it back."""
-
-
 class RegisteredMemory:
-    """Blocks of a raw allocator, registered as wholes.
+    """Blocks of a raw allocator, each registered as a whole. Thread-safe if the allocator is.
 
     Args:
-        alloc: size → address, 0 when there is no memory.
-        free: what undoes it.
-        register: (address, size); raises when it cannot.
-        unregister: what undoes it.
+        alloc, free: size → address, 0 when there is no memory; and its reverse.
+        register, unregister: (address, size), raises when it cannot; and its reverse.
     """
 
     def __init__(
@@ -51,7 +39,7 @@ class RegisteredMemory:
         self._register, self._unregister = register, unregister
 
     def allocate(self, num_bytes: int) -> Block:
-        """See BlockMemory.allocate."""
+        """A registered block of exactly this size, aligned to pages."""
         address = self._alloc(num_bytes)
         if not address:
             raise MemoryError(f"no memory for a transfer buffer of {num_bytes} bytes: free memory, or use smaller samples")
@@ -63,7 +51,7 @@ class RegisteredMemory:
         return Block(address, num_bytes)
 
     def free(self, block: Block) -> None:
-        """See BlockMemory.free."""
+        """Unregister a block and give it back."""
         self._unregister(block.address)
         self._free(block.address)
 
@@ -91,22 +79,21 @@ class BufferPool:
 
     Args:
         memory: where new blocks come from.
-        max_idle_bytes: what is kept for reuse; beyond it, the longest unused blocks are freed.
+        max_idle_bytes: kept for reuse; beyond it, the blocks that were unused for longest are freed.
     """
 
-    def __init__(self, memory: BlockMemory, *, max_idle_bytes: int = MAX_IDLE_BYTES):
-        self.num_allocations = 0
+    def __init__(self, memory: RegisteredMemory, *, max_idle_bytes: int = MAX_IDLE_BYTES):
         self._memory = memory
         self._max_idle_bytes = max_idle_bytes
-        self._idle: list[Block] = []  # the longest unused first
+        self._idle: list[Block] = []  # unused for longest first
         self._returned: deque[Block] = deque()
         self._lock = threading.Lock()
         self._closed = False
 
     def lease(self, num_bytes: int) -> ctypes.Array:
-        """A writable buffer of at least `num_bytes`, its content undefined.
+        """A writable buffer of at least `num_bytes`, with undefined content.
 
-        `torch.frombuffer` keeps it alive. Its memory is used again once nothing references it, and never before.
+        A tensor made of it by `torch.frombuffer` keeps it alive. Its memory is reused once nothing references it.
         """
         with self._lock:
             self._collect()
@@ -114,21 +101,19 @@ class BufferPool:
         if block is None:
             block = self._memory.allocate(size_class(num_bytes))
             ctypes.memset(block.address, 0, block.num_bytes)  # page faults now, not during the first transfer
-            self.num_allocations += 1
         buffer = (ctypes.c_ubyte * block.num_bytes).from_address(block.address)
         weakref.finalize(buffer, self._give_back, block).atexit = False
         return buffer
 
     def close(self) -> None:
-        """Free what is idle. Buffers that are still referenced stay valid and are freed when they no longer are."""
+        """Free idle memory. Buffers that are still referenced stay valid, and are freed once they no longer are."""
         self._closed = True
         with self._lock:
             self._collect()
             self._free_beyond(0)
 
     def _give_back(self, block: Block) -> None:
-        # Runs wherever the last reference goes, also inside a garbage collection while this thread holds the lock:
-        # so it must not take it.
+        # The last reference may go during a garbage collection while this thread holds the lock: do not take it here.
         if self._closed:
             self._memory.free(block)
         else:
@@ -147,7 +132,7 @@ class BufferPool:
             self._memory.free(block)
 
     def _take(self, num_bytes: int) -> Block | None:
-        """The best fit, of these the last used: its pages are the likeliest to be in a cache."""
+        """The smallest block that fits and, among equals, the one used last: its pages are likely to be in a cache."""
         limit = 2 * size_class(num_bytes)
         fitting = [block for block in reversed(self._idle) if num_bytes <= block.num_bytes <= limit]
         if not fitting:
@@ -164,7 +149,7 @@ def size_class(num_bytes: int) -> int:
 
 
 def offsets(sizes: Iterable[int]) -> tuple[list[int], int]:
-    """Where parts of these sizes start in one buffer, aligned for every dtype, and how big it must be."""
+    """Where parts of these sizes start in one buffer, aligned for every dtype, and the size of that buffer."""
     starts, end = [], 0
     for size in sizes:
         starts.append(end)

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from typing_extensions import override
 
 from lightning_dataflow.contracts import StepContext, UserError
 from lightning_dataflow.data.collate import Batch, SampleRows
@@ -19,7 +18,6 @@ from lightning_dataflow.strategies.eagle3.network import Eagle3Config, Eagle3Dra
 from lightning_dataflow.strategies.eagle3.objective import Eagle3Objective, TargetRows, supervised_positions
 from lightning_dataflow.strategies.module import DraftModule
 from lightning_dataflow.strategies.spec import StrategySpec
-from lightning_dataflow.targets.base import check_layer_ids
 
 
 class Eagle3Module(DraftModule):
@@ -62,18 +60,8 @@ class Eagle3Module(DraftModule):
         if num_steps < 1:
             raise UserError(f"num_steps={num_steps}: the draft needs at least one step")
         info = self.target_info
-        self.layer_ids = check_layer_ids(self.layer_ids, info.num_layers)
         if draft_vocab_size is not None:
             check_draft_vocab_size(draft_vocab_size, info.vocab_size)
-        defaults = {
-            "intermediate_size": info.intermediate_size,
-            "num_attention_heads": info.num_attention_heads,
-            "num_key_value_heads": info.num_key_value_heads,
-            "head_dim": info.head_dim,
-            "draft_vocab_size": info.vocab_size,
-            "rms_norm_eps": info.rms_norm_eps,
-            "rope_theta": info.rope_theta,
-        }
         settings = {"intermediate_size": intermediate_size, "draft_vocab_size": draft_vocab_size}
         config = Eagle3Config(
             hidden_size=info.hidden_size,
@@ -81,11 +69,9 @@ class Eagle3Module(DraftModule):
             target_hidden_size=info.hidden_size,
             num_aux_layers=len(self.layer_ids),
             train_embeddings=train_embeddings,
-            **self.network_sizes(defaults, settings),
+            **self.network_sizes(settings, draft_vocab_size=info.vocab_size),
         )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.hparams["seed"])
-            self.draft = Eagle3Draft(config)
+        self.draft = self.new_draft(Eagle3Draft, config)
         self._vocab_prompts = ""  # version of the prompts that the draft vocabulary was cut from
         self._objective = Eagle3Objective(
             step_weight_base=step_weight_base,
@@ -95,12 +81,10 @@ class Eagle3Module(DraftModule):
         )
 
     @property
-    @override
     def num_draft_tokens(self) -> int:
         return int(self.hparams["num_steps"])
 
     @torch.no_grad()
-    @override
     def initialise_draft(self, data: DataFlowDataModule) -> None:
         target, config = self.frozen_target, self.draft.config
         if config.draft_vocab_size < config.vocab_size:
@@ -111,18 +95,16 @@ class Eagle3Module(DraftModule):
         if config.train_embeddings:
             self.draft.embed_tokens.weight.copy_(target.embedding)
 
-    @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["draft_vocab"] = {"prompts": self._vocab_prompts, "version": self.draft.vocab.version}
 
-    @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self._vocab_prompts = checkpoint["draft_vocab"]["prompts"]
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any], data: Any) -> None:
-        """See DraftModule. The map of the draft's vocabulary must be the one that these prompts give."""
+        """The map of the draft's vocabulary must be the one that these prompts give."""
         super().check_checkpoint(checkpoint, data)
         saved = checkpoint["draft_vocab"]
         if isinstance(data, DataFlowDataModule) and saved["prompts"] == data.source.card.prompts_version:
@@ -138,12 +120,11 @@ class Eagle3Module(DraftModule):
         return build_draft_vocab(data.source.token_counts(config.vocab_size), config.draft_vocab_size)
 
     def collate(self, rows: SampleRows) -> Batch:
-        """Features, and which rows supervise which (found here, on the CPU, so that a step needs no sync)."""
+        """Features, and which rows supervise which; computed on the CPU, so that a step need not wait for the device."""
         batch = rows.stack(self.features)
         batch["target_rows"] = tuple(supervised_positions(batch["loss_mask"], batch["position"]))
         return batch
 
-    @override
     def objective(self, batch: Batch, context: StepContext) -> ObjectiveSums:
         draft, target = self.draft, self.frozen_target
         dtype = draft.fc.weight.dtype
@@ -165,12 +146,10 @@ class Eagle3Module(DraftModule):
         aux, num_steps = batch["aux_hidden_states"].to(dtype), self.hparams["num_steps"]
         return draft(next_ids, aux, embedding, num_steps, score, position=batch["position"])
 
-    @override
     def drafter(self, *, num_draft_tokens: int = 4) -> ChainDrafter:
-        copy = Eagle3Draft(self.draft.config).to(self.draft.d2t.device)
-        copy.load_state_dict(self.full_draft_state())
-        embedding = None if copy.config.train_embeddings else self.frozen_target.embedding
-        return ChainDrafter(copy.eval(), embedding, num_draft_tokens=num_draft_tokens)
+        draft = self.unsharded(Eagle3Draft(self.draft.config))
+        embedding = None if draft.config.train_embeddings else self.frozen_target.embedding
+        return ChainDrafter(draft, embedding, num_draft_tokens=num_draft_tokens)
 
     def derived_metrics(self, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Simulated acceptance length 1 + a_0 + a_0·a_1 + …, greedy from accuracies, sampled from acceptance rates."""
@@ -182,7 +161,7 @@ class Eagle3Module(DraftModule):
 
 def default_layer_ids(num_layers: int) -> tuple[int, ...]:
     """Low, middle and high: [1, L // 2 − 1, L − 4]."""
-    return check_layer_ids((1, num_layers // 2 - 1, num_layers - 4), num_layers)
+    return 1, num_layers // 2 - 1, num_layers - 4
 
 
 SPEC = StrategySpec(

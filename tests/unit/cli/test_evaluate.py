@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from lightning_dataflow import DFlashModule, export_draft
 from lightning_dataflow.cli import evaluate, train
 from lightning_dataflow.cli.evaluate import table
-from lightning_dataflow.cli.judges import HFBackend
+from lightning_dataflow.cli.judges import HFJudge
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.export.export import describe
 from lightning_dataflow.export.folder import write_draft
@@ -150,7 +150,7 @@ def test_callbacks_that_follow_nothing_are_refused(run, capsys):
         (["evaluate.checkpoint=null"], "evaluate needs a draft: set evaluate.checkpoint"),
         (["evaluate.checkpoint=nowhere"], "evaluate.checkpoint=nowhere does not exist"),
         (["evaluate.checkpoint=EMPTY"], "no complete checkpoint in"),
-        (["evaluate.backend=tpu"], "evaluate.backend=tpu is unknown: use one of hf, vllm, sglang_server"),
+        (["evaluate.backend=tpu"], "evaluate.backend=tpu is unknown: available are hf, vllm, sglang_server"),
         (["evaluate.output=nowhere/report.json"], "evaluate.output=nowhere/report.json: there is no such folder"),
         (
             ["evaluate.output=empty"],
@@ -159,11 +159,11 @@ def test_callbacks_that_follow_nothing_are_refused(run, capsys):
         (["evaluate.output="], "evaluate.output= is no name of a file"),
         (["evaluate.output=a.png"], "evaluate.output=a.png is the figure's name: name the JSON file, a.json"),
         (["evaluate.output=taken.json"], "taken.png, where its figure goes, is a folder"),
-        (["evaluate.dtype=int8"], "evaluate.dtype=int8 is unknown: use auto, float32, bfloat16, float16"),
-        ([*VLLM, "evaluate.dtype=int8"], "evaluate.dtype=int8 is unknown: use auto"),
+        (["evaluate.dtype=int8"], "evaluate.dtype=int8 is unknown: available are auto, float32, bfloat16, float16"),
+        ([*VLLM, "evaluate.dtype=int8"], "evaluate.dtype=int8 is unknown: available are auto"),
         (["evaluate.data=nowhere.jsonl"], "no prompt file nowhere.jsonl: set evaluate.data"),
         (["evaluate.data=BAD"], "line 2: keys ['answer'] have no question"),
-        (["evaluate.num_prompts=0"], "evaluate.num_prompts=0: 8 prompts are held out"),
+        (["evaluate.num_prompts=9"], "evaluate.num_prompts=9: 8 prompts are held out"),
         (["data.num_eval_samples=0"], "no held-out prompts: set data.num_eval_samples, or evaluate.data"),
         (["evaluate.max_new_tokens=2000"], "the target reads 1024; generate fewer"),
         (["evaluate.data=UNKNOWN"], "prompt 1 has token id 320, the target's vocabulary has 320"),
@@ -288,15 +288,15 @@ def test_vllm_is_not_asked_for_more_than_a_draft_proposes(
 
 
 def test_what_was_measured_before_a_draft_fails_is_kept(run, trained, tmp_path, capsys, monkeypatch):
-    measure, drafts = HFBackend.measure, []
+    measure, drafts = HFJudge.measure, []
 
     def fail_at_the_second(self, draft, prompts):
-        drafts.append(draft.name)
+        drafts.append(draft.stem)
         if len(drafts) == 2:
             raise UserError("the second one fails")
         return measure(self, draft, prompts)
 
-    monkeypatch.setattr(HFBackend, "measure", fail_at_the_second)
+    monkeypatch.setattr(HFJudge, "measure", fail_at_the_second)
     options = ("evaluate.output=report.json", "evaluate.num_prompts=2", "evaluate.baseline=false")
     assert run(evaluate.main, f"evaluate.checkpoint={trained}", *options) == 1
     (one,) = json.loads((tmp_path / "report.json").read_text())["measurements"]

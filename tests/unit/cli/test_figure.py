@@ -41,6 +41,16 @@ def test_a_result_has_no_empty_panel(tmp_path, drawn, num_evaluations, num_panel
     assert all(axes.has_data() for axes in drawn[0].axes)
 
 
+def test_without_matplotlib_a_line_says_how_to_get_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("lightning_dataflow.cli.figure.find_spec", lambda name: None)
+    assert not draw_result(tmp_path / "result.json", tmp_path / "figure.png")
+    assert capsys.readouterr().out == (
+        "no figure was drawn: it needs matplotlib, pip install 'lightning-dataflow[plots]'\n"
+    )
+    draw_measurements([measured(1, 0.5)], tmp_path / "figure.png")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_steps_are_whole_numbers(tmp_path, drawn):
     draw_measurements([measured(1, 0.5), measured(2, 0.75)], tmp_path / "figure.png")
     assert [tick for tick in drawn[0].axes[1].get_xticks() if tick % 1] == []

@@ -4,7 +4,7 @@ import pytest
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.services.mooncake import LocalMooncake
-from lightning_dataflow.stores.mooncake.client import MooncakeAdmin
+from lightning_dataflow.stores.mooncake.admin import MooncakeAdmin
 
 
 def test_too_little_memory(tmp_path):

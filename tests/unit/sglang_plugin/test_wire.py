@@ -1,6 +1,7 @@
 """What clients and capture servers say to each other."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -32,7 +33,9 @@ RIGHT = {
 
 @pytest.mark.parametrize("mask", [(0, 0, 1, 1, 0), (1, 1, 1, 1, 1), (0, 0, 0, 0, 0), (1, 0, 1, 0, 1), None])
 def test_a_request_survives_the_way(mask):
-    request = CaptureRequest(store_id="run", sample_id="run:p0-3", attempt=2 if mask else 0, loss_mask=mask)
+    request = CaptureRequest(store_id="run", sample_id="run:p0-3")
+    if mask is not None:
+        request = replace(request, attempt=2, loss_mask=mask, features=("aux_hidden_states",))
     assert request_from_text(request_to_text(request), 5) == request
 
 
@@ -41,7 +44,7 @@ def test_a_request_stays_small_whatever_the_length():
     assert len(request_to_text(CaptureRequest(store_id="run", sample_id="run:1", loss_mask=mask))) < 200
 
 
-GOOD = {"protocol": 1, "store": "run", "sample": "run:1", "attempt": 0, "mask": [2, 3]}
+GOOD = {"protocol": 2, "store": "run", "sample": "run:1", "attempt": 0, "mask": [2, 3]}
 
 
 @pytest.mark.parametrize(
@@ -54,6 +57,9 @@ GOOD = {"protocol": 1, "store": "run", "sample": "run:1", "attempt": 0, "mask": 
         ({"mask": [2, "3"]}, "whole numbers"),
         ({"mask": [2, 1 << 60]}, "whole numbers"),
         ({"mask": [2, 2]}, "has 4 entries, the server read 5 tokens"),
+        ({"features": ["logits"]}, r"features=\['logits'\] of run:1: a server captures aux_hidden_states and last"),
+        ({"features": []}, r"features=\[\]"),
+        ({"features": [["logits"]]}, "not a capture request"),
         ({"protocol": 9}, "protocol 9"),
     ],
 )
@@ -62,7 +68,7 @@ def test_a_request_is_input_not_truth(changes, message):
         request_from_text(json.dumps(GOOD | changes), 5)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "null", 7, None, '{"protocol": 1}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", "null", 7, None, '{"protocol": 2}'])
 def test_what_is_no_request(text):
     with pytest.raises(UserError, match="not a capture request"):
         request_from_text(text, 5)

@@ -1,18 +1,28 @@
 """One contract, every store."""
 
+import fcntl
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from lightning_dataflow.contracts import CapacityError, CaptureSpec, FeatureHandle, SampleOrigin, UserError
+from lightning_dataflow.contracts import CapacityError, CaptureSpec, FeatureHandle, SampleOrigin, UserError, ref_to_json
 from lightning_dataflow.services.mooncake import LocalMooncake
-from lightning_dataflow.stores import FeatureStore, MemoryFeatureStore, SharedDirFeatureStore
+from lightning_dataflow.stores import (
+    FeatureStore,
+    MemoryFeatureStore,
+    SharedDirFeatureStore,
+    StoreUnavailableError,
+    shared_dir,
+)
 from tests.unit.stores.conftest import VARIANTS, attach
 
 DTYPES = [
@@ -250,15 +260,28 @@ def test_many_threads(store):
     assert store.health()["num_samples"] == 0
 
 
-def test_memory_frees_at_the_last_release():
-    store = MemoryFeatureStore()
+def test_the_last_release_frees(store):
     ref = store.put(tensors(), origin())
     handles = [store.get(ref)[1] for _ in range(2)]
     store.release(handles[0])
     store.release(handles[0])  # the same lease twice is one release
-    assert store.get(ref)[0]
+    assert store.exists([ref]) == [True]
     store.release(handles[1])
-    assert store.health()["num_samples"] == 1  # the third reader still has its lease
+    assert store.exists([ref]) == [False]
+
+
+def test_a_release_needs_the_token_of_a_lease(store):
+    ref = store.put(tensors(), origin())
+    _, handle = store.get(ref)
+    store.release(replace(handle, lease_token="0" * 16))
+    store.release(FeatureHandle(sample_id="run:9", generation=ref.generation, lease_token=handle.lease_token))
+    assert store.exists([ref]) == [True]
+    store.release(handle)
+    assert store.exists([ref]) == [False]
+
+
+def _bytes(value: float) -> bytes:
+    return torch.full((4, 8), value).numpy().tobytes()
 
 
 class TestSharedDir:
@@ -277,10 +300,10 @@ class TestSharedDir:
         code = f"""
 import sys
 from tests.unit.stores.test_contract import origin
-from lightning_dataflow.contracts import FeatureHandle
 from lightning_dataflow.stores import SharedDirFeatureStore
+from lightning_dataflow.contracts import ref_from_json
 store = SharedDirFeatureStore({str(tmp_path)!r})
-store.release(FeatureHandle(sample_id="run:0", generation={refs[0].generation!r}, lease_token="x"))
+store.release(store.get(ref_from_json({ref_to_json(refs[0])!r}))[1])
 store.abort("run:1")
 store.put({{"a": __import__("torch").ones(2)}}, origin("run:2"))
 """
@@ -311,7 +334,7 @@ store.put({{"a": __import__("torch").ones(2)}}, origin("run:2"))
         with pytest.raises(UserError, match="not a valid id"):
             store.put(tensors(), origin(sample_id))
         with pytest.raises(UserError, match="not a valid id"):
-            store.release(FeatureHandle(sample_id="ok", generation=sample_id, lease_token="x"))
+            store.free(replace(store.put(tensors(), origin()), generation=sample_id))
 
     def test_the_secret(self, tmp_path):
         store = SharedDirFeatureStore(tmp_path, secret="one")
@@ -321,6 +344,45 @@ store.put({{"a": __import__("torch").ones(2)}}, origin("run:2"))
                 SharedDirFeatureStore(tmp_path, secret=wrong)
         assert SharedDirFeatureStore(tmp_path, secret="one").get(ref)
         assert "one" not in (tmp_path / "store.json").read_text()
+
+    def test_a_file_that_was_put_without_the_secret_is_refused(self, tmp_path):
+        """A file that somebody else puts there, changes, or moves to another sample."""
+        store = SharedDirFeatureStore(tmp_path, secret="one")
+        ref, other = store.put(tensors(), origin()), store.put(tensors(2.0), origin("run:2"))
+        path, another = (tmp_path / "samples" / one.sample_id / f"{one.generation}.safetensors" for one in (ref, other))
+        signed = path.read_bytes()
+        save_file(tensors(), path)
+        for file in (path.read_bytes(), another.read_bytes(), signed.replace(*map(_bytes, (1.0, 3.0)))):
+            path.write_bytes(file)
+            with pytest.raises(PermissionError, match=r"run:1 .* was not written with this store's secret"):
+                store.get(ref)
+        path.write_bytes(signed)
+        assert store.get(ref)[0]["a"].eq(1).all()
+
+    def test_two_writers_cannot_take_the_same_room(self, tmp_path, monkeypatch):
+        """Two objects on one folder stand for two processes: neither knows of the other."""
+        stores = [SharedDirFeatureStore(tmp_path, capacity_bytes=1500) for _ in range(2)]
+        monkeypatch.setattr(
+            shared_dir, "save_file", lambda *arguments, **options: (time.sleep(0.2), save_file(*arguments, **options))
+        )
+
+        def put(index: int) -> bool:
+            try:
+                stores[index].put({"x": torch.zeros(1000, dtype=torch.uint8)}, origin(f"run:{index}"))
+            except CapacityError:
+                return False
+            return True
+
+        with ThreadPoolExecutor(2) as pool:
+            assert sorted(pool.map(put, range(2))) == [False, True]
+
+    def test_a_writer_that_hangs_is_named(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(shared_dir, "LOCK_TIMEOUT_S", 0.1)
+        store = SharedDirFeatureStore(tmp_path, capacity_bytes=1500)
+        with (tmp_path / "capacity.lock").open("w") as other:
+            fcntl.flock(other, fcntl.LOCK_EX)
+            with pytest.raises(StoreUnavailableError, match=f"another process has been writing to {tmp_path} for"):
+                store.put(tensors(), origin())
 
     def test_a_changed_secret_is_noticed_by_every_call(self, tmp_path):
         store = SharedDirFeatureStore(tmp_path, secret="one")

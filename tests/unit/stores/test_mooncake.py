@@ -7,15 +7,18 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from lightning_dataflow.cli.hydra_command import typed
+from lightning_dataflow.config.parsing import parse_config
 from lightning_dataflow.contracts import CapacityError, UserError
 from lightning_dataflow.run.streams import control_plane, shared_store
-from lightning_dataflow.stores import MooncakeFeatureStore
-from lightning_dataflow.stores.mooncake.client import NOT_FOUND, PUT_TRIES, MooncakeAdmin, StoreUnavailableError
+from lightning_dataflow.stores import MooncakeFeatureStore, StoreUnavailableError
+from lightning_dataflow.stores.mooncake import client
+from lightning_dataflow.stores.mooncake.admin import MooncakeAdmin
+from lightning_dataflow.stores.mooncake.client import NOT_FOUND, PUT_TRIES
 from lightning_dataflow.stores.mooncake.keys import _at_most
 from tests.unit.config.test_config import make
 from tests.unit.stores.conftest import VARIANTS, attach
@@ -36,17 +39,17 @@ def keys(mooncake, store):
 
 
 @pytest.mark.parametrize("times", [PUT_TRIES - 1, PUT_TRIES])
-def test_a_put_that_the_master_threw_away_is_tried_again(store, monkeypatch, times):
+def test_a_put_that_the_master_discarded_is_tried_again(store, monkeypatch, times):
     """As after a cut link: the call took longer than the master keeps what is half written."""
-    left, write = [True] * times, store._transfer.write
+    left, put = [True] * times, store._client.put
 
-    def cut(keys, staged):
-        codes = write(keys, staged)
+    def cut(*arguments):
+        codes = put(*arguments)
         return [NOT_FOUND for _ in codes] if left and left.pop() else codes
 
-    monkeypatch.setattr(store._transfer, "write", cut)
+    monkeypatch.setattr(store._client, "put", cut)
     if times == PUT_TRIES:
-        with pytest.raises(StoreUnavailableError, match="threw a put away 3 times"):
+        with pytest.raises(StoreUnavailableError, match="discarded a put 3 times"):
             store.put(tensors(), origin("a"))
         return
     ref = store.put(tensors(), origin("a"))
@@ -88,16 +91,6 @@ def test_nothing_but_empty_tensors(store):
         store.put({"a": torch.zeros(0)}, origin())
 
 
-def test_the_last_lease_of_this_process_frees(store):
-    ref = store.put(tensors(), origin())
-    handles = [store.get(ref)[1] for _ in range(2)]
-    store.release(handles[0])
-    store.release(handles[0])
-    assert store.exists([ref]) == [True]
-    store.release(handles[1])
-    assert store.exists([ref]) == [False]
-
-
 def test_retained_samples_stay(mooncake):
     store = attach(mooncake, "retained", retain=True)
     ref = store.put(tensors(), origin())
@@ -124,7 +117,7 @@ def test_runs_of_one_name_do_not_share_a_store(mooncake, tmp_path):
     where = [f"store.{name.replace('master_', '')}={getattr(mooncake, name)}" for name in places]
 
     def attach_run(control: str) -> MooncakeFeatureStore:
-        config = typed(make("topology=disagg_online", "run_name=mine", f"channel.path={tmp_path / control}", *where))
+        config = parse_config(make("topology=disagg_online", "run_name=mine", f"channel.path={tmp_path / control}", *where))
         with closing(control_plane(config)) as plane:
             return shared_store(config, plane)
 
@@ -186,11 +179,38 @@ def test_freeing_a_superseded_generation_of_the_same_attempt(store):
     assert store.exists([old, new, late]) == [False, True, False]
 
 
-def test_a_blob_larger_than_its_staging_memory(mooncake):
-    store = attach(mooncake, "small-staging", zero_copy=False, staging_bytes=16 << 20)
-    with pytest.raises(UserError, match=r"more than fits store\.staging_bytes"):
+def test_a_tensor_larger_than_the_plain_calls_move(mooncake, monkeypatch):
+    monkeypatch.setattr(client, "STAGING_BYTES", 16 << 20)
+    store = attach(mooncake, "small-staging", zero_copy=False)
+    with pytest.raises(UserError, match=r"20971520 bytes, .* at most 16777216: set store\.zero_copy=true"):
         store.put({"a": torch.zeros(20 << 20, dtype=torch.uint8)}, origin())
     store.close()
+
+
+def test_a_mooncake_without_the_raw_calls(mooncake, mooncake_stores, monkeypatch, caplog):
+    """The store falls back to the plain calls by itself, and reads and writes what others do."""
+
+    class Plain:
+        def __init__(self):
+            self._store = real.MooncakeDistributedStore()
+
+    real = client.import_mooncake()
+    missing = ("batch_put_from", "batch_get_into", "register_buffer")
+    calls = {name for name in dir(real.MooncakeDistributedStore) if not name.startswith("_")} - set(missing)
+    for name in calls:
+        setattr(Plain, name, lambda self, *arguments, name=name: getattr(self._store, name)(*arguments))
+    plain_mooncake = SimpleNamespace(MooncakeDistributedStore=Plain, ReplicateConfig=real.ReplicateConfig)
+    monkeypatch.setattr(client, "import_mooncake", lambda: plain_mooncake)
+    raw = mooncake_stores("mooncake")
+    plain = attach(mooncake, raw.store_id)
+    assert "has no batch_put_from" in caplog.text
+    for writer, reader in ((raw, plain), (plain, raw)):
+        ref = writer.put(tensors(), replace(origin(), attempt=1))
+        found, handle = reader.get(ref)
+        assert all(torch.equal(found[name], value) for name, value in tensors().items())
+        reader.release(handle)
+        assert writer.exists([ref]) == [False]
+    plain.close()
 
 
 def test_a_put_again_leaves_one_generation(store, keys):
@@ -224,12 +244,14 @@ def test_a_sample_larger_than_the_store(store, mooncake):
         store.put({"a": torch.zeros(mooncake.capacity_bytes + 1, dtype=torch.uint8)}, origin())
 
 
-def test_steady_state_allocates_no_buffers(mooncake):
+def test_steady_state_allocates_no_buffers(mooncake, monkeypatch):
     store = attach(mooncake, "steady")
     sample = {"a": torch.zeros(1 << 20)}
+    allocate, allocated = store._client.memory.allocate, []
+    monkeypatch.setattr(store._client.memory, "allocate", lambda size: allocated.append(size) or allocate(size))
     for index in range(20):
         store.release(store.get(store.put(sample, origin(f"run:{index}")))[1])
-    assert store._transfer._pool.num_allocations <= 2
+    assert len(allocated) <= 2
     store.close()
 
 

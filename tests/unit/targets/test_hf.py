@@ -1,7 +1,13 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.producers import PromptFeed
+from lightning_dataflow.run.builder import Builder
+from lightning_dataflow.stores import MemoryFeatureStore
+from lightning_dataflow.strategies.registry import resolve_strategy
 from lightning_dataflow.targets import HFTargetEngine, load_tokenizer, read_target_info
 from lightning_dataflow.targets.hf import TargetSession
 
@@ -33,6 +39,27 @@ def test_what_is_in_the_batch_does_not_matter(target, prompts):
         for name, tensor in features.items():
             assert tensor.shape[0] == len(ids)
             assert (tensor - alone[name]).abs().max() < 1e-5 * tensor.abs().max(), name
+
+
+def test_features_that_no_draft_reads_are_not_captured(target_path, prompts):
+    """Nor do they stand on the card or count as bytes of a sample."""
+    names = ("aux_hidden_states",)
+    target = HFTargetEngine(target_path, layer_ids=[1, 3], features=names, dtype="float32", device="cpu")
+    assert target.capture([prompts[0][0].input_ids])[0].keys() == set(names)
+    feed, store = PromptFeed(prompts[0], target, seed=0, run_id="run"), MemoryFeatureStore()
+    assert feed.card.features == ("input_ids", "loss_mask", *names)
+    (sample,) = feed.capture([5], 0, [5])
+    ref = sample.put(store)
+    assert ref.features.keys() == set(feed.card.features)
+    assert ref.num_bytes == feed.num_bytes(5)
+
+
+@pytest.mark.parametrize(("strategy", "reads"), [("eagle3", True), ("dflash", False), ("domino", False)])
+def test_a_run_captures_what_its_strategy_reads(strategy, reads):
+    features = resolve_strategy(strategy).features({})
+    builder = SimpleNamespace(module=SimpleNamespace(features=features))
+    captured = Builder.hidden_states.fget(builder)
+    assert captured == (("aux_hidden_states", "last_hidden_state") if reads else ("aux_hidden_states",))
 
 
 def test_an_autocast_around_it_changes_nothing(target, prompts):

@@ -85,7 +85,8 @@ class Server(ThreadingHTTPServer):
             "loss_mask": torch.tensor(request.loss_mask, dtype=torch.uint8),
         }
         mine = replace(origin(self.target, body["input_ids"], request.sample_id), attempt=request.attempt)
-        ref = self.store.put({**tensors, **features}, mine)
+        tensors |= {name: features[name] for name in request.features}
+        ref = self.store.put(tensors, mine)
         return self.alter({"ref": ref_to_json(ref), "tokens": token_digest(body["input_ids"])})
 
 

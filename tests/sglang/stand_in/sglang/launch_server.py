@@ -85,7 +85,7 @@ class Handler(BaseHTTPRequestHandler):
         tensors = {
             "input_ids": torch.tensor(token_ids),
             "loss_mask": torch.tensor(request.loss_mask, dtype=torch.uint8),
-            **self.target.capture([token_ids])[0],
+            **{name: one for name, one in self.target.capture([token_ids])[0].items() if name in request.features},
         }
         origin = SampleOrigin(
             sample_id=request.sample_id,

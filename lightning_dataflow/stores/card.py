@@ -1,0 +1,89 @@
+"""The card of a store's folder: it names the store, and lets processes prove that they know its secret."""
+
+import hashlib
+import hmac
+import json
+import os
+import secrets
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from lightning_dataflow.contracts import SampleRef, UserError
+from lightning_dataflow.stores.base import Tensors
+
+FILE = "store.json"
+
+
+class StoreCard:
+    """The first process to attach writes the card; all others must have the same secret.
+
+    The card holds half of what scrypt derives from the secret. The other half signs files: an HMAC over the ids and the
+    bytes of a sample's features. Without a secret nothing is signed.
+
+    Raises:
+        PermissionError: wrong secret.
+        OSError: the folder cannot be read or written.
+    """
+
+    def __init__(self, root: Path, secret: str | None):
+        self._path = root / FILE
+        if not self._path.exists():  # a reader may have a mount that it cannot write to
+            self._write(secret)
+        card = self._read()
+        self.store_id = card["store_id"]
+        self._digest, key = _derive(secret, card["salt"])
+        self._key = None if secret is None else key
+        self.check()
+
+    def check(self) -> None:
+        """Raise PermissionError when the folder has another secret by now, and UserError when it is no store any more."""
+        if not hmac.compare_digest(self._read()["digest"], self._digest):
+            raise PermissionError(
+                f"the secret does not match the store in {self._path.parent}: use the one it was made with"
+            )
+
+    def sign(self, ref: SampleRef, tensors: Tensors) -> dict[str, str]:
+        """What a file of `ref` says to prove that its writer knew the secret; empty without a secret."""
+        if self._key is None:
+            return {}
+        mac = hmac.new(self._key, f"{self.store_id}/{ref.sample_id}/{ref.generation}".encode(), "sha256")
+        for name, tensor in sorted(tensors.items()):
+            mac.update(f"/{name}/{tensor.dtype}/{tuple(tensor.shape)}/".encode())
+            mac.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        return {"hmac": mac.hexdigest()}
+
+    def verify(self, ref: SampleRef, tensors: Tensors, metadata: dict[str, str]) -> None:
+        """Raise PermissionError unless `metadata` is what `sign` returned for these tensors."""
+        for name, value in self.sign(ref, tensors).items():
+            if not hmac.compare_digest(metadata.get(name, ""), value):
+                raise PermissionError(
+                    f"{ref.sample_id} generation {ref.generation} was not written with this store's secret (or by version "
+                    f"0.1, which signed nothing): remove {self._path.parent} and capture again"
+                )
+
+    def _write(self, secret: str | None) -> None:
+        salt = secrets.token_hex(16)
+        card = {"store_id": secrets.token_hex(8), "salt": salt, "digest": _derive(secret, salt)[0]}
+        temporary = self._path.with_name(f".store-{secrets.token_hex(8)}.tmp")
+        temporary.write_text(json.dumps(card))
+        try:
+            with suppress(FileExistsError):  # another process was first
+                os.link(temporary, self._path)
+        finally:
+            temporary.unlink()
+
+    def _read(self) -> dict[str, str]:
+        try:
+            return json.loads(self._path.read_text())
+        except (FileNotFoundError, json.JSONDecodeError) as error:
+            raise UserError(
+                f"{self._path.parent} is no longer a feature store ({error}): point at the folder again"
+            ) from error
+
+
+def _derive(secret: str | None, salt: str) -> tuple[str, bytes]:
+    """(what the card shows, the key of signatures); neither part of scrypt's output tells anything of the other."""
+    derived = hashlib.scrypt((secret or "").encode(), salt=salt.encode(), n=2**12, r=8, p=1, dklen=96)
+    return derived[:64].hex(), derived[64:]

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_dataflow.callbacks import ResultWriter, RunMetrics, StreamCursor
 from lightning_dataflow.callbacks.progress import PlainProgress
-from lightning_dataflow.config.derived import is_disaggregated, run_id
+from lightning_dataflow.config.derived import is_disaggregated
+from lightning_dataflow.config.run_id import run_id
 from lightning_dataflow.config.schema import TrainConfig
 from lightning_dataflow.config.secrets import read_secret
 from lightning_dataflow.contracts import UserError

@@ -21,7 +21,7 @@ PATIENCE_S = 3.0
 """For a store that is gone: the scheduler waits with the request."""
 REST_S = 5.0
 """After that, what is asked of this store fails at once for so long: other requests are served meanwhile."""
-_MOONCAKE = {
+MOONCAKE_ARGUMENTS = {
     "address": "master_address",
     "client_address": "client_address",
     "metrics_address": "metrics_address",
@@ -31,6 +31,7 @@ _MOONCAKE = {
     "zero_copy": "zero_copy",
     "capacity_bytes": "capacity_bytes",
 }
+"""Settings of `store.*`, and what MooncakeFeatureStore calls them."""
 _SHARED_DIR = ("root", "secret", "capacity_bytes")
 
 
@@ -44,7 +45,7 @@ class ServerStores:
 
     def __init__(self, settings: dict[str, Any]):
         kind = settings.pop("store", "mooncake")
-        known = {"mooncake": tuple(_MOONCAKE), "shared_dir": _SHARED_DIR}.get(kind)
+        known = {"mooncake": tuple(MOONCAKE_ARGUMENTS), "shared_dir": _SHARED_DIR}.get(kind)
         if known is None:
             raise UserError(f"store={kind} in the server's file is unknown: use mooncake or shared_dir")
         unknown = sorted(settings.keys() - set(known))
@@ -87,7 +88,7 @@ class ServerStores:
     def _connect(self, store_id: str) -> FeatureStore:
         if self._kind == "shared_dir":
             return SharedDirFeatureStore(**self._settings)
-        arguments = {_MOONCAKE[name]: value for name, value in self._settings.items()}
+        arguments = {MOONCAKE_ARGUMENTS[name]: value for name, value in self._settings.items()}
         try:
             return MooncakeFeatureStore(store_id, owner_timeout_s=PATIENCE_S, unavailable_timeout_s=PATIENCE_S, **arguments)
         except UserError as error:  # nobody listens: no fault of the prompt, and somebody may later

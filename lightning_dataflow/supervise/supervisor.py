@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 
 from lightning_dataflow.callbacks.result import write_result
-from lightning_dataflow.config.derived import run_id
 from lightning_dataflow.config.parsing import quoted
+from lightning_dataflow.config.run_id import run_id
 from lightning_dataflow.config.schema import TrainConfig
 from lightning_dataflow.contracts import PeerFailedError
 from lightning_dataflow.control import ControlPlane, resolve_control_plane

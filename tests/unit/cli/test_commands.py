@@ -14,6 +14,7 @@ from lightning_dataflow.cli import capture, evaluate, main as commands, show_mas
 from lightning_dataflow.cli.hydra_command import command
 from lightning_dataflow.contracts.errors import RETRYABLE
 from lightning_dataflow.run.signals import Terminated, on_sigterm, raise_again
+from tests.unit.cli.conftest import status_of
 from tests.unit.run.test_claim import start_owner
 
 pytestmark = pytest.mark.integration
@@ -36,11 +37,7 @@ def run(tmp_path, monkeypatch, target_path, conversations):
         flags = [override for override in overrides if override.startswith("--")]
         settings = [override for override in overrides if not override.startswith("--")]
         monkeypatch.setattr(sys, "argv", ["lightning-dataflow", *flags, *defaults, *settings])
-        try:
-            main()
-        except SystemExit as error:
-            return int(error.code or 0)
-        return 0
+        return status_of(main)
 
     return call
 

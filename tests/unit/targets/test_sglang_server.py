@@ -181,6 +181,20 @@ def test_features_come_by_way_of_the_store(connect, servers, store, target):
     assert store.health()["num_samples"] == 0
 
 
+def test_a_prompt_that_fails_leaves_nothing_of_the_others_in_the_store(connect, servers, store):
+    engine = connect(urls=[servers[0].url], in_flight=1)
+    servers[0].alter = lambda answer: (
+        {"error": "failed", "message": "CUDA error"} if answer["ref"]["origin"]["num_tokens"] == 5 else answer
+    )
+    failed = PROMPTS[1]
+    assert len(failed) == 5
+    with pytest.raises(CaptureFailedError, match="CUDA error"):
+        engine.capture([PROMPTS[0], failed, PROMPTS[2]])
+    engine.stop_waiting()
+    engine._executor.shutdown()
+    assert store.health()["num_samples"] == 1, "the features that no answer names"
+
+
 def test_a_dead_servers_prompts_go_to_another_and_it_is_taken_back(connect, servers, caplog):
     engine = connect()
     servers[0].dead = True

@@ -253,9 +253,9 @@ OTHER_LAYERS = {"layer_ids": [1, 3, 5], "norm": "post", "hidden_size": 64}
     [
         (answer_with(tokens="00"), CaptureMismatchError, "read other tokens"),
         (ref_with(uri="mooncake://other"), CaptureMismatchError, "captured other store"),
-        (origin_with(capture="1-3-5/post/64"), CaptureMismatchError, "captured other layers, norm and width"),
+        (origin_with(capture=OTHER_LAYERS), CaptureMismatchError, "captured other layers, norm and width"),
         (
-            origin_with(capture="1-3-4/pre/64"),
+            origin_with(capture={"layer_ids": [1, 3, 4], "norm": "pre", "hidden_size": 64}),
             CaptureMismatchError,
             "captured other layers",
         ),
@@ -279,7 +279,7 @@ def test_an_answer_is_input_not_truth(connect, servers, alter, kind, message):
 def test_features_of_another_shape(connect, servers, monkeypatch, target):
     engine = connect(urls=[servers[0].url])
     monkeypatch.setattr(servers[0], "target", _Short(target))
-    with pytest.raises(UserError, match="its first size must be the 3 tokens"):
+    with pytest.raises(UserError, match="the first of them the sample's tokens"):
         ask(engine)
 
 

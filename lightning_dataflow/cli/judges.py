@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 from typing_extensions import override
 
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.evaluation import AcceptanceReport, SGLangDecoder, VLLMDecoder, evaluate_acceptance
+from lightning_dataflow.evaluation import AcceptanceReport, Decoding, evaluate_acceptance
 from lightning_dataflow.evaluation.acceptance import Decoded
-from lightning_dataflow.evaluation.judges.vllm_process import find_python, room_for
+from lightning_dataflow.evaluation.judges.sglang_server import SGLangDecoder
+from lightning_dataflow.evaluation.judges.vllm_process import VLLMDecoder, find_python, room_for
 from lightning_dataflow.evaluation.loop import check_num_draft_tokens
 from lightning_dataflow.export.export import export_draft
 from lightning_dataflow.export.serve import check_engine
@@ -44,14 +45,14 @@ class Judge(Protocol):
         """Decode every prompt with a draft."""
 
 
-def make_judge(parts: "Builder") -> Judge:
+def make_judge(parts: "Builder", decoding: Decoding) -> Judge:
     """Raises UserError where a setting is missing that the backend needs."""
     kinds: dict[str, type[HFJudge | VLLMJudge | SGLangJudge]] = {
         "hf": HFJudge,
         "vllm": VLLMJudge,
         "sglang_server": SGLangJudge,
     }
-    return kinds[parts.config.evaluate.backend](parts)
+    return kinds[parts.config.evaluate.backend](parts, decoding)
 
 
 class HFJudge(Judge):
@@ -59,9 +60,10 @@ class HFJudge(Judge):
 
     unused = ("python", "vllm_args", "url", "baseline_url", "timeout_s")
 
-    def __init__(self, parts: "Builder"):
+    def __init__(self, parts: "Builder", decoding: Decoding):
         check_dtype(parts.config.evaluate.dtype, "evaluate.dtype")
         self.parts = parts
+        self.decoding = decoding
         self.room = parts.config.evaluate.num_draft_tokens
         self.target: HFTargetEngine | None = None
 
@@ -78,10 +80,7 @@ class HFJudge(Judge):
             self.target,
             module.to(self.target.device).drafter(num_draft_tokens=options.num_draft_tokens),
             prompts,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            seed=config.seed,
-            batch_size=options.batch_size,
+            self.decoding,
             baseline=options.baseline,
             progress=lambda done, total: print(f"\rdecoded {done}/{total}", end="\n" * (done == total), flush=True),
         )
@@ -92,7 +91,7 @@ class VLLMJudge(Judge):
 
     unused = ("url", "baseline_url")
 
-    def __init__(self, parts: "Builder"):
+    def __init__(self, parts: "Builder", decoding: Decoding):
         config, options = parts.config, parts.config.evaluate
         check_dtype(options.dtype, "evaluate.dtype")
         if not isinstance(options.vllm_args, dict | None):
@@ -107,11 +106,8 @@ class VLLMJudge(Judge):
             target=str(Path(config.target.path).absolute()),
             dtype=options.dtype,
             folder=Path(config.run_dir),
-            max_new_tokens=options.max_new_tokens,
+            decoding=decoding,
             stop_token_ids=read_eos_token_ids(config.target.path),
-            temperature=options.temperature,
-            seed=config.seed,
-            batch_size=options.batch_size,
             engine_args=options.vllm_args or {},
             timeout_s=options.timeout_s,
         )
@@ -153,12 +149,12 @@ class SGLangJudge(Judge):
 
     unused = ("checkpoint", "num_draft_tokens", "dtype", "baseline", "seed", "python", "vllm_args")
 
-    def __init__(self, parts: "Builder"):
+    def __init__(self, parts: "Builder", decoding: Decoding):
         config, options = parts.config, parts.config.evaluate
         if options.url is None:
             raise UserError("backend sglang_server needs a server that speculates: set evaluate.url=http://HOST:PORT")
         key = read_api_key(config.target)
-        self.options = options
+        self.decoding = decoding
         self.decoder = SGLangDecoder(url=options.url, api_key=key, timeout_s=options.timeout_s)
         self.plain = None
         if options.baseline_url is not None:
@@ -168,11 +164,4 @@ class SGLangJudge(Judge):
 
     @override
     def measure(self, draft: Path, prompts: Sequence[Sequence[int]]) -> AcceptanceReport:
-        return self.decoder.evaluate(
-            prompts,
-            max_new_tokens=self.options.max_new_tokens,
-            stop_token_ids=self.stop_token_ids,
-            temperature=self.options.temperature,
-            batch_size=self.options.batch_size,
-            plain=self.plain,
-        )
+        return self.decoder.evaluate(prompts, self.decoding, stop_token_ids=self.stop_token_ids, plain=self.plain)

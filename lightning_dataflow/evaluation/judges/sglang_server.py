@@ -15,7 +15,7 @@ from itertools import zip_longest
 from typing import Any
 
 from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
-from lightning_dataflow.evaluation.acceptance import AcceptanceReport, Decoded, check_decoding
+from lightning_dataflow.evaluation.acceptance import AcceptanceReport, Decoded, Decoding
 
 WRITTEN_FOR = "this backend reads the answers of SGLang 0.5.23, measure on a server of that version"
 WARM_UP_TOKENS = 8
@@ -38,26 +38,23 @@ class SGLangDecoder:
     def evaluate(
         self,
         prompts: Sequence[Sequence[int]],
+        decoding: Decoding,
         *,
-        max_new_tokens: int,
         stop_token_ids: Sequence[int],
-        temperature: float = 0.0,
-        batch_size: int = 1,
         plain: "SGLangDecoder | None" = None,
     ) -> AcceptanceReport:
         """Decode every prompt and add up what the server accepted by its own count.
 
         Args:
             stop_token_ids: the target's end tokens.
-            batch_size: prompts per request.
+            decoding: with `batch_size` prompts per request. The server draws without the seed.
             plain: a server of the target alone, for the speed-up.
 
         Raises:
-            UserError: a setting out of range, no SGLang server, one that refuses, or one that does not speculate.
+            UserError: no SGLang server, one that refuses, or one that does not speculate.
             PeerFailedError: the server does not answer.
             PeerTimeoutError: not within `timeout_s`.
         """
-        check_decoding(max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size)
         num_draft_tokens = self.num_draft_tokens()
         if num_draft_tokens is None:
             raise UserError(
@@ -66,11 +63,12 @@ class SGLangDecoder:
             )
         if plain is not None and plain.num_draft_tokens() is not None:
             raise UserError(f"the server at {plain.url} speculates: evaluate.baseline_url is of one without a draft")
-        sampling = sampling_params(max_new_tokens, temperature, stop_token_ids)
+        sampling = sampling_params(decoding.max_new_tokens, decoding.temperature, stop_token_ids)
         for server in (self, plain):
             if server is not None:  # warm-up; not timed
-                server.generate(prompts[:1], sampling | {"max_new_tokens": min(WARM_UP_TOKENS, max_new_tokens)}, 1)
-        answers, seconds = self.generate(prompts, sampling, batch_size)
+                few = min(WARM_UP_TOKENS, decoding.max_new_tokens)
+                server.generate(prompts[:1], sampling | {"max_new_tokens": few}, 1)
+        answers, seconds = self.generate(prompts, sampling, decoding.batch_size)
         counts = [read_counts(answer, num_draft_tokens, f"the server at {self.url}") for answer in answers]
         drafted = Decoded(
             tokens=[_output_ids(answer, self.url) for answer in answers],
@@ -80,9 +78,9 @@ class SGLangDecoder:
         )
         alone = None
         if plain is not None:
-            answers, seconds = plain.generate(prompts, sampling, batch_size)
+            answers, seconds = plain.generate(prompts, sampling, decoding.batch_size)
             alone = Decoded(tokens=[_output_ids(answer, plain.url) for answer in answers], seconds=seconds)
-        return drafted.report("sglang_server", alone, temperature=temperature)
+        return drafted.report("sglang_server", alone, temperature=decoding.temperature)
 
     def num_draft_tokens(self) -> int | None:
         """How many tokens ahead a proposal reaches (the depth of a tree); None for a server without speculation."""

@@ -40,7 +40,7 @@ def evaluate(config: TrainConfig, settings: dict[str, Any]) -> None:
     If a draft fails, the table and the JSON hold what was measured before.
     """
     from lightning_dataflow.cli.figure import draw_measurements
-    from lightning_dataflow.cli.judges import make_judge
+    from lightning_dataflow.cli.judges import JUDGES
     from lightning_dataflow.evaluation import Decoding
     from lightning_dataflow.run.builder import Builder
 
@@ -57,7 +57,7 @@ def evaluate(config: TrainConfig, settings: dict[str, Any]) -> None:
     measurements: list[dict[str, Any]] = []
     try:
         with parts.resources:
-            judge = make_judge(parts, decoding)
+            judge = JUDGES[options.backend](parts, decoding)
             prompts = _read_prompts(parts, judge.room)
             used = settings["evaluate"] | {"seed": config.seed}
             used = {name: value for name, value in used.items() if name not in (*judge.unused, *OF_TRAINING)}

@@ -1,7 +1,7 @@
 """What decodes for the `evaluate` command, by `evaluate.backend`."""
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
@@ -31,7 +31,7 @@ VLLM_FORMATS = ("vllm", "speculators")
 
 
 class Judge(Protocol):
-    """Measures drafts one after the other.
+    """Measures drafts one after the other. Raises UserError where a setting is missing that it needs.
 
     Attributes:
         unused: settings of `evaluate`, and `seed`, that it does not use.
@@ -43,16 +43,6 @@ class Judge(Protocol):
 
     def measure(self, draft: Path, prompts: Sequence[Sequence[int]]) -> AcceptanceReport:
         """Decode every prompt with a draft."""
-
-
-def make_judge(parts: "Builder", decoding: Decoding) -> Judge:
-    """Raises UserError where a setting is missing that the backend needs."""
-    kinds: dict[str, type[HFJudge | VLLMJudge | SGLangJudge]] = {
-        "hf": HFJudge,
-        "vllm": VLLMJudge,
-        "sglang_server": SGLangJudge,
-    }
-    return kinds[parts.config.evaluate.backend](parts, decoding)
 
 
 class HFJudge(Judge):
@@ -165,3 +155,10 @@ class SGLangJudge(Judge):
     @override
     def measure(self, draft: Path, prompts: Sequence[Sequence[int]]) -> AcceptanceReport:
         return self.decoder.evaluate(prompts, self.decoding, stop_token_ids=self.stop_token_ids, plain=self.plain)
+
+
+JUDGES: dict[str, Callable[["Builder", Decoding], Judge]] = {
+    "hf": HFJudge,
+    "vllm": VLLMJudge,
+    "sglang_server": SGLangJudge,
+}

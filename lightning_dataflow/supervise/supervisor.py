@@ -53,11 +53,9 @@ def supervise(config: TrainConfig, arguments: Sequence[str]) -> None:
         processes: list[ManagedProcess] = []
         stack.callback(end_all, processes)
         settings = _shared_settings(config, arguments)
-        for name in _producers(config):
+        for name in (*_producers(config), "trainer"):
             with defer_interrupts():
-                processes.append(_start(name, "producer", run_dir / name, settings, config))
-        with defer_interrupts():
-            processes.append(_start("trainer", "trainer", run_dir, settings, config))
+                processes.append(_start(name, settings, config))
         *producers, trainer = processes
         watch = Watch(producers, trainer, servers, plane.ledger, run_dir, restarts)
         heartbeat = Heartbeat(plane.ledger, SUPERVISOR, watch.describe)
@@ -122,9 +120,11 @@ def _shared_settings(config: TrainConfig, arguments: Sequence[str]) -> list[str]
     return [*given, *(f"{name}={_quoted(str(value))}" for name, value in own.items() if value is not None)]
 
 
-def _start(name: str, role: str, folder: Path, settings: Sequence[str], config: TrainConfig) -> ManagedProcess:
+def _start(name: str, settings: Sequence[str], config: TrainConfig) -> ManagedProcess:
+    role, folder, death_signal = "producer", Path(config.run_dir) / name, signal.SIGKILL
+    if name == "trainer":
+        role, folder, death_signal = "trainer", Path(config.run_dir), signal.SIGINT
     arguments = [*settings, f"role={role}", f"hydra.run.dir={_quoted(str(folder))}"]
-    death_signal = signal.SIGINT if role == "trainer" else signal.SIGKILL
     return ManagedProcess(name, arguments, _num_threads(config), death_signal)
 
 

@@ -72,7 +72,6 @@ class DataFlowDataModule(L.LightningDataModule):
         self.prefetch_windows = prefetch_windows
         self.run_id = run_id
         self.next_seq = 0
-        self.first_seq = 0  # where this fit started: 0, or a checkpoint's cursor
         self.wait_seconds = 0.0
         self._reader: WindowReader | None = None
         self._prefetcher: Prefetcher | None = None
@@ -93,7 +92,6 @@ class DataFlowDataModule(L.LightningDataModule):
         """A fit begins, at the first sample or at the checkpoint's cursor. Called on every rank."""
         if not resumed:
             self.next_seq, self._skipped_before, self._recaptured_before = 0, {}, 0
-        self.first_seq = self.next_seq
         self._closed = False
         self.wait_seconds = 0.0
         trainer = self.trainer

@@ -1,5 +1,6 @@
 """Refs that other processes or threads publish while training runs."""
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import get_args
 
@@ -15,6 +16,8 @@ from lightning_dataflow.data.queue import StreamingRefQueue
 from lightning_dataflow.data.source import RefSource, RefWindow, ReleaseAt, WindowEntry
 from lightning_dataflow.data.windows import PassOrder
 from lightning_dataflow.stores import FeatureStore
+
+log = logging.getLogger(__name__)
 
 
 class StreamingSource(RefSource):
@@ -107,6 +110,9 @@ class StreamingSource(RefSource):
         self._heartbeat = Heartbeat(self.plane.ledger, f"trainer-{rank}", self._describe)
         if rank == 0:
             self.reconciliation = reconcile_on_restart(self.plane, self.store, plan, self.queue.catch_up)
+            num_live, num_lost = self.reconciliation.num_live, len(self.reconciliation.lost)
+            if num_live or num_lost:
+                log.info(f"{num_live} samples of an earlier fit are in the store, {num_lost} are captured again")
             self.queue.forget(self.reconciliation.lost)
         else:
             self.queue.catch_up()

@@ -6,6 +6,7 @@ import torch
 
 from lightning_dataflow.contracts import CaptureMismatchError, CaptureSpec, PromptTask, SampleOrigin
 from lightning_dataflow.data.source import FeatureCard
+from lightning_dataflow.prompts import PromptDataset
 from lightning_dataflow.stores.base import Tensors, dtype_name
 from lightning_dataflow.targets import TargetEngine
 
@@ -77,3 +78,17 @@ def _verify(task: PromptTask, features: Mapping[str, torch.Tensor], target: Targ
     actual = {name: (tuple(tensor.shape), dtype_name(tensor.dtype)) for name, tensor in features.items()}
     if actual != expected:
         raise CaptureMismatchError(f"the {target.backend} target captured {actual} for {task.task_id}, expected {expected}")
+
+
+def feature_card(prompts: PromptDataset, target: TargetEngine) -> FeatureCard:
+    """What features of these prompts, captured by this target, have in common."""
+    return FeatureCard(
+        features=(*FROM_PROMPT, *target.features),
+        dtype=target.dtype,
+        prompts_version=prompts.version,
+        capture=target.capture_spec,
+        target_model_version=target.info.model_version,
+        tokenizer_version=target.info.tokenizer_version,
+        max_num_tokens=max(len(prompt.input_ids) for prompt in prompts),
+        skipped=prompts.skipped,
+    )

@@ -12,8 +12,7 @@ import torch
 from lightning_dataflow.contracts import PromptTask, SampleOrigin, SampleRef
 from lightning_dataflow.contracts.validation import DTYPE_BYTES
 from lightning_dataflow.data import FeatureCard, OfflineSource, PassOrder
-from lightning_dataflow.producers.capture import capture_prompts, sample_origin, verify_capture_spec
-from lightning_dataflow.producers.online import feature_card
+from lightning_dataflow.producers.capture import capture_prompts, feature_card, sample_origin, verify_capture_spec
 from lightning_dataflow.prompts import PromptDataset
 from lightning_dataflow.stores import FeatureStore
 from lightning_dataflow.stores.base import Tensors

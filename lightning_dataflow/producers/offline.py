@@ -1,4 +1,4 @@
-"""The `capture` command's work: features of all prompts, on disk."""
+"""Captures the features of all prompts to disk, for the `capture` command."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -6,8 +6,7 @@ from pathlib import Path
 from lightning_dataflow.contracts import NotFiniteError, SampleRef, UserError
 from lightning_dataflow.data.finite import broken_features
 from lightning_dataflow.data.offline import is_captured, write_manifest
-from lightning_dataflow.producers.capture import capture_prompts
-from lightning_dataflow.producers.online import feature_card
+from lightning_dataflow.producers.capture import capture_prompts, feature_card
 from lightning_dataflow.prompts import PromptDataset
 from lightning_dataflow.stores import SharedDirFeatureStore
 from lightning_dataflow.targets import TargetEngine
@@ -28,7 +27,7 @@ def capture_to_folder(
 ) -> int:
     """Capture every prompt into `folder` and describe it in a manifest. Returns the bytes written.
 
-    An interrupted capture leaves no manifest; running it again replaces what is there.
+    An interrupted capture leaves no manifest. Running it again replaces its files.
 
     Args:
         order: prompts are captured in this order, in groups of `capture_batch_size`; file order by default.

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from lightning_dataflow.contracts import SampleRef
 from lightning_dataflow.control import ControlPlane, resolve_control_plane
-from lightning_dataflow.data.source import FeatureCard, IndexedSource, RefWindow
+from lightning_dataflow.data.source import IndexedSource, RefWindow
 from lightning_dataflow.data.windows import PassOrder
-from lightning_dataflow.producers.capture import FROM_PROMPT, capture_prompts
+from lightning_dataflow.producers.feeds import PromptFeed
 from lightning_dataflow.prompts import PromptDataset
 from lightning_dataflow.stores import FeatureStore, MemoryFeatureStore
 from lightning_dataflow.targets import TargetEngine
@@ -40,13 +40,13 @@ class OnlineSource(IndexedSource):
         plane: ControlPlane | None = None,
         capture_batch_size: int = 1,
     ):
-        prompts.check_target(target.info.vocab_size, target.info.max_position_embeddings)
+        self._order = PassOrder(len(prompts), 0)
         self.prompts = prompts
-        self.target = target
         self.store = store or MemoryFeatureStore()
         self.capture_batch_size = capture_batch_size
         self.plane = plane or resolve_control_plane("local_colocated", secrets.token_hex(4))
-        self.card = feature_card(prompts, target)
+        self._feed = PromptFeed(prompts, target, seed=0, run_id=self.plane.run_id, locate=self._locate)
+        self.card = self._feed.card
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -59,13 +59,11 @@ class OnlineSource(IndexedSource):
 
     def window(self, seqs: range, share: Sequence[int], order: PassOrder) -> RefWindow:
         """Captures the share now."""
-        run_id, version = self.plane.run_id, self.target.info.model_version
+        self._order = order
         refs: dict[int, SampleRef] = {}
         for start in range(0, len(share), self.capture_batch_size):
             group = share[start : start + self.capture_batch_size]
-            tasks = [self.prompts.task(*order.locate(seq), run_id=run_id, target_model_version=version) for seq in group]
-            captured = zip(group, capture_prompts(tasks, self.target, self.card), strict=True)
-            refs |= {seq: self.store.put(tensors, origin) for seq, (origin, tensors) in captured}
+            refs |= {sample.seq: sample.put(self.store) for sample in self._feed.capture(group, 0, group)}
         return self.make_window(seqs, refs, order)
 
     def in_flight(self) -> dict[str, int]:
@@ -75,16 +73,5 @@ class OnlineSource(IndexedSource):
     def token_counts(self, vocab_size: int) -> Tensor:
         return self.prompts.token_counts(vocab_size)
 
-
-def feature_card(prompts: PromptDataset, target: TargetEngine) -> FeatureCard:
-    """What features of these prompts, captured by this target, have in common."""
-    return FeatureCard(
-        features=(*FROM_PROMPT, *target.features),
-        dtype=target.dtype,
-        prompts_version=prompts.version,
-        capture=target.capture_spec,
-        target_model_version=target.info.model_version,
-        tokenizer_version=target.info.tokenizer_version,
-        max_num_tokens=max(len(prompt.input_ids) for prompt in prompts),
-        skipped=prompts.skipped,
-    )
+    def _locate(self, seq: int) -> tuple[int, int]:
+        return self._order.locate(seq)

@@ -21,7 +21,6 @@ from lightning_dataflow.strategies.checkpoint import load_module
 from lightning_dataflow.strategies.published.engines import VLLM
 from lightning_dataflow.strategies.published.reading import is_published, read_draft
 from lightning_dataflow.targets import HFTargetEngine
-from lightning_dataflow.targets.hf import check_dtype
 from lightning_dataflow.targets.info import read_eos_token_ids
 
 if TYPE_CHECKING:
@@ -51,7 +50,6 @@ class HFJudge(Judge):
     unused = ("python", "vllm_args", "url", "baseline_url", "timeout_s")
 
     def __init__(self, parts: "Builder", decoding: Decoding):
-        check_dtype(parts.config.evaluate.dtype, "evaluate.dtype")
         self.parts = parts
         self.decoding = decoding
         self.room = parts.config.evaluate.num_draft_tokens
@@ -83,7 +81,6 @@ class VLLMJudge(Judge):
 
     def __init__(self, parts: "Builder", decoding: Decoding):
         config, options = parts.config, parts.config.evaluate
-        check_dtype(options.dtype, "evaluate.dtype")
         if not isinstance(options.vllm_args, dict | None):
             raise UserError(
                 f"evaluate.vllm_args={options.vllm_args}: give arguments of vllm.LLM, such as {{max_model_len: 2048}}"
@@ -108,7 +105,8 @@ class VLLMJudge(Judge):
         with self._folder(draft) as folder:
             published = read_draft(folder)
             export = check_engine(published.strategy, VLLM)
-            check_num_draft_tokens(num_draft_tokens, block_size=published.network.get("block_size"))
+            if (block_size := published.network.get("block_size")) is not None:
+                check_num_draft_tokens(num_draft_tokens, block_size)
             if self.config.evaluate.baseline and self.plain is None:
                 self.plain = self.decoder.decode(prompts)
             return self.decoder.evaluate(

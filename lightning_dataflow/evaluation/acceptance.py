@@ -139,7 +139,7 @@ class Decoding:
         batch_size: how many prompts are decoded at a time.
 
     Raises:
-        UserError: a value that no backend accepts.
+        UserError: a temperature that no backend accepts.
     """
 
     max_new_tokens: int
@@ -148,15 +148,11 @@ class Decoding:
     batch_size: int = 1
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UserError(f"evaluate.max_new_tokens={self.max_new_tokens}: nothing would be generated, use at least 1")
         if self.temperature != 0 and not LEAST_TEMPERATURE <= self.temperature < float("inf"):
             raise UserError(
                 f"evaluate.temperature={self.temperature}: use 0 for greedy decoding, or a number from "
                 f"{LEAST_TEMPERATURE} on"
             )
-        if self.batch_size < 1:
-            raise UserError(f"evaluate.batch_size={self.batch_size}: decode at least 1 prompt at a time")
 
 
 def evaluate_acceptance(

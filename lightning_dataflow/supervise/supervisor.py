@@ -11,14 +11,12 @@ from functools import partial
 from pathlib import Path
 
 from lightning_dataflow.callbacks.result import write_result
-from lightning_dataflow.config.derived import run_id
 from lightning_dataflow.config.parsing import quoted
 from lightning_dataflow.config.schema import TrainConfig
 from lightning_dataflow.contracts import PeerFailedError
-from lightning_dataflow.control import ControlPlane, resolve_control_plane
 from lightning_dataflow.control.heartbeat import SUPERVISOR, Heartbeat, check_no_other_trainer
 from lightning_dataflow.run.ranks import num_processes
-from lightning_dataflow.run.streams import redis_address
+from lightning_dataflow.run.streams import control_plane
 from lightning_dataflow.services.mooncake import LocalMooncake
 from lightning_dataflow.services.redis import LocalRedis
 from lightning_dataflow.services.server import LocalServer
@@ -46,7 +44,7 @@ def supervise(config: TrainConfig, arguments: Sequence[str]) -> None:
     restarts = Restarts(config.topology.restarts)
     with ExitStack() as stack:
         servers = _start_redis(config, stack)
-        plane = _control_plane(config)
+        plane = control_plane(config, patience_s=PATIENCE_S)
         stack.callback(plane.close)
         check_no_other_trainer(plane.ledger, config.run_name)
         servers += _start_mooncake(config, stack)
@@ -72,13 +70,6 @@ def _start_redis(config: TrainConfig, stack: ExitStack) -> list[LocalServer]:
     channel.address, channel.secret_file = redis.address, str(redis.secret_file.absolute())
     log.info("Redis at %s, files in %s", redis.address, channel.path)
     return [redis]
-
-
-def _control_plane(config: TrainConfig) -> ControlPlane:
-    if config.channel.kind == "redis":
-        where = redis_address(config.channel)
-        return resolve_control_plane("disaggregated", run_id(config.run_name), redis=where, patience_s=PATIENCE_S)
-    return resolve_control_plane("disaggregated", run_id(config.run_name), path=config.channel.path)
 
 
 def _start_mooncake(config: TrainConfig, stack: ExitStack) -> list[LocalServer]:

@@ -89,8 +89,6 @@ def test_what_a_proposal_got_accepted_counts_whole(target, questions, drafters):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "evaluate.batch_size=0: decode at least 1"),
-        ({"max_new_tokens": 0}, "evaluate.max_new_tokens=0: nothing would be generated"),
         ({"temperature": -1.0}, "evaluate.temperature=-1.0: use 0"),
         ({"temperature": float("nan")}, "evaluate.temperature=nan: use 0"),
     ],

@@ -3,6 +3,7 @@
 from typing import Any
 
 from lightning_dataflow.cli.hydra_command import command
+from lightning_dataflow.config.rules import check_topology
 from lightning_dataflow.config.schema import TrainConfig
 from lightning_dataflow.contracts import CaptureMismatchError, UserError
 
@@ -10,24 +11,23 @@ from lightning_dataflow.contracts import CaptureMismatchError, UserError
 def conformance(config: TrainConfig, settings: dict[str, Any]) -> None:
     """Print the differences of `target.engine` and `hf`, in float32. Raises CaptureMismatchError where they matter."""
     from lightning_dataflow.run.builder import Builder
-    from lightning_dataflow.run.streams import check_topology
     from lightning_dataflow.targets import HFTargetEngine
     from lightning_dataflow.targets.conformance import compare_engines, make_prompts, table
 
     check_topology(config)
     if config.target.engine == "hf":
         raise UserError("conformance compares another engine with hf: set target.engine")
-    parts = Builder(config, settings)
-    with parts.resources:
-        other = parts.target
+    builder = Builder(config, settings)
+    with builder.resources:
+        other = builder.target
         info = other.info
         every = range(info.num_layers)
         reference = HFTargetEngine(config.target.path, layer_ids=every, dtype="float32", device=config.target.device)
-        found = compare_engines(reference, other, make_prompts(info.vocab_size, info.max_position_embeddings))
-    print(table(found))
-    bad = sum(bool(one.problems) for one in found)
+        captures = compare_engines(reference, other, make_prompts(info.vocab_size, info.max_position_embeddings))
+    print(table(captures))
+    bad = sum(bool(capture.problems) for capture in captures)
     if bad:
-        raise CaptureMismatchError(f"{bad} of {len(found)} captures by {other.backend} are not what hf captures")
+        raise CaptureMismatchError(f"{bad} of {len(captures)} captures by {other.backend} are not what hf captures")
 
 
 main = command(conformance, keeps_folder=False)

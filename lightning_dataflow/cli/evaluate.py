@@ -142,7 +142,7 @@ def _read_prompts(parts: "Builder", room: int) -> list[list[int]]:
     Raises UserError if one does not fit the target, with `room` for proposals.
     """
     from lightning_dataflow.prompts import load_questions
-    from lightning_dataflow.run.builder import read_chat_template
+    from lightning_dataflow.run.prompts import read_chat_template
     from lightning_dataflow.targets import read_target_info
 
     config, options = parts.config, parts.config.evaluate

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from typing_extensions import override
 
+from lightning_dataflow.config.secrets import read_api_key
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.evaluation import AcceptanceReport, SGLangDecoder, VLLMDecoder, evaluate_acceptance
 from lightning_dataflow.evaluation.acceptance import Decoded
@@ -15,7 +16,6 @@ from lightning_dataflow.evaluation.judges.vllm_process import find_python, room_
 from lightning_dataflow.evaluation.loop import check_num_draft_tokens
 from lightning_dataflow.export.export import export_draft
 from lightning_dataflow.export.serve import check_engine
-from lightning_dataflow.run.target import read_api_key
 from lightning_dataflow.strategies.checkpoint import load_module
 from lightning_dataflow.strategies.published.engines import VLLM
 from lightning_dataflow.strategies.published.reading import is_published, read_draft

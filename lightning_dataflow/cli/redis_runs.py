@@ -1,16 +1,14 @@
 """Runs in a Redis, for the commands that look at them from outside."""
 
 import argparse
-import logging
 import re
 from pathlib import Path
 
+from lightning_dataflow.config.secrets import read_secret_file
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.control.redis.address import RedisAddress
 from lightning_dataflow.control.redis.server import KEYS, PREFIX, RedisServer
 from lightning_dataflow.services.redis import ADDRESS, SECRET
-
-log = logging.getLogger(__name__)
 
 PATIENCE_S = 2.0
 _KEY = re.compile(rf"{PREFIX}:\{{(.*)\}}:(?:{'|'.join(KEYS)})")
@@ -85,15 +83,3 @@ def open_local_run(where: RedisAddress, folder: Path) -> RedisServer:
             f"or delete {folder}"
         ) from error
     return RedisServer(where, next((one for one in there if one in names), (*there, "")[0]), patience_s=PATIENCE_S)
-
-
-def read_secret_file(path: str | None, setting: str) -> str | None:
-    """The content of a secret's file, without white space around it."""
-    if path is None:
-        return None
-    try:
-        if Path(path).stat().st_mode & 0o004:
-            log.warning("%s=%s can be read by everybody on this machine: chmod 600 %s", setting, path, path)
-        return Path(path).read_text().strip()
-    except OSError as error:
-        raise UserError(f"cannot read {setting}={path}: {error.strerror}") from error

@@ -11,10 +11,10 @@ def show_mask(config: TrainConfig, settings: dict[str, Any]) -> None:
     from lightning_dataflow.prompts.preview import render_mask
     from lightning_dataflow.run.builder import Builder
 
-    parts, options = Builder(config, settings), config.show_mask
-    training, held_out = parts.prompts
+    builder, options = Builder(config, settings), config.show_mask
+    training, held_out = builder.prompts
     for prompt in training[options.start : options.start + options.count]:
-        print(render_mask(prompt, parts.tokenizer, colour=options.colour), end="\n\n")
+        print(render_mask(prompt, builder.tokenizer, colour=options.colour), end="\n\n")
     skipped = ", ".join(f"{count} {reason}" for reason, count in training.skipped.items()) or "none"
     print(f"{len(training)} samples to train on, {len(held_out)} held out; records left out: {skipped}")
 

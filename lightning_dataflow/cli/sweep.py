@@ -12,6 +12,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from lightning_dataflow.config.parsing import quoted
 from lightning_dataflow.contracts import UserError
 
 STATUS_WIDTH = 60
@@ -28,7 +29,7 @@ def run_job(arguments: Sequence[str], folder: Path, metric: str) -> float:
     Raises:
         UserError: the job failed, or has no such metric.
     """
-    command = [sys.executable, "-m", "lightning_dataflow", "train", *arguments, f"hydra.run.dir='{folder}'"]
+    command = [sys.executable, "-m", "lightning_dataflow", "train", *arguments, f"hydra.run.dir={quoted(folder)}"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SRUN_"))}
     status = subprocess.run(command, stdin=subprocess.DEVNULL, env=environment).returncode
     if status:
@@ -61,12 +62,12 @@ class ResultsTable(Callback):
 
 def table(folder: Path) -> list[str]:
     """A header and a row for each job in `folder`, in their order."""
-    jobs = sorted((one for one in folder.iterdir() if one.name.isdigit()), key=lambda one: int(one.name))
+    jobs = sorted((path for path in folder.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
     overrides = [_overrides(job) for job in jobs]
     common = set.intersection(*map(set, overrides)) if len(jobs) > 1 else set()
     rows: list[tuple[str, ...]] = [("job", *COLUMNS, "settings")]
     for job, chosen in zip(jobs, overrides, strict=True):
-        own = " ".join(one for one in chosen if one not in common)
+        own = " ".join(override for override in chosen if override not in common)
         rows.append((job.name, *_cells(job / "result.json"), own))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -8,6 +8,25 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from lightning_dataflow.config.conditions import register_conditions
+from lightning_dataflow.config.fields import number, one_of
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+STORES = {
+    "online": ("memory",),
+    "interleaved": ("memory",),
+    "offline": ("shared_dir",),
+    "disagg_online": ("mooncake", "shared_dir"),
+    "disagg_offline": ("mooncake", "shared_dir"),
+}
+"""The stores that each topology works with."""
+CONTROLS = {
+    "online": ("noop", "memory"),
+    "interleaved": ("memory",),
+    "offline": ("noop",),
+    "disagg_online": ("sqlite", "redis"),
+    "disagg_offline": ("sqlite", "redis"),
+}
+"""The ledgers that each topology works with."""
 
 
 @dataclass
@@ -27,15 +46,15 @@ class TargetConfig:
         server_args: further flags of an SGLang that is started here.
     """
 
-    engine: str = "hf"
+    engine: str = one_of("hf", "sglang", "sglang_server", default="hf")
     path: str = MISSING
     prepare: str | None = None
-    dtype: str = "auto"
+    dtype: str = one_of(*DTYPES, default="auto")
     device: str = "auto"
-    capture_batch_size: int = 1
+    capture_batch_size: int = number(1, at_least=1)
     urls: list[str] = field(default_factory=list)
     api_key_file: str | None = None
-    requests_in_flight: int = 8
+    requests_in_flight: int = number(8, at_least=1)
     server_python: str | None = None
     server_args: list[str] = field(default_factory=list)
 
@@ -57,15 +76,15 @@ class DataConfig:
     format: str = "auto"
     split: str = "train"
     max_length: int = 512
-    num_samples: int | None = None
-    num_eval_samples: int = 0
+    num_samples: int | None = number(None, at_least=1)
+    num_eval_samples: int = number(0, at_least=0)
     chat_template: str | None = None
-    global_batch_size: int = 8
-    micro_batch_size: int = 1
+    global_batch_size: int = number(8, at_least=1)
+    micro_batch_size: int = number(1, at_least=1)
     row_tokens: int | None = None
-    rows_per_step: int | None = None
-    num_passes: int | None = None
-    prefetch_windows: int | None = None
+    rows_per_step: int | None = number(None, at_least=1)
+    num_passes: int | None = number(None, at_least=1)
+    prefetch_windows: int | None = number(None, at_least=0)
 
 
 @dataclass
@@ -84,10 +103,10 @@ class StoreConfig:
         zero_copy: false stores one blob per sample instead of raw tensors.
     """
 
-    kind: str = MISSING
+    kind: str = one_of("memory", "shared_dir", "mooncake")
     root: str | None = None
     secret_file: str | None = None
-    capacity_bytes: int | None = None
+    capacity_bytes: int | None = number(None, at_least=1)
     address: str | None = None
     client_address: str | None = None
     metrics_address: str | None = None
@@ -99,9 +118,9 @@ class StoreConfig:
 
 @dataclass
 class ControlConfig:
-    """The ledger: `noop`, `memory`, `sqlite` or `redis`."""
+    """The ledger."""
 
-    kind: str = MISSING
+    kind: str = one_of("noop", "memory", "sqlite", "redis")
 
 
 @dataclass
@@ -109,7 +128,6 @@ class ChannelConfig:
     """The log of references.
 
     Attributes:
-        kind: `file` or `redis`.
         path: folder of `file`, and of the ledger `sqlite`; of `redis`, of the files of one that a run starts.
         address: of a running Redis, `host:port`; null starts one on this machine.
         username: of Redis's ACL; null for the default user.
@@ -119,7 +137,7 @@ class ChannelConfig:
         cert_file, key_file: this client's own, for a Redis that asks for them.
     """
 
-    kind: str = MISSING
+    kind: str = one_of("file", "redis")
     path: str = MISSING
     address: str | None = None
     username: str | None = None
@@ -152,18 +170,18 @@ class TopologyConfig:
         idle_timeout_s: how long a trainer waits for a sample.
     """
 
-    name: str = MISSING
+    name: str = one_of(*STORES)
     features: str | None = None
-    num_producers: int = 1
-    restarts: int = 0
-    release_at: str = "applied"
-    high_bytes: int | None = None
-    high_refs: int = 4096
-    low_bytes: int | None = None
-    low_refs: int | None = None
-    lease_s: float = 30.0
-    start_timeout_s: float = 1800.0
-    idle_timeout_s: float = 600.0
+    num_producers: int = number(1, at_least=1)
+    restarts: int = number(0, at_least=0)
+    release_at: str = one_of("applied", "durable", default="applied")
+    high_bytes: int | None = number(None, at_least=1)
+    high_refs: int = number(4096, at_least=1)
+    low_bytes: int | None = number(None, at_least=0)
+    low_refs: int | None = number(None, at_least=0)
+    lease_s: float = number(30.0, above=0)
+    start_timeout_s: float = number(1800.0, at_least=0)
+    idle_timeout_s: float = number(600.0, at_least=0)
 
 
 @dataclass
@@ -201,22 +219,22 @@ class EvaluateConfig:
         output: a JSON file; a figure of the same name is drawn beside it; null to print only.
     """
 
-    num_draft_tokens: int = 4
-    max_new_tokens: int = 32
-    every_n_steps: int = 0
+    num_draft_tokens: int = number(4, at_least=1)
+    max_new_tokens: int = number(32, at_least=1)
+    every_n_steps: int = number(0, at_least=0)
     temperature: float = 0.0
-    dtype: str = "float32"
+    dtype: str = one_of(*DTYPES, default="float32")
     checkpoint: str | None = None
     data: str | None = None
-    num_prompts: int | None = None
-    batch_size: int = 1
+    num_prompts: int | None = number(None, at_least=1)
+    batch_size: int = number(1, at_least=1)
     baseline: bool = True
-    backend: str = "hf"
+    backend: str = one_of("hf", "vllm", "sglang_server", default="hf")
     python: str | None = None
     vllm_args: Any = None
     url: str | None = None
     baseline_url: str | None = None
-    timeout_s: float = 3600.0
+    timeout_s: float = number(3600.0, above=0)
     output: str | None = None
 
 
@@ -224,8 +242,8 @@ class EvaluateConfig:
 class ShowMaskConfig:
     """The `show-mask` command: which samples, and whether to colour."""
 
-    start: int = 0
-    count: int = 3
+    start: int = number(0, at_least=0)
+    count: int = number(3, at_least=0)
     colour: bool = True
 
 
@@ -258,9 +276,9 @@ class TrainConfig:
     callbacks: Any = None
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     show_mask: ShowMaskConfig = field(default_factory=ShowMaskConfig)
-    role: str = "auto"
-    seed: int = 0
-    num_threads: int | None = None
+    role: str = one_of("auto", "trainer", "producer", default="auto")
+    seed: int = number(0, at_least=0, at_most=2**32 - 1)
+    num_threads: int | None = number(None, at_least=1)
     run_name: str = MISSING
     run_dir: str = MISSING
     ckpt_path: str | None = None

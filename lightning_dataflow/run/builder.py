@@ -1,61 +1,76 @@
-"""From configuration to objects: one function per part."""
+"""From configuration to objects."""
 
 import atexit
 import importlib
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from transformers import PreTrainedTokenizerBase
 
-from lightning_dataflow.callbacks import ResultWriter
-from lightning_dataflow.cli.hydra_command import log_once
-from lightning_dataflow.config.schema import DataConfig, TrainConfig
+from lightning_dataflow.callbacks import ResultWriter, RunMetrics, StreamCursor
+from lightning_dataflow.callbacks.progress import PlainProgress
+from lightning_dataflow.config.derived import is_disaggregated, run_id
+from lightning_dataflow.config.schema import TrainConfig
+from lightning_dataflow.config.secrets import read_secret
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.control import ControlPlane
-from lightning_dataflow.data import DataFlowDataModule, FeatureCard, PassOrder, RefSource
-from lightning_dataflow.producers import capture_to_folder
-from lightning_dataflow.prompts import PromptDataset, load_prompts
+from lightning_dataflow.data import DataFlowDataModule, FeatureCard, OfflineSource, PassOrder, RefSource
+from lightning_dataflow.data.offline import is_captured
+from lightning_dataflow.producers import Feed, FolderFeed, PromptFeed, RolloutWorker, ServedFeed, capture_to_folder
+from lightning_dataflow.prompts import PromptDataset
 from lightning_dataflow.run.claim import claim
-from lightning_dataflow.run.streams import control_plane, is_disaggregated, make_source, read_secret, run_id, shared_store
-from lightning_dataflow.run.trainer import make_trainer
+from lightning_dataflow.run.progress import log_progress
+from lightning_dataflow.run.prompts import read_prompts
+from lightning_dataflow.run.ranks import first_rank_does, num_processes
+from lightning_dataflow.run.streams import (
+    colocated_source,
+    control_plane,
+    make_workers,
+    shared_store,
+    store_id,
+    streaming_source,
+)
+from lightning_dataflow.run.target import check_one_engine, local_target, served_target
+from lightning_dataflow.run.trainer import EndAtSigterm, count_steps, make_callbacks, make_loggers, make_trainer
 from lightning_dataflow.stores import FeatureStore
 from lightning_dataflow.strategies.module import DraftModule
 from lightning_dataflow.strategies.registry import resolve_strategy
 from lightning_dataflow.strategies.spec import StrategySpec
-from lightning_dataflow.targets import HFTargetEngine, TargetEngine, load_tokenizer
+from lightning_dataflow.targets import HFTargetEngine, ReferenceEngine, TargetEngine, load_tokenizer
 from lightning_dataflow.targets.base import HIDDEN_STATES
-from lightning_dataflow.targets.hf import check_dtype
 from lightning_dataflow.targets.tiny import write_tiny_conversations, write_tiny_target
 
 
 class Builder:
-    """The parts of a run, each built when it is first asked for.
+    """The parts of a run, in order; each is made when it is first asked for.
 
     Args:
-        config: resolved.
+        config: checked.
         settings: the same as plain containers, for `result.json`.
 
     Attributes:
-        resources: what the process has to close at its end.
+        resources: what the process has to close when it ends.
     """
 
     def __init__(self, config: TrainConfig, settings: Mapping[str, Any]):
         self.config = config
         self.settings = settings
         self.resources = ExitStack()
-        atexit.register(self.resources.close)  # for those who do not close them before
-        log_once()
+        atexit.register(self.resources.close)  # for commands that do not close them earlier
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        _pass_on_lightnings_log()
         _import(config.imports)
-        _prepare(config)
-
-    @cached_property
-    def spec(self) -> StrategySpec:
-        """The strategy's entry in the registry."""
-        return resolve_strategy(str(self.config.strategy["name"]))
+        if config.target.prepare is not None:
+            write_tiny_target(config.target.prepare)
+        if config.data.prepare is not None:
+            write_tiny_conversations(config.data.prepare)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -68,24 +83,31 @@ class Builder:
         return read_prompts(self.config.data, self.tokenizer)
 
     @cached_property
-    def target(self) -> TargetEngine:
-        """The target that captures features."""
-        target = self.config.target
-        if target.engine == "sglang_server":
-            from lightning_dataflow.run.target import served_target
+    def spec(self) -> StrategySpec:
+        """The strategy's entry in the registry."""
+        return resolve_strategy(str(self.config.strategy["name"]))
 
-            return served_target(self)
-        if target.engine == "sglang":
-            from lightning_dataflow.run.target import local_target
+    @cached_property
+    def module(self) -> DraftModule:
+        """The LightningModule of the strategy."""
+        config = self.config
+        arguments = {key: value for key, value in config.strategy.items() if key != "name"}
+        try:
+            return self.spec.module(target=config.target.path, seed=config.seed, **arguments, **vars(config.optimizer))
+        except TypeError as error:
+            if "keyword argument" not in str(error):
+                raise
+            raise UserError(f"strategy={self.spec.name}: {str(error).split('() ')[-1]}; see conf/strategy") from error
 
-            return local_target(self)
-        return HFTargetEngine(
-            target.path,
-            layer_ids=self.layer_ids,
-            features=self.hidden_states,
-            dtype=target.dtype,
-            device=target.device,
-        )
+    @cached_property
+    def layer_ids(self) -> tuple[int, ...]:
+        """Layers to capture."""
+        return self.module.layer_ids
+
+    @property
+    def hidden_states(self) -> tuple[str, ...]:
+        """Hidden states to capture: those that the module, with its settings, reads."""
+        return tuple(name for name in HIDDEN_STATES if name in self.module.features)
 
     @cached_property
     def plane(self) -> ControlPlane:
@@ -102,71 +124,94 @@ class Builder:
         return store
 
     @cached_property
-    def layer_ids(self) -> tuple[int, ...]:
-        """Layers to capture."""
-        return self.module.layer_ids
+    def target(self) -> TargetEngine:
+        """The target that captures features."""
+        target = self.config.target
+        capture: dict[str, Any] = {"layer_ids": self.layer_ids, "features": self.hidden_states}
+        if target.engine == "sglang_server":
+            return served_target(self.config, self.shared_store, store_id(self.plane), self.resources, **capture)
+        if target.engine == "sglang":
+            return local_target(self.config, self.resources, **capture)
+        return HFTargetEngine(target.path, dtype=target.dtype, device=target.device, **capture)
 
-    @property
-    def hidden_states(self) -> tuple[str, ...]:
-        """Hidden states to capture: those that the module, with its settings, reads."""
-        return tuple(name for name in HIDDEN_STATES if name in self.module.features)
+    def workers(self, name: str) -> list[RolloutWorker]:
+        """The producers of this process."""
+        return make_workers(name, self.config, self.plane, lambda: (self._make_feed(), self.shared_store), self.resources)
 
-    @cached_property
-    def module(self) -> DraftModule:
-        """The LightningModule of the strategy."""
-        config = self.config
-        arguments = {key: value for key, value in config.strategy.items() if key != "name"}
-        optimizer = {key: getattr(config.optimizer, key) for key in vars(config.optimizer)}
-        try:
-            return self.spec.module(target=config.target.path, seed=config.seed, **arguments, **optimizer)
-        except TypeError as error:
-            if "keyword argument" not in str(error):
-                raise
-            raise UserError(f"strategy={self.spec.name}: {str(error).split('() ')[-1]}; see conf/strategy") from error
+    def _make_feed(self) -> Feed:
+        """What producers put into the store."""
+        name = run_id(self.config.run_name)
+        if self.config.topology.name == "disagg_online":
+            if self.config.target.engine == "sglang_server":
+                assert isinstance(self.target, ReferenceEngine), "its servers put features into the run's store"
+                return ServedFeed(self.prompts[0], self.target, seed=self.config.seed, run_id=name)
+            return PromptFeed(self.prompts[0], self.target, seed=self.config.seed, run_id=name)
+        source = OfflineSource(self._offline_folder())
+        return FolderFeed(source, vocab_size=self.module.target_info.vocab_size, run_id=name)
 
     @cached_property
     def source(self) -> RefSource:
-        """Where references come from, by topology."""
-        return make_source(self)
+        """Where the trainer's references come from, by topology."""
+        if is_disaggregated(self.config):
+            streaming = streaming_source(self.config, self.plane)
+            self._check_prompts(streaming.card, streaming.plane.log.name)
+            return streaming
+        if self.config.topology.name == "offline":
+            offline = OfflineSource(self._offline_folder(), secret=read_secret(self.config.store))
+            self._check_prompts(offline.card, str(offline.folder))
+            return offline
+        check_one_engine(self.config)
+        return colocated_source(self.config, self.prompts[0], self.target)
 
-    def check_prompts(self, card: FeatureCard, where: str) -> None:
-        """Held-out prompts are told from trained ones by the settings that the capture had."""
+    def _offline_folder(self) -> Path:
+        """The captured features; where none are given they are captured into the run folder now."""
+        if (given := self._captured_folder()) is not None:
+            return Path(given)
+        folder = Path(self.config.run_dir) / "features"
+        self.capture_once(folder)
+        return folder
+
+    def _captured_folder(self) -> str | None:
+        return self.config.topology.features if is_disaggregated(self.config) else self.config.store.root
+
+    def capture_once(self, folder: Path) -> None:
+        """Capture into `folder`, unless that is done; every rank but the first waits for it."""
+        config = self.config
+        guarded = not is_disaggregated(config)  # otherwise the settings of the store are those of the shared one
+
+        def capture() -> None:
+            claim(folder, "wait for it, or choose another store.root")
+            prompts = self.prompts[0]
+            order = PassOrder(len(prompts), config.seed)
+            capture_to_folder(
+                prompts,
+                self.target,
+                folder,
+                order=[order.locate(seq)[0] for seq in range(len(prompts))],  # the groups that `online` captures
+                capture_batch_size=config.target.capture_batch_size,
+                capacity_bytes=config.store.capacity_bytes if guarded else None,
+                secret=read_secret(config.store) if guarded else None,
+                progress=log_progress("captured"),
+            )
+
+        first_rank_does(capture, lambda: is_captured(folder), f"features in {folder}")
+
+    def _check_prompts(self, card: FeatureCard, where: str) -> None:
+        """Held-out prompts are told from trained ones by the settings of the capture, so they must be the same now."""
         captured_here = self.config.topology.name == "offline" and self._captured_folder() is None
         evaluates = "acceptance" in (self.config.callbacks or {}) and self.config.role != "producer"
         if evaluates:
-            self.module.check_features(card)  # another target would tokenise otherwise, and is the better explanation
+            self.module.check_features(card)  # another target tokenises otherwise, and is the better explanation
         if (captured_here or evaluates) and card.prompts_version != self.prompts[0].version:
             raise UserError(
                 f"{where} was captured from other prompts than these data.* settings choose: use the settings of "
                 "the capture; or another run_name, or callbacks=no_evaluation"
             )
 
-    def offline_folder(self) -> Path:
-        """The captured features; where none are given they are captured into the run folder now."""
-        given = self._captured_folder()
-        if given is not None:
-            return Path(given)
-        folder = Path(self.config.run_dir) / "features"
-        capture_once(self, folder)
-        return folder
-
-    def _captured_folder(self) -> str | None:
-        return self.config.topology.features if is_disaggregated(self.config) else self.config.store.root
-
-    @cached_property
-    def result_writer(self) -> ResultWriter:
-        """Writes `result.json` to the run's folder."""
-        return ResultWriter(self.config.run_dir, self.settings)
-
     @cached_property
     def data(self) -> DataFlowDataModule:
         """The LightningDataModule."""
         data = self.config.data
-        if data.row_tokens is not None and data.row_tokens < data.max_length:
-            raise UserError(
-                f"data.max_length={data.max_length} is more than data.row_tokens={data.row_tokens}: a sample might not fit "
-                "into a row, so lower the one or raise the other"
-            )
         return DataFlowDataModule(
             self.source,
             global_batch_size=data.global_batch_size,
@@ -175,71 +220,46 @@ class Builder:
             rows_per_step=data.rows_per_step,
             seed=self.config.seed,
             prefetch_windows=data.prefetch_windows,
-            run_id=run_id(self.config),
+            run_id=run_id(self.config.run_name),
         )
 
     @cached_property
+    def result_writer(self) -> ResultWriter:
+        """Writes `result.json` to the run's folder."""
+        return ResultWriter(self.config.run_dir, self.settings)
+
+    @cached_property
     def trainer(self) -> L.Trainer:
-        """The Trainer, with the arguments that follow from others filled in."""
-        return make_trainer(self)
+        """The Trainer, with loggers, callbacks and the arguments that follow from others."""
+        config = self.config
+        callbacks = [
+            EndAtSigterm(),
+            RunMetrics(),  # before the others, so that it does not time them
+            StreamCursor(),
+            self.result_writer,
+            PlainProgress(),
+            *make_callbacks(config.callbacks, self._acceptance_arguments),
+        ]
+        return make_trainer(
+            config.trainer,
+            draft=self.module.draft,
+            max_steps=count_steps(config.data, len(self.source), config.trainer.get("max_steps")),
+            accumulation=self.data.accumulate_grad_batches(num_processes(config.trainer)),
+            default_root_dir=config.run_dir,
+            logger=make_loggers(config.logger),
+            callbacks=callbacks,
+        )
+
+    def _acceptance_arguments(self) -> tuple[Callable[[], HFTargetEngine], list[Sequence[int]]]:
+        return self.evaluation_target, [prompt.question for prompt in self.prompts[1]]
 
     def evaluation_target(self) -> HFTargetEngine:
         """The target that decodes; the one that captures, if it has the same dtype."""
-        dtype = self.config.evaluate.dtype
-        check_dtype(dtype, "evaluate.dtype")
-        same = self.config.topology.name == "online" and self.config.target.dtype == dtype
+        target, dtype = self.config.target, self.config.evaluate.dtype
+        same = self.config.topology.name == "online" and target.dtype == dtype
         if same and isinstance(self.target, HFTargetEngine):
             return self.target
-        return HFTargetEngine(
-            self.config.target.path, layer_ids=self.layer_ids, dtype=dtype, device=self.config.target.device
-        )
-
-
-def read_prompts(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[PromptDataset, PromptDataset]:
-    """(training, held-out) prompts."""
-    return load_prompts(
-        data.path,
-        tokenizer,
-        max_length=data.max_length,
-        format=data.format,
-        split=data.split,
-        num_samples=data.num_samples,
-        num_eval_samples=data.num_eval_samples,
-        chat_template=read_chat_template(data),
-    )
-
-
-def read_chat_template(data: DataConfig) -> str | None:
-    """The template that replaces the tokenizer's, if one is given."""
-    if data.chat_template is None:
-        return None
-    try:
-        return Path(data.chat_template).read_text()
-    except OSError as error:
-        raise UserError(f"cannot read data.chat_template={data.chat_template}: {error.strerror}") from error
-
-
-def capture_once(builder: Builder, folder: Path) -> None:
-    """Capture into `folder`, unless that is done; every rank but the first waits for it."""
-    from lightning_dataflow.data.offline import is_captured
-    from lightning_dataflow.run.ranks import first_rank_does
-
-    def capture() -> None:
-        claim(folder, "wait for it, or choose another store.root")
-        config, prompts = builder.config, builder.prompts[0]
-        order = PassOrder(len(prompts), config.seed)
-        capture_to_folder(
-            prompts,
-            builder.target,
-            folder,
-            order=[order.locate(seq)[0] for seq in range(len(prompts))],  # the groups that `online` captures
-            capture_batch_size=config.target.capture_batch_size,
-            capacity_bytes=None if is_disaggregated(config) else config.store.capacity_bytes,
-            secret=None if is_disaggregated(config) else read_secret(config.store),
-            progress=lambda done, total: print(f"\rcaptured {done}/{total}", end="\n" * (done == total), flush=True),
-        )
-
-    first_rank_does(capture, lambda: is_captured(folder), f"features in {folder}")
+        return HFTargetEngine(target.path, layer_ids=self.layer_ids, dtype=dtype, device=target.device)
 
 
 def _import(modules: Sequence[str]) -> None:
@@ -250,7 +270,9 @@ def _import(modules: Sequence[str]) -> None:
             raise UserError(f"imports=[{name}] cannot be imported ({error}): is it on PYTHONPATH?") from error
 
 
-def _prepare(config: TrainConfig) -> None:
-    for part, write in ((config.target, write_tiny_target), (config.data, write_tiny_conversations)):
-        if part.prepare is not None:
-            write(part.prepare)
+def _pass_on_lightnings_log() -> None:
+    """Lightning installs handlers of its own when it is imported; without them its messages reach Hydra's, once."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True

@@ -3,22 +3,18 @@
 import errno
 import fcntl
 import json
+import logging
 import os
 import socket
-import sys
 import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
-from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, read_write
-
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.contracts.errors import BAD_SETTINGS
 from lightning_dataflow.control.processes import pid_space
-from lightning_dataflow.run.ranks import rank_from_environment
+
+log = logging.getLogger(__name__)
 
 LOCK = "owner.lock"
 PATIENCE_S = 0.5
@@ -72,7 +68,7 @@ def _lock(file: int, folder: Path) -> bool:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        print(f"{folder} cannot be locked ({error.strerror}): do not start a second command that writes there", flush=True)
+        log.warning("%s cannot be locked (%s): do not start a second command that writes there", folder, error.strerror)
     return True
 
 
@@ -108,42 +104,3 @@ def _release_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_release_in_child)
-
-
-class ClaimRun(Callback):
-    """Claims the run's folder before Hydra writes its settings there.
-
-    Rank 0 claims for all ranks. Producers have folders of their own, and any number of them may join a run.
-
-    Attributes:
-        wanted: whether the command of this process owns the folder of its run.
-    """
-
-    wanted = False
-
-    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Hydra's hook. Exits with one line where another process owns the folder: Hydra drops exceptions of its hooks."""
-        if not self.wanted or config.role == "producer":
-            return
-        if not _is_first_rank():
-            with read_write(config.hydra):
-                config.hydra.output_subdir = None  # else it would write the settings before rank 0 has the claim
-            return
-        with read_write(config.hydra):  # Hydra does the same later; `run_dir` refers to it
-            config.hydra.runtime.output_dir = str(Path(config.hydra.run.dir).absolute())
-        HydraConfig.instance().set_config(config)
-        try:
-            for folder in dict.fromkeys((config.hydra.run.dir, config.run_dir)):
-                claim(
-                    Path(folder),
-                    "choose another run_name; or end that process, or wait for it, and resume with ckpt_path=last",
-                )
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(BAD_SETTINGS)
-
-
-def _is_first_rank() -> bool:
-    """Lightning's own launch on several nodes gives the first process of each node no rank."""
-    node = os.environ.get("NODE_RANK") or os.environ.get("GROUP_RANK") or "0"
-    return rank_from_environment() == 0 and node == "0"

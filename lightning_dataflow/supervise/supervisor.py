@@ -11,12 +11,14 @@ from functools import partial
 from pathlib import Path
 
 from lightning_dataflow.callbacks.result import write_result
+from lightning_dataflow.config.derived import run_id
+from lightning_dataflow.config.parsing import quoted
 from lightning_dataflow.config.schema import TrainConfig
-from lightning_dataflow.contracts import PeerFailedError, UserError
+from lightning_dataflow.contracts import PeerFailedError
 from lightning_dataflow.control import ControlPlane, resolve_control_plane
 from lightning_dataflow.control.heartbeat import SUPERVISOR, Heartbeat, check_no_other_trainer
 from lightning_dataflow.run.ranks import num_processes
-from lightning_dataflow.run.streams import redis_address, run_id, watermarks
+from lightning_dataflow.run.streams import redis_address
 from lightning_dataflow.services.mooncake import LocalMooncake
 from lightning_dataflow.services.redis import LocalRedis
 from lightning_dataflow.services.server import LocalServer
@@ -40,7 +42,6 @@ def supervise(config: TrainConfig, arguments: Sequence[str]) -> None:
         PeerFailedError: the run cannot go on without the processes that failed; the others have been ended.
         KeyboardInterrupt: SIGINT or SIGTERM; all have been ended.
     """
-    _check(config)
     run_dir = Path(config.run_dir)
     restarts = Restarts(config.topology.restarts)
     with ExitStack() as stack:
@@ -77,9 +78,9 @@ def _start_redis(config: TrainConfig, stack: ExitStack) -> list[LocalServer]:
 
 def _control_plane(config: TrainConfig) -> ControlPlane:
     if config.channel.kind == "redis":
-        where = redis_address(config)
-        return resolve_control_plane("disaggregated", run_id(config), redis=where, patience_s=PATIENCE_S)
-    return resolve_control_plane("disaggregated", run_id(config), path=config.channel.path)
+        where = redis_address(config.channel)
+        return resolve_control_plane("disaggregated", run_id(config.run_name), redis=where, patience_s=PATIENCE_S)
+    return resolve_control_plane("disaggregated", run_id(config.run_name), path=config.channel.path)
 
 
 def _start_mooncake(config: TrainConfig, stack: ExitStack) -> list[LocalServer]:
@@ -119,24 +120,13 @@ def _shared_settings(config: TrainConfig, arguments: Sequence[str]) -> list[str]
         "store.metrics_address": config.store.metrics_address,
     }
     given = [argument for argument in arguments if not argument.startswith("role=")]
-    return [*given, *(f"{name}={_quoted(str(value))}" for name, value in own.items() if value is not None)]
+    return [*given, *(f"{name}={quoted(value)}" for name, value in own.items() if value is not None)]
 
 
 def _start(name: str, role: str, folder: Path, settings: Sequence[str], config: TrainConfig) -> ManagedProcess:
-    arguments = [*settings, f"role={role}", f"hydra.run.dir={_quoted(str(folder))}"]
+    arguments = [*settings, f"role={role}", f"hydra.run.dir={quoted(folder)}"]
     death_signal = signal.SIGINT if role == "trainer" else signal.SIGKILL
     return ManagedProcess(name, arguments, _num_threads(config), death_signal)
-
-
-def _check(config: TrainConfig) -> None:
-    if config.topology.num_producers < 1:
-        raise UserError(f"topology.num_producers={config.topology.num_producers}: a run needs at least one")
-    if config.topology.restarts < 0:
-        raise UserError(f"topology.restarts={config.topology.restarts}: give a number of attempts, or 0")
-    marks = watermarks(config.topology, config.store)
-    marks.check_window(config.data.global_batch_size, 0)
-    if config.store.kind == "mooncake" and config.store.address is None and config.store.capacity_bytes is None:
-        raise UserError("store.capacity_bytes=null: a Mooncake that starts on this machine needs to know its size")
 
 
 def _producers(config: TrainConfig) -> list[str]:
@@ -148,8 +138,3 @@ def _producers(config: TrainConfig) -> list[str]:
 def _num_threads(config: TrainConfig) -> int:
     processes = len(_producers(config)) + num_processes(config.trainer)
     return config.num_threads or max(1, (os.cpu_count() or 1) // processes)
-
-
-def _quoted(value: str) -> str:
-    """For Hydra's grammar, which gives some characters of paths a meaning."""
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"

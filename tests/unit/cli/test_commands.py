@@ -11,8 +11,9 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from lightning_dataflow.cli import capture, evaluate, main as commands, show_mask, train
-from lightning_dataflow.cli.hydra_command import Terminated, _raise_again, command, terminate
+from lightning_dataflow.cli.hydra_command import command
 from lightning_dataflow.contracts.errors import RETRYABLE
+from lightning_dataflow.run.signals import Terminated, on_sigterm, raise_again
 from tests.unit.run.test_claim import start_owner
 
 pytestmark = pytest.mark.integration
@@ -70,14 +71,9 @@ def broken_file(folder: Path) -> str:
         (["+strategy.lr=1"], "strategy=eagle3: got multiple values for keyword argument 'lr'; see conf/strategy"),
         (["+trainer.colour=red"], "trainer.colour: Lightning's Trainer has no such argument, see Lightning's"),
         (["+trainer.devises=2"], "trainer.devises: Lightning's Trainer has no such argument, did you mean trainer.devices"),
-        (["+trainer.strategy.colour=red"], "trainer.strategy names no class, so nothing reads it"),
         (["trainer=fsdp2", "+trainer.strategy.colour=red"], "unexpected keyword argument 'colour'; correct the keys"),
         (["logger=csv", "+logger.colour=red"], "logger: CSVLogger.__init__() got an unexpected keyword argument 'colour'"),
-        (["+logger.colour=red"], "logger.colour names no class, so nothing reads it: set logger.colour._target_=…"),
-        (["+logger.mine.colour=red"], "logger.mine names no class"),
         (["+logger.mine._target_=nowhere.Logger"], "logger.mine._target_=nowhere.Logger cannot be imported"),
-        (["+callbacks.colour=red"], "callbacks.colour names no class, so nothing reads it"),
-        (["+callbacks.mine.colour=red"], "callbacks.mine names no class"),
         (
             ["+callbacks.checkpoint.colour=red"],
             "callbacks.checkpoint: ModelCheckpoint.__init__() got an unexpected keyword argument 'colour'; correct",
@@ -90,41 +86,10 @@ def broken_file(folder: Path) -> str:
             ["callbacks=default", "+callbacks.acceptance.colour=red"],
             "callbacks.acceptance: AcceptanceEvaluation.__init__()",
         ),
-        (["trainer._target_=my.Trainer"], "trainer._target_=my.Trainer: the Trainer is always Lightning's, so leave light"),
-        (
-            ["trainer._target_=pytorch_lightning.Trainer"],
-            "trainer._target_=pytorch_lightning.Trainer: the Trainer is always",
-        ),
         (["strategy.name=eagle9"], "unknown strategy 'eagle9': available are dflash, domino, eagle3"),
-        (["topology.name=sideways"], "unknown topology 'sideways': available are disagg_offline, disagg_online, inter"),
         (["topology=offline", "store.root=nowhere"], "no finished capture in nowhere"),
         (["store=shared_dir"], "use store=memory"),
-        (["topology=offline", "store=memory"], "use store=shared_dir"),
-        (
-            ["topology=interleaved", "control=sqlite"],
-            "topology=interleaved does not work with control=sqlite: use control=memory",
-        ),
-        (["topology=disagg_online", "store=memory"], "use store=mooncake or shared_dir"),
-        (
-            ["topology=disagg_online", "topology.high_refs=4"],
-            "a window can have 8 refs, the high watermark is 4 refs",
-        ),
-        (["topology=disagg_online", "topology.low_refs=5000"], "the low watermark of 5000 refs is not below the high one"),
-        (["topology=disagg_online", "topology.high_bytes=2000000000"], "is more than store.capacity_bytes=1073741824"),
-        (["topology=disagg_online", "topology.num_producers=0"], "topology.num_producers=0: a run needs at least one"),
-        (["topology=disagg_online", "store.capacity_bytes=null"], "needs to know its size"),
         (["topology=disagg_online", "store.capacity_bytes=1000"], "1000"),
-        (["topology=disagg_online", "role=trainer"], "needs the address of a Mooncake master: store.address=host:port"),
-        (["role=producer"], "topology=online has no parts of its own, so role=producer has no meaning"),
-        (
-            ["topology=disagg_online", "channel=redis"],
-            "channel=redis does not work with control=sqlite: one transaction writes log and ledger, so set both to redis",
-        ),
-        (
-            ["topology=disagg_online", "control=redis"],
-            "channel=file does not work with control=redis: one transaction writes log and ledger, so set both to redis",
-        ),
-        ([*BY_HAND, "channel=redis", "control=redis"], "with channel=redis needs the address of a Redis"),
         (
             [*BY_HAND, "channel=redis", "control=redis", "channel.address=127.0.0.1:1"],
             "no Redis answers at 127.0.0.1:1 (",
@@ -148,27 +113,16 @@ def broken_file(folder: Path) -> str:
         (["strategy=dflash", "strategy.num_anchors=513"], "choose 1 to 512 blocks a sample"),
         (["strategy=dflash", "strategy.loss=mean"], "use decay or dpace"),
         (["strategy=dflash", "strategy.layer_ids=[1,8]"], "ids go from 0 to 7"),
-        (["target.engine=vllm"], "unknown target.engine='vllm': available are hf, sglang, sglang_server"),
-        (["target.engine=sglang_server"], "use target.engine=sglang or hf, or that topology"),
         (["target.engine=sglang"], "target.engine=sglang needs SGLang here"),
         ([*BY_HAND, *SERVED, "target.urls=[http://127.0.0.1:9]"], "the server at http://127.0.0.1:9 does not answer"),
         ([*BY_HAND, *SERVED, "target.urls=[127.0.0.1]"], "'127.0.0.1' is no address of a server"),
         ([*BY_HAND, *SERVED, "target.api_key_file=nowhere"], "cannot read target.api_key_file=nowhere"),
-        ([*BY_HAND, *SERVED, "target.requests_in_flight=0"], "requests_in_flight=0: a server needs at least one"),
         (
             [*BY_HAND, *SERVED, "target.urls=[]", "target.server_python=nowhere"],
             "target.server_python=nowhere is no program",
         ),
         (["data.micro_batch_size=3"], "global_batch_size=8 is not a multiple"),
         (["data.row_tokens=512"], "row_tokens=512 and rows_per_step=None: packing needs both"),
-        (["data.row_tokens=128", "data.rows_per_step=2"], "data.max_length=256 is more than data.row_tokens=128"),
-        (
-            ["data.row_tokens=512", "data.rows_per_step=2", "trainer.max_steps=null", "data.num_passes=1"],
-            "data.num_passes=1 with data.row_tokens=512",
-        ),
-        (["trainer.max_steps=null"], "neither trainer.max_steps nor data.num_passes"),
-        (["data.num_passes=2"], "both say when training ends"),
-        (["trainer.max_steps=-1"], "trainer.max_steps=-1: a stream has no end"),
         (["trainer.max_steps=null", "data.num_passes=1", "data.num_samples=5"], "fill no step"),
         (["trainer=fsdp"], "trainer=fsdp needs a GPU"),
         (["ckpt_path=last"], "no complete checkpoint in"),
@@ -177,22 +131,13 @@ def broken_file(folder: Path) -> str:
         (["data.max_length=2000", "data.path=LONG"], "set data.max_length to at most 1024"),
         (["topology=offline", "store.secret_file=nowhere"], "cannot read store.secret_file=nowhere"),
         (["data.chat_template=nowhere.jinja"], "cannot read data.chat_template=nowhere.jinja"),
-        (["data.path=???"], "no value for data.path"),
         (["store.capacity_bytes=1000"], "raise the store's capacity_bytes"),
         (["trainer.precision=12-true"], "12-true"),
         (
             ["++data.max_lenght=9"],
             "there is no setting data.max_lenght: did you mean data.max_length",
         ),
-        (["+colour.of.it=red"], "there is no setting colour: available are strategy, topology,"),
-        (
-            ["+evaluate.vlm_args.x=1"],
-            "there is no setting evaluate.vlm_args: did you mean evaluate.v",
-        ),
-        (["+optimizer.colour=red"], "there is no setting optimizer.colour: available are optimi"),
         (["+trainer.max_epochs=3"], "trainer.max_epochs=3: this follows from other settings, use trainer.max_steps"),
-        (["+trainer.limit_train_batches=5"], "trainer.limit_train_batches=5: this follows"),
-        (["+trainer.accumulate_grad_batches=2"], "use data.global_batch_size and data.micro_batch_size"),
     ],
 )
 def test_bad_input_is_one_line_and_status_1(run, tmp_path, capsys, overrides, message):
@@ -454,9 +399,9 @@ def test_automatic_precision(run, tmp_path, monkeypatch, native, precision):
 @pytest.fixture
 def heeded(monkeypatch):
     """Signals, as a command heeds them."""
-    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: terminate}
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: on_sigterm}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    monkeypatch.setattr(sys, "unraisablehook", _raise_again)
+    monkeypatch.setattr(sys, "unraisablehook", raise_again)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -471,7 +416,8 @@ def test_an_interrupt_that_meets_a_finaliser_is_not_lost(heeded, number, kind, c
 
     with pytest.raises(kind):
         Freed()
-        time.sleep(10)
+        for _ in range(100):  # one long sleep would not be interrupted
+            time.sleep(0.1)
     assert capfd.readouterr().err == ""
 
 

@@ -12,11 +12,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from lightning_dataflow.cli.hydra_command import plain_settings, typed
 from lightning_dataflow.config.conditions import drop_conditions, register_conditions
-from lightning_dataflow.config.schema import TrainConfig, register_schemas
+from lightning_dataflow.config.parsing import parse_config, plain_settings
+from lightning_dataflow.config.schema import CONTROLS, STORES, TrainConfig, register_schemas
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.run.streams import CONTROLS, STORES
 
 CONF = Path(__file__).parents[3] / "conf"
 GROUPS = {path.name: sorted(file.stem for file in path.glob("*.yaml")) for path in CONF.iterdir() if path.is_dir()}
@@ -65,7 +64,7 @@ def test_the_compositions_have_every_file_and_pair():
 
 @pytest.mark.parametrize("row", ROWS, ids=" ".join)
 def test_every_file_composes(row):
-    config, choices = typed(make(*row, "++target.path=folder")), dict(setting.split("=") for setting in row)
+    config, choices = parse_config(make(*row, "++target.path=folder")), dict(setting.split("=") for setting in row)
     assert config.topology.name == choices["topology"]
     assert config.strategy.keys() == strategy_file(choices["strategy"]).keys() - {
         "with"
@@ -86,7 +85,7 @@ def test_a_strategy_says_what_it_needs_for_targets_and_experiments_that_exist(st
 def test_other_targets_get_the_sizes_of_the_paper(overrides):
     paper = strategy_file("dflash")
     del paper["with"]
-    assert typed(make("strategy=dflash", *overrides)).strategy == paper
+    assert parse_config(make("strategy=dflash", *overrides)).strategy == paper
 
 
 @pytest.fixture
@@ -99,7 +98,7 @@ def own(tmp_path):
         (tmp_path / "strategy" / "own.yaml").write_text(f"name: own\nsize: 9\n{entries}")
         (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\noptimizer: {lr: 2}\nstrategy: {size: 2}\n")
         register_conditions(tmp_path)
-        return typed(make("strategy=own", *overrides, f"hydra.searchpath=[file://{tmp_path}]"))
+        return parse_config(make("strategy=own", *overrides, f"hydra.searchpath=[file://{tmp_path}]"))
 
     yield composed
     for group in ("with_target", "with_experiment"):
@@ -139,11 +138,11 @@ def test_settings_are_plain_containers():
 
 def test_a_missing_value_is_named():
     with pytest.raises(UserError, match=r"no value for target\.path: set it on the command line"):
-        typed(make("target=hf"))
+        parse_config(make("target=hf"))
 
 
 def test_numbers_in_yaml_are_numbers():
-    assert typed(make("optimizer.lr=1e-4")).optimizer.lr == 1e-4
+    assert parse_config(make("optimizer.lr=1e-4")).optimizer.lr == 1e-4
 
 
 @pytest.mark.parametrize("override", ["evaluate.vllm_args={max_model_len: 64}", "+evaluate.vllm_args.max_model_len=64"])
@@ -158,6 +157,6 @@ def test_arguments_of_vllm_as_the_documentation_gives_them(override):
 
 def test_keys_of_the_groups_that_others_read_may_be_added():
     added = ("+callbacks.mine._target_=a.B", "+trainer.deterministic=true", "+logger.mine._target_=c.D", "+strategy.size=3")
-    config = typed(make("logger=none", *added))
+    config = parse_config(make("logger=none", *added))
     assert (config.callbacks["mine"], config.logger["mine"]) == ({"_target_": "a.B"}, {"_target_": "c.D"})
     assert (config.trainer["deterministic"], config.strategy["size"]) == (True, 3)

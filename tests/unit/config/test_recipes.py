@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from lightning_dataflow.config.derived import watermarks
 from lightning_dataflow.config.schema import TrainConfig
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.run.ranks import num_processes
-from lightning_dataflow.run.streams import watermarks
 from lightning_dataflow.services.mooncake import find_program
 from lightning_dataflow.services.redis import PROGRAM
 from lightning_dataflow.services.sglang import LAUNCHER
@@ -24,7 +24,7 @@ from lightning_dataflow.sglang_plugin.wire import SERVER_FILE, server_command
 from lightning_dataflow.stores.mooncake.client import TRANSFER_SETTINGS
 from lightning_dataflow.strategies.registry import resolve_strategy
 from tests.processes import ROOT
-from tests.unit.config.test_config import GROUPS, make, typed
+from tests.unit.config.test_config import GROUPS, make, parse_config
 
 PAGES = sorted(
     str(page.relative_to(ROOT))
@@ -130,7 +130,7 @@ def calls(page: str) -> list[Call]:
 
 @functools.cache
 def composed(*settings: str) -> TrainConfig:
-    return typed(make(*settings))
+    return parse_config(make(*settings))
 
 
 def called(*programs: str) -> list[Call]:

@@ -117,7 +117,7 @@ def test_an_error_of_one_worker_does_not_wait_for_the_others_servers(start, serv
     assert plane.ledger.status()["leased"] == 0
 
 
-def test_a_worker_that_does_not_end_is_named(tmp_path, store, monkeypatch, capsys):
+def test_a_worker_that_does_not_end_is_named(tmp_path, store, monkeypatch, caplog):
     plane, stuck = memory_plane(tmp_path), threading.Event()
     begin(plane)
     monkeypatch.setattr(producer, "END_S", 0.3)
@@ -133,5 +133,5 @@ def test_a_worker_that_does_not_end_is_named(tmp_path, store, monkeypatch, capsy
     with pytest.raises(ValueError, match="bad"):
         run_all([make_worker(plane, store, SeqFeed(wait_or_fail), name=f"producer-{i}") for i in range(2)])
     assert time.monotonic() - began < 4
-    shown = capsys.readouterr().out
+    (shown,) = caplog.messages
     assert shown.startswith("gave up on producer-") and ": it was capturing seq " in shown

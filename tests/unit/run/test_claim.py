@@ -14,9 +14,10 @@ import pytest
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 
+from lightning_dataflow.cli.claim_run import ClaimRun
 from lightning_dataflow.config.schema import register_schemas
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.run.claim import LOCK, NO_LOCKS, ClaimRun, claim
+from lightning_dataflow.run.claim import LOCK, NO_LOCKS, claim
 from tests.processes import environment
 
 CLAIM = """
@@ -129,13 +130,13 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 
 @pytest.mark.parametrize("number", NO_LOCKS)
-def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, capsys, number):
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, caplog, number):
     def refuse(file: int, operation: int) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     claim(tmp_path, "do something else")
-    assert f"{tmp_path} cannot be locked ({os.strerror(number)}): do not start" in capsys.readouterr().out
+    assert f"{tmp_path} cannot be locked ({os.strerror(number)}): do not start" in caplog.text
 
 
 @pytest.fixture

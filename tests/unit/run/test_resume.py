@@ -6,7 +6,7 @@ import pytest
 
 from lightning_dataflow.checkpoints.markers import mark_complete
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.run.resume import go_on_from, resolve_checkpoint
+from lightning_dataflow.run.resume import invalidate_later_checkpoints, resolve_checkpoint
 
 
 @pytest.fixture
@@ -26,45 +26,45 @@ def cut_short(folder, *steps):
 
 
 @pytest.mark.parametrize("ckpt_path", ["last", "auto"])
-def test_the_newest_complete_one(folder, capsys, ckpt_path):
+def test_the_newest_complete_one(folder, caplog, ckpt_path):
     assert resolve_checkpoint(ckpt_path, folder).endswith("step-000004.ckpt")
-    assert capsys.readouterr().out == ""
+    assert caplog.messages == []
     cut_short(folder, 4)
     assert resolve_checkpoint(ckpt_path, folder).endswith("step-000002.ckpt")
-    (line,) = capsys.readouterr().out.splitlines()
+    (line,) = caplog.messages
     assert "step-000004.ckpt is skipped" in line
     assert "10 bytes, 1000 were written" in line
-    assert line.endswith("going on from step-000002.ckpt")
+    assert line.endswith("resuming from step-000002.ckpt")
 
 
-def test_going_back_gives_up_what_is_later(folder, capsys):
+def test_going_back_gives_up_what_is_later(folder, caplog):
     """Otherwise a restart would jump from the new branch to the old one's end."""
-    go_on_from(folder / "checkpoints" / "step-000004.ckpt", folder)
+    invalidate_later_checkpoints(folder / "checkpoints" / "step-000004.ckpt", folder)
     assert resolve_checkpoint("last", folder).endswith("step-000004.ckpt")
-    go_on_from(folder / "checkpoints" / "step-000002.ckpt", folder)
-    assert "step-000004.ckpt is of a later step than step-000002.ckpt" in capsys.readouterr().out
+    invalidate_later_checkpoints(folder / "checkpoints" / "step-000002.ckpt", folder)
+    assert "step-000004.ckpt is of a later step than step-000002.ckpt" in caplog.text
     assert resolve_checkpoint("last", folder).endswith("step-000002.ckpt")
 
 
-def test_one_rank_says_what_is_skipped(folder, capsys, monkeypatch):
+def test_one_rank_says_what_is_skipped(folder, caplog, monkeypatch):
     cut_short(folder, 4)
     monkeypatch.setenv("RANK", "1")
     assert resolve_checkpoint("last", folder).endswith("step-000002.ckpt")
-    assert capsys.readouterr().out == ""
+    assert caplog.messages == []
 
 
-def test_none_is_complete(folder, capsys):
+def test_none_is_complete(folder, caplog):
     cut_short(folder, 2, 4)
     with pytest.raises(UserError, match="no complete checkpoint in"):
         resolve_checkpoint("last", folder)
     assert resolve_checkpoint("auto", folder) is None
-    assert capsys.readouterr().out.count("going on from the start") == 2
+    assert caplog.text.count("resuming from the start") == 2
     assert resolve_checkpoint(None, folder) is None
 
 
-def test_auto_is_a_new_run_where_there_is_nothing(tmp_path, capsys):
+def test_auto_is_a_new_run_where_there_is_nothing(tmp_path, caplog):
     assert resolve_checkpoint("auto", tmp_path) is None
-    assert capsys.readouterr().out == ""
+    assert caplog.messages == []
     with pytest.raises(UserError, match="name the run to resume by run_name=…, or start it without"):
         resolve_checkpoint("last", tmp_path)
 

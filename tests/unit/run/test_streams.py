@@ -2,52 +2,46 @@
 
 import time
 from contextlib import ExitStack
-from types import SimpleNamespace
 
 import pytest
 
+from lightning_dataflow.config.parsing import parse_config
 from lightning_dataflow.control import RedisMetadataStore
 from lightning_dataflow.control.redis.server import RedisServer
-from lightning_dataflow.run import streams as topologies
+from lightning_dataflow.run.streams import control_plane, make_workers
 from lightning_dataflow.stores import MemoryFeatureStore
 from tests.records import begin
 from tests.streams import SeqFeed
-from tests.unit.config.test_config import make, typed
+from tests.unit.config.test_config import make
 
 
 @pytest.fixture
 def config(redis_server, redis_run):
     where = (f"channel.address={redis_server.where.address}", f"channel.secret_file={redis_server.secret_file}")
-    return typed(make("topology=disagg_online", "channel=redis", "control=redis", f"run_name={redis_run.run_id}", *where))
+    name = f"run_name={redis_run.run_id}"
+    return parse_config(make("topology=disagg_online", "channel=redis", "control=redis", name, *where))
 
 
-def make_parts(config) -> SimpleNamespace:
-    """What producers need of a Builder."""
-    plane, resources = topologies.control_plane(config), ExitStack()
-    resources.callback(plane.close)
-    return SimpleNamespace(config=config, resources=resources, plane=plane, shared_store=MemoryFeatureStore())
-
-
-def test_a_producer_that_loads_while_the_run_completes_ends_and_leaves_nothing(config, redis_run, monkeypatch):
+def test_a_producer_that_loads_while_the_run_completes_ends_and_leaves_nothing(config, redis_run):
     """Whoever left a completed run last removed it; a producer that came then waited half an hour for a trainer."""
-    parts = make_parts(config)
-    monkeypatch.setattr(topologies, "make_feed", lambda parts: SeqFeed())
-    with parts.resources:
-        (first,) = topologies.make_workers(parts, "producer-1")
+    with ExitStack() as resources:
+        (first,) = make_workers(
+            "producer-1", config, control_plane(config), lambda: (SeqFeed(), MemoryFeatureStore()), resources
+        )
         begin(first.plane)
 
-        def load(parts: object) -> SeqFeed:
+        def load() -> tuple[SeqFeed, MemoryFeatureStore]:
             trainer = RedisMetadataStore(RedisServer(redis_run.where, redis_run.run_id))
             assert [part["state"] for part in trainer.status()["parts"]] == ["loaded", "loading"]
             trainer.finish("completed")
             first.plane.close()
             trainer.close()
-            return SeqFeed()
+            return SeqFeed(), MemoryFeatureStore()
 
-        monkeypatch.setattr(topologies, "make_feed", load)
-        late = make_parts(config)
-        with late.resources:
-            (second,) = topologies.make_workers(late, "producer-2")
+        with ExitStack() as late:
+            plane = control_plane(config)
+            late.callback(plane.close)
+            (second,) = make_workers("producer-2", config, plane, load, late)
             start = time.monotonic()
             second.run()
             assert time.monotonic() - start < 5

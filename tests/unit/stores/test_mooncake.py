@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lightning_dataflow.cli.hydra_command import typed
+from lightning_dataflow.config.parsing import parse_config
 from lightning_dataflow.contracts import CapacityError, UserError
 from lightning_dataflow.run.streams import control_plane, shared_store
 from lightning_dataflow.stores import MooncakeFeatureStore, StoreUnavailableError
@@ -117,7 +117,7 @@ def test_runs_of_one_name_do_not_share_a_store(mooncake, tmp_path):
     where = [f"store.{name.replace('master_', '')}={getattr(mooncake, name)}" for name in places]
 
     def attach_run(control: str) -> MooncakeFeatureStore:
-        config = typed(make("topology=disagg_online", "run_name=mine", f"channel.path={tmp_path / control}", *where))
+        config = parse_config(make("topology=disagg_online", "run_name=mine", f"channel.path={tmp_path / control}", *where))
         with closing(control_plane(config)) as plane:
             return shared_store(config, plane)
 

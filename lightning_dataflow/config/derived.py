@@ -1,0 +1,51 @@
+"""What follows from the settings."""
+
+import hashlib
+import re
+from pathlib import Path
+
+from lightning_dataflow.config.schema import StoreConfig, TopologyConfig, TrainConfig
+from lightning_dataflow.contracts import UserError
+from lightning_dataflow.control.ledger import Watermarks
+
+SHARE_OF_CAPACITY = 0.8
+"""What may be in flight: a store that is nearly full has room, but not in one piece."""
+UNLIMITED_BYTES = 1 << 40
+MAX_RUN_ID = 200
+_PLAIN = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_])?")
+
+
+def is_disaggregated(config: TrainConfig) -> bool:
+    """Whether producers and trainers are processes of their own."""
+    return config.topology.name.startswith("disagg_")
+
+
+def run_id(run_name: str) -> str:
+    """The name as an id: itself where its characters allow, else a readable form and a digest, so that no two names share
+    an id. The id of an id is itself."""
+    if _PLAIN.fullmatch(run_name) and ".." not in run_name and len(run_name) <= MAX_RUN_ID:
+        return run_name
+    digest = hashlib.sha256(run_name.encode()).hexdigest()[:12]
+    readable = re.sub(r"[^A-Za-z0-9_-]+", "-", run_name).strip("-_")[: MAX_RUN_ID - 20]
+    return f"{readable or 'run'}-{digest}"
+
+
+def shared_dir_root(store: StoreConfig, channel_path: str) -> str | Path:
+    """The folder of store=shared_dir of a disaggregated run."""
+    return store.root or Path(channel_path) / "features"
+
+
+def watermarks(topology: TopologyConfig, store: StoreConfig) -> Watermarks:
+    """Bounds on what is in flight. Raises UserError when they contradict each other or the store."""
+    capacity = UNLIMITED_BYTES if store.capacity_bytes is None else store.capacity_bytes
+    high = topology.high_bytes if topology.high_bytes is not None else int(SHARE_OF_CAPACITY * capacity)
+    if high > capacity:
+        raise UserError(
+            f"topology.high_bytes={high} is more than store.capacity_bytes={capacity}: lower it, or raise the capacity"
+        )
+    return Watermarks(
+        high_bytes=high,
+        high_refs=topology.high_refs,
+        low_bytes=topology.low_bytes if topology.low_bytes is not None else high * 3 // 4,
+        low_refs=topology.low_refs if topology.low_refs is not None else topology.high_refs * 3 // 4,
+    )

@@ -1,0 +1,55 @@
+"""Fields with choices or bounds, and the check that every setting keeps to them."""
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import field, fields, is_dataclass
+from typing import Any
+
+from omegaconf import MISSING
+
+from lightning_dataflow.contracts import UnknownNameError, UserError
+
+
+def one_of(*choices: str, default: str = MISSING) -> Any:
+    """A field that takes one of these names. OmegaConf knows no Literal."""
+    return field(default=default, metadata={"choices": choices})
+
+
+def number(
+    default: float | None, *, at_least: float | None = None, above: float | None = None, at_most: float | None = None
+) -> Any:
+    """A field for a number within bounds, or for null where that is the default."""
+    return field(default=default, metadata={"at_least": at_least, "above": above, "at_most": at_most})
+
+
+def check_fields(node: Any, prefix: str = "") -> None:
+    """Raise UserError for a value that its field does not take, or a key that no field reads.
+
+    Hydra refuses unknown keys itself, but not those added by `+key=…`.
+    """
+    known = [item.name for item in fields(node)]
+    for name in vars(node):
+        if name not in known:
+            near = difflib.get_close_matches(name, known)
+            names = ", ".join(prefix + each for each in near or known)
+            raise UserError(f"there is no setting {prefix}{name}: {'did you mean' if near else 'available are'} {names}")
+    for item in fields(node):
+        value = getattr(node, item.name)
+        if is_dataclass(value):
+            check_fields(value, f"{prefix}{item.name}.")
+            continue
+        if value not in item.metadata.get("choices", (value,)):
+            choices = ", ".join(item.metadata["choices"])
+            raise UnknownNameError(f"{prefix}{item.name}={value} is unknown: available are {choices}")
+        if value is not None and (rules := list(_broken_bounds(value, item.metadata))):
+            raise UserError(f"{prefix}{item.name}={value} is out of bounds: it must be {rules[0]}")
+
+
+def _broken_bounds(value: Any, metadata: Any) -> Iterator[str]:
+    """In words. Comparisons are false for NaN, which therefore breaks every bound."""
+    if (bound := metadata.get("at_least")) is not None and not value >= bound:
+        yield f"at least {bound}"
+    if (bound := metadata.get("above")) is not None and not value > bound:
+        yield f"above {bound}"
+    if (bound := metadata.get("at_most")) is not None and not value <= bound:
+        yield f"at most {bound}"

@@ -10,7 +10,7 @@ from lightning_dataflow.config.schema import ChannelConfig, TrainConfig
 from lightning_dataflow.config.secrets import read_secret, read_secret_file
 from lightning_dataflow.control import ControlPlane, resolve_control_plane
 from lightning_dataflow.control.heartbeat import Heartbeat
-from lightning_dataflow.control.plane import DeploymentMode
+from lightning_dataflow.control.plane import PATIENCE_S, DeploymentMode
 from lightning_dataflow.control.redis.address import RedisAddress
 from lightning_dataflow.data import ManifestSource, StreamingSource
 from lightning_dataflow.producers import ColocatedSource, Feed, OnlineSource, RolloutWorker, ServedFeed
@@ -27,12 +27,16 @@ MODES: dict[str, DeploymentMode] = {
 }
 
 
-def control_plane(config: TrainConfig) -> ControlPlane:
-    """The run's ledger and log; of this rank alone where the ledger is in memory."""
+def control_plane(config: TrainConfig, *, patience_s: float = PATIENCE_S) -> ControlPlane:
+    """The run's ledger and log; of this rank alone where the ledger is in memory.
+
+    Args:
+        patience_s: for a Redis that does not answer.
+    """
     mode, name = MODES[config.control.kind], run_id(config.run_name)
     path = Path(config.channel.path)
     if config.channel.kind == "redis":
-        return resolve_control_plane(mode, name, redis=redis_address(config.channel))
+        return resolve_control_plane(mode, name, redis=redis_address(config.channel), patience_s=patience_s)
     if mode == "dataflow_colocated":
         path = path / f"rank-{rank_from_environment(num_devices(config.trainer))}"
     return resolve_control_plane(mode, name, path=path)

@@ -39,19 +39,24 @@ def evaluate(config: TrainConfig, settings: dict[str, Any]) -> None:
     If a draft fails, the table and the JSON hold what was measured before.
     """
     from lightning_dataflow.cli.figure import draw_measurements
-    from lightning_dataflow.cli.judges import make_judge
-    from lightning_dataflow.evaluation.acceptance import check_decoding
+    from lightning_dataflow.cli.judges import JUDGES
+    from lightning_dataflow.evaluation import Decoding
     from lightning_dataflow.run.builder import Builder
 
     options = config.evaluate
-    check_decoding(max_new_tokens=options.max_new_tokens, temperature=options.temperature, batch_size=options.batch_size)
+    decoding = Decoding(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        seed=config.seed,
+        batch_size=options.batch_size,
+    )
     drafts = find_drafts(config)
     output = None if options.output is None else _output_file(options.output)
     parts = Builder(config, settings)
     measurements: list[dict[str, Any]] = []
     try:
         with parts.resources:
-            judge = make_judge(parts)
+            judge = JUDGES[options.backend](parts, decoding)
             prompts = _read_prompts(parts, judge.room)
             used = settings["evaluate"] | {"seed": config.seed}
             used = {name: value for name, value in used.items() if name not in (*judge.unused, *OF_TRAINING)}

@@ -9,7 +9,7 @@ from lightning_dataflow.contracts import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the folder and say how to serve it."""
+    """Write the folder and print where the serve command is."""
     parser = argparse.ArgumentParser(prog="lightning-dataflow export", description=__doc__)
     parser.add_argument(
         "source", type=Path, help="checkpoint (file or folder), runs/NAME, or the folder of a published draft"

@@ -61,6 +61,7 @@ class DataConfig:
         row_tokens, rows_per_step: pack several samples into one row; see DataFlowDataModule.
         num_passes: with trainer.max_steps=null, train this often on every sample.
         prefetch_windows: windows that a thread reads ahead; null for what suits the topology, 0 for none.
+        skip_ids: a file that lists samples not to train on by their source ids, one a line.
     """
 
     path: str = MISSING
@@ -77,6 +78,7 @@ class DataConfig:
     rows_per_step: int | None = number(None, at_least=1)
     num_passes: int | None = number(None, at_least=1)
     prefetch_windows: int | None = number(None, at_least=0)
+    skip_ids: str | None = None
 
 
 @dataclass

@@ -8,9 +8,16 @@ from typing import Any, Literal
 
 import orjson
 
-from lightning_dataflow.contracts import SCHEMA_VERSION, LogRecord, PeerTimeoutError, UserError, assert_no_tensors
+from lightning_dataflow.contracts import (
+    SCHEMA_VERSION,
+    LogRecord,
+    PeerTimeoutError,
+    SampleRef,
+    UserError,
+    assert_no_tensors,
+)
 from lightning_dataflow.contracts.log import MAX_REASON, record_from_json
-from lightning_dataflow.contracts.validation import check_schema
+from lightning_dataflow.contracts.validation import check_schema, ref_from_json
 
 MAX_LINE_BYTES = 1 << 20
 POLL_S = (0.002, 0.05)
@@ -72,11 +79,11 @@ class StreamingRefChannel(ABC):
             TypeError: it carries a tensor, whose path is named, or anything else that is no plain data.
             UserError: it is longer than readers accept.
         """
-        fields = record._asdict() | {"reason": record.reason and record.reason[:MAX_REASON]}
+        reason = record.reason and record.reason[:MAX_REASON]
         try:
-            line = orjson.dumps(fields, _refuse)
+            line = orjson.dumps({"kind": record.kind, "seq": record.seq, "ref": record.ref, "reason": reason}, _refuse)
         except TypeError as error:
-            assert_no_tensors(record, "record")
+            assert_no_tensors(record.ref, "record.ref")
             raise (error.__cause__ or error) from None
         if len(line) > MAX_LINE_BYTES:
             raise UserError(
@@ -93,7 +100,8 @@ class StreamingRefChannel(ABC):
     def poll(self, max_records: int = 1024) -> list[LogRecord]:
         """The next complete records after this reader's position, [] when there are none yet.
 
-        Raises UserError for a record that is malformed, of another run or another schema.
+        Raises UserError for a record that is malformed, of another run or another schema; for the details of a ref, when it
+        is asked for.
         """
 
     @abstractmethod
@@ -116,23 +124,14 @@ class StreamingRefChannel(ABC):
     def _write_once(self, what: Literal["card", "nonce"], content: bytes) -> None:
         """Write it unless it exists: the first of several writers wins."""
 
-    def _parse(self, data: Any, place: str) -> LogRecord:
-        """The record of a parsed line. Raises UserError, with the place of the line, for one that nobody may read."""
-        try:
-            record = record_from_json(data)
-        except UserError as error:
-            raise damaged(place, error) from error
-        if record.ref is not None and record.ref.origin.run_id != self._known_run_id():
-            raise UserError(
-                f"{place} holds references of run {record.ref.origin.run_id}, its card is of run {self._run_id}: two runs "
-                "were mixed, start again under another run_name"
-            )
-        return record
-
-    def _known_run_id(self) -> str | None:
+    def _parse(self, line: bytes, place: str) -> LogRecord:
+        """The record of a line. Raises UserError, with the place of the line, for one that no writer of this run wrote."""
         if self._run_id is None:
             self.card()
-        return self._run_id
+        try:
+            return record_from_json(orjson.loads(line), self._run_id, lambda: _read_ref(line, place))
+        except ValueError as error:  # UserError is one
+            raise damaged(place, error) from error
 
     def wait_for_card(self, timeout_s: float, who: str) -> dict[str, Any]:
         """The card, once somebody announced it. Raises PeerTimeoutError naming `who`."""
@@ -166,6 +165,13 @@ class StreamingRefChannel(ABC):
 
 def _refuse(value: Any) -> Any:
     raise TypeError(f"a {type(value).__name__} cannot be logged: records hold plain data")
+
+
+def _read_ref(line: bytes, place: str) -> SampleRef:
+    try:
+        return ref_from_json(orjson.loads(line).get("ref"))
+    except UserError as error:
+        raise damaged(place, error) from error
 
 
 def damaged(place: str, error: Exception) -> UserError:

@@ -106,7 +106,7 @@ class StreamingRefQueue:
 
     def num_bytes(self, seqs: range) -> int:
         """Payload of a complete window, the same on every rank."""
-        return sum(ref.num_bytes for ref in self._first_refs(seqs))
+        return sum(record.num_bytes for record in self._first_records(seqs))
 
     def ack(self, next_seq: int) -> list[SampleRef]:
         """Everything before `next_seq` has been trained. Returns refs of it that nobody reads, to be freed."""
@@ -163,14 +163,13 @@ class StreamingRefQueue:
         self._unwanted = [(seq, ref) for seq, ref in self._unwanted if below is not None and seq >= below]
         return taken
 
-    def _first_refs(self, seqs: range) -> list[SampleRef]:
-        """Those of the first records of a complete window."""
+    def _first_records(self, seqs: range) -> list[LogRecord]:
+        """Of a complete window."""
         with self._lock:
-            refs = [self._first.get(seq, self._records[seq]).ref for seq in seqs]
-        return [ref for ref in refs if ref is not None]
+            return [self._first.get(seq, self._records[seq]) for seq in seqs]
 
     def _num_tokens(self, seqs: range) -> int:
-        return sum(ref.num_tokens for ref in self._first_refs(seqs))
+        return sum(record.num_tokens for record in self._first_records(seqs))
 
     def _take_in(self, records: Iterable[LogRecord]) -> None:
         with self._lock:
@@ -191,15 +190,15 @@ class StreamingRefQueue:
         if known is not None:
             self._discard(known)
             self._first.setdefault(seq, known)
-            if record.ref is not None:
+            if record.has_ref:
                 self.num_recaptured += 1
                 self._recaptured[seq] += 1
         self._records[seq] = record
         self._handed_out.discard(seq)
         self._lost.discard(seq)
-        if record.ref is None:
+        if not record.has_ref:
             self.skipped[seq] = str(record.reason)
-        elif record.ref.origin.source_id in self._skip_ids:
+        elif self._skip_ids and record.ref is not None and record.ref.origin.source_id in self._skip_ids:
             self.skipped[seq] = SKIP_REASON
             self._discard(record)
 

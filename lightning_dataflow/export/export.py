@@ -1,20 +1,19 @@
 """From a checkpoint to a folder that SGLang or vLLM serves."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lightning_dataflow.checkpoints.markers import latest_checkpoint
 from lightning_dataflow.checkpoints.reading import HEADER, read_header
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.export.card import model_card
+from lightning_dataflow.export.card import conversion_section, model_card
 from lightning_dataflow.export.folder import DTYPES, check_destination, write_draft
 from lightning_dataflow.export.serve import check_engine
-from lightning_dataflow.export.training import TrainingRecord
+from lightning_dataflow.export.training import training_sections
 from lightning_dataflow.strategies.checkpoint import check_finite, load_module
 from lightning_dataflow.strategies.module import DraftModule
-from lightning_dataflow.strategies.published.contract import DraftDescription, PublishedDraft
+from lightning_dataflow.strategies.published.contract import DraftDescription
 from lightning_dataflow.strategies.published.engines import resolve_engine
 from lightning_dataflow.strategies.published.reading import is_published, read_draft
 
@@ -39,7 +38,6 @@ def export_draft(
     dtype: str = "bfloat16",
     target: str | None = None,
     tokenizer: bool = False,
-    on_skip: Callable[[str], None] = print,
 ) -> Path:
     """Write a draft as `engine` reads it: configuration, weights, and a model card. Returns the folder.
 
@@ -53,7 +51,6 @@ def export_draft(
         target: where the target is now, if it moved. Serve commands and the speculators format name it
             as given here, and `folder` as given.
         tokenizer: copy the target's tokenizer files along.
-        on_skip: told of newer checkpoints of a run that are not complete.
 
     Raises:
         UserError: `folder` exists, there is no checkpoint, or the engine does not serve such a draft.
@@ -61,33 +58,37 @@ def export_draft(
     """
     layout, folder = resolve_engine(engine, format), Path(folder)
     check_destination(folder)
-    checkpoint = find_checkpoint(Path(source), on_skip)
-    training = read_training(checkpoint)
-    origin = read_draft(checkpoint) if training is None else training
-    check_engine(origin.strategy, layout)  # before the target's folder is looked at
+    checkpoint = find_checkpoint(Path(source))
+    published = read_draft(checkpoint) if is_published(checkpoint) and not (checkpoint / HEADER).exists() else None
+    header = read_header(checkpoint) if published is None else {}
+    check_engine(published.strategy if published else header["strategy"], layout)  # before the target's folder is read
+    num_draft_tokens = published.num_draft_tokens if published else None
     module = load_module(checkpoint, target=target)
-    said = origin.num_draft_tokens if isinstance(origin, PublishedDraft) else None
-    draft = describe(module, dtype=dtype, num_draft_tokens=said)
-    card = model_card(layout, draft, training, folder=str(folder), assumed=training is None and said is None)
+    draft = describe(module, dtype=dtype, num_draft_tokens=num_draft_tokens)
+    if published is None:
+        training = training_sections(header, _read_result(checkpoint))
+    else:
+        training = [conversion_section(draft, assumed=num_draft_tokens is None)]
+    card = model_card(layout, draft, training, folder=str(folder))
     files = [Path(draft.target) / name for name in TOKENIZER_FILES] if tokenizer else []
     copies = [file for file in files if file.is_file()]
     if tokenizer and not copies:
         raise UserError(f"no tokenizer in {draft.target}: leave --tokenizer out")
     tensors = module.draft.state_dict()
     if dtype in DTYPES:
-        cast = {name: one.to(DTYPES[dtype]) for name, one in tensors.items() if one.is_floating_point()}
+        cast = {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items() if tensor.is_floating_point()}
         check_finite(checkpoint, cast, f"dtype={dtype} is too narrow for it, use bfloat16 or float32")
     return write_draft(folder, layout, draft, tensors, card=card, copies=copies)
 
 
-def find_checkpoint(source: Path, on_skip: Callable[[str], None] = print) -> Path:
+def find_checkpoint(source: Path) -> Path:
     """The checkpoint that `source` is or, being a run, has. Raises UserError where there is none."""
     if not (source / "checkpoints").is_dir():
         return source
-    found = latest_checkpoint(source / "checkpoints", on_skip=on_skip)
-    if found is None:
+    checkpoint = latest_checkpoint(source / "checkpoints")
+    if checkpoint is None:
         raise UserError(f"no complete checkpoint in {source / 'checkpoints'}: name the one to export")
-    return found
+    return checkpoint
 
 
 def describe(module: DraftModule, *, dtype: str = "bfloat16", num_draft_tokens: int | None = None) -> DraftDescription:
@@ -111,15 +112,13 @@ def describe(module: DraftModule, *, dtype: str = "bfloat16", num_draft_tokens: 
     )
 
 
-def read_training(checkpoint: Path) -> TrainingRecord | None:
-    """How a checkpoint was trained; None for a published draft, which does not say."""
-    if is_published(checkpoint) and not (checkpoint / HEADER).exists():
-        return None
-    run = checkpoint.resolve().parent.parent
-    result: dict[str, Any] = {}
-    if checkpoint.resolve().parent.name == "checkpoints" and (run / "result.json").is_file():
-        try:
-            result = json.loads((run / "result.json").read_text())
-        except ValueError as error:
-            raise UserError(f"cannot read {run / 'result.json'}: {error}") from error
-    return TrainingRecord.of(read_header(checkpoint), result)
+def _read_result(checkpoint: Path) -> dict[str, Any]:
+    """`result.json` of the checkpoint's run; empty if there is none."""
+    path = checkpoint.resolve().parent.parent / "result.json"
+    if checkpoint.resolve().parent.name != "checkpoints" or not path.is_file():
+        return {}
+    try:
+        result: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    return result

@@ -63,7 +63,7 @@ def write_draft(
             if (stored_name := export.stored_name(name, draft, engine)) is not None
         }
         save_file(stored, part / WEIGHTS, metadata={"format": "pt"})
-        (part / WEIGHTS).chmod(0o666 & ~_umask())  # safetensors keeps others from reading it
+        (part / WEIGHTS).chmod(0o666 & ~_umask())  # safetensors makes it readable by its owner only
         (part / CARD).write_text(card)
         for file in copies:
             shutil.copyfile(file, part / file.name)

@@ -1,7 +1,6 @@
-"""How a draft was trained, from its checkpoint and its run's `result.json`."""
+"""The model card's sections on how a draft was trained, from its checkpoint and its run's `result.json`."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -9,57 +8,74 @@ DECODING = ("temperature", "max_new_tokens")
 """Settings of a measurement that its numbers depend on."""
 
 _NOT_SETTINGS = ("target", "init_from", "network", "layer_ids", "_instantiator")
+_MEASURED = "Mean tokens per verification on held-out prompts, by lightning_dataflow's own speculative decoding."
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingRecord:
-    """What a model card tells of a training. What is not known is None, or empty.
+def training_sections(checkpoint: Mapping[str, Any], result: Mapping[str, Any]) -> list[str]:
+    """Markdown. `checkpoint` may lack its tensors; `result` is empty where there is none. Unknown rows are left out.
 
-    Attributes:
-        samples: read up to this step, those of later passes counted again.
-        tokens: of these samples, over all ranks.
-        init_from: name of the draft that it began with.
-        settings: of the LightningModule.
-        acceptance: measurements up to this step, as in `result.json`, with DECODING where that is known.
+    Counted up to the step of the checkpoint: samples, those of later passes again, and their tokens over all ranks.
     """
+    hparams = checkpoint["hyper_parameters"]
+    settings = {name: value for name, value in hparams.items() if name not in _NOT_SETTINGS and value is not None}
+    versions = ", ".join(f"{name} {version}" for name, version in result.get("versions", {}).items())
+    return [
+        "## Training\n\n" + table(_rows(checkpoint, result)),
+        "Settings:\n\n" + table(settings),
+        *([f"Trained with {versions}."] if versions else []),
+        "## Acceptance\n\n" + _acceptance(checkpoint, result),
+    ]
 
-    strategy: str
-    steps: int
-    losses: Sequence[float]
-    samples: int | None
-    global_batch_size: int | None
-    tokens: int | None
-    data: str | None
-    precision: str | None
-    init_from: str | None
-    settings: Mapping[str, Any]
-    acceptance: Sequence[Mapping[str, Any]]
-    versions: Mapping[str, str]
 
-    @classmethod
-    def of(cls, checkpoint: Mapping[str, Any], result: Mapping[str, Any]) -> "TrainingRecord":
-        """From a checkpoint without its tensors, and `result.json` where there is one."""
-        steps = int(checkpoint["global_step"])
-        data = checkpoint.get("DataFlowDataModule", {})
-        callbacks = checkpoint.get("callbacks", {})
-        measured = result.get("acceptance") or callbacks.get("AcceptanceEvaluation", {}).get("history", [])
-        settings = {name: value for name, value in checkpoint["hyper_parameters"].items() if name not in _NOT_SETTINGS}
-        configured = result.get("settings", {}).get("data", {})
-        path = str(configured["path"]) if isinstance(configured, dict) and "path" in configured else None
-        evaluated = result.get("settings", {}).get("evaluate", {})
-        decoding = {name: evaluated[name] for name in DECODING if isinstance(evaluated, dict) and name in evaluated}
-        start = checkpoint["hyper_parameters"].get("init_from")
-        return cls(
-            strategy=checkpoint["strategy"],
-            steps=steps,
-            losses=[float(loss) for loss in checkpoint.get("step_losses", [])],
-            samples=data.get("next_seq"),
-            global_batch_size=data.get("global_batch_size"),
-            tokens=callbacks.get("RunMetrics", {}).get("num_tokens"),
-            data=path if path is None or not PurePath(path).is_absolute() else PurePath(path).name,
-            precision=result.get("precision"),
-            init_from=None if start is None else PurePath(str(start)).name,
-            settings=settings,
-            acceptance=[decoding | one for one in measured if one["step"] <= steps],
-            versions=result.get("versions", {}),
-        )
+def table(rows: Mapping[str, object]) -> str:
+    """A table of two columns."""
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _rows(checkpoint: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, object]:
+    data, losses = checkpoint.get("DataFlowDataModule", {}), [float(loss) for loss in checkpoint.get("step_losses", [])]
+    rows = {
+        "optimizer steps": int(checkpoint["global_step"]),
+        "started from the draft": _name(checkpoint["hyper_parameters"].get("init_from")),
+        "samples": data.get("next_seq"),
+        "samples a step": data.get("global_batch_size"),
+        "tokens": checkpoint.get("callbacks", {}).get("RunMetrics", {}).get("num_tokens"),
+        "loss, first and last step": f"{losses[0]:.4g}, {losses[-1]:.4g}" if losses else None,
+        "data": _data(_settings(result, "data").get("path")) or None,
+        "precision": result.get("precision") or None,
+    }
+    return {name: value for name, value in rows.items() if value is not None}
+
+
+def _acceptance(checkpoint: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    evaluate, own = _settings(result, "evaluate"), checkpoint.get("callbacks", {}).get("AcceptanceEvaluation", {})
+    measured = result.get("acceptance") or own.get("history", [])
+    measured = [entry for entry in measured if entry["step"] <= int(checkpoint["global_step"])]
+    if not measured:
+        return "Not measured."
+    lines = [
+        "| step | prompts | temperature | new tokens, at most | drafted at a time | acceptance length "
+        "| accepted at least up to position 1, 2, … |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for entry in measured:
+        shares = [f"{share:.3f}" for share in entry["acceptance_per_position"]]
+        decoding = [entry.get(name, evaluate.get(name, "not recorded")) for name in DECODING]
+        length = f"{entry['acceptance_length']:.3f}"
+        row = [entry["step"], entry["num_prompts"], *decoding, len(shares), length, ", ".join(shares)]
+        lines.append(f"| {' | '.join(map(str, row))} |")
+    return f"{_MEASURED}\n\n" + "\n".join(lines)
+
+
+def _settings(result: Mapping[str, Any], group: str) -> Mapping[str, Any]:
+    settings = result.get("settings", {}).get(group, {})
+    return settings if isinstance(settings, dict) else {}
+
+
+def _name(path: Any) -> str | None:
+    return None if path is None else PurePath(str(path)).name
+
+
+def _data(path: Any) -> str | None:
+    """As it was given, but nobody is told where it lay on the machine."""
+    return _name(path) if PurePath(str(path)).is_absolute() else path

@@ -1,4 +1,4 @@
-"""A draft back from a Lightning checkpoint, full or sharded, or from a folder for a serving engine."""
+"""Loading a draft from a Lightning checkpoint, full or sharded, or from a folder for a serving engine."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from lightning_dataflow.data.finite import first_not_finite
 from lightning_dataflow.strategies.module import DraftModule
 from lightning_dataflow.strategies.published.reading import is_published, read_draft
 from lightning_dataflow.strategies.registry import resolve_strategy
-from lightning_dataflow.strategies.warm_start import some
+from lightning_dataflow.strategies.warm_start import check_tensors
 
 REMEDY = "name another checkpoint of its run"
 
@@ -26,7 +26,7 @@ def load_module(path: str | Path, *, target: str | None = None) -> DraftModule:
         target: where the target is now, if it moved; a published draft's must be named.
 
     Raises:
-        UserError: no such checkpoint, not one of a draft or not a whole one, or one for another target.
+        UserError: there is no such checkpoint, it is incomplete, or it is not one of a draft of this target.
         NotFiniteError: its weights hold NaN or infinity.
     """
     path = Path(path)
@@ -37,7 +37,7 @@ def load_module(path: str | Path, *, target: str | None = None) -> DraftModule:
     module.load_state_dict(_read_shards(path, module) if path.is_dir() else _read_file(path, module, checkpoint))
     try:
         module.on_load_checkpoint(checkpoint)
-    except KeyError as error:  # what a strategy keeps beside its weights
+    except KeyError as error:  # an entry that a strategy adds to its weights
         raise _incomplete(path, str(error.args[0])) from error
     check_finite(path, module.state_dict())
     return module.eval()
@@ -50,10 +50,10 @@ def check_finite(path: Path, tensors: Mapping[str, Tensor], remedy: str = REMEDY
 
 
 def load_published(folder: str | Path, *, target: str | None) -> DraftModule:
-    """The module of a published draft, ready to draft, to be exported, or to be trained on.
+    """The module of a published draft, ready to draft, to be exported, or to be trained further.
 
     Raises:
-        UserError: no draft that a strategy here trains, or one of another target.
+        UserError: no strategy here trains such a draft, or it is a draft of another target.
     """
     start = read_draft(folder)
     if target is None:
@@ -75,7 +75,7 @@ def _rebuild(path: Path, checkpoint: Mapping[str, Any], target: str | None) -> D
     name = checkpoint["strategy"]
     hparams = {
         key: value for key, value in checkpoint["hyper_parameters"].items() if key != "_instantiator"
-    }  # LightningCLI's
+    }  # `_instantiator` is LightningCLI's
     if "target" not in hparams or "target_model_version" not in checkpoint:
         raise _incomplete(path, "the name of its target")
     hparams |= {"target": target or hparams["target"], "init_from": None}  # its sizes are in `network`
@@ -100,16 +100,14 @@ def _read_shards(path: Path, module: DraftModule) -> dict[str, Any]:
 
     saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     place = "model" if any(name.startswith("model.") for name in saved) else "state_dict"  # FSDP1's, or FSDP2's
-    shapes = {
-        name.removeprefix(f"{place}."): getattr(one, "size", ())
-        for name, one in saved.items()
-        if name.startswith(f"{place}.")
-    }
+    prefix = f"{place}."
+    weights = {name.removeprefix(prefix): entry for name, entry in saved.items() if name.startswith(prefix)}
+    shapes = {name: getattr(entry, "size", ()) for name, entry in weights.items()}
     _check_weights(path, module, shapes)
     state = {place: module.state_dict()}
     try:
         dcp.load(state, checkpoint_id=path, no_dist=True)
-    except CheckpointException as error:  # torch's, which is no Exception
+    except CheckpointException as error:  # torch's; it is not an Exception
         reasons = [str(cause).splitlines()[0] for cause, _ in error.failures.values() if str(cause)]
         raise UserError(f"{path} cannot be read ({', '.join(reasons)}): {REMEDY}") from error
     return state[place]
@@ -120,23 +118,13 @@ def _read_file(path: Path, module: DraftModule, checkpoint: Mapping[str, Any]) -
     state = checkpoint.get("state_dict")
     if not isinstance(state, Mapping):
         raise _incomplete(path, "state_dict")
-    _check_weights(path, module, {name: getattr(one, "shape", ()) for name, one in state.items()})
+    _check_weights(path, module, {name: getattr(entry, "shape", ()) for name, entry in state.items()})
     return state
 
 
-def _check_weights(path: Path, module: DraftModule, found: Mapping[str, Sequence[int]]) -> None:
-    """Raise UserError naming the weights that a checkpoint lacks, or has too many or of another shape."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    if missing := sorted(wanted.keys() - found.keys()):
-        raise _incomplete(path, some(missing))
-    if unknown := sorted(found.keys() - wanted.keys()):
-        raise UserError(
-            f"{path} has {some(unknown)}, for which {module.strategy_name} with its settings has no place: {REMEDY}"
-        )
-    for name, shape in wanted.items():
-        if tuple(found[name]) != shape:
-            raise UserError(f"{path}: {name} is {list(found[name])}, its settings say {list(shape)}: {REMEDY}")
+def _check_weights(path: Path, module: DraftModule, shapes: Mapping[str, Sequence[int]]) -> None:
+    check_tensors(path, shapes, module.state_dict(), f"{module.strategy_name} draft with its settings", REMEDY)
 
 
 def _incomplete(path: Path, what: str) -> UserError:
-    return UserError(f"{path} lacks {what}, it is not a whole draft: {REMEDY}")
+    return UserError(f"{path} lacks {what}: it is not a whole draft, {REMEDY}")

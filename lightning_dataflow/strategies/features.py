@@ -16,15 +16,15 @@ def check_features(
     missing = set(features) - set(card.features)
     if missing:
         raise UserError(f"the features lack {', '.join(sorted(missing))}, which {strategy} needs: capture again")
-    for what, found, wanted in (
+    for what, actual, wanted in (
         ("hidden size", card.capture.hidden_size, expected.hidden_size),
         ("norm of the last hidden state", card.capture.norm, expected.norm),
         ("tokenizer", card.tokenizer_version, target.tokenizer_version),
         ("target weights", card.target_model_version, target.model_version),
     ):
-        if found != wanted:
+        if actual != wanted:
             raise UserError(
-                f"the features were captured with another {what} ({found}, this draft's target {target.path} has "
+                f"the features were captured with another {what} ({actual}, this draft's target {target.path} has "
                 f"{wanted}): capture again with this target, or train with the one they came from"
             )
     if card.capture.layer_ids != expected.layer_ids:

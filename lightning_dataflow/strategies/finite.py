@@ -1,4 +1,4 @@
-"""Numbers that are not finite end a fit, on every rank alike."""
+"""NaN or infinity ends a fit, on all ranks at the same step."""
 
 from collections.abc import Iterable
 from typing import NoReturn
@@ -18,7 +18,7 @@ REMEDY = "start again with a lower optimizer.lr or trainer.gradient_clip_val, or
 
 
 class NumberCheck:
-    """Judges the features, loss and gradients of each optimizer step of one fit, and the draft's weights.
+    """Checks the features, loss and gradients of each optimizer step of one fit, and the draft's weights.
 
     Attributes:
         failure: the error that has ended the fit.
@@ -27,7 +27,7 @@ class NumberCheck:
     def __init__(self) -> None:
         self.failure: NotFiniteError | None = None
         self._seqs = range(0)
-        self._names: list[str] = []  # of this rank's samples in the window
+        self._names: list[str] = []  # names of this rank's samples in the window
         self._broken: str | None = None  # what is wrong with their features
 
     def add(self, batch: Batch, start: int) -> None:
@@ -39,7 +39,7 @@ class NumberCheck:
         self._broken = self._broken or batch["broken"]
 
     def norm(self, parameters: Iterable[nn.Parameter], trainer: L.Trainer) -> Tensor:
-        """This rank's share of the gradient's norm, a scalar. NaN if its features are broken, which the reduction tells
+        """This rank's share of the gradient's norm, a scalar. NaN if its features are broken, so that the reduction tells
         every rank; 0 under a GradScaler."""
         norm = gradient_norm(parameters)
         if self._broken is not None:
@@ -77,7 +77,7 @@ class NumberCheck:
         raise self.failure
 
     def _of_all_ranks(self, trainer: L.Trainer) -> tuple[str, str | None]:
-        """The names of all ranks' samples as text, and what is wrong with the first broken features. A collective."""
+        """All ranks' sample names as text, and what is wrong with the first broken features. A collective."""
         mine = (self._names, self._broken)
         gathered = [mine] * trainer.world_size
         if trainer.world_size > 1:

@@ -7,7 +7,6 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
 
 from lightning_dataflow.callbacks.averaging import complete_average, follow_buffers
 from lightning_dataflow.checkpoints.paths import forget_foreign_paths
@@ -166,7 +165,6 @@ class DraftModule(SumsModule):
             self._frozen = FrozenTarget.of(self.target_info, DTYPES[self.hparams["target_dtype"]])
         self._frozen.to(device)
 
-    @override
     def setup(self, stage: str) -> None:
         """Refuse data that does not fit, then initialise the draft."""
         self.load_frozen_target(self.trainer.strategy.root_device)
@@ -185,13 +183,11 @@ class DraftModule(SumsModule):
         """Raise UserError naming the first way in which captured features do not fit this draft."""
         check_features(card, self.strategy_name, self.features, self.target_info, self.layer_ids)
 
-    @override
     def configure_model(self) -> None:
         """Shard under ModelParallelStrategy; other strategies wrap the module themselves."""
         if self.device_mesh is not None:
             shard_draft(self.draft, self.device_mesh["data_parallel"])
 
-    @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the losses so far with the weights. Raises NotFiniteError; see `check_weights`."""
         self.check_weights()
@@ -228,7 +224,6 @@ class DraftModule(SumsModule):
         if isinstance(data, DataFlowDataModule):
             data.check_state(checkpoint.get(type(data).__qualname__, {}))
 
-    @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         data = self._data() if self._trainer is not None else None
         if self._trainer is not None and self.trainer.state.fn == "fit":

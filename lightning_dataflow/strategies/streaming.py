@@ -1,4 +1,4 @@
-"""What a stream asks of a Trainer: one endless epoch, and a number of batches."""
+"""What training on a stream requires of a Trainer: one endless epoch, and a number of batches."""
 
 from typing import Any
 
@@ -47,7 +47,7 @@ def check_trainer(trainer: L.Trainer) -> None:
 
 
 def check_averaging(trainer: L.Trainer) -> None:
-    """Raise UserError for a callback that would lose the training, or fail, by averaging weights. Before its `setup`."""
+    """Raise UserError for a callback whose averaging would discard the training, or fail. To call before its `setup`."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
         raise UserError(
@@ -63,11 +63,11 @@ def check_averaging(trainer: L.Trainer) -> None:
 
 
 def align_loops(checkpoint: dict[str, Any], accumulation: int) -> None:
-    """Edit a checkpoint's loop state so that the one epoch goes on at the window of the cursor.
+    """Edit a checkpoint's loop state so that the epoch continues at the window of the cursor.
 
-    Lightning counts micro-batches: their number per step differs when ranks or micro-batch size changed, and exceeds the
-    cursor's when the checkpoint was taken inside a window. And a run that reached max_steps has ended the epoch, so that
-    resuming it with a higher max_steps would train nothing.
+    Lightning counts micro-batches. Their number per step changes with the ranks and the micro-batch size, and is ahead of
+    the cursor if the checkpoint was taken inside a window. A run that reached max_steps has ended the epoch, so resuming it
+    with a higher max_steps would train nothing.
     """
     if "fit_loop" not in checkpoint.get("loops", {}):
         return

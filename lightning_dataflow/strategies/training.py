@@ -9,7 +9,6 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from typing_extensions import override
 
 from lightning_dataflow.callbacks.averaging import end_averages
 from lightning_dataflow.callbacks.defaults import default_callbacks
@@ -67,14 +66,12 @@ class SumsModule(L.LightningModule):
         infinity. A collective."""
         self._numbers.check_weights(self.draft, self.trainer)
 
-    @override
     def configure_callbacks(self) -> list[L.Callback]:
         """The callbacks that a run needs, except those whose class the user passed."""
         if self.trainer.state.fn == "fit":
             check_averaging(self.trainer)
         return default_callbacks(self.trainer)
 
-    @override
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, with warm-up and cosine decay over the trainer's max_steps."""
         hparams = self.hparams
@@ -89,19 +86,16 @@ class SumsModule(L.LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    @override
     def on_fit_start(self) -> None:
         self._numbers = NumberCheck()
         check_trainer(self.trainer)
 
-    @override
     def on_train_start(self) -> None:
         """Forget what an earlier, interrupted fit left behind."""
         self._window = WindowSums()
         self._trained = None
         self.step_losses = self.step_losses[: self.trainer.global_step]
 
-    @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         trainer = self.trainer
         total_steps = trainer.max_steps if trainer.max_steps > 0 else None
@@ -111,7 +105,6 @@ class SumsModule(L.LightningModule):
         self._numbers.add(batch, self._data().next_seq)
         return sums.loss.numerator * (trainer.world_size * trainer.accumulate_grad_batches / self._window_tokens)
 
-    @override
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Reduce the window's sums once, scale the gradients, log the means."""
         means, denominator, norm = self._window.reduce(
@@ -123,7 +116,6 @@ class SumsModule(L.LightningModule):
         self.step_losses.append(means["loss"])
         self._log_means(means)
 
-    @override
     def configure_gradient_clipping(
         self,
         optimizer: Optimizer,
@@ -137,7 +129,6 @@ class SumsModule(L.LightningModule):
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
-    @override
     def on_train_epoch_end(self) -> None:
         """Check the weights: no loss is computed after the last step, and an average replaces the draft next."""
         self.check_weights()

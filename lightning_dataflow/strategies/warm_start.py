@@ -1,10 +1,11 @@
-"""Starting a draft from a published one: what must fit, and the tensors that are copied."""
+"""Starting a draft from a published draft: what must agree, and the tensors that are copied."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_dataflow.contracts import NotFiniteError, UserError
 from lightning_dataflow.data.finite import first_not_finite
@@ -23,23 +24,23 @@ def check_start(start: PublishedDraft, strategy: str, target: TargetInfo) -> Non
             f"{start.folder} holds a draft of {start.strategy}, not one of {strategy}: set strategy={start.strategy}"
         )
     highest = max(start.layer_ids or (0,))
-    for what, found, wanted in (
+    for what, actual, expected in (
         ("hidden size", start.target_hidden_size, target.hidden_size),
         ("hidden size of the draft", start.hidden_size, target.hidden_size),
         ("vocabulary", start.vocab_size, target.vocab_size),
         ("number of layers", start.num_target_layers or target.num_layers, target.num_layers),
         ("highest layer", highest, min(highest, target.num_layers - 1)),
     ):
-        if found != wanted:
+        if actual != expected:
             raise UserError(
-                f"{start.folder} is a draft of another target ({what} {found}, {target.path} has {wanted}): name the "
+                f"{start.folder} is a draft of another target ({what} {actual}, {target.path} has {expected}): name the "
                 "target that it was made for"
             )
 
 
 def choose_layers(start: PublishedDraft, chosen: list[int] | None) -> list[int] | None:
-    """Layers that the settings name, else those of the published draft; None where neither says. Raises UserError where
-    they differ."""
+    """The layers that settings and the published draft agree on; None where neither names any. Raises UserError where they
+    differ."""
     if start.layer_ids is None:
         return chosen
     if chosen and sorted(chosen) != sorted(start.layer_ids):
@@ -61,37 +62,39 @@ def check_settings(start: PublishedDraft, settings: Mapping[str, Any]) -> None:
         raise UserError(f"{start.folder} is a draft of other sizes than these settings say ({have}): set {want}")
 
 
-def check_tensors(start: PublishedDraft, export: DraftExport, draft: nn.Module) -> None:
-    """Raise UserError unless every tensor of `draft` is in the folder or follows from the target, and none is left over."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in draft.state_dict().items()}
-    missing = sorted(wanted.keys() - start.shapes.keys() - export.implied(draft.config))
-    if missing:
-        raise UserError(f"{start.folder} lacks {some(missing)}: it is not a whole {start.strategy} draft")
-    unknown = sorted(start.shapes.keys() - wanted.keys() - {EMBEDDING, HEAD, *VOCAB_MAPS})
-    if unknown:
-        raise UserError(
-            f"{start.folder} has {some(unknown)}, for which a draft of {start.strategy} with that config.json has no "
-            "place: it is another network"
-        )
-    for name, shape in wanted.items():
-        found = start.shapes.get(name, shape)
-        if found != shape:
-            raise UserError(f"{start.folder}: {name} is {list(found)}, its config.json says {list(shape)}")
+def check_tensors(
+    path: Path,
+    shapes: Mapping[str, Sequence[int]],
+    wanted: Mapping[str, Tensor],
+    draft: str,
+    remedy: str,
+    optional: Collection[str] = (),
+) -> None:
+    """Raise UserError unless `path` holds exactly the `wanted` tensors, apart from `optional` ones, in their shapes."""
+    if missing := sorted(wanted.keys() - shapes.keys() - set(optional)):
+        raise UserError(f"{path} lacks {some(missing)}: it is not a whole {draft}, {remedy}")
+    if unknown := sorted(shapes.keys() - wanted.keys() - set(optional)):
+        raise UserError(f"{path} has {some(unknown)}, for which no {draft} has a place: {remedy}")
+    for name in wanted.keys() & shapes.keys():
+        if tuple(shapes[name]) != tuple(wanted[name].shape):
+            raise UserError(f"{path}: {name} is {list(shapes[name])}, any {draft} has {list(wanted[name].shape)}: {remedy}")
 
 
 @torch.no_grad()
 def load_start(start: PublishedDraft, export: DraftExport, draft: nn.Module, target: FrozenTarget) -> None:
-    """Copy a published draft's tensors into `draft`. What it leaves to the target comes from there.
+    """Copy a published draft's tensors into `draft`. Tensors that the folder leaves to the target come from the target.
 
     Raises:
-        UserError: it is not whole, or another network; it has an embedding or head of its own where this draft uses the
-            target's; or no sensible vocabulary map.
+        UserError: it is incomplete or another network; it has an embedding or head of its own where this draft uses the
+            target's; or its vocabulary map is invalid.
         NotFiniteError: it holds NaN or infinity.
     """
-    check_tensors(start, export, draft)
+    state = draft.state_dict()
+    optional = {EMBEDDING, HEAD, *VOCAB_MAPS} - state.keys() | export.implied(draft.config)
+    kind = f"{start.strategy} draft with its config.json"
+    check_tensors(start.folder, start.shapes, state, kind, "it is another network", optional)
     if broken := next((name for name in start.shapes if first_not_finite({name: start.tensor(name)})), None):
         raise NotFiniteError(f"{start.folder}: {broken} holds NaN or infinity, so it is no draft to use: name another")
-    state = draft.state_dict()
     for name, ours in (EMBEDDING, target.embedding), (HEAD, target.head):
         if name in start.shapes and name not in state and not same_tensor(start.tensor(name), ours):
             raise UserError(f"{start.folder} has a {name} of its own, unlike the target's: {export.own_tensor_remedy}")
@@ -106,6 +109,6 @@ def load_start(start: PublishedDraft, export: DraftExport, draft: nn.Module, tar
 
 
 def some(names: Sequence[str], limit: int = 4) -> str:
-    """The first few, for an error's line."""
+    """The first few names, for an error message."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

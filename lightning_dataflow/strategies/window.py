@@ -17,14 +17,16 @@ class WindowSums:
 
     def add(self, sums: ObjectiveSums) -> None:
         """Add one micro-batch."""
-        for name, one in {"loss": sums.loss, **sums.metrics}.items():
-            pair = one.numerator.detach().float(), one.denominator.detach().float()
+        for name, quotient in {"loss": sums.loss, **sums.metrics}.items():
+            pair = quotient.numerator.detach().float(), quotient.denominator.detach().float()
             known = self._sums.get(name)
             self._sums[name] = pair if known is None else (known[0] + pair[0], known[1] + pair[1])
 
     def reduce(self, reduce: Callable[..., Any], norm: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Sum over ranks, start a new window. Returns the mean of every sum (0 where nothing was counted), the loss's
-        denominator, and `norm`, a scalar of this rank, summed over ranks by the same message."""
+        """Sum over all ranks and start a new window. One message carries the sums and `norm`, a scalar of this rank.
+
+        Returns the mean of every sum (0 where nothing was counted), the loss's denominator, and the sum of the norms.
+        """
         flat = torch.cat([part.reshape(-1) for pair in self._sums.values() for part in pair] + [norm.reshape(1)])
         sizes = [part.numel() for pair in self._sums.values() for part in pair]
         parts = iter(reduce(flat, reduce_op="sum").split([*sizes, 1]))

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from typing_extensions import override
 
 from lightning_dataflow import DraftModule, StrategySpec, register_strategy
 from lightning_dataflow.contracts import StepContext
@@ -52,17 +51,14 @@ class OneStepDrafter(Drafter):
     def __init__(self, draft: OneStepDraft, embedding: Tensor, head: Tensor):
         self.draft, self.embedding, self.head = draft, embedding, head
 
-    @override
     def reset(self) -> None:
         """It keeps nothing of the sequence."""
 
-    @override
     @torch.no_grad()
     def observe(self, next_tokens: Sequence[int], aux_hidden_states: Tensor) -> None:
         last = self.draft(aux_hidden_states[-1].float(), self.embedding[next_tokens[-1]].float())
         self.logits = last @ self.head.float().T
 
-    @override
     def propose(self, temperature: float, generator: torch.Generator) -> Proposal:
         if temperature == 0:
             return Proposal([int(self.logits.argmax())])
@@ -83,11 +79,9 @@ class OneStepModule(DraftModule):
         sizes = {"hidden_size": info.hidden_size, "vocab_size": info.vocab_size}
         self.draft = self.new_draft(OneStepDraft, OneStepConfig(num_aux_layers=len(self.layer_ids), **sizes))
 
-    @override
     def collate(self, rows: SampleRows) -> dict[str, Any]:
         return rows.stack(self.features)
 
-    @override
     def objective(self, batch: dict[str, Any], context: StepContext) -> ObjectiveSums:
         """Sums, never means, so that no result depends on how a step is cut into batches."""
         ids, mask = batch["input_ids"], batch["loss_mask"][:, 2:].float()
@@ -101,7 +95,6 @@ class OneStepModule(DraftModule):
             metrics={"accuracy": Quotient(numerator=(right * mask).sum(), denominator=mask.sum())},
         )
 
-    @override
     def drafter(self, *, num_draft_tokens: int = 1) -> OneStepDrafter:
         draft = self.unsharded(OneStepDraft(self.draft.config))
         return OneStepDrafter(draft, self.frozen_target.embedding, self.frozen_target.head)
@@ -113,7 +106,6 @@ class OneStepExport(DraftExport):
     served_as: ClassVar[Mapping[str, str]] = {"sglang": "ONE_STEP"}
     architectures = ("OneStepDraftModel",)
 
-    @override
     def fields(self, draft: DraftDescription, engine: Engine) -> dict[str, Any]:
         return {
             "architectures": [self.architectures[0]],
@@ -122,7 +114,6 @@ class OneStepExport(DraftExport):
             "target_layer_ids": engine.count(draft.layer_ids),
         }
 
-    @override
     def read(self, fields: Fields, engine: Engine) -> tuple[dict[str, Any], tuple[int, ...] | None]:
         return {}, fields.layer_ids("target_layer_ids", engine.layer_offset)
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from tests.processes import ROOT, TINY, TRAIN, nightly, python, result, torchrun, with_strategy
+from tests.processes import ROOT, TINY, TRAIN, nightly, python, result, slow, torchrun, with_strategy
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("trainer", "topology"),
-    [("ddp", "online"), ("fsdp2", "online"), pytest.param("ddp", "offline", marks=pytest.mark.slow)],
+    [("ddp", "online"), slow("fsdp2", "online"), nightly("ddp", "offline")],
 )
 def test_losses_are_those_of_one_process(folder, trainer, topology):
     name = f"{trainer}-{topology}"

@@ -40,8 +40,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("micro_batch_size", [1, nightly(4)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("micro_batch_size", [1, 4])
 def test_micro_batches_do_not_change_the_losses(folder, micro_batch_size):
     name = f"micro-{micro_batch_size}"
     python(TRAIN, *TINY, f"data.micro_batch_size={micro_batch_size}", f"run_name={name}", cwd=folder)

@@ -23,12 +23,12 @@ from tests.processes import (
     python,
     restore_sigint,
     result,
+    slow,
     wait_until,
     with_strategy,
 )
 
 DISAGG = (*TINY, "topology=disagg_online", "store.capacity_bytes=64000000", "hydra.job_logging.root.level=INFO")
-OTHERS = [pytest.param(name, marks=pytest.mark.nightly) for name in ("dflash", "domino")]
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_two_ranks(folder, trainer):
     assert found["samples_trained"] == expected["samples_trained"]
 
 
-@pytest.mark.parametrize("moment", ["mooncake", pytest.param("announced", marks=pytest.mark.slow), nightly("import")])
+@pytest.mark.parametrize("moment", ["mooncake", slow("announced"), nightly("import")])
 def test_ctrl_c_while_starting(folder, moment):
     signs = {"import": "", "mooncake": "Mooncake at", "announced": "waiting for the trainer to begin"}
     with started(folder, *DISAGG, f"run_name=early-{moment}") as process:
@@ -118,7 +118,7 @@ def test_ctrl_c_while_starting(folder, moment):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["eagle3", *OTHERS])
+@pytest.mark.parametrize("strategy", ["eagle3", nightly("dflash"), nightly("domino")])
 def test_ctrl_c_while_training_and_an_exact_resume(folder, strategy):
     straight, stopped = f"straight-{strategy}", f"stopped-{strategy}"
     settings = (*with_strategy(DISAGG, strategy), "trainer.max_steps=30", "callbacks.checkpoint.every_n_train_steps=2")
@@ -170,7 +170,7 @@ def find(folder: Path, text: str) -> int:
     ("part", "message"),
     [
         ("role=producer", "error: producer-0: was killed by SIGKILL"),
-        pytest.param("role=trainer", "error: trainer: was killed by SIGKILL", marks=pytest.mark.slow),
+        slow("role=trainer", "error: trainer: was killed by SIGKILL"),
         nightly("mooncake_client", "error: mooncake_client ended with status -9, see"),
         nightly("mooncake_master", "error: mooncake_master ended with status -9, see"),
     ],

@@ -3,7 +3,7 @@
 import pytest
 
 from lightning_dataflow.run.target import SHARED_MEMORY
-from tests.processes import ROOT, TINY, TRAIN, processes_in, python, result, wait_until
+from tests.processes import ROOT, TINY, TRAIN, nightly, processes_in, python, result, slow, wait_until
 
 STAND_IN = {"PYTHONPATH": f"{ROOT}/tests/sglang/stand_in:{ROOT}"}
 TOPOLOGIES = {
@@ -14,9 +14,7 @@ TOPOLOGIES = {
 }
 
 
-@pytest.mark.parametrize(
-    "topology", ["online", *(pytest.param(name, marks=pytest.mark.slow) for name in list(TOPOLOGIES)[1:])]
-)
+@pytest.mark.parametrize("topology", ["online", slow("disagg_online"), nightly("interleaved"), nightly("offline")])
 def test_the_losses_are_those_of_hf_and_nothing_is_left(tmp_path, topology):
     settings = (f"topology={topology}", *TOPOLOGIES[topology], "trainer.max_steps=4")
     python(TRAIN, *TINY, *settings, "run_name=hf", cwd=tmp_path)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from lightning_dataflow.targets import load_tokenizer
 from lightning_dataflow.targets.tiny import write_tiny_target
-from tests.processes import TINY, TRAIN, python
+from tests.processes import TINY, TRAIN, nightly, python, slow
 
 EVERY_STEP = ("callbacks.checkpoint.every_n_train_steps=1",)
 RARE = "k"
@@ -43,7 +43,7 @@ def fail(folder, *settings) -> tuple[str, dict, list[str]]:
 
 @pytest.mark.parametrize(
     "settings",
-    [(), *(pytest.param(settings, marks=pytest.mark.slow) for settings in (TWO_RANKS, SHARDED, DISAGG))],
+    [(), nightly(TWO_RANKS), slow(SHARDED), slow(DISAGG)],
     ids=["online", "ddp", "fsdp2", "disagg_online"],
 )
 def test_a_learning_rate_that_spoils_the_draft(tmp_path, settings):
@@ -76,9 +76,9 @@ def test_a_last_step_that_spoils_the_draft(tmp_path, settings):
     "settings",
     [
         TWO_RANKS,
-        pytest.param((), marks=pytest.mark.slow),
-        pytest.param(("topology=interleaved",), marks=pytest.mark.slow),
-        pytest.param(DISAGG, marks=pytest.mark.slow),
+        nightly(()),
+        nightly(("topology=interleaved",)),
+        slow(DISAGG),
     ],
     ids=["ddp", "online", "interleaved", "disagg_online"],
 )

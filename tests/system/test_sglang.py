@@ -17,8 +17,8 @@ import torch
 
 from lightning_dataflow.contracts import CapacityError, PeerFailedError, PeerGoneError, SampleOrigin, UserError
 from lightning_dataflow.control import RunPlan, resolve_control_plane
-from lightning_dataflow.evaluation import SGLangDecoder
-from lightning_dataflow.evaluation.judges.sglang_server import read_counts, sampling_params
+from lightning_dataflow.evaluation import Decoding
+from lightning_dataflow.evaluation.judges.sglang_server import SGLangDecoder, read_counts, sampling_params
 from lightning_dataflow.run.target import SHARED_MEMORY
 from lightning_dataflow.services.mooncake import LocalMooncake
 from lightning_dataflow.services.sglang import LocalSGLang
@@ -140,10 +140,10 @@ def test_an_evaluation_tells_a_server_that_does_not_speculate(server, target):
     """A capture server names an algorithm for speculation, and has no draft."""
     decoder = SGLangDecoder(url=server.url, api_key=KEY)
     with pytest.raises(UserError, match="does not speculate: start it with --speculative-algorithm and a draft") as raised:
-        decoder.evaluate([[5, 6, 7]], max_new_tokens=4, stop_token_ids=[])
+        decoder.evaluate([[5, 6, 7]], Decoding(max_new_tokens=4), stop_token_ids=[])
     assert "\n" not in str(raised.value)
     with pytest.raises(UserError, match=r"refuses our key \(401\)"):
-        SGLangDecoder(url=server.url, api_key="wrong").evaluate([[5]], max_new_tokens=4, stop_token_ids=[])
+        SGLangDecoder(url=server.url, api_key="wrong").evaluate([[5]], Decoding(max_new_tokens=4), stop_token_ids=[])
     # What it does as the server of the target alone.
     prompts = [[5, 6, 7], list(range(40, 60)), [9]]
     own = [greedy_decode(target, prompt, 12) for prompt in prompts]

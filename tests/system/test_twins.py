@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.processes import TINY, TRAIN, environment, processes_in, result, wait_until
+from tests.processes import TINY, TRAIN, environment, nightly, processes_in, result, slow, wait_until
 
 SMALL = "store.capacity_bytes=64000000"
 LRS = ("1e-3", "2e-3")
@@ -43,10 +43,10 @@ def check_winner(folder, lr: str) -> None:
     "topology",
     [
         ("topology=online",),
-        pytest.param(("topology=interleaved",), marks=pytest.mark.slow),
-        pytest.param(("topology=offline",), marks=pytest.mark.slow),
-        pytest.param(("topology=disagg_online", SMALL), marks=pytest.mark.slow),
-        pytest.param(("topology=disagg_offline", SMALL), marks=pytest.mark.slow),
+        nightly(("topology=interleaved",)),
+        nightly(("topology=offline",)),
+        slow(("topology=disagg_online", SMALL)),
+        nightly(("topology=disagg_offline", SMALL)),
     ],
     ids=lambda settings: settings[0].partition("=")[2],
 )

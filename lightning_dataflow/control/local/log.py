@@ -138,13 +138,13 @@ class FileChannel(StreamingRefChannel):
             return None
         place = f"{self._path(self._segment)}, the line at byte {self._offset},"
         try:
-            data = check_crc(line)
+            is_whole = check_crc(line)
         except UserError as error:
             raise damaged(place, error) from error
-        if data is None:
+        if not is_whole:
             self._skip_torn()
             return None
-        return self._parse(data, place)
+        return self._parse(line, place)
 
     def _skip_torn(self) -> None:
         path = self._path(self._segment)

@@ -4,16 +4,15 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-import orjson
 from typing_extensions import override
 
 from lightning_dataflow.contracts import LogRecord
-from lightning_dataflow.control.log import StreamingRefChannel, damaged
+from lightning_dataflow.control.log import StreamingRefChannel
 from lightning_dataflow.control.redis.scripts import ALWAYS, GROWING
 from lightning_dataflow.control.redis.server import RedisServer
 
 READ_ENTRIES = 256
-START = "0-0"
+START = b"0-0"
 
 
 class RedisChannel(StreamingRefChannel):
@@ -40,8 +39,8 @@ class RedisChannel(StreamingRefChannel):
         records: list[LogRecord] = []
         while len(records) < max_records and (entries := self._entries(min(READ_ENTRIES, max_records - len(records)))):
             for name, fields in entries:
-                records.append(self._record(name.decode(), fields[1]))
-                self._position = name.decode()
+                records.append(self._parse(fields[1], f"{self.name}, record {_number(name)},"))
+                self._position = name
         return records
 
     @override
@@ -51,7 +50,7 @@ class RedisChannel(StreamingRefChannel):
     @override
     def trim(self, seq: int) -> None:
         """The last entry that was read stays: a server that no longer has it has lost some."""
-        while self._position != START and self.server.change(ALWAYS, "trim", seq, self._position):
+        while self._position != START and self.server.change(ALWAYS, "trim", seq, self._position.decode()):
             pass
 
     @override
@@ -68,20 +67,12 @@ class RedisChannel(StreamingRefChannel):
         if self._position == START:
             return self.server.ask("XRANGE", self._key, "-", "+", "COUNT", number)
         entries = self.server.ask("XRANGE", self._key, self._position, "+", "COUNT", number + 1)
-        if entries and entries[0][0].decode() == self._position:
+        if entries and entries[0][0] == self._position:
             return entries[1:]
         oldest = self.server.ask("XRANGE", self._key, "-", "+", "COUNT", 1)
-        if not oldest or _number(oldest[0][0].decode()) <= _number(self._position):
+        if not oldest or _number(oldest[0][0]) <= _number(self._position):
             raise self.server.lost(f"record {_number(self._position)} of run {self.server.run_id}, which was read")
         return entries[:number]
-
-    def _record(self, name: str, line: bytes) -> LogRecord:
-        place = f"{self.name}, record {_number(name)},"
-        try:
-            data = orjson.loads(line)
-        except ValueError as error:
-            raise damaged(place, error) from error
-        return self._parse(data, place)
 
 
 def new_nonce() -> str:
@@ -89,5 +80,5 @@ def new_nonce() -> str:
     return str(secrets.randbits(48))
 
 
-def _number(name: str) -> int:
-    return int(name.partition("-")[0])
+def _number(name: bytes) -> int:
+    return int(name.partition(b"-")[0])

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lightning_dataflow.strategies.blocks.blocks import Blocks
 from lightning_dataflow.strategies.common.flex import flex, flex_mask
+from lightning_dataflow.strategies.common.tiles import sum_dtype
 
 CHUNK_BLOCKS = 8
 """Blocks attended together on a CPU: their anchors are neighbours, so little of the context is masked out."""
@@ -66,8 +67,8 @@ class _Chunk(NamedTuple):
 
 
 class _ChunkedBlockAttention(torch.autograd.Function):
-    """Flash attention, chunk by chunk. The masks are made anew in the backward pass, and gradients of the context are
-    added up in place."""
+    """Flash attention, chunk by chunk. The backward pass builds the masks again and adds up the gradients of the context in
+    place."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, *inputs: Any) -> Tensor:
@@ -76,11 +77,11 @@ class _ChunkedBlockAttention(torch.autograd.Function):
         out, lse = torch.empty_like(query), []
         for chunk in chunks:
             part = _ChunkInputs.take(query, ContextKeys(*keys), chunk, blocks, window)
-            attended, one_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            attended, lse_of_chunk = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 part.query, part.key, part.value, 0.0, False, attn_mask=part.mask
             )
             part.put(out, chunk, attended)
-            lse.append(one_lse)
+            lse.append(lse_of_chunk)
         ctx.save_for_backward(query, *keys, out, *lse)
         ctx.blocks, ctx.window, ctx.chunks = blocks, window, chunks
         return out
@@ -92,21 +93,17 @@ class _ChunkedBlockAttention(torch.autograd.Function):
         keys, out, lse = ContextKeys(*rest[:4]), rest[4], rest[5:]
         grad_query = torch.empty_like(query)
         # In float32 at least: many blocks add to the context's gradients.
-        grads = ContextKeys(*(torch.zeros_like(x, dtype=_sum_dtype(x)) for x in keys))
-        for chunk, one_lse in zip(ctx.chunks, lse, strict=True):
+        grads = ContextKeys(*(torch.zeros_like(x, dtype=sum_dtype(x)) for x in keys))
+        for chunk, lse_of_chunk in zip(ctx.chunks, lse, strict=True):
             part = _ChunkInputs.take(query, keys, chunk, ctx.blocks, ctx.window)
-            one_query, one_key, one_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                part.join(grad, chunk), part.query, part.key, part.value, part.join(out, chunk), one_lse, 0.0, False,
+            query_grad, key_grad, value_grad = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                part.join(grad, chunk), part.query, part.key, part.value, part.join(out, chunk), lse_of_chunk, 0.0, False,
                 attn_mask=part.mask,
             )  # fmt: skip
-            part.put(grad_query, chunk, one_query)
-            part.add(grads.context_key, grads.block_key, chunk, one_key)
-            part.add(grads.context_value, grads.block_value, chunk, one_value)
-        return grad_query, *(one.to(x.dtype) for one, x in zip(grads, keys, strict=True)), None, None
-
-
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    return x.dtype if x.dtype == torch.float64 else torch.float32
+            part.put(grad_query, chunk, query_grad)
+            part.add(grads.context_key, grads.block_key, chunk, key_grad)
+            part.add(grads.context_value, grads.block_value, chunk, value_grad)
+        return grad_query, *(grad.to(x.dtype) for grad, x in zip(grads, keys, strict=True)), None, None
 
 
 def _chunks(blocks: Blocks, window: int | None) -> list[_Chunk]:
@@ -174,7 +171,7 @@ def _chunk_mask(chunk: _Chunk, anchor: Tensor, like: Tensor, window: int | None)
 
 
 def _flex_block_attention(query: Tensor, keys: ContextKeys, blocks: Blocks, window: int | None) -> Tensor:
-    """The same through flex attention over all samples and blocks laid end to end, whose mask skips what is unseen."""
+    """The same with flex attention over all samples and blocks laid end to end. Its mask skips what no query sees."""
     batch, _, length, _ = keys.context_key.shape
     mask = flex_block_mask(blocks, (batch, length), query.shape[2], window)
     key = torch.cat((_end_to_end(keys.context_key), _end_to_end(keys.block_key)), dim=2)
@@ -191,7 +188,7 @@ def flex_block_mask(blocks: Blocks, context_shape: tuple[int, int], block_size: 
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         block = query // block_size
-        # Negative where `key` is of the context, and not used there. Inductor cannot compile a clamp before // and %.
+        # Negative, and unused, where `key` is of the context. Inductor cannot compile a clamp before // and %.
         block_key = key - num_context
         of_context = (key // length == row[block]) & (key % length >= start[block]) & (key % length < anchor[block])
         seen = torch.where(key < num_context, of_context, block_key // block_size == block)

@@ -23,8 +23,8 @@ class Blocks(NamedTuple):
         start: int64 [M], position where the block's sample starts in the row.
         anchor: int64 [M], position of offset 0.
         tokens: int64 [M, B + 1], the real tokens from the anchor on; 0 beyond the end of the sample.
-        supervised: bool [M, B + 1], the loss mask of these tokens; false beyond the end. A block whose own anchor is not
-            supervised stands for none.
+        supervised: bool [M, B + 1], the loss mask of these tokens; false beyond the end. A block does not
+            count if its own anchor is not supervised.
     """
 
     row: Tensor
@@ -51,7 +51,7 @@ def cut_blocks(
     Args:
         input_ids, loss_mask: [batch, S].
         anchors: ascending positions in each sample, int64.
-        samples: where they stand; by default each row is one.
+        samples: the samples of the rows; by default each row is one sample.
 
     Without any anchor there is one unsupervised block at position 0 of the first row, so that every rank runs the draft.
     """

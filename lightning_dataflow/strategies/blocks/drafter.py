@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from lightning_dataflow.evaluation.loop import Drafter, Proposal, check_num_draft_tokens
 from lightning_dataflow.strategies.blocks.network import BlockDraft
@@ -12,8 +11,8 @@ from lightning_dataflow.strategies.common.target_tensors import FrozenTarget
 
 
 class BlockDrafter(Drafter):
-    """Drafts a block in one pass over the keys and values of verified tokens. With fewer than all of its tokens asked for,
-    the block is that much shorter, as in serving engines.
+    """Drafts a block in one pass over the keys and values of verified tokens. If fewer tokens are
+    asked for than a block has, the block is shorter, as in serving engines.
 
     Args:
         draft: unsharded, in evaluation.
@@ -25,23 +24,20 @@ class BlockDrafter(Drafter):
     """
 
     def __init__(self, draft: BlockDraft, target: FrozenTarget, *, num_draft_tokens: int = 15):
-        check_num_draft_tokens(num_draft_tokens, block_size=draft.config.block_size, first=self._first_offset(draft))
+        check_num_draft_tokens(num_draft_tokens, draft.config.block_size, first=self._first_offset(draft))
         self.draft = draft
         self.target = target
         self.num_draft_tokens = num_draft_tokens
         self.reset()
 
-    @override
     def reset(self) -> None:
         self.caches = self.draft.new_caches()
 
-    @override
     def observe(self, next_tokens: Sequence[int], aux_hidden_states: Tensor) -> None:
         self.draft.extend_context(aux_hidden_states, self.caches)
         self.anchor = next_tokens[-1]
 
     @torch.no_grad()
-    @override
     def propose(self, temperature: float, generator: torch.Generator) -> Proposal:
         first = self._first_offset(self.draft)
         hidden = self.draft.decode(self.anchor, self.target.embedding, self.caches, first + self.num_draft_tokens)[first:]

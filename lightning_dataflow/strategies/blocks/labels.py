@@ -30,7 +30,7 @@ class BlockLabels:
 
     @classmethod
     def of(cls, blocks: Blocks, *, shift: bool = False, rows: Tensor | None = None) -> "BlockLabels":
-        """Labels of `blocks`; `rows` are found here unless they are given, which spares a device the synchronisation."""
+        """Labels of `blocks`; `rows` are computed here unless they are given, which saves a device synchronisation."""
         tokens = slice(1, None) if shift else slice(0, -1)
         supervised = blocks.supervised[:, tokens].clone()
         if not shift:

@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from typing_extensions import override
-
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.data.collate import Batch, SampleRows
 from lightning_dataflow.data.datamodule import DataFlowDataModule
@@ -18,6 +16,7 @@ from lightning_dataflow.targets.info import load_tokenizer
 
 MAX_ANCHORS = 512
 BLOCK_FEATURES = ("input_ids", "loss_mask", "aux_hidden_states")
+_SETTINGS = ("intermediate_size", "num_layers", "mask_token_id", "block_size", "layer_types", "sliding_window")
 _FIELDS = tuple(f"block_{name}" for name in Blocks._fields)
 Draft = TypeVar("Draft", bound=BlockDraft)
 
@@ -31,7 +30,7 @@ class BlockDraftModule(DraftModule):
         num_layers: of the draft; None for 5.
         block_size: B, positions of a block; None for 16.
         num_anchors: blocks drawn from a sample and pass, at most.
-        mask_token_id: None for one that the tokenizer leaves free.
+        mask_token_id: None for a token that the tokenizer does not use.
         intermediate_size: of the draft's MLPs; None for the target's.
         layer_types, sliding_window: see BlockConfig; None for full attention.
 
@@ -59,22 +58,14 @@ class BlockDraftModule(DraftModule):
         if not 1 <= num_anchors <= MAX_ANCHORS:
             raise UserError(f"num_anchors={num_anchors}: choose 1 to {MAX_ANCHORS} blocks a sample")
         self._has_blocks = False  # known once a whole pass was read
-        self._settings = {
-            "intermediate_size": intermediate_size,
-            "num_layers": num_layers,
-            "mask_token_id": mask_token_id,
-            "block_size": block_size,
-            "layer_types": layer_types,
-            "sliding_window": sliding_window,
-        }
 
-    def block_draft(self, draft: Callable[[Any], Draft], config: Callable[..., Any], **settings: Any) -> Draft:
-        """A new draft of `config`, whose sizes are those of the constructor, of `settings` and of the target."""
-        info, settings = self.target_info, self._settings | settings
-        given, network = list(settings["layer_types"] or ()), {} if self._start is None else self._start.network
+    def block_draft(self, draft: Callable[[Any], Draft], config: Callable[..., Any], *settings: str) -> Draft:
+        """A new draft of `config`. `settings`: names of the subclass's arguments that are sizes of the network."""
+        info, chosen = self.target_info, {name: self.hparams[name] for name in (*_SETTINGS, *settings)}
+        given, network = list(chosen["layer_types"] or ()), {} if self._start is None else self._start.network
         if not network.get("layer_types") and given == [FULL] * network.get("num_layers", 0):
-            settings["layer_types"] = None  # the same as in the draft to start from, spelt out
-        sizes = self.network_sizes(settings, num_layers=5)
+            chosen["layer_types"] = None  # the same as in the draft to start from, spelt out
+        sizes = self.network_sizes(chosen, num_layers=5)
         if "mask_token_id" not in sizes:
             sizes["mask_token_id"] = choose_mask_token(load_tokenizer(info.path), info.vocab_size)
         sizes["layer_types"] = tuple(sizes.get("layer_types") or ())
@@ -82,7 +73,6 @@ class BlockDraftModule(DraftModule):
         return self.new_draft(draft, config(**of_target, **sizes))
 
     @property
-    @override
     def num_draft_tokens(self) -> int:
         return self.draft.config.block_size - 1
 
@@ -92,8 +82,7 @@ class BlockDraftModule(DraftModule):
         return self.draft.config.mask_token_id
 
     def check_data(self, data: DataFlowDataModule) -> None:
-        """See DraftModule. A block must fit into a sample; the mask token must be none of the data's, and its embedding
-        must say something."""
+        """A block must fit into a sample. The mask token must not occur in the data, and must have an embedding."""
         block_size, longest = self.draft.config.block_size, data.source.card.max_num_tokens
         if block_size > longest:
             raise UserError(
@@ -111,12 +100,12 @@ class BlockDraftModule(DraftModule):
             raise UserError(f"mask_token_id={self.mask_token_id} has an embedding of zeros in this target: {remedy}")
 
     def collate(self, rows: SampleRows) -> Batch:
-        """Features, the blocks, and which of their offsets are supervised (found here, on the CPU, so that a step needs
-        no sync)."""
+        """Features, the blocks, and which of their offsets are supervised (computed here on the CPU, so that a step
+        need not wait for the device)."""
         batch = rows.stack(self.features)
         num_anchors, seed, placed = self.hparams["num_anchors"], self.hparams["seed"], list(rows)
-        anchors = [draw_anchors(one.sample, num_anchors, seed) for one in placed]
-        spans = [Span(row=one.row, start=one.start, stop=one.stop) for one in placed]
+        anchors = [draw_anchors(sample, num_anchors, seed) for sample, *_ in placed]
+        spans = [Span(row, start, stop) for _, row, start, stop in placed]
         blocks = cut_blocks(batch["input_ids"], batch["loss_mask"], anchors, self.draft.config.block_size, spans)
         batch |= dict(zip(_FIELDS, blocks, strict=True))
         batch["label_rows"] = BlockLabels.of(blocks, shift=self.shift_label).rows
@@ -127,7 +116,7 @@ class BlockDraftModule(DraftModule):
         return Blocks(*(batch[name] for name in _FIELDS))
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Lightning's hook: refuse data without any block, once one pass over it, or the whole run, has shown that."""
+        """Refuse data without any block, once a whole pass over it, or the whole run, had none."""
         data = self._data()
         num_steps = len(self.step_losses)
         if self._has_blocks or (data.next_seq < len(data.source) and num_steps < self.trainer.max_steps):

@@ -63,7 +63,7 @@ class Rotary(nn.Module):
     def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Positions [...] → cosines and sines [..., head_dim], in float32.
 
-        Frequencies are no buffer: a cast of the module to bfloat16 would round them, and with them every angle.
+        Frequencies are not a buffer: casting the module to bfloat16 would round them, and so every angle.
         """
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=positions.device) / self.head_dim
         angles = positions[..., None].float() * (1.0 / self.theta**exponents)

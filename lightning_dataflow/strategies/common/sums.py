@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Quotient:
-    """A mean to be: numerator and denominator, scalars or vectors of one shape, summed before they are divided."""
+    """Numerator and denominator of a mean, scalars or vectors of one shape. Both are summed before they are divided."""
 
     numerator: Tensor
     denominator: Tensor

@@ -22,7 +22,7 @@ HEAD_NAMES = ("lm_head.weight", "language_model.lm_head.weight", "embed_out.weig
 class FrozenTarget:
     """Token embedding [V, H] and head [V, H] of a target, read from its safetensors without the rest.
 
-    Deliberately not an `nn.Module`: what it holds is neither sharded, nor optimised, nor written into checkpoints. Tied
+    Deliberately not an `nn.Module`: its tensors are neither sharded, nor optimised, nor written into checkpoints. Tied
     embeddings share one tensor.
     """
 
@@ -64,7 +64,10 @@ class FrozenTarget:
 
     @classmethod
     def of(cls, info: TargetInfo, dtype: torch.dtype) -> "FrozenTarget":
-        """Those of a target, wherever its architecture has them. Raises NotFiniteError for a head with NaN or infinity."""
+        """The tensors of a target, under whatever names its architecture gives them.
+
+        Raises NotFiniteError for a head with NaN or infinity.
+        """
         embeddings, heads = tensor_names(info.path)
         target = cls.load(
             info.path, dtype=dtype, tied=info.tie_word_embeddings, embedding_names=embeddings, head_names=heads
@@ -99,7 +102,7 @@ def _names(file: Path) -> list[str]:
         return list(handle.keys())
 
 
-def same_tensor(found: Tensor, ours: Tensor) -> bool:
-    """Whether `found` is `ours`, rounded to the coarser of their dtypes."""
-    coarser = min((found.dtype, ours.dtype), key=lambda dtype: dtype.itemsize)
-    return found.shape == ours.shape and torch.equal(found.to(ours.device, coarser), ours.to(coarser))
+def same_tensor(stored: Tensor, ours: Tensor) -> bool:
+    """Whether `stored` is `ours`, both rounded to the coarser of their dtypes."""
+    coarser = min((stored.dtype, ours.dtype), key=lambda dtype: dtype.itemsize)
+    return stored.shape == ours.shape and torch.equal(stored.to(ours.device, coarser), ours.to(coarser))

@@ -1,4 +1,4 @@
-"""Tiles of logits: a few rows at a time, in memory that the next tile uses again."""
+"""Tiles of logits: a few rows at a time, in memory that the next tile reuses."""
 
 from collections.abc import Iterator
 
@@ -9,20 +9,26 @@ TILE_ROWS = 512
 """Rows of logits held at once; the full [positions, V] never are."""
 
 
-def tiles(num_rows: int) -> Iterator[slice]:
-    """Slices that cover `num_rows` rows."""
-    for start in range(0, num_rows, TILE_ROWS):
-        yield slice(start, min(start + TILE_ROWS, num_rows))
+def tiles(num_rows: int, logits_per_row: int = 1) -> Iterator[slice]:
+    """Slices that cover `num_rows` rows, each of which has so many rows of logits."""
+    size = max(1, TILE_ROWS // logits_per_row)
+    for start in range(0, num_rows, size):
+        yield slice(start, min(start + size, num_rows))
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Of matrix products: autocast's where it is on, else that of `x`."""
+    """Dtype of matrix products: autocast's if it is on, else that of `x`."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def sum_dtype(x: Tensor) -> torch.dtype:
+    """Of sums over many rows: float32 at least."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 class LogitTile:
-    """Logits of one tile [T, V] and what cross-entropy needs of them. Turned into a gradient in place.
+    """Logits of one tile [T, V] and what cross-entropy needs of them. They are turned into a gradient in place.
 
     Args:
         logits: float32 or float64; overwritten.
@@ -44,7 +50,7 @@ class LogitTile:
 
 
 class TileBuffer:
-    """Memory for the products of one tile after the other."""
+    """Memory that the products of all tiles share."""
 
     def __init__(self) -> None:
         self._memory: Tensor | None = None

@@ -3,17 +3,12 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from typing_extensions import override
-
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.strategies.blocks.network import FULL, SLIDING, BlockConfig
 from lightning_dataflow.strategies.published.contract import (
     Config,
     DraftDescription,
     DraftExport,
-    decoder_fields,
-    decoder_rows,
-    speculators_fields,
 )
 from lightning_dataflow.strategies.published.engines import SPECULATORS, Engine
 from lightning_dataflow.strategies.published.fields import Allowed, Fields
@@ -43,7 +38,6 @@ class DFlashExport(DraftExport):
         "sample_from_anchor": (False,),
     }
 
-    @override
     def check(self, draft: DraftDescription, engine: Engine) -> None:
         if engine is SPECULATORS and len(set(draft.network.layer_types)) > 1:
             raise UserError(
@@ -52,11 +46,10 @@ class DFlashExport(DraftExport):
                 "so on a GPU"
             )
 
-    @override
     def fields(self, draft: DraftDescription, engine: Engine) -> Config:
-        network, layers = draft.network, _layer_fields(draft)
+        network, layers = draft.network, self._layer_fields(draft)
         if engine is SPECULATORS:
-            common = speculators_fields(draft, self.served_as[engine.name], layers, network.vocab_size)
+            common = self.speculators_fields(draft, layers, network.vocab_size)
             return {
                 "architectures": [self.architectures[0]],
                 **common,
@@ -76,11 +69,23 @@ class DFlashExport(DraftExport):
         }
         return {"architectures": [self.architectures[0]], **layers, self.section: own}
 
+    def _layer_fields(self, draft: DraftDescription) -> Config:
+        """As in transformers' Qwen3Config."""
+        network = draft.network
+        layer_types = list(network.layer_types) or [FULL] * network.num_layers
+        return self.decoder_fields(draft) | {
+            "model_type": "qwen3",
+            "num_hidden_layers": network.num_layers,
+            "layer_types": layer_types,
+            "use_sliding_window": SLIDING in layer_types,
+            "sliding_window": network.sliding_window,
+            "max_window_layers": 0 if SLIDING in layer_types else network.num_layers,
+        }
+
     def head_fields(self, network: Any) -> Config:
         """Fields of what the draft has beside the network that block drafts share."""
         return {}
 
-    @override
     def read(self, fields: Fields, engine: Engine) -> tuple[dict[str, Any], tuple[int, ...] | None]:
         fields.refuse_others(self.supported)
         if fields.values.get("draft_vocab_size") not in (None, fields.count("vocab_size")):
@@ -106,33 +111,16 @@ class DFlashExport(DraftExport):
             raise UserError(f"{fields.path} does not say which layers of the target the draft reads (target_layer_ids)")
         return sizes, ids
 
-    @override
     def block_tokens(self, network: BlockConfig) -> int | None:
         return network.block_size - 1
 
-    @override
     def cpu_caveat(self, sizes: Mapping[str, Any]) -> str | None:
         return _CPU_CAVEAT if sizes["num_layers"] > 1 else None
 
-    @override
     def card_rows(self, network: Any) -> dict[str, object]:
         rows = {"layers": network.num_layers, "block size": network.block_size, "mask token": network.mask_token_id}
         window = {} if network.sliding_window is None else {"sliding window": network.sliding_window}
-        return decoder_rows(network) | rows | window
-
-
-def _layer_fields(draft: DraftDescription) -> Config:
-    """As in transformers' Qwen3Config."""
-    network = draft.network
-    layer_types = list(network.layer_types) or [FULL] * network.num_layers
-    return decoder_fields(draft) | {
-        "model_type": "qwen3",
-        "num_hidden_layers": network.num_layers,
-        "layer_types": layer_types,
-        "use_sliding_window": SLIDING in layer_types,
-        "sliding_window": network.sliding_window,
-        "max_window_layers": 0 if SLIDING in layer_types else network.num_layers,
-    }
+        return self.decoder_rows(network) | rows | window
 
 
 def _check_causality(fields: Fields, engine: Engine, types: list[str]) -> None:

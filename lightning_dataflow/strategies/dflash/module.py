@@ -3,7 +3,6 @@
 from typing import Any
 
 from torch import Tensor
-from typing_extensions import override
 
 from lightning_dataflow.contracts import StepContext, UserError
 from lightning_dataflow.data.collate import Batch
@@ -36,7 +35,6 @@ class DFlashModule(BlockDraftModule):
         self.draft = self.block_draft(DFlashDraft, BlockConfig)
         self._objective = DFlashObjective(gamma=gamma, dpace=loss == "dpace", dpace_alpha=dpace_alpha)
 
-    @override
     def objective(self, batch: Batch, context: StepContext) -> ObjectiveSums:
         target, blocks = self.frozen_target, self.blocks(batch)
 
@@ -45,7 +43,6 @@ class DFlashModule(BlockDraftModule):
 
         return self.draft(batch["aux_hidden_states"], target.embedding, blocks, score, position=batch["position"])
 
-    @override
     def drafter(self, *, num_draft_tokens: int = 15) -> BlockDrafter:
         draft = self.unsharded(DFlashDraft(self.draft.config))
         return BlockDrafter(draft, self.frozen_target, num_draft_tokens=num_draft_tokens)

@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from typing_extensions import override
-
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.strategies.dflash.export import DFlashExport
 from lightning_dataflow.strategies.published.contract import Config, DraftDescription
@@ -22,7 +20,6 @@ class DominoExport(DFlashExport):
     marks: ClassVar[Mapping[str, Any]] = {"projector_type": "domino"}
     supported: ClassVar[Allowed] = {**DFlashExport.supported, "projector_type": ("domino",)}
 
-    @override
     def check(self, draft: DraftDescription, engine: Engine) -> None:
         super().check(draft, engine)
         prefix_len = draft.network.pure_draft_prefix_len
@@ -32,12 +29,10 @@ class DominoExport(DFlashExport):
                 f"{prefix_len}: train with strategy.pure_draft_prefix_len={SERVED_PREFIX_LEN}"
             )
 
-    @override
     def head_fields(self, network: Any) -> Config:
         names = ("shift_label", "pure_draft_prefix_len", "gru_hidden_dim", "emb_dim")
         return {**self.marks, **{name: getattr(network, name) for name in names}}
 
-    @override
     def read(self, fields: Fields, engine: Engine) -> tuple[dict[str, Any], tuple[int, ...] | None]:
         sizes, ids = super().read(fields, engine)
         sizes |= {name: fields.count(name) for name in ("gru_hidden_dim", "emb_dim")}
@@ -45,7 +40,6 @@ class DominoExport(DFlashExport):
         sizes["shift_label"] = bool(fields.get("shift_label"))
         return sizes, ids
 
-    @override
     def card_rows(self, network: Any) -> dict[str, object]:
         sizes = f"{network.gru_hidden_dim}, {network.emb_dim}"
         return super().card_rows(network) | {"GRU size, rank": sizes, "shifted labels": network.shift_label}

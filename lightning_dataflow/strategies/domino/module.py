@@ -3,7 +3,6 @@
 from typing import Any
 
 from torch import Tensor
-from typing_extensions import override
 
 from lightning_dataflow.contracts import StepContext
 from lightning_dataflow.data.collate import Batch
@@ -42,20 +41,13 @@ class DominoModule(BlockDraftModule):
         **options: Any,
     ):
         super().__init__(target, **options)
-        self.draft = self.block_draft(
-            DominoDraft,
-            DominoConfig,
-            gru_hidden_dim=gru_hidden_dim,
-            emb_dim=emb_dim,
-            shift_label=shift_label,
-            pure_draft_prefix_len=pure_draft_prefix_len,
-        )
+        sizes = ("gru_hidden_dim", "emb_dim", "shift_label", "pure_draft_prefix_len")
+        self.draft = self.block_draft(DominoDraft, DominoConfig, *sizes)
         self.shift_label = self.draft.config.shift_label
         self._objective = DominoObjective(
             gamma=gamma, shift_label=self.shift_label, lambda_start=lambda_start, lambda_decay_ratio=lambda_decay_ratio
         )
 
-    @override
     def objective(self, batch: Batch, context: StepContext) -> ObjectiveSums:
         target, blocks = self.frozen_target, self.blocks(batch)
 
@@ -64,7 +56,6 @@ class DominoModule(BlockDraftModule):
 
         return self.draft(batch["aux_hidden_states"], target.embedding, blocks, score, position=batch["position"])
 
-    @override
     def drafter(self, *, num_draft_tokens: int = 15) -> DominoDrafter:
         draft = self.unsharded(DominoDraft(self.draft.config))
         return DominoDrafter(draft, self.frozen_target, num_draft_tokens=num_draft_tokens)

@@ -12,7 +12,7 @@ from lightning_dataflow.contracts import StepContext
 from lightning_dataflow.strategies.blocks.blocks import Blocks
 from lightning_dataflow.strategies.blocks.labels import BlockLabels
 from lightning_dataflow.strategies.common.sums import ObjectiveSums, Quotient
-from lightning_dataflow.strategies.common.tiles import LogitTile, TileBuffer, compute_dtype, tiles
+from lightning_dataflow.strategies.common.tiles import LogitTile, TileBuffer, compute_dtype, sum_dtype, tiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +102,8 @@ class _CorrectedCrossEntropy(torch.autograd.Function):
         dtype = compute_dtype(hidden)
         inputs = (hidden, features, weight)
         states, head = [x.detach().to(dtype) for x in inputs], head.to(dtype)
-        grads = _Grads(*(torch.zeros_like(x, dtype=_sum_dtype(x)) for x in inputs)) if any(ctx.needs_input_grad) else None
-        losses = torch.empty(2, len(labels), dtype=_sum_dtype(states[0]), device=hidden.device)
+        grads = _Grads(*(torch.zeros_like(x, dtype=sum_dtype(x)) for x in inputs)) if any(ctx.needs_input_grad) else None
+        losses = torch.empty(2, len(labels), dtype=sum_dtype(states[0]), device=hidden.device)
         correct = torch.empty(2, len(labels), dtype=torch.bool, device=hidden.device)
         buffers = TileBuffer(), TileBuffer()
         with torch.autocast(hidden.device.type, enabled=False):
@@ -155,7 +155,3 @@ def _add_gradients(
         grads.weight.addmm_(of_final.T, weighted)
     else:
         grads.weight.add_(of_final.T @ weighted)
-
-
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    return x.dtype if x.dtype == torch.float64 else torch.float32

@@ -17,7 +17,7 @@ from lightning_dataflow.strategies.common.flex import flex, flex_mask
 
 
 class PackedRows:
-    """Where samples stand in rows that hold several.
+    """Where samples stand in packed rows.
 
     Args:
         position: int64 [B, S] of each token in its sample; a sample begins where it is 0.
@@ -33,13 +33,13 @@ class PackedRows:
 
     @cached_property
     def parts(self) -> list[tuple[slice, slice]]:
-        """(row, positions) of every sample, each as a slice; for the CPU, since a device would have to synchronise."""
+        """(row, positions) of every sample, each as a slice; for the CPU; a GPU would have to synchronise."""
         starts = [row.nonzero().squeeze(-1).tolist() for row in self.position == 0]
         length = self.position.shape[1]
         return [
             (slice(row, row + 1), slice(start, stop))
-            for row, found in enumerate(starts)
-            for start, stop in zip(found, [*found[1:], length], strict=True)
+            for row, firsts in enumerate(starts)
+            for start, stop in zip(firsts, [*firsts[1:], length], strict=True)
         ]
 
 
@@ -51,7 +51,7 @@ def unrolled_attention(
     Args:
         query: [B, heads, S, D].
         keys, values: one [B, kv_heads, S, D] per step 0..k, rotated; heads is a multiple of kv_heads.
-        rows: samples, which do not see each other; by default each row is one.
+        rows: samples, which do not see each other; by default each row is one sample.
 
     Returns [B, heads, S, D].
     """
@@ -99,7 +99,7 @@ class _FlashUnrolledAttention(torch.autograd.Function):
         for key, value in zip(keys[1:], values[1:], strict=True):
             probability = (_own_scores(query, key, ctx.scale) - lse).exp_()
             grad_score = (_own_scores(grad, value, 1.0) - correction).mul_(probability).mul_(ctx.scale)
-            # Rounded to the inputs' dtype before they multiply them.
+            # Round to the dtype of the inputs before multiplying with them, as the flash kernel does.
             probability, grad_score = (_grouped(x.to(query.dtype), key).unsqueeze(-1) for x in (probability, grad_score))
             grad_values.append((probability * _grouped(grad, value)).sum(2))
             grad_keys.append((grad_score * _grouped(query, key)).sum(2))
@@ -138,8 +138,8 @@ def _causal_flash_backward(
         of_part = attend(
             *(x[part] for x in (grad, query, key, value)), out[part], lse[part].contiguous(), 0.0, True, scale=scale
         )
-        for whole, one in zip(grads, of_part, strict=True):
-            whole[part] = one
+        for grad_of_all, grad_of_part in zip(grads, of_part, strict=True):
+            grad_of_all[part] = grad_of_part
     return grads
 
 
@@ -166,7 +166,7 @@ def _precise(x: Tensor) -> Tensor:
 def _flex_unrolled_attention(
     query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], rows: PackedRows | None = None
 ) -> Tensor:
-    """The same through flex attention, whose block mask skips the empty part of [S, (k+1)·S]."""
+    """The same with flex attention, whose block mask skips the empty part of [S, (k+1)·S]."""
     if rows is None:
         mask = _unrolled_block_mask(query.shape[2], len(keys), query.device)
     else:

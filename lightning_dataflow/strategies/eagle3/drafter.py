@@ -4,9 +4,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
-from lightning_dataflow.evaluation.loop import Drafter, Proposal, check_num_draft_tokens
+from lightning_dataflow.evaluation.loop import Drafter, Proposal
 from lightning_dataflow.strategies.eagle3.network import DraftCache, Eagle3Draft
 
 
@@ -16,33 +15,27 @@ class ChainDrafter(Drafter):
     Args:
         draft: unsharded, in evaluation.
         embedding: the target's table [V, H]; None when the draft trained its own.
-        num_draft_tokens: K, at least 1.
-
-    Raises:
-        UserError: K is less.
+        num_draft_tokens: K.
     """
 
     def __init__(self, draft: Eagle3Draft, embedding: Tensor | None, *, num_draft_tokens: int = 4):
-        check_num_draft_tokens(num_draft_tokens)
         self.draft = draft
         self.embedding = embedding
         self.num_draft_tokens = num_draft_tokens
         self.target_ids = draft.vocab.target_ids
         self.reset()
 
-    @override
     def reset(self) -> None:
         self.cache = DraftCache()
 
     @torch.no_grad()
     def observe(self, next_tokens: Sequence[int], aux_hidden_states: Tensor) -> None:
-        """See Drafter. Position t pairs the state of token t with the embedding of token t + 1."""
+        """Position t pairs the state of token t with the embedding of token t + 1."""
         weight = self.draft.fc.weight
         hidden = self.draft.fc(aux_hidden_states.to(weight.device, weight.dtype)).unsqueeze(0)
         self.hidden, self.logits = self._pass(next_tokens, hidden)
 
     @torch.no_grad()
-    @override
     def propose(self, temperature: float, generator: torch.Generator) -> Proposal:
         verified = self.cache.length
         hidden, logits = self.hidden, self.logits

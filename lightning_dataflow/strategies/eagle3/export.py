@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.strategies.common.target_tensors import EMBEDDING, HEAD, FrozenTarget, same_tensor
@@ -15,9 +14,6 @@ from lightning_dataflow.strategies.published.contract import (
     DraftDescription,
     DraftExport,
     PublishedDraft,
-    decoder_fields,
-    decoder_rows,
-    speculators_fields,
 )
 from lightning_dataflow.strategies.published.engines import LAYER_IDS, SGLANG, SPECULATORS, Engine
 from lightning_dataflow.strategies.published.fields import Allowed, Fields
@@ -43,7 +39,6 @@ class Eagle3Export(DraftExport):
     section = "eagle_config"
     own_tensor_remedy = "set strategy.train_embeddings=true"
 
-    @override
     def check(self, draft: DraftDescription, engine: Engine) -> None:
         if engine is not SGLANG:
             return
@@ -58,13 +53,12 @@ class Eagle3Export(DraftExport):
                 "export for vllm, or train with two or more strategy.layer_ids"
             )
 
-    @override
     def fields(self, draft: DraftDescription, engine: Engine) -> Config:
         network, ids = draft.network, engine.count(draft.layer_ids)
-        layers = decoder_fields(draft) | {"mlp_bias": False}
+        layers = self.decoder_fields(draft) | {"mlp_bias": False}
         if engine is SPECULATORS:
             layers["num_aux_hidden_states"] = network.num_aux_layers  # of these fields alone; vLLM's default is 3
-            common = speculators_fields(draft, self.served_as[engine.name], layers, network.draft_vocab_size)
+            common = self.speculators_fields(draft, layers, network.draft_vocab_size)
             own = {"architectures": ["Eagle3DraftModel"], LAYER_IDS: ids}
             return own | common | {"norm_before_residual": False, "norm_before_fc": False}
         fields = {
@@ -79,41 +73,33 @@ class Eagle3Export(DraftExport):
             return fields
         return fields | {LAYER_IDS: ids, "norm_before_residual": False}  # vLLM's two model runners look in different places
 
-    @override
     def read(self, fields: Fields, engine: Engine) -> tuple[dict[str, Any], tuple[int, ...] | None]:
         fields.refuse_others(_SUPPORTED, norm_before_residual=engine is SPECULATORS)
         vocab_size = fields.count("draft_vocab_size", fields.count("vocab_size"))
         return fields.decoder_sizes() | {"draft_vocab_size": vocab_size}, fields.layer_ids(LAYER_IDS, engine.layer_offset)
 
-    @override
     def stored_name(self, name: str, draft: DraftDescription, engine: Engine) -> str | None:
         if name in _VOCAB_MAPS and _is_whole(draft.network):
             return None  # they say nothing then, and vLLM refuses them
         return name.replace("midlayer.", "layers.0.") if engine is SPECULATORS else name
 
-    @override
     def our_name(self, stored: str) -> str:
         return "midlayer." + stored.removeprefix("layers.0.") if stored.startswith("layers.0.") else stored
 
-    @override
     def serve_options(self, draft: DraftDescription, engine: Engine) -> dict[str, Any]:
         steps = {"speculative-num-steps": draft.num_draft_tokens, "speculative-eagle-topk": 1}
         return steps if engine is SGLANG else {}
 
-    @override
     def card_rows(self, network: Eagle3Config) -> dict[str, object]:
-        return decoder_rows(network) | {"draft vocabulary": f"{network.draft_vocab_size} of {network.vocab_size}"}
+        return self.decoder_rows(network) | {"draft vocabulary": f"{network.draft_vocab_size} of {network.vocab_size}"}
 
-    @override
     def settings(self, start: PublishedDraft, target: FrozenTarget) -> dict[str, Any]:
         trained = EMBEDDING in start.shapes and not same_tensor(start.tensor(EMBEDDING), target.embedding)
         return {"train_embeddings": True} if trained else {}
 
-    @override
     def implied(self, network: Eagle3Config) -> set[str]:
         return {"t2d", EMBEDDING} | ({"d2t", HEAD} if _is_whole(network) else set())
 
-    @override
     def complete(self, start: PublishedDraft, draft: nn.Module) -> None:
         assert isinstance(draft, Eagle3Draft)
         if "d2t" not in start.shapes:

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from typing_extensions import override
 
 from lightning_dataflow.contracts import StepContext, UserError
 from lightning_dataflow.data.collate import Batch, SampleRows
@@ -82,12 +81,10 @@ class Eagle3Module(DraftModule):
         )
 
     @property
-    @override
     def num_draft_tokens(self) -> int:
         return int(self.hparams["num_steps"])
 
     @torch.no_grad()
-    @override
     def initialise_draft(self, data: DataFlowDataModule) -> None:
         target, config = self.frozen_target, self.draft.config
         if config.draft_vocab_size < config.vocab_size:
@@ -98,18 +95,16 @@ class Eagle3Module(DraftModule):
         if config.train_embeddings:
             self.draft.embed_tokens.weight.copy_(target.embedding)
 
-    @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["draft_vocab"] = {"prompts": self._vocab_prompts, "version": self.draft.vocab.version}
 
-    @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self._vocab_prompts = checkpoint["draft_vocab"]["prompts"]
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any], data: Any) -> None:
-        """See DraftModule. The map of the draft's vocabulary must be the one that these prompts give."""
+        """The map of the draft's vocabulary must be the one that these prompts give."""
         super().check_checkpoint(checkpoint, data)
         saved = checkpoint["draft_vocab"]
         if isinstance(data, DataFlowDataModule) and saved["prompts"] == data.source.card.prompts_version:
@@ -125,12 +120,11 @@ class Eagle3Module(DraftModule):
         return build_draft_vocab(data.source.token_counts(config.vocab_size), config.draft_vocab_size)
 
     def collate(self, rows: SampleRows) -> Batch:
-        """Features, and which rows supervise which (found here, on the CPU, so that a step needs no sync)."""
+        """Features, and which rows supervise which; computed on the CPU, so that a step need not wait for the device."""
         batch = rows.stack(self.features)
         batch["target_rows"] = tuple(supervised_positions(batch["loss_mask"], batch["position"]))
         return batch
 
-    @override
     def objective(self, batch: Batch, context: StepContext) -> ObjectiveSums:
         draft, target = self.draft, self.frozen_target
         dtype = draft.fc.weight.dtype
@@ -152,7 +146,6 @@ class Eagle3Module(DraftModule):
         aux, num_steps = batch["aux_hidden_states"].to(dtype), self.hparams["num_steps"]
         return draft(next_ids, aux, embedding, num_steps, score, position=batch["position"])
 
-    @override
     def drafter(self, *, num_draft_tokens: int = 4) -> ChainDrafter:
         draft = self.unsharded(Eagle3Draft(self.draft.config))
         embedding = None if draft.config.train_embeddings else self.frozen_target.embedding

@@ -156,7 +156,7 @@ class Eagle3Draft(nn.Module):
             embedding: the target's frozen table [V, H]; None to use the trained one.
             num_steps: K.
             score: called once with the normed hidden states [K, B, S, H] and the head's weight [V_d, H].
-            position: int64 [B, S] of each token in its sample, where a row holds several; by default each row is one.
+            position: int64 [B, S] of each token in its sample, for packed rows; by default each row is one sample.
         """
         layer, attention = self.midlayer, self.midlayer.self_attn
         embedded = layer.input_layernorm(self.embed(input_ids, embedding).to(aux_hidden_states.dtype))

@@ -1,6 +1,7 @@
 """EAGLE3's training objective: K unrolled steps of soft cross-entropy against the target (arXiv 2503.01840), optionally
 the LK losses (arXiv 2602.23881)."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -9,10 +10,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_dataflow.strategies.common.sums import ObjectiveSums, Quotient
+from lightning_dataflow.strategies.common.tiles import compute_dtype, tiles
 
 LKLoss = Literal["alpha", "lambda"]
-TILE_ROWS = 512
-"""Rows of student logits held at once; the full [K·B·S, V_d] never is."""
 
 
 class TargetRows(NamedTuple):
@@ -36,7 +36,7 @@ def supervised_positions(loss_mask: Tensor, position: Tensor | None = None) -> T
     to t + 1 + k = j. A position counts when the *predicted* token is loss-masked.
 
     Args:
-        position: int64 [B, S] of each token in its sample, where a row holds several; by default each row is one.
+        position: int64 [B, S] of each token in its sample, for packed rows; by default each row is one sample.
     """
     if position is None:
         position = torch.arange(loss_mask.shape[1], device=loss_mask.device).expand_as(loss_mask)
@@ -51,8 +51,8 @@ class Eagle3Objective:
     """Options of the objective.
 
     The loss is Σ_k step_weight_base^k · Loss_k over one denominator, the number of positions whose label is loss-masked.
-    With `lk_loss`, the per-step means inside Loss_k are those of the micro-batch, so that, alone among the losses here,
-    it depends on how a window is cut into micro-batches.
+    With `lk_loss`, the per-step means inside Loss_k are those of the micro-batch. This loss therefore depends on how a
+    window is cut into micro-batches; no other loss here does.
 
     Attributes:
         lk_loss: None for Loss_k = −Σ p log q; `alpha` for the mean of −log acceptance; `lambda` for
@@ -109,7 +109,7 @@ class Eagle3Objective:
 
 
 class _TeacherTile(NamedTuple):
-    """One tile of R positions: what the target says about them.
+    """What the target says about one tile of R positions.
 
     p, p_full: [R, V_d], normalised over the draft and over the full vocabulary; argmax [R] over the full vocabulary;
     supervised [R], whether that argmax is in the draft vocabulary.
@@ -129,9 +129,9 @@ class _Teacher:
     t2d: Tensor
     rows: TargetRows
 
-    def tile(self, start: int, stop: int) -> _TeacherTile:
-        """One full-vocabulary pass over rows start..stop."""
-        states = self.states[self.rows.teacher[start:stop]].to(self.head.dtype)
+    def tile(self, part: slice) -> _TeacherTile:
+        """One full-vocabulary pass over a part of the rows."""
+        states = self.states[self.rows.teacher[part]].to(self.head.dtype)
         logits = (states @ self.head.T).float()
         argmax = logits.argmax(-1)
         lse = torch.logsumexp(logits, -1, keepdim=True)
@@ -167,7 +167,7 @@ class _UnrolledLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_head = (None if one is None else (one * grad).to(dtype) for one, dtype in ctx.grads)
+        grad_hidden, grad_head = (None if part is None else (part * grad).to(dtype) for part, dtype in ctx.grads)
         return grad_hidden, grad_head, None, None, None
 
 
@@ -184,11 +184,10 @@ class _Run:
         wants_hidden: bool,
         wants_head: bool,
     ):
-        self.dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
         self.num_steps = len(hidden)
         self.states = hidden.detach().flatten(0, 2)
         self.rows_per_step = hidden.shape[1] * hidden.shape[2]
-        self.lm_head = lm_head.detach().to(self.dtype or hidden.dtype)
+        self.lm_head = lm_head.detach().to(compute_dtype(hidden))
         self.teacher, self.options, self.normaliser = teacher, options, normaliser
         self.grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wants_hidden else None
         self.grad_head = torch.zeros_like(lm_head, dtype=torch.float32) if wants_head else None
@@ -196,22 +195,18 @@ class _Run:
         self.step_weights = options.step_weight_base**steps
         self.means: _StepMeans | None = None
 
-    def tiles(self) -> range:
-        """Starts of the tiles of positions; K steps of one tile are TILE_ROWS rows of student logits."""
-        return range(0, len(self.teacher.rows.teacher), self.tile_size)
-
-    @property
-    def tile_size(self) -> int:
-        return max(1, TILE_ROWS // self.num_steps)
+    def tiles(self) -> Iterator[slice]:
+        """Tiles of positions; each position has a row of student logits at every step."""
+        return tiles(len(self.teacher.rows.teacher), self.num_steps)
 
     @torch.no_grad()
     def measure(self) -> None:
         """First pass of an LK loss: how many positions are supervised, and their mean acceptance, per step."""
         sums = torch.zeros(2, self.num_steps, dtype=torch.float32, device=self.states.device)
         with torch.autocast(self.states.device.type, enabled=False):
-            for start in self.tiles():
-                tile = self.teacher.tile(start, start + self.tile_size)
-                _, valid, logits = self.student(start)
+            for part in self.tiles():
+                tile = self.teacher.tile(part)
+                _, valid, logits = self.student(part)
                 supervised = valid & tile.supervised
                 q = torch.softmax(logits, -1).unflatten(0, (self.num_steps, -1))
                 sums[0] += supervised.sum(1)
@@ -223,26 +218,24 @@ class _Run:
         """Sums [5, K]: loss, correct, loss-masked, accepted, supervised. Fills the gradients."""
         sums = torch.zeros(5, self.num_steps, dtype=torch.float32, device=self.states.device)
         with torch.autocast(self.states.device.type, enabled=False):
-            for start in self.tiles():
-                tile = self.teacher.tile(start, start + self.tile_size)
-                sums += self._score_tile(start, tile)
-        if self.options.lk_loss == "lambda":  # the share (1 − w)(1 − ᾱ) is a mean: bring it to the loss's denominator
+            for part in self.tiles():
+                sums += self._score_tile(part, self.teacher.tile(part))
+        if self.options.lk_loss == "lambda":  # (1 − w)(1 − ᾱ) is a mean: scale it to the loss's denominator
             kl_weight, acceptance = self._kl_weight(), self._means().acceptance
             sums[0] = kl_weight * sums[0] + (1 - kl_weight) * (1 - acceptance) * self.normaliser
         return sums
 
-    def student(self, start: int) -> tuple[Tensor, Tensor, Tensor]:
+    def student(self, part: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Rows [K·R] of the flattened hidden states, whether they exist [K, R], and their logits [K·R, V_d]."""
-        stop = start + self.tile_size
         steps = torch.arange(self.num_steps, device=self.states.device)[:, None]
-        valid = self.teacher.rows.room[start:stop] >= steps
-        rows = self.teacher.rows.student[start:stop] - steps
+        valid = self.teacher.rows.room[part] >= steps
+        rows = self.teacher.rows.student[part] - steps
         rows = (torch.where(valid, rows, 0) + steps * self.rows_per_step).flatten()
         logits = (self.states[rows].to(self.lm_head.dtype) @ self.lm_head.T).float()
         return rows, valid, logits
 
-    def _score_tile(self, start: int, tile: _TeacherTile) -> Tensor:
-        rows, valid, logits = self.student(start)
+    def _score_tile(self, part: slice, tile: _TeacherTile) -> Tensor:
+        rows, valid, logits = self.student(part)
         supervised = valid & tile.supervised
         shape = (self.num_steps, -1, logits.shape[-1])
         expected = torch.linalg.vecdot(logits.view(shape), tile.p)
@@ -255,7 +248,7 @@ class _Run:
         loss, grad, weight = self._loss_and_grad(cross_entropy, overlap, q, tile, supervised)
         self._accumulate(rows, grad.flatten(0, 1), weight.flatten())
         counted = [loss * supervised, correct & valid, valid, overlap * supervised, supervised]
-        return torch.stack([one.sum(1).float() for one in counted])
+        return torch.stack([count.sum(1).float() for count in counted])
 
     def _loss_and_grad(
         self, cross_entropy: Tensor, overlap: Tensor, q: Tensor, tile: _TeacherTile, supervised: Tensor

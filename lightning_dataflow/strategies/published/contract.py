@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lightning_dataflow.strategies.common.target_tensors import FrozenTarget
-from lightning_dataflow.strategies.published.engines import MODEL_TYPE, Engine
+from lightning_dataflow.strategies.published.engines import MODEL_TYPE, SPECULATORS, Engine
 from lightning_dataflow.strategies.published.fields import DRAFT_TOKENS, Fields
 
 Config = dict[str, Any]
@@ -138,50 +138,48 @@ class DraftExport(ABC):
     def complete(self, start: PublishedDraft, draft: nn.Module) -> None:  # noqa: B027
         """Set the tensors that follow from others, after those of the folder were copied. Raises UserError."""
 
+    def decoder_fields(self, draft: DraftDescription) -> Config:
+        """Fields of the draft's decoder layers, as in transformers' LlamaConfig."""
+        network = draft.network
+        return {
+            "model_type": "llama",
+            "hidden_size": network.hidden_size,
+            "intermediate_size": network.intermediate_size,
+            "num_hidden_layers": 1,
+            "num_attention_heads": network.num_attention_heads,
+            "num_key_value_heads": network.num_key_value_heads,
+            "head_dim": network.head_dim,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "rms_norm_eps": network.rms_norm_eps,
+            "rope_parameters": {"rope_type": "default", "rope_theta": network.rope_theta},
+            "max_position_embeddings": draft.max_position_embeddings,
+            "vocab_size": network.vocab_size,
+            "tie_word_embeddings": False,
+        }
 
-def decoder_fields(draft: DraftDescription) -> Config:
-    """Fields of the draft's decoder layers, as in transformers' LlamaConfig."""
-    network = draft.network
-    return {
-        "model_type": "llama",
-        "hidden_size": network.hidden_size,
-        "intermediate_size": network.intermediate_size,
-        "num_hidden_layers": 1,
-        "num_attention_heads": network.num_attention_heads,
-        "num_key_value_heads": network.num_key_value_heads,
-        "head_dim": network.head_dim,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "rms_norm_eps": network.rms_norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": network.rope_theta},
-        "max_position_embeddings": draft.max_position_embeddings,
-        "vocab_size": network.vocab_size,
-        "tie_word_embeddings": False,
-    }
+    def speculators_fields(self, draft: DraftDescription, layers: Config, draft_vocab_size: int) -> Config:
+        """Fields that every draft in the speculators format has. The target is named in the folder."""
+        algorithm = self.served_as[SPECULATORS.name]
+        return {
+            MODEL_TYPE: algorithm,
+            "speculators_config": {
+                "algorithm": algorithm,
+                "default_proposal_method": "greedy",
+                "proposal_methods": [{"proposal_type": "greedy", DRAFT_TOKENS: draft.num_draft_tokens}],
+                "verifier": {"name_or_path": draft.target, "architectures": list(draft.target_architectures)},
+            },
+            "transformer_layer_config": layers,
+            "draft_vocab_size": draft_vocab_size,
+            "target_hidden_size": draft.network.hidden_size,
+            "tie_word_embeddings": False,
+            "dtype": draft.dtype,
+        }
 
-
-def speculators_fields(draft: DraftDescription, algorithm: str, layers: Config, draft_vocab_size: int) -> Config:
-    """Fields that every draft in the speculators format has. The target is named in the folder."""
-    return {
-        MODEL_TYPE: algorithm,
-        "speculators_config": {
-            "algorithm": algorithm,
-            "default_proposal_method": "greedy",
-            "proposal_methods": [{"proposal_type": "greedy", DRAFT_TOKENS: draft.num_draft_tokens}],
-            "verifier": {"name_or_path": draft.target, "architectures": list(draft.target_architectures)},
-        },
-        "transformer_layer_config": layers,
-        "draft_vocab_size": draft_vocab_size,
-        "target_hidden_size": draft.network.hidden_size,
-        "tie_word_embeddings": False,
-        "dtype": draft.dtype,
-    }
-
-
-def decoder_rows(network: Any) -> dict[str, object]:
-    """Sizes of the decoder layers in the model card's table."""
-    heads = network.num_attention_heads, network.num_key_value_heads, network.head_dim
-    return {
-        "hidden size": network.hidden_size,
-        "heads, key-value heads, head size": ", ".join(map(str, heads)),
-    }
+    def decoder_rows(self, network: Any) -> dict[str, object]:
+        """Sizes of the decoder layers in the model card's table."""
+        heads = network.num_attention_heads, network.num_key_value_heads, network.head_dim
+        return {
+            "hidden size": network.hidden_size,
+            "heads, key-value heads, head size": ", ".join(map(str, heads)),
+        }

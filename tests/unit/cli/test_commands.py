@@ -324,6 +324,16 @@ def test_passes_set_the_number_of_steps(run, tmp_path, capsys):
     assert "3 samples at the end of 1 passes over 19 fill no step" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("topology", ["online", "interleaved", "offline"])
+def test_listed_samples_are_not_trained(run, tmp_path, capsys, topology):
+    (tmp_path / "listed").write_text("".join(f"{index:08d}\n" for index in range(0, 96, 2)))
+    assert run(train.main, f"topology={topology}", "data.skip_ids=listed") == 0
+    result = json.loads((tmp_path / "runs" / "test" / "result.json").read_text())
+    assert 0 < result["samples_trained"] < 16
+    assert result["samples_trained"] + result["samples_skipped"] == 16
+    assert "listed in skip_ids" in capsys.readouterr().out
+
+
 def test_fast_dev_run_leaves_nothing(run, tmp_path):
     assert run(train.main, "+trainer.fast_dev_run=1") == 0
     assert not (tmp_path / "runs" / "test" / "checkpoints").exists()
@@ -413,7 +423,8 @@ def test_an_interrupt_that_meets_a_finaliser_is_not_lost(heeded, number, kind, c
 
     with pytest.raises(kind):
         Freed()
-        time.sleep(10)
+        for _ in range(100):  # one long sleep would not be interrupted
+            time.sleep(0.1)
     assert capfd.readouterr().err == ""
 
 

@@ -268,19 +268,12 @@ def test_vllm_measures_the_folder_around_this_one(run_in, trained, target_path, 
     assert one["name"] == "draft"
 
 
-@pytest.mark.parametrize(("kind", "num_draft_tokens"), [("dflash", 6), ("dflash", 0), ("eagle3", 0)])
-def test_vllm_is_not_asked_for_more_than_a_draft_proposes(
-    run, trained, target_path, tmp_path, vllm, capsys, kind, num_draft_tokens
-):
+def test_vllm_is_not_asked_for_more_than_a_draft_proposes(run, target_path, tmp_path, vllm, capsys):
     options, asked = vllm
-    source = trained / "checkpoints" / "step-000004.ckpt"
-    if kind == "dflash":
-        module = DFlashModule(str(target_path), num_layers=1, block_size=6)
-        source = write_draft(tmp_path / "d", resolve_engine("vllm", "plain"), describe(module), module.draft.state_dict())
-    given = (f"evaluate.checkpoint={source}", f"evaluate.num_draft_tokens={num_draft_tokens}")
-    assert run(evaluate.main, *options, *given) == 1
-    message = "blocks of 6 draft at most 5 tokens" if kind == "dflash" else "a proposal has at least 1 token"
-    assert message in one_line(capsys.readouterr().err)
+    module = DFlashModule(str(target_path), num_layers=1, block_size=6)
+    source = write_draft(tmp_path / "d", resolve_engine("vllm", "plain"), describe(module), module.draft.state_dict())
+    assert run(evaluate.main, *options, f"evaluate.checkpoint={source}", "evaluate.num_draft_tokens=6") == 1
+    assert "blocks of 6 draft at most 5 tokens" in one_line(capsys.readouterr().err)
     assert asked() == [], "the baseline is not decoded either"
 
 

@@ -124,14 +124,20 @@ def without(name):
 
 
 BROKEN = {
-    "state_dict": (without("state_dict"), "lacks state_dict, it is not a whole draft: name another checkpoint"),
+    "state_dict": (without("state_dict"), "lacks state_dict: it is not a whole draft, name another checkpoint"),
     "version": (without("target_model_version"), "lacks the name of its target"),
     "vocab": (without("draft_vocab"), "lacks draft_vocab"),
-    "weight": (lambda saved: saved["state_dict"].pop("draft.fc.weight"), "lacks draft.fc.weight, it is not a whole"),
-    "more": (lambda saved: saved["state_dict"].update(other=torch.ones(2)), "has other, for which eagle3 with its setting"),
+    "weight": (
+        lambda saved: saved["state_dict"].pop("draft.fc.weight"),
+        "lacks draft.fc.weight: it is not a whole eagle3 draft",
+    ),
+    "more": (
+        lambda saved: saved["state_dict"].update(other=torch.ones(2)),
+        "has other, for which no eagle3 draft with its settings has a place",
+    ),
     "shape": (
         lambda saved: saved["state_dict"].update({"draft.norm.weight": torch.ones(2)}),
-        "draft.norm.weight is [2], its settings say [64]",
+        "draft.norm.weight is [2], any eagle3 draft with its settings has [64]",
     ),
     "setting": (
         lambda saved: saved["hyper_parameters"].update(colour="red"),
@@ -163,7 +169,7 @@ def test_what_a_checkpoint_lacks_is_one_line(kind, sharded, checkpoint, tmp_path
         command.main([str(path), "--engine", "vllm", "--out", str(tmp_path / "out")])
     shown = capsys.readouterr().err
     assert status.value.code == 1
-    assert shown.startswith(f"error: {path}") and message.split(", it")[0] in shown and shown.count("\n") == 1
+    assert shown.startswith(f"error: {path}") and message.split(": it")[0] in shown and shown.count("\n") == 1
 
 
 def test_shards_that_torch_cannot_read_are_one_line(checkpoint, tmp_path):
@@ -224,7 +230,7 @@ def test_a_resumed_warm_start_does_not_need_the_folder(checkpoint, fit, target_p
     assert torch.equal(loaded.draft.fc.weight, warm.draft.fc.weight)
 
 
-def test_a_run_gives_its_newest_complete_checkpoint(checkpoint, tmp_path, capsys):
+def test_a_run_gives_its_newest_complete_checkpoint(checkpoint, tmp_path, caplog):
     run = tmp_path / "run"
     shutil.copytree(checkpoint().parent.parent, run)
     newest = run / "checkpoints" / "step=2.ckpt"
@@ -235,7 +241,7 @@ def test_a_run_gives_its_newest_complete_checkpoint(checkpoint, tmp_path, capsys
     result = {"acceptance": acceptance, "precision": "bf16-mixed", "settings": {"data": {"path": "chat.jsonl"}}}
     (run / "result.json").write_text(json.dumps(result | {"versions": {"torch": "9.9"}}))
     card = (export(run, tmp_path / "draft") / "README.md").read_text()
-    assert "step=3.ckpt is skipped, it is not a complete checkpoint" in capsys.readouterr().out
+    assert "step=3.ckpt is skipped, it is not a complete checkpoint" in caplog.text
     for told in (
         'base_model: "target"',
         f"--speculative-algorithm EAGLE3 --speculative-draft-model-path {tmp_path / 'draft'}",
@@ -405,9 +411,12 @@ def test_full_attention_may_be_spelt_out(layer_types, checkpoint, target_path, t
         ),
         (
             lambda tensors: tensors.update({"midlayer.self_attn.q_norm.weight": torch.ones(8)}),
-            "has no place: it is another",
+            "has a place: it is another",
         ),
-        (lambda tensors: tensors.update({"fc.weight": torch.ones(64, 64)}), "fc.weight is [64, 64], its config.json says"),
+        (
+            lambda tensors: tensors.update({"fc.weight": torch.ones(64, 64)}),
+            "fc.weight is [64, 64], any eagle3 draft with its config.json has",
+        ),
         (lambda tensors: tensors["d2t"].fill_(400), "d2t does not map 64 draft ids to as many of 320 target ids"),
         (lambda tensors: tensors["t2d"].fill_(True), "t2d names other tokens than d2t maps to"),
         (

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lightning_dataflow.strategies.eagle3 import objective as module
+from lightning_dataflow.strategies.common import tiles
 from lightning_dataflow.strategies.eagle3.objective import Eagle3Objective, supervised_positions
 
 VOCAB, HIDDEN, STEPS = 11, 6, 3
@@ -147,7 +147,7 @@ def test_lk_losses(lk_loss):
 def test_tiles_do_not_matter(monkeypatch, lk_loss):
     results = []
     for rows in (1, 7, 10**6):
-        monkeypatch.setattr(module, "TILE_ROWS", rows)
+        monkeypatch.setattr(tiles, "TILE_ROWS", rows)
         hidden, lm_head, last, head, target_ids, t2d = make()
         sums = Eagle3Objective(lk_loss=lk_loss)(
             hidden,

@@ -33,8 +33,8 @@ def test_what_others_write_is_checked(own):
     ):
         log.server.ask("XADD", log.server.key("log"), f"{number}-7", "record", line)
         with pytest.raises(UserError, match=rf"Redis at .*, run run, record {number}, is damaged: .*{message}"):
-            log.poll()
-        log._position = f"{number}-7"
+            assert [record.ref for record in log.poll()] == []  # a ref is checked when it is asked for
+        log._position = f"{number}-7".encode()
     for card in (b"{", b"[]", b"{}"):
         log.server.ask("SET", log.server.key("card"), card)
         with pytest.raises(UserError, match=r"the card of .* is damaged .* another run_name"):

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_dataflow.callbacks.averaging import averaged_weights
 from lightning_dataflow.callbacks.steps import StepCallback
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.evaluation import AcceptanceReport, evaluate_acceptance
+from lightning_dataflow.evaluation import AcceptanceReport, Decoding, evaluate_acceptance
 from lightning_dataflow.targets.hf import HFTargetEngine
 
 log = logging.getLogger(__name__)
@@ -98,9 +98,7 @@ class AcceptanceEvaluation(StepCallback):
             self._target,
             drafter,
             self.prompts[trainer.global_rank :: trainer.world_size],
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            seed=self.seed,
+            Decoding(max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=self.seed),
         )
         report = _over_ranks(mine, trainer)
         settings = {"temperature": self.temperature, "max_new_tokens": self.max_new_tokens}

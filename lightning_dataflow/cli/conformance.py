@@ -23,11 +23,11 @@ def conformance(config: TrainConfig, settings: dict[str, Any]) -> None:
         info = other.info
         every = range(info.num_layers)
         reference = HFTargetEngine(config.target.path, layer_ids=every, dtype="float32", device=config.target.device)
-        captures = compare_engines(reference, other, make_prompts(info.vocab_size, info.max_position_embeddings))
-    print(table(captures))
-    bad = sum(bool(capture.problems) for capture in captures)
+        comparisons = compare_engines(reference, other, make_prompts(info.vocab_size, info.max_position_embeddings))
+    print(table(comparisons))
+    bad = sum(bool(comparison.problems) for comparison in comparisons)
     if bad:
-        raise CaptureMismatchError(f"{bad} of {len(captures)} captures by {other.backend} are not what hf captures")
+        raise CaptureMismatchError(f"{bad} of {len(comparisons)} captures by {other.backend} are not what hf captures")
 
 
 main = command(conformance, keeps_folder=False)

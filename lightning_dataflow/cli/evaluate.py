@@ -15,7 +15,6 @@ from lightning_dataflow.contracts import UserError, strict_json
 if TYPE_CHECKING:
     from lightning_dataflow.run.builder import Builder
 
-BACKENDS = ("hf", "vllm", "sglang_server")
 OF_TRAINING = ("every_n_steps",)
 SHARES, WIDTH = "acceptance_per_position", 28
 
@@ -40,19 +39,24 @@ def evaluate(config: TrainConfig, settings: dict[str, Any]) -> None:
     If a draft fails, the table and the JSON hold what was measured before.
     """
     from lightning_dataflow.cli.figure import draw_measurements
-    from lightning_dataflow.cli.judges import make_judge
-    from lightning_dataflow.evaluation.acceptance import check_decoding
+    from lightning_dataflow.cli.judges import JUDGES
+    from lightning_dataflow.evaluation import Decoding
     from lightning_dataflow.run.builder import Builder
 
     options = config.evaluate
-    check_decoding(max_new_tokens=options.max_new_tokens, temperature=options.temperature, batch_size=options.batch_size)
+    decoding = Decoding(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        seed=config.seed,
+        batch_size=options.batch_size,
+    )
     drafts = find_drafts(config)
     output = None if options.output is None else _output_file(options.output)
     parts = Builder(config, settings)
     measurements: list[dict[str, Any]] = []
     try:
         with parts.resources:
-            judge = make_judge(parts)
+            judge = JUDGES[options.backend](parts, decoding)
             prompts = _read_prompts(parts, judge.room)
             used = settings["evaluate"] | {"seed": config.seed}
             used = {name: value for name, value in used.items() if name not in (*judge.unused, *OF_TRAINING)}
@@ -74,8 +78,6 @@ def evaluate(config: TrainConfig, settings: dict[str, Any]) -> None:
 def find_drafts(config: TrainConfig) -> list[Draft]:
     """The draft that `evaluate.checkpoint` names, or those of a run, by step. Raises UserError if there is none."""
     options = config.evaluate
-    if options.backend not in BACKENDS:
-        raise UserError(f"evaluate.backend={options.backend} is unknown: use one of {', '.join(BACKENDS)}")
     if options.backend == "sglang_server":
         if options.checkpoint is not None:
             raise UserError(
@@ -153,7 +155,7 @@ def _read_prompts(parts: "Builder", room: int) -> list[list[int]]:
         prompts = [list(prompt.question) for prompt in parts.prompts[1]]
         if not prompts:
             raise UserError("no held-out prompts: set data.num_eval_samples, or evaluate.data to a file of prompts")
-        if options.num_prompts is not None and not 1 <= options.num_prompts <= len(prompts):
+        if options.num_prompts is not None and options.num_prompts > len(prompts):
             raise UserError(
                 f"evaluate.num_prompts={options.num_prompts}: {len(prompts)} prompts are held out "
                 "(data.num_eval_samples), ask 1 up to that, or null for all"

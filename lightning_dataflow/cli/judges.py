@@ -1,7 +1,7 @@
 """What decodes for the `evaluate` command, by `evaluate.backend`."""
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
@@ -10,9 +10,10 @@ from typing_extensions import override
 
 from lightning_dataflow.config.secrets import read_api_key
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.evaluation import AcceptanceReport, SGLangDecoder, VLLMDecoder, evaluate_acceptance
+from lightning_dataflow.evaluation import AcceptanceReport, Decoding, evaluate_acceptance
 from lightning_dataflow.evaluation.acceptance import Decoded
-from lightning_dataflow.evaluation.judges.vllm_process import find_python, room_for
+from lightning_dataflow.evaluation.judges.sglang_server import SGLangDecoder
+from lightning_dataflow.evaluation.judges.vllm_process import VLLMDecoder, find_python, room_for
 from lightning_dataflow.evaluation.loop import check_num_draft_tokens
 from lightning_dataflow.export.export import export_draft
 from lightning_dataflow.export.serve import check_engine
@@ -20,7 +21,6 @@ from lightning_dataflow.strategies.checkpoint import load_module
 from lightning_dataflow.strategies.published.engines import VLLM
 from lightning_dataflow.strategies.published.reading import is_published, read_draft
 from lightning_dataflow.targets import HFTargetEngine
-from lightning_dataflow.targets.hf import check_dtype
 from lightning_dataflow.targets.info import read_eos_token_ids
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ VLLM_FORMATS = ("vllm", "speculators")
 
 
 class Judge(Protocol):
-    """Measures drafts one after the other.
+    """Measures drafts one after the other. Raises UserError where a setting is missing that it needs.
 
     Attributes:
         unused: settings of `evaluate`, and `seed`, that it does not use.
@@ -44,24 +44,14 @@ class Judge(Protocol):
         """Decode every prompt with a draft."""
 
 
-def make_judge(parts: "Builder") -> Judge:
-    """Raises UserError where a setting is missing that the backend needs."""
-    kinds: dict[str, type[HFJudge | VLLMJudge | SGLangJudge]] = {
-        "hf": HFJudge,
-        "vllm": VLLMJudge,
-        "sglang_server": SGLangJudge,
-    }
-    return kinds[parts.config.evaluate.backend](parts)
-
-
 class HFJudge(Judge):
     """This package, with the target in transformers."""
 
     unused = ("python", "vllm_args", "url", "baseline_url", "timeout_s")
 
-    def __init__(self, parts: "Builder"):
-        check_dtype(parts.config.evaluate.dtype, "evaluate.dtype")
+    def __init__(self, parts: "Builder", decoding: Decoding):
         self.parts = parts
+        self.decoding = decoding
         self.room = parts.config.evaluate.num_draft_tokens
         self.target: HFTargetEngine | None = None
 
@@ -78,10 +68,7 @@ class HFJudge(Judge):
             self.target,
             module.to(self.target.device).drafter(num_draft_tokens=options.num_draft_tokens),
             prompts,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            seed=config.seed,
-            batch_size=options.batch_size,
+            self.decoding,
             baseline=options.baseline,
             progress=lambda done, total: print(f"\rdecoded {done}/{total}", end="\n" * (done == total), flush=True),
         )
@@ -92,9 +79,8 @@ class VLLMJudge(Judge):
 
     unused = ("url", "baseline_url")
 
-    def __init__(self, parts: "Builder"):
+    def __init__(self, parts: "Builder", decoding: Decoding):
         config, options = parts.config, parts.config.evaluate
-        check_dtype(options.dtype, "evaluate.dtype")
         if not isinstance(options.vllm_args, dict | None):
             raise UserError(
                 f"evaluate.vllm_args={options.vllm_args}: give arguments of vllm.LLM, such as {{max_model_len: 2048}}"
@@ -107,11 +93,8 @@ class VLLMJudge(Judge):
             target=str(Path(config.target.path).absolute()),
             dtype=options.dtype,
             folder=Path(config.run_dir),
-            max_new_tokens=options.max_new_tokens,
+            decoding=decoding,
             stop_token_ids=read_eos_token_ids(config.target.path),
-            temperature=options.temperature,
-            seed=config.seed,
-            batch_size=options.batch_size,
             engine_args=options.vllm_args or {},
             timeout_s=options.timeout_s,
         )
@@ -122,7 +105,8 @@ class VLLMJudge(Judge):
         with self._folder(draft) as folder:
             published = read_draft(folder)
             export = check_engine(published.strategy, VLLM)
-            check_num_draft_tokens(num_draft_tokens, block_size=published.network.get("block_size"))
+            if (block_size := published.network.get("block_size")) is not None:
+                check_num_draft_tokens(num_draft_tokens, block_size)
             if self.config.evaluate.baseline and self.plain is None:
                 self.plain = self.decoder.decode(prompts)
             return self.decoder.evaluate(
@@ -153,12 +137,12 @@ class SGLangJudge(Judge):
 
     unused = ("checkpoint", "num_draft_tokens", "dtype", "baseline", "seed", "python", "vllm_args")
 
-    def __init__(self, parts: "Builder"):
+    def __init__(self, parts: "Builder", decoding: Decoding):
         config, options = parts.config, parts.config.evaluate
         if options.url is None:
             raise UserError("backend sglang_server needs a server that speculates: set evaluate.url=http://HOST:PORT")
         key = read_api_key(config.target)
-        self.options = options
+        self.decoding = decoding
         self.decoder = SGLangDecoder(url=options.url, api_key=key, timeout_s=options.timeout_s)
         self.plain = None
         if options.baseline_url is not None:
@@ -168,11 +152,11 @@ class SGLangJudge(Judge):
 
     @override
     def measure(self, draft: Path, prompts: Sequence[Sequence[int]]) -> AcceptanceReport:
-        return self.decoder.evaluate(
-            prompts,
-            max_new_tokens=self.options.max_new_tokens,
-            stop_token_ids=self.stop_token_ids,
-            temperature=self.options.temperature,
-            batch_size=self.options.batch_size,
-            plain=self.plain,
-        )
+        return self.decoder.evaluate(prompts, self.decoding, stop_token_ids=self.stop_token_ids, plain=self.plain)
+
+
+JUDGES: dict[str, Callable[["Builder", Decoding], Judge]] = {
+    "hf": HFJudge,
+    "vllm": VLLMJudge,
+    "sglang_server": SGLangJudge,
+}

@@ -130,57 +130,79 @@ class Decoded:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How any backend decodes.
+
+    Args:
+        temperature: 0 for greedy decoding.
+        batch_size: how many prompts are decoded at a time.
+
+    Raises:
+        UserError: a temperature that no backend accepts.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.temperature != 0 and not LEAST_TEMPERATURE <= self.temperature < float("inf"):
+            raise UserError(
+                f"evaluate.temperature={self.temperature}: use 0 for greedy decoding, or a number from "
+                f"{LEAST_TEMPERATURE} on"
+            )
+
+
 def evaluate_acceptance(
     target: HFTargetEngine,
     drafter: Drafter,
     prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
     *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    seed: int = 0,
-    batch_size: int = 1,
     baseline: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> AcceptanceReport:
     """Decode every prompt speculatively and count.
 
-    Random draws for a prompt depend on the seed and its tokens only, not on the other prompts of its batch.
+    Random draws for a prompt depend on the seed and its tokens only, not on the other prompts of its batch. A batch begins
+    when all prompts of the one before have ended.
 
     Args:
-        batch_size: prompts that the target decodes together; the next batch begins when all of them have ended.
         baseline: also decode with the target alone, by the same code, for the speed-up; and at temperature 0 compare token
             for token.
 
     Raises:
-        UserError: a setting out of range, or several prompts at a time for a target that cannot decode them together.
+        UserError: several prompts at a time for a target that cannot decode them together.
     """
-    check_decoding(max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size)
-    runs = [_Run(SpeculativeDecoder(target, drafter, temperature=temperature))]
+    runs = [_Run(SpeculativeDecoder(target, drafter, temperature=decoding.temperature), decoding)]
     if baseline:
-        alone = SpeculativeDecoder(target, NoDrafter(), temperature=temperature)
-        alone.generate(prompts[0], min(2, max_new_tokens))  # warm-up; not timed
-        runs.append(_Run(alone))
-    for first in range(0, len(prompts), batch_size):
-        batch = prompts[first : first + batch_size]
+        alone = SpeculativeDecoder(target, NoDrafter(), temperature=decoding.temperature)
+        alone.generate(prompts[0], min(2, decoding.max_new_tokens))  # warm-up; not timed
+        runs.append(_Run(alone, decoding))
+    for first in range(0, len(prompts), decoding.batch_size):
+        batch = prompts[first : first + decoding.batch_size]
         for run in runs:
-            run.decode(batch, max_new_tokens, seed)
-        progress(min(first + batch_size, len(prompts)), len(prompts))
+            run.decode(batch)
+        progress(first + len(batch), len(prompts))
     plain = runs[1].decoded() if baseline else None
-    return runs[0].decoded().report("hf", plain, temperature=temperature)
+    return runs[0].decoded().report("hf", plain, temperature=decoding.temperature)
 
 
 class _Run:
     """What a decoder has generated so far, and how long that took."""
 
-    def __init__(self, decoder: SpeculativeDecoder):
+    def __init__(self, decoder: SpeculativeDecoder, decoding: Decoding):
         self.decoder = decoder
+        self.decoding = decoding
         self.generations: list[Generation] = []
         self.seconds = 0.0
 
-    def decode(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int) -> None:
+    def decode(self, prompts: Sequence[Sequence[int]]) -> None:
         start = time.perf_counter()
-        generators = _generators(self.decoder.target, prompts, seed)
-        self.generations += self.decoder.generate_batch(prompts, max_new_tokens, generators)
+        generators = _generators(self.decoder.target, prompts, self.decoding.seed)
+        self.generations += self.decoder.generate_batch(prompts, self.decoding.max_new_tokens, generators)
         self.seconds += time.perf_counter() - start
 
     def decoded(self) -> Decoded:
@@ -191,18 +213,6 @@ class _Run:
             num_drafts=sum(generation.num_drafts for generation in self.generations),
             accepted_per_position=[sum(each.accepted_per_position[i] for each in self.generations) for i in positions],
         )
-
-
-def check_decoding(*, max_new_tokens: int, temperature: float, batch_size: int) -> None:
-    """Raise UserError for settings that no backend accepts."""
-    if max_new_tokens < 1:
-        raise UserError(f"evaluate.max_new_tokens={max_new_tokens}: nothing would be generated, use at least 1")
-    if temperature != 0 and not LEAST_TEMPERATURE <= temperature < float("inf"):
-        raise UserError(
-            f"evaluate.temperature={temperature}: use 0 for greedy decoding, or a number from {LEAST_TEMPERATURE} on"
-        )
-    if batch_size < 1:
-        raise UserError(f"evaluate.batch_size={batch_size}: decode at least 1 prompt at a time")
 
 
 def _generators(target: HFTargetEngine, prompts: Sequence[Sequence[int]], seed: int) -> list[torch.Generator]:

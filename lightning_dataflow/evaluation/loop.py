@@ -190,17 +190,8 @@ class _Sequence:
             self.generation.accepted_per_position[position] += 1
 
 
-def check_num_draft_tokens(num_draft_tokens: int, *, block_size: int | None = None, first: int = 1) -> None:
-    """Raise UserError unless a draft can propose so many tokens at a time.
-
-    Args:
-        block_size: of a draft of whole blocks; None for one that drafts token by token.
-        first: the offset in a block from which on tokens are drafted.
-    """
-    if block_size is None:
-        if num_draft_tokens < 1:
-            raise UserError(f"evaluate.num_draft_tokens={num_draft_tokens}: a proposal has at least 1 token")
-        return
+def check_num_draft_tokens(num_draft_tokens: int, block_size: int, *, first: int = 1) -> None:
+    """Raise UserError if blocks are too short for so many tokens; `first` is the offset of the first drafted one."""
     longest = block_size - first
     if not 1 <= num_draft_tokens <= longest:
         raise UserError(

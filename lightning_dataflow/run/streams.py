@@ -5,17 +5,19 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from lightning_dataflow.config.derived import run_id, shared_dir_root, watermarks
+from lightning_dataflow.config.derived import shared_dir_root, watermarks
+from lightning_dataflow.config.run_id import run_id
 from lightning_dataflow.config.schema import ChannelConfig, TrainConfig
 from lightning_dataflow.config.secrets import read_secret, read_secret_file
 from lightning_dataflow.control import ControlPlane, resolve_control_plane
 from lightning_dataflow.control.heartbeat import Heartbeat
-from lightning_dataflow.control.plane import DeploymentMode
+from lightning_dataflow.control.plane import PATIENCE_S, DeploymentMode
 from lightning_dataflow.control.redis.address import RedisAddress
 from lightning_dataflow.data import ManifestSource, StreamingSource
 from lightning_dataflow.producers import ColocatedSource, Feed, OnlineSource, RolloutWorker, ServedFeed
 from lightning_dataflow.prompts import PromptDataset
 from lightning_dataflow.run.ranks import num_devices, rank_from_environment
+from lightning_dataflow.sglang_plugin.settings import ARGUMENTS, KNOWN
 from lightning_dataflow.stores import FeatureStore, MemoryFeatureStore, MooncakeFeatureStore, SharedDirFeatureStore
 from lightning_dataflow.targets import TargetEngine
 
@@ -27,12 +29,16 @@ MODES: dict[str, DeploymentMode] = {
 }
 
 
-def control_plane(config: TrainConfig) -> ControlPlane:
-    """The run's ledger and log; of this rank alone where the ledger is in memory."""
+def control_plane(config: TrainConfig, *, patience_s: float = PATIENCE_S) -> ControlPlane:
+    """The run's ledger and log; of this rank alone where the ledger is in memory.
+
+    Args:
+        patience_s: for a Redis that does not answer.
+    """
     mode, name = MODES[config.control.kind], run_id(config.run_name)
     path = Path(config.channel.path)
     if config.channel.kind == "redis":
-        return resolve_control_plane(mode, name, redis=redis_address(config.channel))
+        return resolve_control_plane(mode, name, redis=redis_address(config.channel), patience_s=patience_s)
     if mode == "dataflow_colocated":
         path = path / f"rank-{rank_from_environment(num_devices(config.trainer))}"
     return resolve_control_plane(mode, name, path=path)
@@ -64,18 +70,8 @@ def shared_store(config: TrainConfig, plane: ControlPlane, *, retain: bool = Fal
         root = shared_dir_root(store, config.channel.path)
         return SharedDirFeatureStore(root, retain=retain, capacity_bytes=store.capacity_bytes, secret=read_secret(store))
     assert store.address is not None, "given by the user, or by the supervisor that started it"
-    return MooncakeFeatureStore(
-        store_id(plane),
-        master_address=store.address,
-        client_address=store.client_address,
-        metrics_address=store.metrics_address,
-        protocol=store.protocol,
-        rdma_devices=store.rdma_devices,
-        local_hostname=store.hostname,
-        zero_copy=store.zero_copy,
-        retain=retain,
-        capacity_bytes=store.capacity_bytes,
-    )
+    arguments: dict[str, Any] = {ARGUMENTS.get(name, name): getattr(store, name) for name in KNOWN["mooncake"]}
+    return MooncakeFeatureStore(store_id(plane), retain=retain, **arguments)
 
 
 def colocated_source(config: TrainConfig, prompts: PromptDataset, target: TargetEngine) -> OnlineSource | ColocatedSource:

@@ -1,8 +1,8 @@
-"""Inside SGLang: features of prompts that ask for it go from the model worker into the store.
+"""Runs inside SGLang: puts the features of a prompt from the model worker into the store, when a request asks for it.
 
-The only module that imports sglang on the server's side. Two hooks: the one that would turn a prompt's hidden states into
-lists of numbers stores them instead, and the copy to the host takes the last hidden states along, which SGLang keeps for
-consumers in its process but leaves on the device, where the next batch may overwrite them.
+The only module that imports sglang. There are two hooks. One stores a prompt's hidden states where SGLang would convert
+them to lists of numbers. The other adds the last hidden states to the copies to the host: SGLang leaves them on the device,
+where the next batch may overwrite them.
 """
 
 import inspect
@@ -47,12 +47,18 @@ APPEND = (
 )
 COPY = "sglang.srt.managers.utils.GenerationBatchResult.copy_to_cpu"
 MAX_NEW_TOKENS = 1
+KINDS: tuple[tuple[tuple[type[Exception], ...], ErrorKind], ...] = (
+    ((CapacityError,), "full"),
+    ((CaptureMismatchError,), "mismatch"),  # a UserError too, so it comes first
+    ((UserError, PermissionError), "refused"),
+    ((StoreUnavailableError,), "store"),
+)
 
 logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """SGLang calls this in each of its processes. Raises UserError when this release is not supported."""
+    """SGLang's entry point, called in each of its processes. Raises UserError when this release is not supported."""
     import sglang
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
@@ -65,7 +71,7 @@ def register() -> None:
 
 
 def moved_hook_points() -> list[str]:
-    """What of SGLang is not where the hooks need it; empty where all is well."""
+    """Names in SGLang that the hooks need and that are missing or changed."""
     import pkgutil
 
     from sglang.srt.layers.logits_processor import LogitsProcessorOutput
@@ -95,9 +101,9 @@ def moved_hook_points() -> list[str]:
 
 
 def copy_to_cpu(original: Callable[..., Any], result: Any, *args: Any, **call: Any) -> Any:
-    """Copy the last hidden states too, behind the forward pass, on the stream and before the event of the other copies.
+    """Copy the last hidden states too: after the forward pass, on the stream and before the event of the other copies.
 
-    Also at decode steps of requests that want their hidden states: one row a request, nothing here tells them apart.
+    Decode steps of requests that return hidden states are copied as well, one row a request: they look the same here.
     """
     from sglang.srt.managers.utils import _async_d2h
 
@@ -109,7 +115,7 @@ def copy_to_cpu(original: Callable[..., Any], result: Any, *args: Any, **call: A
 
 
 def append_prefill_hidden_states(original: Callable[..., int], processor: Any, **call: Any) -> int:
-    """Store instead of converting, for a request that asks for capture; another is SGLang's own business."""
+    """Store instead of converting, for a request that asks for capture; leave all others to SGLang."""
     req = call["req"]
     asked = req.sampling_params.custom_params
     wanted = isinstance(asked, dict) and PARAM in asked and req.return_hidden_states is True
@@ -123,7 +129,7 @@ def append_prefill_hidden_states(original: Callable[..., int], processor: Any, *
 
 
 def _answer(text: Any, req: Any, output: Any, rows: range, processor: Any) -> str:
-    """What goes back: a reference, a description, or what is wrong. Nothing that happens here may end the scheduler."""
+    """A reference, a description, or an error. No exception may end the scheduler."""
     try:
         return json.dumps(_serve(text, req, output, rows, processor), separators=(",", ":"))
     except Exception as error:
@@ -131,18 +137,10 @@ def _answer(text: Any, req: Any, output: Any, rows: range, processor: Any) -> st
 
 
 def error_to_text(error: Exception) -> str:
-    """The answer that tells of `error`, below MAX_ANSWER_BYTES."""
-    kind: ErrorKind = "failed"
-    if isinstance(error, CapacityError):
-        kind = "full"
-    elif isinstance(error, CaptureMismatchError):
-        kind = "mismatch"
-    elif isinstance(error, (UserError, PermissionError)):
-        kind = "refused"
-    elif isinstance(error, StoreUnavailableError):
-        kind = "store"
-    else:
-        logger.exception("capture failed")
+    """The answer that reports `error`, below MAX_ANSWER_BYTES."""
+    kind = next((kind for errors, kind in KINDS if isinstance(error, errors)), "failed")
+    if kind == "failed":
+        logger.error("capture failed", exc_info=error)
     message = (str(error).strip() or type(error).__name__).splitlines()[0]
     while len(json.dumps(message)) > MAX_ANSWER_BYTES // 2:
         message = message[: len(message) * 3 // 4]
@@ -164,7 +162,7 @@ def _capture(
 ) -> dict[str, Any]:
     token_ids = list(req.origin_input_ids)
     if request.loss_mask is None:
-        return {"server": description_to_json(server.describe(store.uri, _dtype(output)))}
+        return {"server": description_to_json(server.describe(store.uri, dtype_name(output.last_hidden_states.dtype)))}
     if len(rows) != len(token_ids):
         raise RuntimeError(
             f"the server computed {len(rows)} of the {len(token_ids)} tokens of {request.sample_id} in this pass (prefix "
@@ -184,32 +182,32 @@ def _capture(
 
 
 class Server:
-    """What this server is, found out once.
+    """The settings of this server, read once.
 
     Raises:
-        UserError: it lacks a flag, its file is wrong, or its model is no local folder.
+        UserError: a flag is missing, the settings file is wrong, or the model is not a local folder.
     """
 
     def __init__(self, model_config: Any):
         from sglang.srt.runtime_context import get_server_args
 
-        self._args = get_server_args().resolved_dict()
-        folder = Path(self._args["model_path"])
-        layer_ids: Sequence[int] = self._args.get("return_aux_hidden_state_layer_ids") or ()
-        problems = flag_problems(self._args)
+        flags = get_server_args().resolved_dict()
+        folder = Path(flags["model_path"])
+        layer_ids: Sequence[int] = flags.get("return_aux_hidden_state_layer_ids") or ()
+        problems = flag_problems(flags)
         if problems:
             advice = start_advice(str(folder), layer_ids or ["LAYERS"])  # type: ignore[list-item]
             raise UserError(f"the server does not run with {', '.join(problems)}: {advice}")
         if not (folder / "config.json").is_file():
             raise UserError(
-                f"--model-path {folder} is no folder on the server: capture needs a local one, to name its weights"
+                f"--model-path {folder} is no folder on the server: capture needs a local one, to identify its weights"
             )
         self.stores: ServerStores = read_settings()
         self.capture = CaptureSpec(layer_ids=tuple(sorted(layer_ids)), norm="post", hidden_size=model_config.hidden_size)
         self.versions = model_fingerprint(folder), tokenizer_fingerprint(folder)
 
     def describe(self, uri: str, dtype: str) -> ServerDescription:
-        """For clients."""
+        """What clients are told about this server."""
         import sglang
 
         return ServerDescription(
@@ -222,7 +220,7 @@ class Server:
         )
 
     def origin(self, request: CaptureRequest, num_tokens: int) -> SampleOrigin:
-        """What the server knows of a sample; the client puts its own names to it."""
+        """What the server knows about a sample; the client replaces the names by its own."""
         return SampleOrigin(
             sample_id=request.sample_id,
             run_id=request.store_id,
@@ -249,12 +247,8 @@ def _server(model_config: Any) -> Server:
     return Server(model_config)
 
 
-def _dtype(output: Any) -> str:
-    return dtype_name(output.last_hidden_states.dtype)
-
-
 def _writes() -> bool:
-    """All ranks of a tensor-parallel group hold the same features and answer alike; one stores and is heard."""
+    """Whether this rank stores: all ranks of a tensor-parallel group hold the same features, and one answers."""
     from sglang.srt.runtime_context import get_parallel
 
     parallel = get_parallel()

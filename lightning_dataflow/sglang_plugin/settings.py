@@ -1,4 +1,4 @@
-"""The one file that a capture server is configured with."""
+"""The settings file of a capture server."""
 
 import json
 import os
@@ -16,26 +16,25 @@ from lightning_dataflow.sglang_plugin.wire import SERVER_FILE
 from lightning_dataflow.stores import FeatureStore, MooncakeFeatureStore, SharedDirFeatureStore, StoreUnavailableError
 
 MAX_STORES = 4
-"""Runs that one server captures for at a time without connecting anew."""
+"""Connections that are kept, one for each run."""
 PATIENCE_S = 3.0
-"""For a store that is gone: the scheduler waits with the request."""
+"""How long to wait for a store that is gone. The scheduler is blocked meanwhile."""
 REST_S = 5.0
-"""After that, what is asked of this store fails at once for so long: other requests are served meanwhile."""
-_MOONCAKE = {
-    "address": "master_address",
-    "client_address": "client_address",
-    "metrics_address": "metrics_address",
-    "hostname": "local_hostname",
-    "protocol": "protocol",
-    "rdma_devices": "rdma_devices",
-    "zero_copy": "zero_copy",
-    "capacity_bytes": "capacity_bytes",
+"""How long requests then fail at once, so that the scheduler serves other requests."""
+KNOWN = {
+    "mooncake": (
+        *("address", "client_address", "metrics_address", "hostname", "protocol", "rdma_devices", "zero_copy"),
+        "capacity_bytes",
+    ),
+    "shared_dir": ("root", "secret", "capacity_bytes"),
 }
-_SHARED_DIR = ("root", "secret", "capacity_bytes")
+NEEDED = {"mooncake": "address", "shared_dir": "root"}
+ARGUMENTS = {"address": "master_address", "hostname": "local_hostname"}
+"""Settings whose argument of MooncakeFeatureStore has another name."""
 
 
 class ServerStores:
-    """Stores by store_id, connected when they are first asked for.
+    """Stores by store_id, connected when they are first used.
 
     Args:
         settings: `{"store": "mooncake", "address": …}` or `{"store": "shared_dir", "root": …}`; further names are those of
@@ -44,25 +43,23 @@ class ServerStores:
 
     def __init__(self, settings: dict[str, Any]):
         kind = settings.pop("store", "mooncake")
-        known = {"mooncake": tuple(_MOONCAKE), "shared_dir": _SHARED_DIR}.get(kind)
-        if known is None:
-            raise UserError(f"store={kind} in the server's file is unknown: use mooncake or shared_dir")
-        unknown = sorted(settings.keys() - set(known))
+        if kind not in KNOWN:
+            raise UserError(f"store={kind} in the server's file is unknown: use {' or '.join(KNOWN)}")
+        unknown = sorted(settings.keys() - set(KNOWN[kind]))
         if unknown:
-            raise UserError(f"unknown settings {unknown} in the server's file: {kind} knows {', '.join(known)}")
-        needed = "address" if kind == "mooncake" else "root"
-        if needed not in settings:
-            raise UserError(f"the server's file names no {needed}, which store={kind} needs")
+            raise UserError(f"unknown settings {unknown} in the server's file: {kind} knows {', '.join(KNOWN[kind])}")
+        if NEEDED[kind] not in settings:
+            raise UserError(f"the server's file names no {NEEDED[kind]}, which store={kind} needs")
         self._kind, self._settings = kind, settings
         self._open: OrderedDict[str, FeatureStore] = OrderedDict()
-        self._lost: tuple[float, str] = (-REST_S, "")  # all stores are behind one address
+        self._lost: tuple[float, str] = (-REST_S, "")  # (when, why); all stores have one address
 
     @contextmanager
     def use(self, store_id: str) -> Iterator[FeatureStore]:
-        """The store of a run, connected anew after it was lost.
+        """The store of a run; reconnects after it was lost.
 
         Raises:
-            StoreUnavailableError: it cannot be reached, or could not a moment ago.
+            StoreUnavailableError: the store cannot be reached, or could not less than REST_S ago.
         """
         since, reason = self._lost
         if time.monotonic() - since < REST_S:
@@ -71,8 +68,8 @@ class ServerStores:
             yield self._get(store_id)
         except StoreUnavailableError as error:
             self._lost = (time.monotonic(), str(error))
-            while self._open:  # connections to a Mooncake that is started again may be of no use
-                threading.Thread(target=self._open.popitem()[1].close, daemon=True).start()  # may wait for it
+            while self._open:  # old connections may not work with a Mooncake that was restarted
+                threading.Thread(target=self._open.popitem()[1].close, daemon=True).start()  # close may block
             raise
 
     def _get(self, store_id: str) -> FeatureStore:
@@ -87,15 +84,15 @@ class ServerStores:
     def _connect(self, store_id: str) -> FeatureStore:
         if self._kind == "shared_dir":
             return SharedDirFeatureStore(**self._settings)
-        arguments = {_MOONCAKE[name]: value for name, value in self._settings.items()}
+        arguments = {ARGUMENTS.get(name, name): value for name, value in self._settings.items()}
         try:
             return MooncakeFeatureStore(store_id, owner_timeout_s=PATIENCE_S, unavailable_timeout_s=PATIENCE_S, **arguments)
-        except UserError as error:  # nobody listens: no fault of the prompt, and somebody may later
+        except UserError as error:  # nothing listens there yet: the request is fine and can be retried
             raise StoreUnavailableError(str(error)) from error
 
 
 def read_settings() -> ServerStores:
-    """From the file that the environment names, TOML or JSON. Raises UserError naming what is wrong with it."""
+    """Read the file that the environment variable names, TOML or JSON. Raises UserError naming what is wrong with it."""
     name = os.environ.get(SERVER_FILE)
     if not name:
         raise UserError(

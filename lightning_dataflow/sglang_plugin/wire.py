@@ -1,4 +1,4 @@
-"""What a client asks of a capture server and what it answers. Validated on both sides; tensors never travel here.
+"""The messages between clients and a capture server. Both sides validate them; they never hold tensors.
 
 A request for capture is an ordinary `/generate` with token ids, `return_hidden_states`, one new token, and a string under
 `PARAM` in `sampling_params.custom_params`, which SGLang hands through to its scheduler unread. The answer is one string in
@@ -31,15 +31,15 @@ CONVENTION = "DFLASH"
 """SGLang's name of the convention in which it counts layers as we do. No draft is loaded."""
 
 ErrorKind = Literal["refused", "full", "store", "failed", "mismatch"]
-"""`store`: it is gone, for whatever prompt. `failed`: this prompt, of which nothing was stored."""
+"""`store`: the store is gone, which is not the prompt's fault. `failed`: this prompt failed, and nothing was stored."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptureRequest:
-    """Put the features of this prompt into a store.
+    """A request to put the features of a prompt into a store.
 
     Attributes:
-        store_id: of the run; which Mooncake it is in, the server knows.
+        store_id: of the run; the server's settings say in which Mooncake it is.
         loss_mask: 0 or 1 for each token; None asks for the server's description and stores nothing.
         features: which of the hidden states to store.
     """
@@ -53,7 +53,7 @@ class CaptureRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerDescription:
-    """What a server captures, and where it puts it.
+    """What a server captures, and where it puts the features.
 
     Attributes:
         uri: of the store for the asked store_id.
@@ -69,7 +69,7 @@ class ServerDescription:
 
 
 def request_to_text(request: CaptureRequest) -> str:
-    """One line of JSON; the mask as lengths of alternating runs, of zeros first."""
+    """One line of JSON. The mask becomes the lengths of alternating runs, starting with zeros."""
     data: dict[str, Any] = {"protocol": PROTOCOL, "store": request.store_id, "sample": request.sample_id}
     if request.loss_mask is not None:
         runs = [(value, len(list(run))) for value, run in itertools.groupby(request.loss_mask)]
@@ -123,7 +123,7 @@ def description_from_json(data: Any) -> ServerDescription:
 
 
 def token_digest(token_ids: Sequence[int]) -> str:
-    """Tells whether both sides speak of the same prompt."""
+    """Shows whether both sides mean the same prompt."""
     numbers = array.array("q", token_ids)
     if sys.byteorder == "big":
         numbers.byteswap()
@@ -138,7 +138,7 @@ def check_version(version: str) -> None:
 
 
 def flag_problems(args: Mapping[str, Any]) -> list[str]:
-    """Which of the needed settings a server lacks, as flags; `args` are its resolved ones."""
+    """The flags that a server lacks for capture; `args` are its resolved settings."""
     layers = args.get("return_aux_hidden_state_layer_ids")
     captures = args.get("enable_return_aux_hidden_states") and args.get("aux_hidden_state_capture") == CONVENTION.lower()
     chunk = args.get("chunked_prefill_size")
@@ -157,7 +157,7 @@ def flag_problems(args: Mapping[str, Any]) -> list[str]:
 
 
 def longest_prompt(args: Mapping[str, Any], who: str) -> int:
-    """Tokens that a server takes; `args` are what it says of itself. Raises UserError when it does not say."""
+    """The longest prompt that a server takes, from its settings `args`. Raises UserError when they do not say."""
     limit: Any = args.get("max_req_input_len")
     if not _is_count(limit, 1 << 62) or limit < 2:
         raise UserError(f"{who} does not say what it takes (max_req_input_len={limit!r}): is it a stock SGLang server?")
@@ -167,7 +167,7 @@ def longest_prompt(args: Mapping[str, Any], who: str) -> int:
 def server_command(
     model_path: str, layer_ids: Sequence[int], *, python: str = "python", module: str = "sglang.launch_server"
 ) -> list[str]:
-    """How to start a capture server; address and sizes are the user's to add."""
+    """How to start a capture server, without its address and sizes."""
     return [
         *(python, "-m", module, "--model-path", model_path),
         *("--enable-return-aux-hidden-states", "--speculative-algorithm", CONVENTION),
@@ -177,12 +177,12 @@ def server_command(
 
 
 def start_advice(model_path: str, layer_ids: Sequence[int]) -> str:
-    """The command line for people."""
+    """The command line, for messages."""
     return f"start it with: {SERVER_FILE}=server.json {shlex.join(server_command(model_path, layer_ids))}"
 
 
 def _prefill_graphs(args: Mapping[str, Any]) -> Any:
-    """Replays of a graph write to the same memory, from which an earlier batch may still be on its way to the host."""
+    """A replayed graph writes to the memory of the batch before, which may still be copied to the host."""
     try:
         return args["cuda_graph_config"]["prefill"]["backend"]
     except (KeyError, TypeError):

@@ -11,14 +11,12 @@ from functools import partial
 from pathlib import Path
 
 from lightning_dataflow.callbacks.result import write_result
-from lightning_dataflow.config.derived import run_id
 from lightning_dataflow.config.parsing import quoted
 from lightning_dataflow.config.schema import TrainConfig
 from lightning_dataflow.contracts import PeerFailedError
-from lightning_dataflow.control import ControlPlane, resolve_control_plane
 from lightning_dataflow.control.heartbeat import SUPERVISOR, Heartbeat, check_no_other_trainer
 from lightning_dataflow.run.ranks import num_processes
-from lightning_dataflow.run.streams import redis_address
+from lightning_dataflow.run.streams import control_plane
 from lightning_dataflow.services.mooncake import LocalMooncake
 from lightning_dataflow.services.redis import LocalRedis
 from lightning_dataflow.services.server import LocalServer
@@ -46,7 +44,7 @@ def supervise(config: TrainConfig, arguments: Sequence[str]) -> None:
     restarts = Restarts(config.topology.restarts)
     with ExitStack() as stack:
         servers = _start_redis(config, stack)
-        plane = _control_plane(config)
+        plane = control_plane(config, patience_s=PATIENCE_S)
         stack.callback(plane.close)
         check_no_other_trainer(plane.ledger, config.run_name)
         servers += _start_mooncake(config, stack)
@@ -54,11 +52,9 @@ def supervise(config: TrainConfig, arguments: Sequence[str]) -> None:
         processes: list[ManagedProcess] = []
         stack.callback(end_all, processes)
         settings = _shared_settings(config, arguments)
-        for name in _producers(config):
+        for name in (*_producers(config), "trainer"):
             with defer_interrupts():
-                processes.append(_start(name, "producer", run_dir / name, settings, config))
-        with defer_interrupts():
-            processes.append(_start("trainer", "trainer", run_dir, settings, config))
+                processes.append(_start(name, settings, config))
         *producers, trainer = processes
         watch = Watch(producers, trainer, servers, plane.ledger, run_dir, restarts)
         heartbeat = Heartbeat(plane.ledger, SUPERVISOR, watch.describe)
@@ -74,13 +70,6 @@ def _start_redis(config: TrainConfig, stack: ExitStack) -> list[LocalServer]:
     channel.address, channel.secret_file = redis.address, str(redis.secret_file.absolute())
     log.info("Redis at %s, files in %s", redis.address, channel.path)
     return [redis]
-
-
-def _control_plane(config: TrainConfig) -> ControlPlane:
-    if config.channel.kind == "redis":
-        where = redis_address(config.channel)
-        return resolve_control_plane("disaggregated", run_id(config.run_name), redis=where, patience_s=PATIENCE_S)
-    return resolve_control_plane("disaggregated", run_id(config.run_name), path=config.channel.path)
 
 
 def _start_mooncake(config: TrainConfig, stack: ExitStack) -> list[LocalServer]:
@@ -123,9 +112,11 @@ def _shared_settings(config: TrainConfig, arguments: Sequence[str]) -> list[str]
     return [*given, *(f"{name}={quoted(value)}" for name, value in own.items() if value is not None)]
 
 
-def _start(name: str, role: str, folder: Path, settings: Sequence[str], config: TrainConfig) -> ManagedProcess:
+def _start(name: str, settings: Sequence[str], config: TrainConfig) -> ManagedProcess:
+    role, folder, death_signal = "producer", Path(config.run_dir) / name, signal.SIGKILL
+    if name == "trainer":
+        role, folder, death_signal = "trainer", Path(config.run_dir), signal.SIGINT
     arguments = [*settings, f"role={role}", f"hydra.run.dir={quoted(folder)}"]
-    death_signal = signal.SIGINT if role == "trainer" else signal.SIGKILL
     return ManagedProcess(name, arguments, _num_threads(config), death_signal)
 
 

@@ -51,8 +51,7 @@ class TargetEngine(ABC):
 
         Returns `features` for each, on the CPU: `aux_hidden_states` [S, n·H], the n layers concatenated in ascending order,
         and `last_hidden_state` [S, H] after the final norm. Attention is causal and padding follows the tokens, so the
-        numbers do not depend on what else is in the batch beyond the rounding of matrix kernels, which may differ
-        with the batch's shape.
+        rest of the batch has no effect, except that matrix kernels may round differently for another shape of the batch.
         """
 
 

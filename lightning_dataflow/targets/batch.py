@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
+from typing_extensions import override
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.targets.hf import HFTargetEngine, TargetSession
@@ -16,12 +17,12 @@ class TargetBatch:
     """Sequences of different lengths, each with its own keys and values at its own positions.
 
     `extend` reads the same number of tokens for every row in one forward pass. A row sees its own tokens only, so the
-    numbers are those of a batch of one beyond the rounding of matrix kernels.
+    numbers are those of a batch of one up to the rounding of matrix kernels.
 
     Args:
         target: with capture layers set, whose states are returned.
         prompts: token ids of each row, read one by one.
-        room: tokens to keep place for behind each prompt.
+        room: tokens to reserve place for behind each prompt.
 
     Attributes:
         logits: of each row's last prompt token, float32 [V].
@@ -65,7 +66,7 @@ class TargetBatch:
             self._single.crop(lengths[0])
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only."""
+        """Drop all rows but these."""
         if len(rows) == len(self.lengths):
             return
         self.lengths = [self.lengths[row] for row in rows]
@@ -75,7 +76,7 @@ class TargetBatch:
     @torch.no_grad()
     def _extend_rows(self, token_ids: Sequence[Sequence[int]]) -> list[tuple[Tensor, Tensor]]:
         device = self.target.device
-        ids = torch.tensor([list(one) for one in token_ids], device=device)
+        ids = torch.tensor([list(row) for row in token_ids], device=device)
         positions = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(ids.shape[1], device=device)
         total = max(self.lengths) + ids.shape[1]
         for layer in self._layers:
@@ -90,7 +91,7 @@ class TargetBatch:
                 use_cache=True,
             )
         aux = torch.cat([states[layer] for layer in self.target.layer_ids], dim=-1)
-        return [(logits.float(), one) for logits, one in zip(output.logits, aux, strict=True)]
+        return list(zip(output.logits.float(), aux, strict=True))
 
 
 class _Rows(DynamicLayer):
@@ -105,16 +106,16 @@ class _Rows(DynamicLayer):
         self.keys, self.values = keys, values
 
     def place(self, positions: Tensor, total: int) -> None:
-        """Where the next tokens go, [rows, n], and how much of the buffers is used with them."""
+        """Set where the next tokens go, [rows, n], and how much of the buffers is in use with them."""
         self._rows = torch.arange(len(positions), device=positions.device)[:, None]
         self._positions, self._total = positions, total
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only."""
+        """Drop all rows but these."""
         self.keys, self.values = self.keys[list(rows)], self.values[list(rows)]
 
+    @override
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """See CacheLayerMixin."""
         for buffer, new in ((self.keys, key_states), (self.values, value_states)):
             buffer[self._rows, :, self._positions] = new.transpose(1, 2)
         return self.keys[:, :, : self._total], self.values[:, :, : self._total]

@@ -1,4 +1,4 @@
-"""Whether an engine returns what another one does: every token, the right layers, the right norm."""
+"""Compares two engines: every token, the right layers, the right norm."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,11 +6,14 @@ from dataclasses import dataclass
 import torch
 
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.stores.base import dtype_name
 from lightning_dataflow.targets.base import TargetEngine
 
 LENGTHS = (1, 2, 7, 33, 128, 300)
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.15, "float16": 0.02}
-"""Largest relative error of a token: the length of the difference to the reference's state over that of the state."""
+"""Largest relative error of a token: the norm of the difference to the reference's state over the norm of that state."""
+
+Features = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +21,7 @@ class Comparison:
     """One prompt in both engines.
 
     Attributes:
-        together: whether it was asked for along with the other prompts.
+        together: whether all prompts were captured at once.
         differences: by feature (`layer 3`, `last`): (largest difference, largest relative error of a token).
         problems: what is wrong, in words; empty where the engines agree.
     """
@@ -37,7 +40,7 @@ def make_prompts(vocab_size: int, longest: int, lengths: Sequence[int] = LENGTHS
 
 
 def compare_engines(reference: TargetEngine, other: TargetEngine, prompts: Sequence[Sequence[int]]) -> list[Comparison]:
-    """Capture `prompts` with both, one by one and then all at once.
+    """Capture `prompts` with both engines, one by one and then all at once.
 
     Args:
         reference: with *all* layers of the target captured, so that a wrong layer can be named.
@@ -48,77 +51,71 @@ def compare_engines(reference: TargetEngine, other: TargetEngine, prompts: Seque
     alone = [other.capture([prompt])[0] for prompt in prompts]
     together = other.capture(prompts)
     return [
-        _compare(want, found, other, is_together)
+        _compare(*pair, other, is_together)
         for is_together, captured in ((False, alone), (True, together))
-        for want, found in zip(expected, captured, strict=True)
+        for pair in zip(expected, captured, strict=True)
     ]
 
 
 def table(comparisons: Sequence[Comparison]) -> str:
-    """For people: largest differences, and in brackets the largest relative error of a token."""
+    """The largest differences, and in brackets the largest relative error of a token."""
     names = list(comparisons[0].differences)
     rows = [["tokens", "asked for", "dtype", *names, "verdict"]]
-    for one in comparisons:
-        cells = [f"{largest:.1e} ({error:.0e})" for largest, error in one.differences.values()]
-        verdict = "; ".join(one.problems) or "the same"
-        rows.append([str(one.num_tokens), "together" if one.together else "alone", one.dtype, *cells, verdict])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for comparison in comparisons:
+        cells = [f"{largest:.1e} ({error:.0e})" for largest, error in comparison.differences.values()]
+        verdict = "; ".join(comparison.problems) or "the same"
+        asked = "together" if comparison.together else "alone"
+        rows.append([str(comparison.num_tokens), asked, comparison.dtype, *cells, verdict])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def _compare(
-    want: dict[str, torch.Tensor], found: dict[str, torch.Tensor], other: TargetEngine, together: bool
-) -> Comparison:
-    size = other.info.hidden_size
-    states = dict(enumerate(want["aux_hidden_states"].float().split(size, dim=-1)))
-    length = len(want["last_hidden_state"])
-    pieces = found["aux_hidden_states"].float().split(size, dim=-1)
+def _compare(expected: Features, captured: Features, other: TargetEngine, together: bool) -> Comparison:
+    size, tolerance = other.info.hidden_size, TOLERANCES[other.dtype]
+    layers = dict(enumerate(expected["aux_hidden_states"].float().split(size, dim=-1)))
+    pieces = captured["aux_hidden_states"].float().split(size, dim=-1)
+    last, last_piece = expected["last_hidden_state"].float(), captured["last_hidden_state"].float()
     problems: list[str] = []
     differences: dict[str, tuple[float, float]] = {}
-    tolerance = TOLERANCES[other.dtype]
     if len(pieces) != len(other.layer_ids):
         problems.append(f"{len(pieces)} layers instead of {len(other.layer_ids)}")
     for layer, piece in zip(other.layer_ids, pieces, strict=False):
-        name = f"layer {layer}"
-        differences[name], problem = _difference(states[layer], piece, tolerance)
-        closest = min(states, key=lambda one: _error(states[one], piece))
-        if not problem.startswith("lacks") and _error(states[closest], piece) < _error(states[layer], piece):
+        differences[f"layer {layer}"], problem = _difference(layers[layer], piece, tolerance)
+        closest = min(layers, key=lambda layer: _error(layers[layer], piece))
+        if not problem.startswith("lacks") and _error(layers[closest], piece) < _error(layers[layer], piece):
             problem = f"is layer {closest}"
         if problem:
-            problems.append(f"{name} {problem}")
-    last = found["last_hidden_state"].float()
-    want_last = want["last_hidden_state"].float()
-    differences["last"], problem = _difference(want_last, last, tolerance)
-    if _error(states[max(states)], last) < _error(want_last, last):
+            problems.append(f"layer {layer} {problem}")
+    differences["last"], problem = _difference(last, last_piece, tolerance)
+    if _error(layers[max(layers)], last_piece) < _error(last, last_piece):
         problem = "is before the final norm"
     if problem:
         problems.append(f"last {problem}")
     return Comparison(
-        num_tokens=length,
+        num_tokens=len(last),
         together=together,
-        dtype=str(found["last_hidden_state"].dtype).removeprefix("torch."),
+        dtype=dtype_name(captured["last_hidden_state"].dtype),
         differences=differences,
         problems=tuple(problems),
     )
 
 
-def _difference(want: torch.Tensor, found: torch.Tensor, tolerance: float) -> tuple[tuple[float, float], str]:
+def _difference(expected: torch.Tensor, captured: torch.Tensor, tolerance: float) -> tuple[tuple[float, float], str]:
     """((largest difference, largest relative error of a token), what is wrong)."""
-    nothing = float("inf"), float("inf")
-    missing = len(want) - len(found)
-    if missing > 0 and len(found):
-        if _error(want[missing:], found) <= tolerance:
-            return nothing, f"lacks the first {missing} of {len(want)} tokens"
-        if _error(want[: len(found)], found) <= tolerance:
-            return nothing, f"lacks the last {missing} of {len(want)} tokens"
-    if want.shape != found.shape:
-        return nothing, f"has shape {list(found.shape)} instead of {list(want.shape)}"
-    error = _error(want, found)
-    return ((want - found).abs().max().item(), error), "" if error <= tolerance else "differs"
+    missing, error = len(expected) - len(captured), _error(expected, captured)
+    if error != float("inf"):
+        return ((expected - captured).abs().max().item(), error), "" if error <= tolerance else "differs"
+    problem = f"has shape {list(captured.shape)} instead of {list(expected.shape)}"
+    if missing > 0 and len(captured):
+        for where, part in (("first", expected[missing:]), ("last", expected[: len(captured)])):
+            if _error(part, captured) <= tolerance:
+                problem = f"lacks the {where} {missing} of {len(expected)} tokens"
+                break
+    return (error, error), problem
 
 
-def _error(want: torch.Tensor, found: torch.Tensor) -> float:
+def _error(expected: torch.Tensor, captured: torch.Tensor) -> float:
     """Infinite for other shapes."""
-    if want.shape != found.shape:
+    if expected.shape != captured.shape:
         return float("inf")
-    return ((want - found).norm(dim=-1) / want.norm(dim=-1)).max().item()
+    return ((expected - captured).norm(dim=-1) / expected.norm(dim=-1)).max().item()

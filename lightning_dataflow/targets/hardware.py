@@ -6,8 +6,8 @@ import torch
 
 
 def default_device() -> torch.device:
-    """This rank's GPU (`LOCAL_RANK` as launchers set it), or the CPU. A rank's target is built before Lightning selects
-    the rank's device."""
+    """This rank's GPU (by `LOCAL_RANK`, as launchers set it), or the CPU. A rank builds its target before Lightning selects
+    the device."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
+from typing_extensions import override
 
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.stores.base import dtype_name
 from lightning_dataflow.targets.base import HIDDEN_STATES, TargetEngine
 from lightning_dataflow.targets.hardware import default_device, multiplies_bfloat16
-from lightning_dataflow.targets.info import read_target_info
+from lightning_dataflow.targets.info import eos_token_ids, read_target_info
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -65,19 +67,18 @@ class HFTargetEngine(TargetEngine):
             self.set_capture_layers(layer_ids)
 
     @property
+    @override
     def dtype(self) -> str:
-        """See TargetEngine."""
-        return str(self.model.dtype).removeprefix("torch.")
+        return dtype_name(self.model.dtype)
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a generation."""
-        ids = self.model.generation_config.eos_token_id
-        return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
+        return eos_token_ids(self.model.generation_config)
 
     @torch.no_grad()
     def capture(self, batch: Sequence[Sequence[int]]) -> list[dict[str, torch.Tensor]]:
-        """See TargetEngine.capture. Not affected by an autocast context around it."""
+        """Run one forward pass. An autocast context around it has no effect."""
         assert self.layer_ids, "set_capture_layers comes first"
         lengths = [len(ids) for ids in batch]
         input_ids = torch.zeros(len(batch), max(lengths), dtype=torch.int64)
@@ -116,7 +117,7 @@ class HFTargetEngine(TargetEngine):
 
 
 def decoder_layers(decoder: nn.Module, num_layers: int) -> nn.ModuleList:
-    """The list of decoder layers: the one ModuleList child as long as the config says."""
+    """The list of decoder layers: the only ModuleList child with as many modules as the config has layers."""
     lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child) == num_layers]
     if len(lists) != 1:
         raise UserError(f"cannot tell the {num_layers} decoder layers of a {type(decoder).__name__}: not supported by hf")
@@ -128,7 +129,7 @@ class TargetSession:
 
     Args:
         target: with capture layers set, whose states `extend` returns.
-        rollback: `crop` follows every `extend`. Layers with a sliding window keep what they would otherwise drop.
+        rollback: `crop` follows every `extend`. Sliding-window layers then keep states that they would otherwise drop.
     """
 
     def __init__(self, target: HFTargetEngine, *, rollback: bool = False):

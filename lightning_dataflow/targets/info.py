@@ -17,8 +17,8 @@ class TargetInfo:
 
     Attributes:
         rope_theta: base of the rotary embedding; drafts use the target's.
-        model_version, tokenizer_version: 16 hex digits; features carry them, so that a trainer can tell that they come
-            from another target.
+        model_version, tokenizer_version: 16 hex digits; features carry them, so that a trainer notices features of another
+            target.
     """
 
     path: str
@@ -38,7 +38,7 @@ class TargetInfo:
 
 
 def read_target_info(path: str | Path) -> TargetInfo:
-    """Read `config.json` and fingerprint a target's folder. Raises UserError when it is no such folder."""
+    """Read `config.json` and fingerprint a target's folder. Raises UserError when it is not one."""
     folder = Path(path)
     _check_folder(folder)
     try:
@@ -78,27 +78,28 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def read_eos_token_ids(path: str | Path) -> tuple[int, ...]:
-    """Tokens that end a generation of the target in `path`, as transformers has them."""
+    """Tokens that end a generation of the target in `path`, as transformers reads them."""
     _check_folder(Path(path))
     if (Path(path) / "generation_config.json").is_file():
-        generation = GenerationConfig.from_pretrained(path)
-    else:
-        generation = GenerationConfig.from_model_config(AutoConfig.from_pretrained(path))
+        return eos_token_ids(GenerationConfig.from_pretrained(path))
+    return eos_token_ids(GenerationConfig.from_model_config(AutoConfig.from_pretrained(path)))
+
+
+def eos_token_ids(generation: GenerationConfig) -> tuple[int, ...]:
+    """Tokens that end a generation."""
     ids = generation.eos_token_id
     return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
 
 
 def tensor_names(path: str | Path) -> tuple[list[str], list[str]]:
     """Names that the token embedding and the head may have in a target's files, by building it without memory."""
-    config = AutoConfig.from_pretrained(path)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    names: tuple[list[str], list[str]] = [], []
-    for found, module in zip(names, (model.get_input_embeddings(), model.get_output_embeddings()), strict=True):
-        for name, candidate in model.named_modules():
-            if candidate is module:
-                found.append(f"{name}.weight")
-    return names
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+
+    def names(wanted: Any) -> list[str]:
+        return [f"{name}.weight" for name, module in model.named_modules() if module is wanted]
+
+    return names(model.get_input_embeddings()), names(model.get_output_embeddings())
 
 
 def _check_folder(folder: Path) -> None:

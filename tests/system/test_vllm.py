@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_dataflow.evaluation import VLLMDecoder, evaluate_acceptance
+from lightning_dataflow.evaluation import Decoding, evaluate_acceptance
+from lightning_dataflow.evaluation.judges.vllm_process import VLLMDecoder
 from lightning_dataflow.export.export import export_draft
 from lightning_dataflow.prompts import load_questions
 from lightning_dataflow.strategies.checkpoint import load_module
@@ -112,9 +113,8 @@ def served(folder_of, vllm):
             target=str(folder / "target"),
             dtype="float32",
             folder=folder,
-            max_new_tokens=MAX_NEW_TOKENS,
+            decoding=Decoding(max_new_tokens=MAX_NEW_TOKENS, batch_size=batch_size),
             stop_token_ids=target.eos_token_ids,
-            batch_size=batch_size,
             timeout_s=600,
         )
         prompts = load_questions(str(folder / "questions.jsonl"), load_tokenizer(folder / "target"))
@@ -163,8 +163,7 @@ def compare(checkpoint, served, folder, form, *, num_draft_tokens=None, share_k_
     target.set_capture_layers(module.layer_ids)
     module.load_frozen_target(target.device)
     drafter = module.drafter(num_draft_tokens=num_draft_tokens)
-    options = {"max_new_tokens": MAX_NEW_TOKENS, "batch_size": decoder.batch_size}
-    ours = evaluate_acceptance(target, drafter, prompts, baseline=True, **options)
+    ours = evaluate_acceptance(target, drafter, prompts, decoder.decoding, baseline=True)
     theirs = decoder.evaluate(str(folder), module.strategy_name, prompts, num_draft_tokens=num_draft_tokens, plain=alone)
     print(f"{checkpoint.parent.parent.name} {form}: {theirs.num_drafts} drafts, accepted {theirs.accepted_per_position}")
     for name in ("num_tokens", "num_drafts", "num_accepted_tokens", "accepted_per_position"):
@@ -202,14 +201,14 @@ def test_the_command(checkpoint_of, folder_of, vllm):
         f"evaluate.python={vllm}",
         "evaluate.vllm_args={max_num_batched_tokens:512}",
     )
-    found = {}
+    actual = {}
     command = ("-m", "lightning_dataflow", "evaluate", *parts, *options, f"evaluate.checkpoint={checkpoint}")
     for backend in ("hf", "vllm"):
         settings = (f"evaluate.backend={backend}", "evaluate.output=out.json")
         python(*command, *settings, cwd=folder, timeout_s=600)
-        (found[backend],) = json.loads((folder / "out.json").read_text())["measurements"]
+        (actual[backend],) = json.loads((folder / "out.json").read_text())["measurements"]
     assert (folder / "out.png").stat().st_size > 1000
-    ours, theirs = found.values()
+    ours, theirs = actual.values()
     for name in ("num_drafts", "accepted_per_position", "acceptance_length", "tokens_per_target_forward", "num_identical"):
         assert ours[name] == theirs[name], name
     assert theirs["speed_up"] > 0 and theirs["backend"] == "vllm"

@@ -15,7 +15,7 @@ from itertools import zip_longest
 from typing import Any
 
 from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
-from lightning_dataflow.evaluation.acceptance import AcceptanceReport, Decoded, check_decoding
+from lightning_dataflow.evaluation.acceptance import AcceptanceReport, Decoded, Decoding
 
 WRITTEN_FOR = "this backend reads the answers of SGLang 0.5.23, measure on a server of that version"
 WARM_UP_TOKENS = 8
@@ -35,54 +35,61 @@ class SGLangDecoder:
     api_key: str | None = None
     timeout_s: float = 600.0
 
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise UserError(f"evaluate.url={self.url} is no address of a server, expected http://HOST:PORT")
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"the server at {self.url}"
+
     def evaluate(
         self,
         prompts: Sequence[Sequence[int]],
+        decoding: Decoding,
         *,
-        max_new_tokens: int,
         stop_token_ids: Sequence[int],
-        temperature: float = 0.0,
-        batch_size: int = 1,
         plain: "SGLangDecoder | None" = None,
     ) -> AcceptanceReport:
         """Decode every prompt and add up what the server accepted by its own count.
 
         Args:
             stop_token_ids: the target's end tokens.
-            batch_size: prompts per request.
+            decoding: with `batch_size` prompts per request. The server draws without the seed.
             plain: a server of the target alone, for the speed-up.
 
         Raises:
-            UserError: a setting out of range, no SGLang server, one that refuses, or one that does not speculate.
+            UserError: no SGLang server, one that refuses, or one that does not speculate.
             PeerFailedError: the server does not answer.
             PeerTimeoutError: not within `timeout_s`.
         """
-        check_decoding(max_new_tokens=max_new_tokens, temperature=temperature, batch_size=batch_size)
         num_draft_tokens = self.num_draft_tokens()
         if num_draft_tokens is None:
             raise UserError(
-                f"the server at {self.url} does not speculate: start it with --speculative-algorithm and a draft "
+                f"{self.name} does not speculate: start it with --speculative-algorithm and a draft "
                 "(--speculative-draft-model-path)"
             )
         if plain is not None and plain.num_draft_tokens() is not None:
-            raise UserError(f"the server at {plain.url} speculates: evaluate.baseline_url is of one without a draft")
-        sampling = sampling_params(max_new_tokens, temperature, stop_token_ids)
+            raise UserError(f"{plain.name} speculates: evaluate.baseline_url is of one without a draft")
+        sampling = sampling_params(decoding.max_new_tokens, decoding.temperature, stop_token_ids)
         for server in (self, plain):
             if server is not None:  # warm-up; not timed
-                server.generate(prompts[:1], sampling | {"max_new_tokens": min(WARM_UP_TOKENS, max_new_tokens)}, 1)
-        answers, seconds = self.generate(prompts, sampling, batch_size)
-        counts = [read_counts(answer, num_draft_tokens, f"the server at {self.url}") for answer in answers]
+                few = min(WARM_UP_TOKENS, decoding.max_new_tokens)
+                server.generate(prompts[:1], sampling | {"max_new_tokens": few}, 1)
+        answers, seconds = self.generate(prompts, sampling, decoding.batch_size)
+        counts = [read_counts(answer, num_draft_tokens, self.name) for answer in answers]
         drafted = Decoded(
-            tokens=[_output_ids(answer, self.url) for answer in answers],
+            tokens=[_output_ids(answer, self.name) for answer in answers],
             seconds=seconds,
             num_drafts=sum(num_drafts for num_drafts, _ in counts),
             accepted_per_position=[sum(column) for column in zip(*(accepted for _, accepted in counts), strict=True)],
         )
         alone = None
         if plain is not None:
-            answers, seconds = plain.generate(prompts, sampling, batch_size)
-            alone = Decoded(tokens=[_output_ids(answer, plain.url) for answer in answers], seconds=seconds)
-        return drafted.report("sglang_server", alone, temperature=temperature)
+            answers, seconds = plain.generate(prompts, sampling, decoding.batch_size)
+            alone = Decoded(tokens=[_output_ids(answer, plain.name) for answer in answers], seconds=seconds)
+        return drafted.report("sglang_server", alone, temperature=decoding.temperature)
 
     def num_draft_tokens(self) -> int | None:
         """How many tokens ahead a proposal reaches (the depth of a tree); None for a server without speculation."""
@@ -91,10 +98,9 @@ class SGLangDecoder:
             raise UserError(f"what answers at {self.url} is no SGLang server")
         if not info["speculative_algorithm"] or info.get("enable_return_aux_hidden_states"):
             return None  # a capture server names an algorithm and loads no draft
-        who = f"the server at {self.url}"
         if (info.get("speculative_eagle_topk") or 1) > 1:
-            return _count(info, "speculative_num_steps", who, least=1)
-        return _count(info, "speculative_num_draft_tokens", who, least=2) - 1  # SGLang counts the verified token too
+            return _count(info, "speculative_num_steps", self.name, least=1)
+        return _count(info, "speculative_num_draft_tokens", self.name, least=2) - 1  # SGLang counts the verified token too
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: dict[str, Any], batch_size: int
@@ -108,35 +114,29 @@ class SGLangDecoder:
             outputs = self._ask("/generate", {"input_ids": batch, "sampling_params": sampling})
             seconds += time.perf_counter() - start
             if not isinstance(outputs, list) or len(outputs) != len(batch):
-                raise UserError(f"the server at {self.url} did not answer {len(batch)} prompts with as many outputs")
+                raise UserError(f"{self.name} did not answer {len(batch)} prompts with as many outputs")
             answers += outputs
         return answers, seconds
 
     def _ask(self, path: str, body: Any) -> Any:
-        if not self.url.startswith(("http://", "https://")):
-            raise UserError(f"evaluate.url={self.url} is no address of a server, expected http://HOST:PORT")
         headers = {"Content-Type": "application/json"}
         if self.api_key:
             headers["Authorization"] = f"Bearer {self.api_key}"
         data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url.rstrip("/") + path, data, headers)
         try:
-            request = urllib.request.Request(self.url.rstrip("/") + path, data, headers)
             with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
                 return json.loads(response.read())
         except urllib.error.HTTPError as error:
-            reason = " ".join(error.read().decode(errors="replace").split())[:300]
+            reason = f"answered {error.code}: {' '.join(error.read().decode(errors='replace').split())[:300]}"
             if error.code in (401, 403):
-                raise UserError(
-                    f"the server at {self.url} refuses our key ({error.code}): set target.api_key_file"
-                ) from None
-            raise UserError(f"the server at {self.url} answered {error.code}: {reason}") from None
+                reason = f"refuses our key ({error.code}): set target.api_key_file"
+            raise UserError(f"{self.name} {reason}") from None
         except TimeoutError as error:
             raise PeerTimeoutError(f"no answer from {self.url} within {self.timeout_s:g} s (evaluate.timeout_s)") from error
         except (OSError, http.client.HTTPException) as error:
-            why = getattr(error, "reason", None) or error
-            raise PeerFailedError(
-                f"the server at {self.url} does not answer ({why}): is it up, is the address right?"
-            ) from None
+            reason = str(getattr(error, "reason", None) or error)
+            raise PeerFailedError(f"{self.name} does not answer ({reason}): is it up, is the address right?") from None
         except ValueError as error:
             raise UserError(f"what answers at {self.url} is no SGLang server ({error})") from error
 
@@ -178,8 +178,8 @@ def _count(answer: Mapping[str, Any], name: str, who: str, *, least: int = 0) ->
     return value
 
 
-def _output_ids(answer: dict[str, Any], url: str) -> list[int]:
+def _output_ids(answer: dict[str, Any], who: str) -> list[int]:
     ids = answer.get("output_ids") if isinstance(answer, dict) else None
     if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
-        raise UserError(f"the server at {url} answered without output_ids")
+        raise UserError(f"{who} answered without output_ids")
     return ids

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
-from lightning_dataflow.evaluation.acceptance import AcceptanceReport, Decoded, check_decoding
+from lightning_dataflow.evaluation.acceptance import AcceptanceReport, Decoded, Decoding
 from lightning_dataflow.services.server import end_process, start_process
 
 log = logging.getLogger(__name__)
@@ -41,9 +41,7 @@ class VLLMDecoder:
         target: a Hugging Face folder.
         dtype: of target and draft.
         folder: for the logs, `vllm.log` and `vllm-plain.log`.
-        max_new_tokens, temperature, seed: of sampling.
         stop_token_ids: the target's end tokens.
-        batch_size: how many sequences vLLM decodes at a time, at most.
         engine_args: further keyword arguments of `vllm.LLM`.
         timeout_s: for one process to start and decode all prompts.
 
@@ -55,19 +53,15 @@ class VLLMDecoder:
     target: str
     dtype: str
     folder: Path
-    max_new_tokens: int
+    decoding: Decoding
     stop_token_ids: Sequence[int]
-    temperature: float = 0.0
-    seed: int = 0
-    batch_size: int = 1
     engine_args: Mapping[str, Any] = field(default_factory=dict)
     timeout_s: float = 3600.0
 
     def __post_init__(self) -> None:
-        check_decoding(max_new_tokens=self.max_new_tokens, temperature=self.temperature, batch_size=self.batch_size)
-        if 0 < self.temperature < LEAST_TEMPERATURE:
+        if 0 < (temperature := self.decoding.temperature) < LEAST_TEMPERATURE:
             raise UserError(
-                f"evaluate.temperature={self.temperature}: vLLM would decode at {LEAST_TEMPERATURE}, use that or more, or "
+                f"evaluate.temperature={temperature}: vLLM would decode at {LEAST_TEMPERATURE}, use that or more, or "
                 "0 for greedy decoding"
             )
 
@@ -93,21 +87,21 @@ class VLLMDecoder:
         engine: dict[str, Any] = {
             "model": self.target,
             "dtype": self.dtype,
-            "max_num_seqs": self.batch_size,
-            "max_model_len": max(map(len, prompts)) + self.max_new_tokens + room_for(num_draft_tokens),
+            "max_num_seqs": self.decoding.batch_size,
+            "max_model_len": max(map(len, prompts)) + self.decoding.max_new_tokens + room_for(num_draft_tokens),
             "disable_log_stats": False,
             "enable_prefix_caching": False,  # a prompt cached up to its last token would be counted as a draft
             "skip_tokenizer_init": True,
-            "seed": self.seed,
+            "seed": self.decoding.seed,
         }
         if speculation is not None:
             engine["speculative_config"] = {**speculation, "num_speculative_tokens": num_draft_tokens}
         job = {
             "engine": engine | dict(self.engine_args),
             "prompts": [list(prompt) for prompt in prompts],
-            "max_new_tokens": self.max_new_tokens,
-            "temperature": self.temperature,
-            "seed": self.seed,
+            "max_new_tokens": self.decoding.max_new_tokens,
+            "temperature": self.decoding.temperature,
+            "seed": self.decoding.seed,
             "stop_token_ids": list(self.stop_token_ids),
         }
         result = self._run(job, self.folder / ("vllm-plain.log" if speculation is None else "vllm.log"))
@@ -139,10 +133,10 @@ class VLLMDecoder:
             plain: the same prompts by the target alone, for the speed-up, and at temperature 0 to compare.
         """
         speculation = {"method": method, "model": draft}
-        if self.temperature > 0:
+        if self.decoding.temperature > 0:
             speculation["draft_sample_method"] = "probabilistic"  # as `hf` does; by default vLLM's drafts are greedy
         drafted = self.decode(prompts, num_draft_tokens=num_draft_tokens, speculation=speculation, cpu_caveat=cpu_caveat)
-        return drafted.report("vllm", plain, temperature=self.temperature)
+        return drafted.report("vllm", plain, temperature=self.decoding.temperature)
 
     def _run(self, job: dict[str, Any], log_file: Path) -> dict[str, Any]:
         self.folder.mkdir(parents=True, exist_ok=True)

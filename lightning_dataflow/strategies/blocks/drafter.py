@@ -24,7 +24,7 @@ class BlockDrafter(Drafter):
     """
 
     def __init__(self, draft: BlockDraft, target: FrozenTarget, *, num_draft_tokens: int = 15):
-        check_num_draft_tokens(num_draft_tokens, block_size=draft.config.block_size, first=self._first_offset(draft))
+        check_num_draft_tokens(num_draft_tokens, draft.config.block_size, first=self._first_offset(draft))
         self.draft = draft
         self.target = target
         self.num_draft_tokens = num_draft_tokens

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_dataflow.evaluation.loop import Drafter, Proposal, check_num_draft_tokens
+from lightning_dataflow.evaluation.loop import Drafter, Proposal
 from lightning_dataflow.strategies.eagle3.network import DraftCache, Eagle3Draft
 
 
@@ -15,14 +15,10 @@ class ChainDrafter(Drafter):
     Args:
         draft: unsharded, in evaluation.
         embedding: the target's table [V, H]; None when the draft trained its own.
-        num_draft_tokens: K, at least 1.
-
-    Raises:
-        UserError: K is less.
+        num_draft_tokens: K.
     """
 
     def __init__(self, draft: Eagle3Draft, embedding: Tensor | None, *, num_draft_tokens: int = 4):
-        check_num_draft_tokens(num_draft_tokens)
         self.draft = draft
         self.embedding = embedding
         self.num_draft_tokens = num_draft_tokens

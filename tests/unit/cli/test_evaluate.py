@@ -18,6 +18,7 @@ from lightning_dataflow.export.export import describe
 from lightning_dataflow.export.folder import write_draft
 from lightning_dataflow.strategies.published.engines import resolve_engine
 from tests.sglang.speculating import SpeculatingServer
+from tests.unit.cli.conftest import status_of
 from tests.vllm.stand_in import write_stand_in
 
 pytestmark = pytest.mark.integration
@@ -42,11 +43,7 @@ def run_in(tmp_path_factory, target_path, conversations):
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(folder)
                 patch.setattr(sys, "argv", ["lightning-dataflow", *TINY, *parts, "run_name=test", *overrides])
-                try:
-                    main()
-                except SystemExit as error:
-                    return int(error.code or 0)
-            return 0
+                return status_of(main)
 
         return call
 
@@ -271,19 +268,12 @@ def test_vllm_measures_the_folder_around_this_one(run_in, trained, target_path, 
     assert one["name"] == "draft"
 
 
-@pytest.mark.parametrize(("kind", "num_draft_tokens"), [("dflash", 6), ("dflash", 0), ("eagle3", 0)])
-def test_vllm_is_not_asked_for_more_than_a_draft_proposes(
-    run, trained, target_path, tmp_path, vllm, capsys, kind, num_draft_tokens
-):
+def test_vllm_is_not_asked_for_more_than_a_draft_proposes(run, target_path, tmp_path, vllm, capsys):
     options, asked = vllm
-    source = trained / "checkpoints" / "step-000004.ckpt"
-    if kind == "dflash":
-        module = DFlashModule(str(target_path), num_layers=1, block_size=6)
-        source = write_draft(tmp_path / "d", resolve_engine("vllm", "plain"), describe(module), module.draft.state_dict())
-    given = (f"evaluate.checkpoint={source}", f"evaluate.num_draft_tokens={num_draft_tokens}")
-    assert run(evaluate.main, *options, *given) == 1
-    message = "blocks of 6 draft at most 5 tokens" if kind == "dflash" else "a proposal has at least 1 token"
-    assert message in one_line(capsys.readouterr().err)
+    module = DFlashModule(str(target_path), num_layers=1, block_size=6)
+    source = write_draft(tmp_path / "d", resolve_engine("vllm", "plain"), describe(module), module.draft.state_dict())
+    assert run(evaluate.main, *options, f"evaluate.checkpoint={source}", "evaluate.num_draft_tokens=6") == 1
+    assert "blocks of 6 draft at most 5 tokens" in one_line(capsys.readouterr().err)
     assert asked() == [], "the baseline is not decoded either"
 
 

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.evaluation import NoDrafter, SpeculativeDecoder, evaluate_acceptance
+from lightning_dataflow.evaluation import Decoding, NoDrafter, SpeculativeDecoder, evaluate_acceptance
 from lightning_dataflow.strategies.common.target_tensors import FrozenTarget
 from lightning_dataflow.strategies.eagle3.drafter import ChainDrafter
 from lightning_dataflow.strategies.eagle3.network import Eagle3Config, Eagle3Draft
@@ -54,7 +54,7 @@ def test_a_batch_is_its_sequences(target, questions, drafters, kind, temperature
 def test_counts_depend_neither_on_the_batch_nor_on_the_order(target, questions, drafters, temperature):
     def counts(prompts, batch_size):
         report = evaluate_acceptance(
-            target, drafters["dflash"], prompts, max_new_tokens=16, temperature=temperature, batch_size=batch_size
+            target, drafters["dflash"], prompts, Decoding(max_new_tokens=16, temperature=temperature, batch_size=batch_size)
         )
         return report.num_tokens, report.num_drafts, report.accepted_per_position
 
@@ -64,22 +64,25 @@ def test_counts_depend_neither_on_the_batch_nor_on_the_order(target, questions, 
 
 @pytest.mark.integration
 def test_the_target_alone(target, questions, drafters):
-    report = evaluate_acceptance(target, drafters["dflash"], questions, max_new_tokens=12, batch_size=4, baseline=True)
+    report = evaluate_acceptance(
+        target, drafters["dflash"], questions, Decoding(max_new_tokens=12, batch_size=4), baseline=True
+    )
     assert report.num_identical == len(questions)
     assert report.plain_tokens == report.num_tokens
     assert report.speed_up == pytest.approx(report.plain_seconds / report.seconds)
     sampled = evaluate_acceptance(
-        target, drafters["dflash"], questions, max_new_tokens=12, temperature=1.0, batch_size=4, baseline=True
+        target, drafters["dflash"], questions, Decoding(max_new_tokens=12, temperature=1.0, batch_size=4), baseline=True
     )
     assert sampled.num_identical is None and sampled.speed_up > 0
 
 
+@pytest.mark.integration
 def test_what_a_proposal_got_accepted_counts_whole(target, questions, drafters):
     """Also where the output is cut: one token asked for takes no draft, a second one takes a whole one."""
-    alone = evaluate_acceptance(target, drafters["dflash"], questions[:1], max_new_tokens=1)
+    alone = evaluate_acceptance(target, drafters["dflash"], questions[:1], Decoding(max_new_tokens=1))
     assert (alone.num_tokens, alone.num_drafts) == (1, 0)
     assert alone.acceptance_length == 1
-    cut = evaluate_acceptance(target, drafters["dflash"], questions[:1], max_new_tokens=2)
+    cut = evaluate_acceptance(target, drafters["dflash"], questions[:1], Decoding(max_new_tokens=2))
     assert (cut.num_tokens, cut.num_drafts, cut.num_draft_tokens) == (2, 1, 4)
     assert cut.num_accepted_tokens > 1, "this draft knows the sequence by heart"
 
@@ -87,15 +90,13 @@ def test_what_a_proposal_got_accepted_counts_whole(target, questions, drafters):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "evaluate.batch_size=0: decode at least 1"),
-        ({"max_new_tokens": 0}, "evaluate.max_new_tokens=0: nothing would be generated"),
         ({"temperature": -1.0}, "evaluate.temperature=-1.0: use 0"),
         ({"temperature": float("nan")}, "evaluate.temperature=nan: use 0"),
     ],
 )
 def test_bad_settings(target, drafters, options, message):
     with pytest.raises(UserError, match=message):
-        evaluate_acceptance(target, drafters["none"], [[1]], **{"max_new_tokens": 4, **options})
+        evaluate_acceptance(target, drafters["none"], [[1]], Decoding(**{"max_new_tokens": 4, **options}))
 
 
 def test_sliding_windows_are_decoded_one_by_one(tmp_path, tokenizer):
@@ -105,7 +106,7 @@ def test_sliding_windows_are_decoded_one_by_one(tmp_path, tokenizer):
     MistralForCausalLM(MistralConfig(**sizes, **heads, sliding_window=4, eos_token_id=None)).save_pretrained(tmp_path)
     target = HFTargetEngine(tmp_path, layer_ids=[0], dtype="float32", device="cpu")
     with pytest.raises(UserError, match=r"need full attention, .* DynamicSlidingWindowLayer: set evaluate.batch_size=1"):
-        evaluate_acceptance(target, NoDrafter(), [[1, 2], [3]], max_new_tokens=4, batch_size=2)
+        evaluate_acceptance(target, NoDrafter(), [[1, 2], [3]], Decoding(max_new_tokens=4, batch_size=2))
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_dataflow.contracts import StepContext, UserError
-from lightning_dataflow.evaluation import SpeculativeDecoder, evaluate_acceptance
+from lightning_dataflow.evaluation import Decoding, SpeculativeDecoder, evaluate_acceptance
 from lightning_dataflow.strategies.blocks.blocks import cut_blocks
 from lightning_dataflow.strategies.blocks.drafter import BlockDrafter
 from lightning_dataflow.strategies.blocks.network import BlockConfig
@@ -74,11 +74,11 @@ def train_on(drafter, target, sequence, num_steps=60):
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_output_is_the_targets_own(target, target_path, questions, kind):
     drafter = make_drafter(target, target_path, kind)
-    report = evaluate_acceptance(target, drafter, questions, max_new_tokens=24, baseline=True)
+    report = evaluate_acceptance(target, drafter, questions, Decoding(max_new_tokens=24), baseline=True)
     assert report.num_identical == len(questions)
     own = greedy_decode(target, questions[0], 24)
     train_on(drafter, target, [*questions[0], *own])
-    report = evaluate_acceptance(target, drafter, questions, max_new_tokens=24, baseline=True)
+    report = evaluate_acceptance(target, drafter, questions, Decoding(max_new_tokens=24), baseline=True)
     assert report.num_identical == len(questions)
     assert report.acceptance_length > 1.2
 

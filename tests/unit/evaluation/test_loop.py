@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lightning_dataflow.contracts import NotFiniteError
-from lightning_dataflow.evaluation import Drafter, SpeculativeDecoder, evaluate_acceptance
+from lightning_dataflow.evaluation import Decoding, Drafter, SpeculativeDecoder, evaluate_acceptance
 from lightning_dataflow.evaluation.loop import Proposal, rejection_sample
 from lightning_dataflow.strategies.common.target_tensors import FrozenTarget
 from lightning_dataflow.strategies.eagle3.draft_vocab import build_draft_vocab
@@ -73,7 +73,7 @@ def test_acceptance_counts(target, questions, wrong_at, length):
     oracle = Oracle(target, questions[0], wrong_at=wrong_at)
     if len(oracle.continuation) < 64:
         pytest.skip("the tiny target ends this answer early")
-    report = evaluate_acceptance(target, oracle, [questions[0]], max_new_tokens=25, baseline=True)
+    report = evaluate_acceptance(target, oracle, [questions[0]], Decoding(max_new_tokens=25), baseline=True)
     assert report.acceptance_length == length
     assert report.acceptance_per_position == tuple(float(i < wrong_at) for i in range(3))
     assert report.num_drafts == 24 // length
@@ -90,7 +90,9 @@ def test_a_target_without_finite_logits_is_refused(target_path, questions, tempe
     with torch.no_grad():
         broken.model.get_output_embeddings().weight[7] = value
     with pytest.raises(NotFiniteError, match="the target's logits hold NaN or infinity: check its weights"):
-        evaluate_acceptance(broken, make_drafter(broken, target_path), questions, max_new_tokens=8, temperature=temperature)
+        evaluate_acceptance(
+            broken, make_drafter(broken, target_path), questions, Decoding(max_new_tokens=8, temperature=temperature)
+        )
 
 
 def test_it_stops_at_an_end_token(target, target_path, questions, monkeypatch):

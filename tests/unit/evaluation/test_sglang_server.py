@@ -6,8 +6,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from lightning_dataflow.contracts import PeerFailedError, UserError
-from lightning_dataflow.evaluation import SGLangDecoder
-from lightning_dataflow.evaluation.judges.sglang_server import read_counts
+from lightning_dataflow.evaluation import Decoding
+from lightning_dataflow.evaluation.judges.sglang_server import SGLangDecoder, read_counts
 from tests.sglang.speculating import INFO, SpeculatingServer
 
 
@@ -55,7 +55,7 @@ def test_answers_that_cannot_be_counted(found, message):
 )
 def test_a_server_of_another_version_is_one_line(info, message):
     with SpeculatingServer(info=INFO | info) as server, pytest.raises(UserError, match=message) as raised:
-        SGLangDecoder(url=server.url).evaluate([[1]], max_new_tokens=4, stop_token_ids=[])
+        SGLangDecoder(url=server.url).evaluate([[1]], Decoding(max_new_tokens=4), stop_token_ids=[])
     assert "\n" not in str(raised.value)
 
 
@@ -65,7 +65,7 @@ def test_the_first_request_of_each_server_is_not_timed():
     plain = {"speculative_algorithm": None}
     with SpeculatingServer(first_s=2) as server, SpeculatingServer(first_s=2, info=plain, meta={}) as alone:
         decoder, baseline = SGLangDecoder(url=server.url), SGLangDecoder(url=alone.url)
-        report = decoder.evaluate(prompts, max_new_tokens=16, stop_token_ids=[], batch_size=2, plain=baseline)
+        report = decoder.evaluate(prompts, Decoding(max_new_tokens=16, batch_size=2), stop_token_ids=[], plain=baseline)
     for one in (server, alone):
         assert [body["input_ids"] for body in one.requests] == [prompts[:1], prompts[:2], prompts[2:]]
         assert [body["sampling_params"]["max_new_tokens"] for body in one.requests] == [8, 16, 16]
@@ -83,7 +83,7 @@ def test_the_first_request_of_each_server_is_not_timed():
 )
 def test_addresses_where_no_server_is(url, error, message):
     with pytest.raises(error, match=message) as raised:
-        SGLangDecoder(url=url).evaluate([[1]], max_new_tokens=4, stop_token_ids=[])
+        SGLangDecoder(url=url).evaluate([[1]], Decoding(max_new_tokens=4), stop_token_ids=[])
     assert "\n" not in str(raised.value)
 
 
@@ -111,6 +111,6 @@ def test_what_answers_is_no_server_of_ours(status, body, message):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         with pytest.raises(UserError, match=message) as raised:
-            SGLangDecoder(url=url, api_key="the key").evaluate([[1]], max_new_tokens=4, stop_token_ids=[])
+            SGLangDecoder(url=url, api_key="the key").evaluate([[1]], Decoding(max_new_tokens=4), stop_token_ids=[])
         server.shutdown()
     assert "\n" not in str(raised.value) and "the key" not in str(raised.value)

@@ -7,14 +7,14 @@ import sys
 import pytest
 
 from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
-from lightning_dataflow.evaluation import VLLMDecoder
-from lightning_dataflow.evaluation.judges.vllm_process import find_python
+from lightning_dataflow.evaluation import Decoding
+from lightning_dataflow.evaluation.judges.vllm_process import VLLMDecoder, find_python
 from lightning_dataflow.evaluation.judges.vllm_worker import rounds
 
 
 def decoder(folder, **options):
     defaults = {"python": sys.executable, "target": "nowhere", "dtype": "float32", "folder": folder}
-    return VLLMDecoder(**{**defaults, "max_new_tokens": 4, "stop_token_ids": (), **options})
+    return VLLMDecoder(**{**defaults, "decoding": Decoding(max_new_tokens=4), "stop_token_ids": (), **options})
 
 
 def script(folder, text):
@@ -55,10 +55,8 @@ def test_a_process_that_dies_or_takes_too_long(tmp_path):
 
 
 def test_settings_are_checked_before_it_starts(tmp_path):
-    with pytest.raises(UserError, match=r"evaluate.batch_size=0"):
-        decoder(tmp_path, batch_size=0)
     with pytest.raises(UserError, match=r"evaluate.temperature=0.005: vLLM would decode at 0.01, use that or more, or 0"):
-        decoder(tmp_path, temperature=0.005)
+        decoder(tmp_path, decoding=Decoding(max_new_tokens=4, temperature=0.005))
 
 
 def test_prompts_of_one_token_never_join_while_others_decode():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_dataflow import DataFlowDataModule, DataFlowTrainer, export_draft, resolve_strategy
-from lightning_dataflow.evaluation import evaluate_acceptance
+from lightning_dataflow.evaluation import Decoding, evaluate_acceptance
 from lightning_dataflow.producers import OnlineSource
 from lightning_dataflow.strategies.checkpoint import load_module
 from lightning_dataflow.targets import HFTargetEngine
@@ -53,7 +53,9 @@ def test_it_trains_decodes_exports_and_starts_again(spec, target_path, prompts, 
     questions = [list(prompt.question) for prompt in prompts[0][:2]]
     loaded = load_module(checkpoint)
     loaded.load_frozen_target(torch.device("cpu"))
-    report = evaluate_acceptance(engine, loaded.drafter(num_draft_tokens=1), questions, max_new_tokens=8, baseline=True)
+    report = evaluate_acceptance(
+        engine, loaded.drafter(num_draft_tokens=1), questions, Decoding(max_new_tokens=8), baseline=True
+    )
     assert report.num_identical == 2
 
     folder = export_draft(checkpoint, tmp_path / "draft", engine="sglang", dtype="float32")

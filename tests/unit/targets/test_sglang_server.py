@@ -181,6 +181,20 @@ def test_features_come_by_way_of_the_store(connect, servers, store, target):
     assert store.health()["num_samples"] == 0
 
 
+def test_a_prompt_that_fails_leaves_nothing_of_the_others_in_the_store(connect, servers, store):
+    engine = connect(urls=[servers[0].url], in_flight=1)
+    servers[0].alter = lambda answer: (
+        {"error": "failed", "message": "CUDA error"} if answer["ref"]["origin"]["num_tokens"] == 5 else answer
+    )
+    failed = PROMPTS[1]
+    assert len(failed) == 5
+    with pytest.raises(CaptureFailedError, match="CUDA error"):
+        engine.capture([PROMPTS[0], failed, PROMPTS[2]])
+    engine.stop_waiting()
+    engine._executor.shutdown()
+    assert store.health()["num_samples"] == 1, "the features that no answer names"
+
+
 def test_a_dead_servers_prompts_go_to_another_and_it_is_taken_back(connect, servers, caplog):
     engine = connect()
     servers[0].dead = True
@@ -239,9 +253,9 @@ OTHER_LAYERS = {"layer_ids": [1, 3, 5], "norm": "post", "hidden_size": 64}
     [
         (answer_with(tokens="00"), CaptureMismatchError, "read other tokens"),
         (ref_with(uri="mooncake://other"), CaptureMismatchError, "captured other store"),
-        (origin_with(capture="1-3-5/post/64"), CaptureMismatchError, "captured other layers, norm and width"),
+        (origin_with(capture=OTHER_LAYERS), CaptureMismatchError, "captured other layers, norm and width"),
         (
-            origin_with(capture="1-3-4/pre/64"),
+            origin_with(capture={"layer_ids": [1, 3, 4], "norm": "pre", "hidden_size": 64}),
             CaptureMismatchError,
             "captured other layers",
         ),
@@ -265,7 +279,7 @@ def test_an_answer_is_input_not_truth(connect, servers, alter, kind, message):
 def test_features_of_another_shape(connect, servers, monkeypatch, target):
     engine = connect(urls=[servers[0].url])
     monkeypatch.setattr(servers[0], "target", _Short(target))
-    with pytest.raises(UserError, match="its first size must be the 3 tokens"):
+    with pytest.raises(UserError, match="the first of them the sample's tokens"):
         ask(engine)
 
 

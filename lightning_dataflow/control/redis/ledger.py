@@ -77,13 +77,13 @@ class RedisMetadataStore(MetadataStore):
     def give_back(
         self, lease: Lease, skips: Mapping[int, bytes], log: StreamingRefChannel, *, counts: bool = True
     ) -> list[int]:
-        self._check_log(log)
+        self._check(log)
         lines = [(seq, line.decode()) for seq, line in skips.items()]
         return list(self._change("give_back", new_nonce(), lease.worker, lease.attempt, int(counts), MAX_ATTEMPTS, lines))
 
     @override
     def commit(self, lease: Lease, captured: Mapping[int, CommitEntry], log: StreamingRefChannel) -> list[int]:
-        self._check_log(log)
+        self._check(log)
         entries = [(seq, entry.generation, entry.num_bytes, entry.line.decode()) for seq, entry in captured.items()]
         return list(self.server.change(GROWING, "commit", new_nonce(), lease.worker, lease.attempt, entries))
 
@@ -159,9 +159,5 @@ class RedisMetadataStore(MetadataStore):
         flat = [text.decode() for text in self.server.ask("HGETALL", self.server.key(name))]
         return dict(zip(flat[::2], flat[1::2], strict=True))
 
-    def _check_log(self, log: StreamingRefChannel) -> None:
-        is_same = isinstance(log, RedisChannel) and (log.server.where, log.server.run_id) == (
-            self.server.where,
-            self.server.run_id,
-        )
-        assert is_same, "one script writes both, so both are in one place"
+    def _check(self, log: StreamingRefChannel) -> None:
+        assert isinstance(log, RedisChannel) and log.server.keys == self.server.keys, "one script writes both"

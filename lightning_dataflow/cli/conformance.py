@@ -11,6 +11,7 @@ from lightning_dataflow.contracts import CaptureMismatchError, UserError
 def conformance(config: TrainConfig, settings: dict[str, Any]) -> None:
     """Print the differences of `target.engine` and `hf`, in float32. Raises CaptureMismatchError where they matter."""
     from lightning_dataflow.run.builder import Builder
+    from lightning_dataflow.sglang_plugin.wire import HIDDEN_STATES
     from lightning_dataflow.targets import HFTargetEngine
     from lightning_dataflow.targets.conformance import compare_engines, make_prompts, table
 
@@ -20,6 +21,7 @@ def conformance(config: TrainConfig, settings: dict[str, Any]) -> None:
     builder = Builder(config, settings)
     with builder.resources:
         other = builder.target
+        other.features = HIDDEN_STATES  # whatever the strategy reads
         info = other.info
         every = range(info.num_layers)
         reference = HFTargetEngine(config.target.path, layer_ids=every, dtype="float32", device=config.target.device)

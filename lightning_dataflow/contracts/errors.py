@@ -36,8 +36,8 @@ class PeerTimeoutError(TimeoutError):
 
 
 class PeerGoneError(ConnectionError):
-    """Another process does not answer, or not for now. No fault of what it was asked, which may be asked again. The message
-    names it."""
+    """Another process is not answering, perhaps temporarily. The request was fine and can be retried. The message names the
+    process."""
 
 
 class PeerFailedError(RuntimeError):

@@ -1,7 +1,6 @@
 """From a checkpoint to a folder that SGLang or vLLM serves."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,6 @@ def export_draft(
     dtype: str = "bfloat16",
     target: str | None = None,
     tokenizer: bool = False,
-    on_skip: Callable[[str], None] = print,
 ) -> Path:
     """Write a draft as `engine` reads it: configuration, weights, and a model card. Returns the folder.
 
@@ -53,7 +51,6 @@ def export_draft(
         target: where the target is now, if it moved. Serve commands and the speculators format name it
             as given here, and `folder` as given.
         tokenizer: copy the target's tokenizer files along.
-        on_skip: called with a message for every newer checkpoint of a run that is not complete.
 
     Raises:
         UserError: `folder` exists, there is no checkpoint, or the engine does not serve such a draft.
@@ -61,7 +58,7 @@ def export_draft(
     """
     layout, folder = resolve_engine(engine, format), Path(folder)
     check_destination(folder)
-    checkpoint = find_checkpoint(Path(source), on_skip)
+    checkpoint = find_checkpoint(Path(source))
     published = read_draft(checkpoint) if is_published(checkpoint) and not (checkpoint / HEADER).exists() else None
     header = read_header(checkpoint) if published is None else {}
     check_engine(published.strategy if published else header["strategy"], layout)  # before the target's folder is read
@@ -84,11 +81,11 @@ def export_draft(
     return write_draft(folder, layout, draft, tensors, card=card, copies=copies)
 
 
-def find_checkpoint(source: Path, on_skip: Callable[[str], None] = print) -> Path:
+def find_checkpoint(source: Path) -> Path:
     """The checkpoint that `source` is or, being a run, has. Raises UserError where there is none."""
     if not (source / "checkpoints").is_dir():
         return source
-    checkpoint = latest_checkpoint(source / "checkpoints", on_skip=on_skip)
+    checkpoint = latest_checkpoint(source / "checkpoints")
     if checkpoint is None:
         raise UserError(f"no complete checkpoint in {source / 'checkpoints'}: name the one to export")
     return checkpoint

@@ -176,7 +176,7 @@ class RolloutWorker:
                 pause = min(2 * pause, self.feed.longest_pause_s)
             except StoreUnavailableError:
                 raise
-            except BaseException:
+            except Exception:
                 self.store.abort(sample.sample_id)  # it may have been stored in part
                 raise
 

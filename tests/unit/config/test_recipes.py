@@ -26,6 +26,8 @@ from lightning_dataflow.strategies.registry import resolve_strategy
 from tests.processes import ROOT
 from tests.unit.config.test_config import GROUPS, make, parse_config
 
+pytestmark = pytest.mark.integration
+
 PAGES = sorted(
     str(page.relative_to(ROOT))
     for page in (ROOT / "README.md", *ROOT.glob("recipes/*/README.md"), *ROOT.glob("docs/*.md"))
@@ -148,7 +150,6 @@ def test_bash_takes_every_block(page):
     assert calls(page)
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("page", PAGES)
 def test_no_command_shows_a_key(page):
     for call in calls(page):
@@ -188,7 +189,6 @@ def test_three_windows_fit_the_store(page):
         watermarks(config.topology, config.store).check_window(config.data.global_batch_size, 3 * window)
 
 
-@pytest.mark.integration
 def test_the_parts_of_the_recipe_for_8_gpus():
     trained = [call for call in calls("recipes/qwen3_8b/README.md") if call.trains]
     assert roles(trained) == {"role=producer": 2, "role=trainer": 2, "role=auto": 1}
@@ -196,7 +196,6 @@ def test_the_parts_of_the_recipe_for_8_gpus():
         assert composed(*call.settings).trainer["devices"] <= 7
 
 
-@pytest.mark.integration
 def test_the_parts_of_the_recipe_for_clusters():
     trained = [call for call in calls("recipes/clusters/README.md") if call.trains]
     assert roles(trained) == {"role=producer": 2, "role=trainer": 4}

@@ -282,6 +282,7 @@ def test_a_log_that_ends_before_the_window(plane):
     assert queue.get(range(2, 4), range(2, 4)).entries
 
 
+@pytest.mark.integration
 def test_windows_are_read_while_others_are_acknowledged(plane):
     """By two threads, which Python switches between as often as it can."""
     refs = publish(plane, *range(6000))

@@ -76,6 +76,7 @@ def test_the_target_alone(target, questions, drafters):
     assert sampled.num_identical is None and sampled.speed_up > 0
 
 
+@pytest.mark.integration
 def test_what_a_proposal_got_accepted_counts_whole(target, questions, drafters):
     """Also where the output is cut: one token asked for takes no draft, a second one takes a whole one."""
     alone = evaluate_acceptance(target, drafters["dflash"], questions[:1], Decoding(max_new_tokens=1))

@@ -230,7 +230,7 @@ def test_a_resumed_warm_start_does_not_need_the_folder(checkpoint, fit, target_p
     assert torch.equal(loaded.draft.fc.weight, warm.draft.fc.weight)
 
 
-def test_a_run_gives_its_newest_complete_checkpoint(checkpoint, tmp_path, capsys):
+def test_a_run_gives_its_newest_complete_checkpoint(checkpoint, tmp_path, caplog):
     run = tmp_path / "run"
     shutil.copytree(checkpoint().parent.parent, run)
     newest = run / "checkpoints" / "step=2.ckpt"
@@ -241,7 +241,7 @@ def test_a_run_gives_its_newest_complete_checkpoint(checkpoint, tmp_path, capsys
     result = {"acceptance": acceptance, "precision": "bf16-mixed", "settings": {"data": {"path": "chat.jsonl"}}}
     (run / "result.json").write_text(json.dumps(result | {"versions": {"torch": "9.9"}}))
     card = (export(run, tmp_path / "draft") / "README.md").read_text()
-    assert "step=3.ckpt is skipped, it is not a complete checkpoint" in capsys.readouterr().out
+    assert "step=3.ckpt is skipped, it is not a complete checkpoint" in caplog.text
     for told in (
         'base_model: "target"',
         f"--speculative-algorithm EAGLE3 --speculative-draft-model-path {tmp_path / 'draft'}",

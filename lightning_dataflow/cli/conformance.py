@@ -11,7 +11,6 @@ from lightning_dataflow.contracts import CaptureMismatchError, UserError
 def conformance(config: TrainConfig, settings: dict[str, Any]) -> None:
     """Print the differences of `target.engine` and `hf`, in float32. Raises CaptureMismatchError where they matter."""
     from lightning_dataflow.run.builder import Builder
-    from lightning_dataflow.sglang_plugin.wire import HIDDEN_STATES
     from lightning_dataflow.targets import HFTargetEngine
     from lightning_dataflow.targets.conformance import compare_engines, make_prompts, table
 
@@ -21,10 +20,10 @@ def conformance(config: TrainConfig, settings: dict[str, Any]) -> None:
     builder = Builder(config, settings)
     with builder.resources:
         other = builder.target
-        other.features = HIDDEN_STATES  # whatever the strategy reads
         info = other.info
         every = range(info.num_layers)
         reference = HFTargetEngine(config.target.path, layer_ids=every, dtype="float32", device=config.target.device)
+        other.features = reference.features  # all, whatever the strategy reads
         comparisons = compare_engines(reference, other, make_prompts(info.vocab_size, info.max_position_embeddings))
     print(table(comparisons))
     bad = sum(bool(comparison.problems) for comparison in comparisons)

@@ -33,11 +33,7 @@ def check_trainer(trainer: L.Trainer) -> None:
     for name, needed, reason in (
         ("max_epochs", 1, "passes over the data go on inside one epoch"),
         ("accumulate_grad_batches", accumulation, f"{data.batching} on {trainer.world_size} ranks"),
-        (
-            "limit_train_batches",
-            batches,
-            f"{trainer.max_steps} steps of {accumulation} micro-batches; a resume would lose one",
-        ),
+        ("limit_train_batches", batches, f"{trainer.max_steps} steps of {accumulation}; a resume would lose a batch"),
     ):
         actual = getattr(trainer, name)
         if actual != needed or isinstance(actual, float):

@@ -47,7 +47,7 @@ if ! command -v redis-server >/dev/null; then   # for channel=redis; without it 
   fi
 fi
 
-key=$({ "$python" -V; cat constraints.txt pyproject.toml; } | sha256sum | cut -c1-16)
+key=$({ "$python" -V; cat constraints.txt; sed -n '/^dependencies/,/^\[tool/p' pyproject.toml; } | sha256sum | cut -c1-16)
 venv=.venv
 if [ -n "$cache" ]; then
   mkdir -p "$cache/assets"

@@ -4,6 +4,7 @@ import argparse
 import re
 from pathlib import Path
 
+from lightning_dataflow.config.run_id import run_id
 from lightning_dataflow.config.secrets import read_secret_file
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.control.redis.address import RedisAddress
@@ -62,24 +63,24 @@ def runs_at(where: RedisAddress) -> list[str]:
 
 
 def open_run(where: RedisAddress, run: str) -> RedisServer:
-    """The run there. Raises UserError where there is none; names those that are."""
-    there = runs_at(where)
-    if run not in there:
+    """The run of this name or id. Raises UserError where there is none; lists those that are there."""
+    ids = runs_at(where)
+    if run_id(run) not in ids:
         raise UserError(
-            f"no run {run} in Redis at {where.address}: it has ended well and left nothing, or not begun; there are "
-            f"{', '.join(there) or 'none'}"
+            f"no run {run} in Redis at {where.address}: it completed and left nothing, or has not begun; there are "
+            f"{', '.join(ids) or 'none'}"
         )
-    return RedisServer(where, run, patience_s=PATIENCE_S)
+    return RedisServer(where, run_id(run), patience_s=PATIENCE_S)
 
 
 def open_local_run(where: RedisAddress, folder: Path) -> RedisServer:
-    """The run that started the Redis there. Raises UserError where that does not run."""
+    """The run that started this Redis. Raises UserError where the Redis is not running."""
     names = {folder.absolute().name, folder.absolute().parent.name}
     try:
-        there = runs_at(where)
+        ids = runs_at(where)
     except UserError as error:
         raise UserError(
             f"the Redis of this run, {where.address}, is not running: the run was killed; resume it with ckpt_path=last, "
             f"or delete {folder}"
         ) from error
-    return RedisServer(where, next((one for one in there if one in names), (*there, "")[0]), patience_s=PATIENCE_S)
+    return RedisServer(where, next((each for each in ids if each in names), (*ids, "")[0]), patience_s=PATIENCE_S)

@@ -1,33 +1,19 @@
 """What follows from the settings."""
 
-import hashlib
-import re
 from pathlib import Path
 
 from lightning_dataflow.config.schema import StoreConfig, TopologyConfig, TrainConfig
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.control.ledger import Watermarks
+from lightning_dataflow.control.leases import Watermarks
 
 SHARE_OF_CAPACITY = 0.8
 """What may be in flight: a store that is nearly full has room, but not in one piece."""
 UNLIMITED_BYTES = 1 << 40
-MAX_RUN_ID = 200
-_PLAIN = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_])?")
 
 
 def is_disaggregated(config: TrainConfig) -> bool:
     """Whether producers and trainers are processes of their own."""
     return config.topology.name.startswith("disagg_")
-
-
-def run_id(run_name: str) -> str:
-    """The name as an id: itself where its characters allow, else a readable form and a digest, so that no two names share
-    an id. The id of an id is itself."""
-    if _PLAIN.fullmatch(run_name) and ".." not in run_name and len(run_name) <= MAX_RUN_ID:
-        return run_name
-    digest = hashlib.sha256(run_name.encode()).hexdigest()[:12]
-    readable = re.sub(r"[^A-Za-z0-9_-]+", "-", run_name).strip("-_")[: MAX_RUN_ID - 20]
-    return f"{readable or 'run'}-{digest}"
 
 
 def shared_dir_root(store: StoreConfig, channel_path: str) -> str | Path:

@@ -5,6 +5,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_dataflow.config.conditions import register_conditions
@@ -61,4 +62,4 @@ def check_choices(arguments: Sequence[str]) -> None:
 
 def quoted(value: object) -> str:
     """`value` as a string of Hydra's grammar, which otherwise takes some characters of paths for its own."""
-    return "'" + str(value).replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return QuotedString(text=str(value), quote=Quote.single).with_quotes()

@@ -1,19 +1,14 @@
 """Rules that settings must keep to together. What a field alone allows stands in `schema`."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from lightning_dataflow.config.derived import is_disaggregated, watermarks
-from lightning_dataflow.config.schema import CONTROLS, STORES, DataConfig, TrainConfig
+from lightning_dataflow.config.schema import TOPOLOGIES, DataConfig, TrainConfig
 from lightning_dataflow.contracts import UserError
 
-TRAINERS = (
-    "lightning.Trainer",
-    "lightning.pytorch.Trainer",
-    "lightning.pytorch.trainer.Trainer",
-    "lightning.pytorch.trainer.trainer.Trainer",
-    "lightning_dataflow.DataFlowTrainer",
-)
+TRAINER = re.compile(r"lightning\.(pytorch\.)?(trainer\.)*Trainer|lightning_dataflow\.DataFlowTrainer")
 """What `trainer._target_` may say; a DataFlowTrainer is built for each."""
 DERIVED_ARGUMENTS = {
     "max_epochs": "trainer.max_steps, or trainer.max_steps=null data.num_passes=…",
@@ -28,12 +23,9 @@ DERIVED_ARGUMENTS = {
 def check_topology(config: TrainConfig) -> None:
     """Raise UserError for a store, ledger, log, engine or role that does not fit the topology."""
     name, engine = config.topology.name, config.target.engine
-    for group, kind, fitting in (
-        ("store", config.store.kind, STORES[name]),
-        ("control", config.control.kind, CONTROLS[name]),
-    ):
-        if kind not in fitting:
-            raise UserError(f"topology={name} does not work with {group}={kind}: use {group}={' or '.join(fitting)}")
+    for group, kinds in TOPOLOGIES[name].items():
+        if (kind := getattr(config, group).kind) not in kinds:
+            raise UserError(f"topology={name} does not work with {group}={kind}: use {group}={' or '.join(kinds)}")
     if (config.channel.kind == "redis") != (config.control.kind == "redis"):
         raise UserError(
             f"channel={config.channel.kind} does not work with control={config.control.kind}: one transaction writes log "
@@ -95,10 +87,10 @@ def _check_services(config: TrainConfig) -> None:
 def check_training(config: TrainConfig) -> None:
     """Raise UserError for what a trainer would refuse or not read, before anything is captured or started."""
     trainer = config.trainer
-    if (target := trainer.get("_target_")) not in (None, *TRAINERS):
+    if (target := trainer.get("_target_")) is not None and not TRAINER.fullmatch(target):
         raise UserError(
-            f"trainer._target_={target}: the Trainer is always Lightning's, so leave {TRAINERS[0]} and set its arguments, "
-            "or use your own in a script (recipes/plain_lightning)"
+            f"trainer._target_={target}: the Trainer is always Lightning's, so leave lightning.Trainer and set its "
+            "arguments, or use your own in a script (recipes/plain_lightning)"
         )
     for name, instead in DERIVED_ARGUMENTS.items():
         if trainer.get(name) is not None:

@@ -1,6 +1,6 @@
 """Typed configuration of what this package owns; `trainer`, `logger` and `callbacks` are Lightning's, by `_target_`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from importlib.resources import files
 from typing import Any
 
@@ -11,22 +11,14 @@ from lightning_dataflow.config.conditions import register_conditions
 from lightning_dataflow.config.fields import number, one_of
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-STORES = {
-    "online": ("memory",),
-    "interleaved": ("memory",),
-    "offline": ("shared_dir",),
-    "disagg_online": ("mooncake", "shared_dir"),
-    "disagg_offline": ("mooncake", "shared_dir"),
+TOPOLOGIES: dict[str, dict[str, tuple[str, ...]]] = {
+    "online": {"store": ("memory",), "control": ("noop", "memory")},
+    "interleaved": {"store": ("memory",), "control": ("memory",)},
+    "offline": {"store": ("shared_dir",), "control": ("noop",)},
+    "disagg_online": {"store": ("mooncake", "shared_dir"), "control": ("sqlite", "redis")},
+    "disagg_offline": {"store": ("mooncake", "shared_dir"), "control": ("sqlite", "redis")},
 }
-"""The stores that each topology works with."""
-CONTROLS = {
-    "online": ("noop", "memory"),
-    "interleaved": ("memory",),
-    "offline": ("noop",),
-    "disagg_online": ("sqlite", "redis"),
-    "disagg_offline": ("sqlite", "redis"),
-}
-"""The ledgers that each topology works with."""
+"""The stores and ledgers that each topology works with."""
 
 
 @dataclass
@@ -69,6 +61,7 @@ class DataConfig:
         row_tokens, rows_per_step: pack several samples into one row; see DataFlowDataModule.
         num_passes: with trainer.max_steps=null, train this often on every sample.
         prefetch_windows: windows that a thread reads ahead; null for what suits the topology, 0 for none.
+        skip_ids: a file that lists samples not to train on by their source ids, one a line.
     """
 
     path: str = MISSING
@@ -85,6 +78,7 @@ class DataConfig:
     rows_per_step: int | None = number(None, at_least=1)
     num_passes: int | None = number(None, at_least=1)
     prefetch_windows: int | None = number(None, at_least=0)
+    skip_ids: str | None = None
 
 
 @dataclass
@@ -100,7 +94,7 @@ class StoreConfig:
         metrics_address: of the master's HTTP port.
         hostname: how other machines reach this one, for TCP and RDMA.
         protocol, rdma_devices: of Mooncake, without client_address.
-        zero_copy: false stores one blob per sample instead of raw tensors.
+        zero_copy: false moves tensors with Mooncake's plain calls, which copy once more; the objects are the same.
     """
 
     kind: str = one_of("memory", "shared_dir", "mooncake")
@@ -170,7 +164,7 @@ class TopologyConfig:
         idle_timeout_s: how long a trainer waits for a sample.
     """
 
-    name: str = one_of(*STORES)
+    name: str = one_of(*TOPOLOGIES)
     features: str | None = None
     num_producers: int = number(1, at_least=1)
     restarts: int = number(0, at_least=0)
@@ -290,14 +284,7 @@ def register_schemas() -> None:
     """Make the schemas available to the YAML files as `<group>/schema`, and the `with:` entries of shipped strategies."""
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConfig)
-    for group, schema in (
-        ("target", TargetConfig),
-        ("data", DataConfig),
-        ("store", StoreConfig),
-        ("topology", TopologyConfig),
-        ("control", ControlConfig),
-        ("channel", ChannelConfig),
-        ("optimizer", OptimizerConfig),
-    ):
-        store.store(group=group, name="schema", node=schema)
+    for group in fields(TrainConfig):
+        if is_dataclass(group.type):
+            store.store(group=group.name, name="schema", node=group.type)
     register_conditions(files("lightning_dataflow.conf"))

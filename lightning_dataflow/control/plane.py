@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from lightning_dataflow.contracts import LogRecord, SampleRef, UnknownNameError, UserError
 from lightning_dataflow.contracts.log import replaces
-from lightning_dataflow.control.ledger import MAX_ATTEMPTS, CommitEntry, Lease, MetadataStore, NoLease, RunPlan, Watermarks
+from lightning_dataflow.control.leases import MAX_ATTEMPTS, CommitEntry, Lease, NoLease, RunPlan, Watermarks
+from lightning_dataflow.control.ledger import MetadataStore
 from lightning_dataflow.control.local.ledger import SqliteMetadataStore
 from lightning_dataflow.control.local.log import FileChannel
 from lightning_dataflow.control.log import StreamingRefChannel

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_dataflow.callbacks import ResultWriter, RunMetrics, StreamCursor
 from lightning_dataflow.callbacks.progress import PlainProgress
-from lightning_dataflow.config.derived import is_disaggregated, run_id
+from lightning_dataflow.config.derived import is_disaggregated
+from lightning_dataflow.config.run_id import run_id
 from lightning_dataflow.config.schema import TrainConfig
 from lightning_dataflow.config.secrets import read_secret
 from lightning_dataflow.contracts import UserError
@@ -26,7 +27,7 @@ from lightning_dataflow.producers import Feed, FolderFeed, PromptFeed, RolloutWo
 from lightning_dataflow.prompts import PromptDataset
 from lightning_dataflow.run.claim import claim
 from lightning_dataflow.run.progress import log_progress
-from lightning_dataflow.run.prompts import read_prompts
+from lightning_dataflow.run.prompts import read_prompts, read_skip_ids
 from lightning_dataflow.run.ranks import first_rank_does, num_processes
 from lightning_dataflow.run.streams import (
     colocated_source,
@@ -221,6 +222,7 @@ class Builder:
             seed=self.config.seed,
             prefetch_windows=data.prefetch_windows,
             run_id=run_id(self.config.run_name),
+            skip_ids=read_skip_ids(data.skip_ids),
         )
 
     @cached_property

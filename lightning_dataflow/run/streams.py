@@ -5,7 +5,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from lightning_dataflow.config.derived import run_id, shared_dir_root, watermarks
+from lightning_dataflow.config.derived import shared_dir_root, watermarks
+from lightning_dataflow.config.run_id import run_id
 from lightning_dataflow.config.schema import ChannelConfig, TrainConfig
 from lightning_dataflow.config.secrets import read_secret, read_secret_file
 from lightning_dataflow.control import ControlPlane, resolve_control_plane
@@ -16,6 +17,7 @@ from lightning_dataflow.data import ManifestSource, StreamingSource
 from lightning_dataflow.producers import ColocatedSource, Feed, OnlineSource, RolloutWorker, ServedFeed
 from lightning_dataflow.prompts import PromptDataset
 from lightning_dataflow.run.ranks import num_devices, rank_from_environment
+from lightning_dataflow.sglang_plugin.settings import ARGUMENTS, KNOWN
 from lightning_dataflow.stores import FeatureStore, MemoryFeatureStore, MooncakeFeatureStore, SharedDirFeatureStore
 from lightning_dataflow.targets import TargetEngine
 
@@ -68,18 +70,8 @@ def shared_store(config: TrainConfig, plane: ControlPlane, *, retain: bool = Fal
         root = shared_dir_root(store, config.channel.path)
         return SharedDirFeatureStore(root, retain=retain, capacity_bytes=store.capacity_bytes, secret=read_secret(store))
     assert store.address is not None, "given by the user, or by the supervisor that started it"
-    return MooncakeFeatureStore(
-        store_id(plane),
-        master_address=store.address,
-        client_address=store.client_address,
-        metrics_address=store.metrics_address,
-        protocol=store.protocol,
-        rdma_devices=store.rdma_devices,
-        local_hostname=store.hostname,
-        zero_copy=store.zero_copy,
-        retain=retain,
-        capacity_bytes=store.capacity_bytes,
-    )
+    arguments: dict[str, Any] = {ARGUMENTS.get(name, name): getattr(store, name) for name in KNOWN["mooncake"]}
+    return MooncakeFeatureStore(store_id(plane), retain=retain, **arguments)
 
 
 def colocated_source(config: TrainConfig, prompts: PromptDataset, target: TargetEngine) -> OnlineSource | ColocatedSource:

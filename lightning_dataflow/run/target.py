@@ -16,6 +16,7 @@ from lightning_dataflow.config.secrets import read_api_key, read_secret
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.run.ranks import num_devices
 from lightning_dataflow.services.sglang import LocalSGLang
+from lightning_dataflow.sglang_plugin.settings import KNOWN
 from lightning_dataflow.stores import FeatureStore, SharedDirFeatureStore
 from lightning_dataflow.targets import SGLangServerTarget
 
@@ -102,6 +103,5 @@ def server_settings(store: StoreConfig, channel_path: str) -> dict[str, Any]:
         root = str(Path(shared_dir_root(store, channel_path)).absolute())
         settings = {"root": root, "secret": read_secret(store), "capacity_bytes": store.capacity_bytes}
     else:
-        names = ("address", "client_address", "metrics_address", "hostname", "protocol", "rdma_devices", "zero_copy")
-        settings = {name: getattr(store, name) for name in (*names, "capacity_bytes")}
+        settings = {name: getattr(store, name) for name in KNOWN["mooncake"]}
     return {"store": store.kind, **{name: value for name, value in settings.items() if value is not None}}

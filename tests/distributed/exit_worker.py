@@ -1,4 +1,4 @@
-"""Rank of a process group that something still refers to at its end, with gloo threads that come late to free tensors."""
+"""A rank whose process group is still referenced at exit, with gloo threads that free tensors late."""
 
 import os
 from pathlib import Path

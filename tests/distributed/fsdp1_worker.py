@@ -13,7 +13,7 @@ from lightning_dataflow.run.ranks import leave_process_group
 
 
 class OnCPU(FSDPStrategy):
-    """Lightning keeps its FSDPStrategy, but no subclass of it, from CPUs; torch takes one that is named."""
+    """Lightning refuses FSDPStrategy on a CPU, but not a subclass; torch accepts a CPU that is named."""
 
     def _setup_model(self, model):
         return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs)

@@ -44,6 +44,6 @@ def test_two_nodes_of_one_task_give_the_losses_of_one_process(tmp_path):
 
 
 def test_ranks_without_a_name_for_their_run_are_refused(tmp_path):
-    """Each would name the run by its own clock."""
+    """Each rank would name the run by its own clock."""
     shown = python(TRAIN, *TINY, cwd=tmp_path, status=1, variables={"SLURM_NTASKS": "2"})
     assert "ranks started by torchrun or SLURM need one name for their run: add run_name=" in shown.stderr

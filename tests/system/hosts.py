@@ -1,4 +1,4 @@
-"""Hosts of their own on one machine: network namespaces on one bridge, each with a folder that no other sees."""
+"""Several hosts on one machine: network namespaces on one bridge, each with a private folder."""
 
 import itertools
 import os
@@ -20,21 +20,21 @@ from tests.processes import TRAIN, environment
 
 NETWORK = "10.213.77"
 SECRET = "not-to-be-seen"
-"""Redis's password, which no output of a part may show."""
+"""Redis's password. No process may print it."""
 READ = "import urllib.request; print(urllib.request.urlopen({url!r}, timeout=5).read().decode())"
 _numbers = itertools.count(1)
 
 
 def why_not() -> str | None:
-    """Why hosts cannot be made here."""
+    """The reason why hosts cannot be made here, or nothing."""
     if os.getuid() != 0 or shutil.which("ip") is None:
         return "network namespaces need root and `ip` (Debian: apt-get install iproute2)"
     if shutil.which(PROGRAM) is None:
         return "redis-server is not installed (Debian: apt-get install redis-server)"
     probe = new_name()
-    made = subprocess.run(["ip", "netns", "add", probe], capture_output=True).returncode == 0
+    possible = subprocess.run(["ip", "netns", "add", probe], capture_output=True).returncode == 0
     subprocess.run(["ip", "netns", "delete", probe], capture_output=True)
-    return None if made else "network namespaces cannot be made here"
+    return None if possible else "network namespaces cannot be made here"
 
 
 def ip(*arguments: str) -> str:
@@ -42,21 +42,21 @@ def ip(*arguments: str) -> str:
 
 
 def new_name() -> str:
-    """Of a namespace or a link: no other process makes it, and it tells whose it is."""
+    """A name for a namespace or a link that is unique to this process and shows its owner."""
     return f"ldf{os.getpid()}-{next(_numbers)}"
 
 
 def remove_space(name: str) -> None:
     """Kill what runs in a namespace, and remove it."""
-    found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True)
-    for pid in found.stdout.split():
+    listing = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True)
+    for pid in listing.stdout.split():
         with suppress(ProcessLookupError):
             os.kill(int(pid), signal.SIGKILL)
     subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
 def remove_leftovers() -> None:
-    """What a process that was killed has left: namespaces with what runs in them, links and bridges."""
+    """Remove what a killed process left: namespaces, the processes in them, links and bridges."""
     for name, owner in re.findall(r"^(ldf(\d+)-\d+)", ip("netns", "list"), re.MULTILINE):
         if not is_running(int(owner)):
             remove_space(name)
@@ -128,24 +128,24 @@ class Host:
 
 @contextmanager
 def hosts(folder: Path, names: Sequence[str]) -> Iterator[list[Host]]:
-    """Hosts on a network of their own, removed at the end."""
+    """Hosts on a private network, removed at the end."""
     remove_leftovers()
     bridge = new_name()
     ip("link", "add", bridge, "type", "bridge")
-    made: list[Host] = []
+    hosts: list[Host] = []
     try:
         ip("link", "set", bridge, "up")
         for number, name in enumerate(names, 1):
-            made.append(Host(bridge, number, folder / name))
-        yield made
+            hosts.append(Host(bridge, number, folder / name))
+        yield hosts
     finally:
-        for host in made:
+        for host in hosts:
             host.remove()
         subprocess.run(["ip", "link", "delete", bridge], capture_output=True)
 
 
 def start_services(host: Host) -> tuple[str, ...]:
-    """A Mooncake and a Redis on `host`; returns the settings by which parts find them."""
+    """A Mooncake and a Redis on `host`; returns the settings that point to them."""
     host.start(
         find_program("mooncake_master"), f"--rpc_address={host.address}", "--rpc_port=50051",
         f"--metrics_host={host.address}", "--metrics_port=9003", "--put_start_discard_timeout_sec=5",
@@ -169,18 +169,18 @@ def start_services(host: Host) -> tuple[str, ...]:
 
 
 def redis(services: Host, *command: str) -> str:
-    """What the Redis answers to `command`, asked on its own host: also while that is cut off."""
+    """Redis's answer to `command`, asked on its own host, so that it works while the host is cut off."""
     client = ("ip", "netns", "exec", services.space, "redis-cli", "-h", services.address, "--no-auth-warning", "-a")
     return subprocess.run([*client, SECRET, *command], capture_output=True, text=True).stdout.strip()
 
 
 def steps(services: Host, name: str) -> int:
-    """Optimizer steps that the trainer of a run has told the ledger of."""
+    """Optimizer steps that the trainer of a run has acknowledged in the ledger."""
     return int(redis(services, "HGET", f"ldf:{{{name}}}:totals", "trained_step") or 0)
 
 
 def stored(services: Host) -> list[str]:
     """Keys in the Mooncake store."""
     url = f"http://{services.address}:9003/get_all_keys"
-    asked = ip("netns", "exec", services.space, sys.executable, "-c", READ.format(url=url))
-    return asked.split()
+    answer = ip("netns", "exec", services.space, sys.executable, "-c", READ.format(url=url))
+    return answer.split()

@@ -1,4 +1,4 @@
-"""Imported by a command (`imports=[tests.system.slow_capture]`): its target says that it captures, and takes a minute."""
+"""For `imports=[tests.system.slow_capture]`: capture takes a minute, and announces its start."""
 
 import time
 

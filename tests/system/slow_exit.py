@@ -1,4 +1,4 @@
-"""`train.py` in a process that takes its time to exit: what torch and Mooncake do then can meet a Ctrl-C."""
+"""`train.py` in a process that exits slowly, so that a Ctrl-C can arrive during the exit handlers of torch and Mooncake."""
 
 import atexit
 import time

@@ -30,7 +30,7 @@ SEGMENT_BYTES = 32 << 10
 
 @dataclass(kw_only=True)
 class Report:
-    """What was seen from outside; memory in kB and files in bytes, over time."""
+    """Measurements from outside, over time: memory in kB, files in bytes."""
 
     trained: list[list[int]] = field(default_factory=list)
     seconds: float = 0.0
@@ -62,14 +62,14 @@ def train(folder: Path, places: dict[str, Any], num_samples: int, step_s: float,
     order = PassOrder(len(source), 0)
     for window in range(num_samples // WINDOW):
         seqs = rank_slice(window, WINDOW, 0, 1)
-        found = [store.get(entry.ref) for entry in source.window(seqs, seqs, order).entries if entry.ref is not None]
+        samples = [store.get(entry.ref) for entry in source.window(seqs, seqs, order).entries if entry.ref is not None]
         time.sleep(step_s)
-        for _, handle in found:
+        for _, handle in samples:
             store.release(handle)
         source.applied(list(seqs), seqs.stop, window + 1)
         if window % SAVE_EVERY == 0:
             source.durable(seqs.stop, window + 1)
-        trained.send([int(tensors["last_hidden_state"][0, 0]) for tensors, _ in found])
+        trained.send([int(tensors["last_hidden_state"][0, 0]) for tensors, _ in samples])
     source.finish("completed")
     trained.send(None)
     store.close()
@@ -109,7 +109,7 @@ def started(process: Any) -> Iterator[Any]:
 
 
 def watch(report: Report, receiver: Any, log: Path, producer: int, trainer: int) -> None:
-    """Until the trainer is done."""
+    """Measure until the trainer ends."""
     window = receiver.recv()
     ledger = resolve_control_plane("disaggregated", "run", path=log).ledger
     start = last = time.monotonic()

@@ -1,4 +1,4 @@
-"""Faults at chosen moments: what survives equals an undisturbed run. `python -m tests.system.chaos` runs random trials."""
+"""Faults at chosen moments; the result is that of an undisturbed run. `python -m tests.system.chaos` runs random trials."""
 
 import random
 import shutil
@@ -37,7 +37,7 @@ def test_random_faults_over_redis(tmp_path, undisturbed, seed):
 
 
 def test_the_comparison_notices_a_difference(undisturbed):
-    """A harness that finds nothing must be able to."""
+    """The comparison of a trial reports a difference."""
     assert compare(undisturbed, undisturbed) == []
     for change in (
         {"losses": [*undisturbed.losses[:-1], 0.0]},

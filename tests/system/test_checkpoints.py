@@ -30,7 +30,7 @@ def complete(folder, run_name):
 
 
 def test_killed_while_a_checkpoint_is_written(folder):
-    """The third of a run is never finished; the next start goes on from the second, to the bit."""
+    """The third checkpoint of a run is never finished; the resume starts from the second, to the bit."""
     settings = (*TINY, EVERY_2, "run_name=killed")
     python(KILLED, "3", "0", *settings, cwd=folder, status=-9)
     assert complete(folder, "killed") == ["000002", "000004"]

@@ -99,10 +99,10 @@ def test_a_strategy_from_outside_the_package(folder):
 @pytest.mark.parametrize("trainer", [nightly("ddp"), "fsdp2"])
 def test_two_ranks(folder, trainer):
     python(TRAIN, *DISAGG, f"trainer={trainer}", "trainer.devices=2", f"run_name={trainer}", cwd=folder)
-    found, expected = result(folder, trainer), result(folder, "online")
-    assert found["world_size"] == 2
-    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4)
-    assert found["samples_trained"] == expected["samples_trained"]
+    actual, expected = result(folder, trainer), result(folder, "online")
+    assert actual["world_size"] == 2
+    assert actual["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+    assert actual["samples_trained"] == expected["samples_trained"]
 
 
 @pytest.mark.parametrize("moment", ["mooncake", slow("announced"), nightly("import")])
@@ -187,7 +187,7 @@ def test_a_part_that_dies_ends_the_run(folder, part, message):
 
 @pytest.mark.slow
 def test_a_supervisor_that_is_killed_leaves_nothing(folder):
-    """Its run goes on at once."""
+    """Its run can be resumed at once."""
     settings = (*DISAGG, "callbacks.checkpoint.every_n_train_steps=2", "run_name=orphaned")
     with started(folder, *settings, "trainer.max_steps=1000") as process:
         checkpoints = folder / "runs" / "orphaned" / "checkpoints"
@@ -202,7 +202,7 @@ def test_a_supervisor_that_is_killed_leaves_nothing(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("prefetch", [nightly(0), nightly(2)])
 def test_a_trainer_that_waits_for_its_first_sample_ends_with_its_supervisor(folder, prefetch, tmp_path_factory):
-    """The producer stands still before its first put."""
+    """The producer is stopped before its first put."""
     name = f"waits-{prefetch}"
     settings = (*DISAGG, f"data.prefetch_windows={prefetch}", f"run_name={name}", "imports=[tests.system.chaos.faults]")
     stop = {"part": "producer-0", "moment": "before put", "count": 1, "action": "stop", "seconds": 60}
@@ -216,14 +216,14 @@ def test_a_trainer_that_waits_for_its_first_sample_ends_with_its_supervisor(fold
 
 
 def keys(mooncake: LocalMooncake) -> str:
-    """What the store holds."""
+    """The keys in the store."""
     with urllib.request.urlopen(f"http://{mooncake.metrics_address}/get_all_keys") as answer:
         return answer.read().decode().strip()
 
 
 @pytest.mark.slow
 def test_parts_started_by_hand(folder, tmp_path):
-    """A Mooncake of somebody else's, two producers, and a trainer of two ranks under torchrun; its store ends empty."""
+    """A Mooncake started before, two producers, and a trainer of two ranks under torchrun; its store ends empty."""
     with LocalMooncake(capacity_bytes=64_000_000, log_dir=tmp_path) as mooncake:
         addresses = (
             f"store.address={mooncake.master_address}",

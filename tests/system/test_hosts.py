@@ -108,9 +108,9 @@ def test_two_ranks_on_two_hosts(folder, three):
     for one, host in zip(training, (first, second), strict=True):
         ends_well(one, host)
     ends_well(producing, services)
-    found = result(first.folder, "nodes")
-    assert found["losses"] == pytest.approx(result(folder, "online")["losses"], rel=1e-4)
-    assert found["samples_trained"] == result(folder, "online")["samples_trained"]
+    actual = result(first.folder, "nodes")
+    assert actual["losses"] == pytest.approx(result(folder, "online")["losses"], rel=1e-4)
+    assert actual["samples_trained"] == result(folder, "online")["samples_trained"]
     assert keys(services) == "0"
 
 

@@ -20,8 +20,8 @@ def test_the_losses_are_those_of_hf_and_nothing_is_left(tmp_path, topology):
     python(TRAIN, *TINY, *settings, "run_name=hf", cwd=tmp_path)
     others = set(SHARED_MEMORY.glob("lightning-dataflow-*"))
     python(TRAIN, *TINY, *settings, "run_name=sglang", "target.engine=sglang", cwd=tmp_path, variables=STAND_IN)
-    found, expected = result(tmp_path, "sglang"), result(tmp_path, "hf")
-    assert found["losses"] == expected["losses"] and found["samples_skipped"] == 0
+    actual, expected = result(tmp_path, "sglang"), result(tmp_path, "hf")
+    assert actual["losses"] == expected["losses"] and actual["samples_skipped"] == 0
     assert set(SHARED_MEMORY.glob("lightning-dataflow-*")) <= others, "the folder that features passed through is gone"
     wait_until(lambda: not processes_in(tmp_path), 10, lambda: f"processes left: {processes_in(tmp_path)}")
 

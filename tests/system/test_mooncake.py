@@ -1,4 +1,4 @@
-"""Mooncake between processes: what one frees is gone for all, and what dies is noticed."""
+"""Mooncake between processes: freed samples are gone for all, and failures are noticed."""
 
 import json
 import os
@@ -58,7 +58,7 @@ class PeerError(Exception):
 
 
 class Peer:
-    """Another process with a store of its own."""
+    """Another process with its own store."""
 
     def __init__(self, mooncake: LocalMooncake | None = None, store_id: str = "system", **options: Any):
         self.process = subprocess.Popen(
@@ -140,8 +140,8 @@ def peer(request, mooncake) -> Iterator[Peer]:
 
 def test_what_one_puts_another_reads(store, peer):
     ref = peer("put('run:1', 7)")
-    found, handle = store.get(ref_from_json(ref))
-    assert found["x"].eq(7).all()
+    actual, handle = store.get(ref_from_json(ref))
+    assert actual["x"].eq(7).all()
     store.release(handle)
     with pytest.raises(PeerError, match="KeyError"):
         peer(f"get({ref!r})")
@@ -210,7 +210,7 @@ def follow(peer: Peer) -> "queue.SimpleQueue[str]":
 
 
 def read_newest(store: MooncakeFeatureStore, lines: "queue.SimpleQueue[str]") -> tuple[int, int]:
-    """Read what is announced until `done`; (verified, gone). Mixed bytes fail."""
+    """Read announced samples until `done`. Returns (verified, gone); mixed bytes fail."""
     verified = gone = 0
     newest = ""
     while newest != "done":
@@ -222,12 +222,12 @@ def read_newest(store: MooncakeFeatureStore, lines: "queue.SimpleQueue[str]") ->
         ref = ref_from_json(json.loads(newest))
         for _ in range(3):
             try:
-                found, _ = store.get(ref)
+                actual, _ = store.get(ref)
             except KeyError:
                 gone += 1
                 break
-            first = int(found["x"][0, 0])
-            assert found["x"].eq(first).all(), "bytes of two samples in one"
+            first = int(actual["x"][0, 0])
+            assert actual["x"].eq(first).all(), "bytes of two samples in one"
             verified += 1
     return verified, gone
 
@@ -259,7 +259,7 @@ def test_a_producer_killed_after_its_put(store, mooncake):
 
 @pytest.mark.slow
 def test_a_producer_killed_in_the_middle_of_puts(store, mooncake):
-    """What it announced is whole, the rest is swept, and all space comes back."""
+    """Announced samples are complete, the rest is swept, and all space is free again."""
     code = "for index in range(1000):\n    print(json.dumps(put(f'run:{index % 4}', index, 4 << 20)), flush=True)"
     announced: dict[str, SampleRef] = {}
     for options, delay in (({}, 0.13), ({"client_address": None}, 0.21), ({"client_address": None}, 0.17)):
@@ -274,8 +274,8 @@ def test_a_producer_killed_in_the_middle_of_puts(store, mooncake):
             ref = ref_from_json(json.loads(lines.get()))
         announced[ref.sample_id] = ref
         if store.exists([ref])[0]:  # else its successor was being put
-            found = store.get(ref)[0]["x"]
-            assert found.eq(int(found[0, 0])).all()
+            actual = store.get(ref)[0]["x"]
+            assert actual.eq(int(actual[0, 0])).all()
     live = {(ref.sample_id, ref.generation) for ref in announced.values()}
     store.sweep(lambda *generation: generation in live)
     assert store.health()["num_samples"] <= len(live)
@@ -401,14 +401,14 @@ def test_a_storage_process_that_comes_back_unnoticed_is_an_error_and_no_lost_sam
 
 
 def processes_with(text: str) -> list[int]:
-    found = []
+    actual = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if text in (folder / "cmdline").read_text():
-                found.append(int(folder.name))
+                actual.append(int(folder.name))
         except OSError:
             continue  # it ended meanwhile
-    return found
+    return actual
 
 
 def test_nothing_is_left_behind(tmp_path):

@@ -12,7 +12,7 @@ from tests.processes import TINY, TRAIN, nightly, python, slow
 
 EVERY_STEP = ("callbacks.checkpoint.every_n_train_steps=1",)
 RARE = "k"
-"""Of the first eight samples one has it, of the second rank."""
+"""A token that one of the first eight samples has, on the second rank."""
 TWO_RANKS = ("trainer=ddp", "trainer.devices=2")
 SHARDED = ("trainer=fsdp2", "trainer.devices=2")
 DISAGG = ("topology=disagg_online", "store.capacity_bytes=64000000", "topology.restarts=2")
@@ -30,7 +30,7 @@ def broken_target(tmp_path_factory):
 
 
 def fail(folder, *settings) -> tuple[str, dict, list[str]]:
-    """Run in `folder`; the error's line, `result.json`, and the checkpoints."""
+    """A failed run in `folder`: its error line, `result.json`, and its checkpoints."""
     shown = python(TRAIN, *TINY, *EVERY_STEP, *settings, "run_name=fails", cwd=folder, status=1)
     output = shown.stdout + shown.stderr
     assert "Traceback" not in output
@@ -59,7 +59,7 @@ def test_a_learning_rate_that_spoils_the_draft(tmp_path, settings):
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [(), SHARDED], ids=["online", "fsdp2"])
 def test_a_last_step_that_spoils_the_draft(tmp_path, settings):
-    """Decay and step together overflow, and nobody computes a loss of what is left."""
+    """Weight decay and step together overflow in the last step, and no later loss would show it."""
     optimizer = (
         "optimizer.lr=3.3e38",
         "optimizer.betas=[0.0,0.95]",
@@ -83,7 +83,7 @@ def test_a_last_step_that_spoils_the_draft(tmp_path, settings):
     ids=["ddp", "online", "interleaved", "disagg_online"],
 )
 def test_features_that_are_not_finite(tmp_path, broken_target, settings):
-    """With two ranks they are one rank's, and both end alike."""
+    """With two ranks, only one has such features, and both end with the same error."""
     start = time.monotonic()
     error, result, checkpoints = fail(tmp_path, *broken_target, *settings)
     assert time.monotonic() - start < 120, "a rank waited for the other"

@@ -34,9 +34,9 @@ def test_packed_steps_are_the_same_in_every_topology_and_on_two_ranks(tmp_path, 
     assert STEPS * 4 < online["samples_trained"] < STEPS * MOST  # the lengths close the windows
     assert online["throughput"]["padding_fraction"] < 0.25
     for topology in topologies:
-        found = run(tmp_path, strategy, topology)
-        assert found["losses"] == online["losses"], topology
-        assert found["samples_trained"] == online["samples_trained"], topology
+        actual = run(tmp_path, strategy, topology)
+        assert actual["losses"] == online["losses"], topology
+        assert actual["samples_trained"] == online["samples_trained"], topology
     two = run(tmp_path, strategy, "disagg_online", *TWO_RANKS)
     assert two["losses"] == pytest.approx(online["losses"], rel=1e-4)
     assert two["samples_trained"] == online["samples_trained"]

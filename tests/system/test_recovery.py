@@ -1,4 +1,4 @@
-"""Parts of a run are killed while it trains, and what survives equals a run that nobody disturbed."""
+"""Processes of a run are killed while it trains; the result equals that of an undisturbed run."""
 
 import json
 import os
@@ -36,13 +36,13 @@ def is_at_step(folder, name: str, step: int) -> bool:
 
 
 def agrees(folder, name: str) -> dict:
-    """The result of a disturbed run, which must be that of the undisturbed one."""
-    found, straight = result(folder, name), result(folder, "straight")
-    assert {key: found[key] for key in WORKS} == {key: straight[key] for key in WORKS}
+    """The result of a disturbed run, after checking that it equals that of the undisturbed one."""
+    actual, straight = result(folder, name), result(folder, "straight")
+    assert {key: actual[key] for key in WORKS} == {key: straight[key] for key in WORKS}
     after = status(folder, name)
     assert after["finished"] == "completed"
     assert after["refs_in_flight"] == after["bytes_in_flight"] == after["leased"] == 0
-    return found
+    return actual
 
 
 @pytest.mark.slow
@@ -57,15 +57,15 @@ def test_a_part_that_is_killed_starts_again(folder, part):
         assert process.wait(timeout=120) == 0, process.shown()
     print(process.shown())
     assert re.search(r"starts again in [18] s, attempt 1 of 2", process.shown())
-    found = agrees(folder, name)
-    print(json.dumps({key: found[key] for key in ("restarts", "samples_recaptured")}))
-    assert list(found["restarts"].values()) == [1]
+    actual = agrees(folder, name)
+    print(json.dumps({key: actual[key] for key in ("restarts", "samples_recaptured")}))
+    assert list(actual["restarts"].values()) == [1]
     assert re.search(r"\S+: was killed by SIGKILL|ended with status -9", process.shown())
 
 
 @pytest.mark.nightly
 def test_a_run_goes_on_while_a_producer_lives(folder):
-    """Without restarts. What the dead one had leased is captured by the other at once, not after lease_s."""
+    """Without restarts: the other producer takes over the leases at once, not after lease_s."""
     with started(folder, *LONG, "topology.num_producers=2", "run_name=one-of-two") as process:
         wait_until(lambda: is_at_step(folder, "one-of-two", 5), 60, process.shown)
         os.kill(find(folder, "one-of-two/producer-0"), signal.SIGKILL)
@@ -85,11 +85,11 @@ def test_features_are_kept_until_a_checkpoint(folder):
         os.kill(find(folder, "role=trainer"), signal.SIGKILL)
         assert process.wait(timeout=120) == 0, process.shown()
     assert 0 < during["durable_step"] <= during["trained_step"]
-    found = result(folder, "kept")
-    assert found["losses"] == pytest.approx(result(folder, "straight")["losses"], rel=1e-4)
-    assert found["early_checkpoints"] > 5
-    assert found["restarts"] == {"trainer": 1}
-    assert found["samples_recaptured"] == found["samples_skipped"] == 0
+    actual = result(folder, "kept")
+    assert actual["losses"] == pytest.approx(result(folder, "straight")["losses"], rel=1e-4)
+    assert actual["early_checkpoints"] > 5
+    assert actual["restarts"] == {"trainer": 1}
+    assert actual["samples_recaptured"] == actual["samples_skipped"] == 0
     assert status(folder, "kept")["refs_in_flight"] == 0
 
 

@@ -25,14 +25,14 @@ LONG = (*REDIS, "trainer.max_steps=40", "callbacks.checkpoint.every_n_train_step
 
 def redis_of(control: Path) -> list[int]:
     """Processes of the Redis with its files in `control`, which is their working directory."""
-    found = []
+    processes = []
     for entry in Path("/proc").iterdir():
         try:
             if entry.name.isdigit() and Path(os.readlink(entry / "cwd")) == control:
-                found.append(int(entry.name))
+                processes.append(int(entry.name))
         except OSError:
             continue
-    return found
+    return processes
 
 
 def is_at_step(folder: Path, name: str, step: int) -> bool:
@@ -53,7 +53,7 @@ def test_losses_are_those_of_online_to_the_bit_and_nothing_is_left(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("control", ["redis", nightly("sqlite")])
 def test_of_two_trainers_that_start_together_one_trains(folder, control, tmp_path):
-    """Each in a folder of its own, as on two machines."""
+    """Each has its own folder, as on two machines."""
     name = f"together-{control}"
     settings = (*TINY, "topology=disagg_online", f"run_name={name}", "store=shared_dir", f"store.root={tmp_path / 'store'}")
     with ExitStack() as stack:
@@ -105,9 +105,9 @@ def test_a_redis_that_is_killed_starts_again(folder):
         assert process.wait(timeout=180) == 0, process.shown()
         assert "redis-server: ended with status -9; starts again in 1 s, attempt 1 of 1" in process.shown()
         assert "redis-server runs again; it has its data" in process.shown()
-    found = result(folder, "killed-redis")
-    assert found["losses"] == result(folder, "straight-redis")["losses"]
-    assert (found["restarts"], found["samples_recaptured"]) == ({"redis-server": 1}, 0)
+    actual = result(folder, "killed-redis")
+    assert actual["losses"] == result(folder, "straight-redis")["losses"]
+    assert (actual["restarts"], actual["samples_recaptured"]) == ({"redis-server": 1}, 0)
 
 
 @pytest.mark.slow

@@ -104,9 +104,9 @@ def test_features_are_those_of_transformers(server, connect, target_path):
     engine = connect(server)
     assert engine.info.max_position_embeddings == 505  # SGLang keeps seven tokens of 512 for itself
     every = HFTargetEngine(target_path, layer_ids=range(8), dtype="float32", device="cpu")
-    found = compare_engines(every, engine, make_prompts(320, 505, lengths=(1, 2, 3, 5, 8, 13, 33, 100, 257, 400, 505)))
-    assert [one.problems for one in found if one.problems] == []
-    assert max(error for one in found for _, error in one.differences.values()) < 1e-5
+    actual = compare_engines(every, engine, make_prompts(320, 505, lengths=(1, 2, 3, 5, 8, 13, 33, 100, 257, 400, 505)))
+    assert [one.problems for one in actual if one.problems] == []
+    assert max(error for one in actual for _, error in one.differences.values()) < 1e-5
 
 
 def test_a_request_costs_the_same_bytes_whatever_its_length(server, connect, store):
@@ -268,10 +268,10 @@ def test_two_servers_one_killed_half_way(server, start, connect):
             other.close()
 
         threading.Thread(target=kill, daemon=True).start()
-        found = engine.capture(prompts)
-    assert [len(one["last_hidden_state"]) for one in found] == [len(prompt) for prompt in prompts]
+        actual = engine.capture(prompts)
+    assert [len(one["last_hidden_state"]) for one in actual] == [len(prompt) for prompt in prompts]
     assert 20 <= victim.num_captures < 150
-    torch.testing.assert_close(engine.capture(prompts[:1])[0], found[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(engine.capture(prompts[:1])[0], actual[0], atol=1e-4, rtol=1e-4)
 
 
 def test_two_ranks_give_the_features_of_one_and_one_of_them_writes(start, connect, target_path, store, monkeypatch):
@@ -280,9 +280,9 @@ def test_two_ranks_give_the_features_of_one_and_one_of_them_writes(start, connec
     with start("--tp-size", "2") as server:
         engine = connect(server)
         every = HFTargetEngine(target_path, layer_ids=range(8), dtype="float32", device="cpu")
-        found = compare_engines(every, engine, make_prompts(320, 300))
-        assert [one.problems for one in found if one.problems] == []
-        assert max(error for one in found for _, error in one.differences.values()) < 1e-5
+        actual = compare_engines(every, engine, make_prompts(320, 300))
+        assert [one.problems for one in actual if one.problems] == []
+        assert max(error for one in actual for _, error in one.differences.values()) < 1e-5
         engine.capture_ref([1, 2, 3], [0, 1, 1], origin(engine, "once", 3))
         assert store.health()["num_samples"] == 1
 
@@ -291,10 +291,10 @@ def test_bfloat16(start, connect, target_path):
     with start("--dtype", "bfloat16") as server:
         engine = connect(server)
         every = HFTargetEngine(target_path, layer_ids=range(8), dtype="float32", device="cpu")
-        found = compare_engines(every, engine, make_prompts(320, 300))
-        assert {one.dtype for one in found} == {engine.dtype} == {"bfloat16"}
-        assert [one.problems for one in found if one.problems] == [], table(found)
-        print(table(found))
+        actual = compare_engines(every, engine, make_prompts(320, 300))
+        assert {one.dtype for one in actual} == {engine.dtype} == {"bfloat16"}
+        assert [one.problems for one in actual if one.problems] == [], table(actual)
+        print(table(actual))
 
 
 @pytest.mark.parametrize("strategy", ["eagle3", "dflash", "domino"])
@@ -309,9 +309,9 @@ def test_losses_are_those_of_hf(tmp_path, strategy):
         timeout_s=600,
         variables=VARIABLES,
     )
-    found, expected = result(tmp_path, "served"), result(tmp_path, "hf")
-    assert found["samples_trained"] == expected["samples_trained"] and found["samples_skipped"] == 0
-    torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(expected["losses"]), atol=1e-4, rtol=0)
+    actual, expected = result(tmp_path, "served"), result(tmp_path, "hf")
+    assert actual["samples_trained"] == expected["samples_trained"] and actual["samples_skipped"] == 0
+    torch.testing.assert_close(torch.tensor(actual["losses"]), torch.tensor(expected["losses"]), atol=1e-4, rtol=0)
     wait_until(lambda: not processes_in(tmp_path), 10, lambda: f"processes left: {processes_in(tmp_path)}")
 
 
@@ -337,9 +337,9 @@ def test_ctrl_c_ends_the_server_too_and_a_resume_goes_on(tmp_path):
     wait_until(lambda: not processes_in(tmp_path), 10, lambda: f"processes left: {processes_in(tmp_path)}")
     python(TRAIN, *options, "ckpt_path=last", cwd=tmp_path, timeout_s=300, variables=VARIABLES)
     python(TRAIN, *TINY, "trainer.max_steps=40", "run_name=hf", cwd=tmp_path)
-    found, expected = result(tmp_path, "served"), result(tmp_path, "hf")
-    assert found["samples_trained"] == expected["samples_trained"] == 320
-    torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(expected["losses"]), atol=1e-4, rtol=0)
+    actual, expected = result(tmp_path, "served"), result(tmp_path, "hf")
+    assert actual["samples_trained"] == expected["samples_trained"] == 320
+    torch.testing.assert_close(torch.tensor(actual["losses"]), torch.tensor(expected["losses"]), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("topology", ["online", "interleaved"])
@@ -358,8 +358,8 @@ def test_a_server_for_this_process_alone(tmp_path, topology):
         timeout=300,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    found, expected = (torch.tensor(result(tmp_path, name)["losses"]) for name in ("sglang", "hf"))
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    actual, expected = (torch.tensor(result(tmp_path, name)["losses"]) for name in ("sglang", "hf"))
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
     assert not list(SHARED_MEMORY.glob("lightning-dataflow-*")), "nothing is left in memory"
 
 
@@ -476,6 +476,6 @@ def test_no_line_of_sglang_is_changed():
     (record,) = sglang_python().parents[1].glob("lib/*/site-packages/sglang-*.dist-info/RECORD")
     rows = [row for row in csv.reader(record.open()) if row[0].startswith("sglang/") and row[1]]
     for name, digest, _ in rows:
-        found = hashlib.sha256((record.parents[1] / name).read_bytes()).digest()
-        assert base64.urlsafe_b64encode(found).rstrip(b"=").decode() == digest.removeprefix("sha256="), name
+        actual = hashlib.sha256((record.parents[1] / name).read_bytes()).digest()
+        assert base64.urlsafe_b64encode(actual).rstrip(b"=").decode() == digest.removeprefix("sha256="), name
     assert len(rows) > 1000

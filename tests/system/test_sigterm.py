@@ -39,8 +39,8 @@ def test_a_producer_gives_its_leases_back_and_that_counts_against_no_prompt(fold
         wait_until(lambda: "capturing" in process.shown(), 20, process.shown)
         process.send_signal(number)
         assert process.wait(timeout=10) == code
-    found = plane.lease("other", group=1, num_bytes=lambda seq: 8, watermarks=WIDE, lease_s=60.0)
-    assert (found.seqs, found.tries, found.attempt) == ((0,), 0, 1)
+    lease = plane.lease("other", group=1, num_bytes=lambda seq: 8, watermarks=WIDE, lease_s=60.0)
+    assert (lease.seqs, lease.tries, lease.attempt) == ((0,), 0, 1)
     assert plane.ledger.failures() == []
     plane.close()
     assert "Traceback" not in process.shown()
@@ -48,7 +48,7 @@ def test_a_producer_gives_its_leases_back_and_that_counts_against_no_prompt(fold
 
 @contextmanager
 def begun(folder, *arguments):
-    """As `started`, beside it."""
+    """Like `started`, for a second process in the same folder."""
     path = folder / "begun.txt"
     with open(path, "w") as output:
         process = subprocess.Popen(
@@ -84,7 +84,7 @@ def check_ended(folder, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "launched"), [nightly(1, False), nightly(2, False), (2, True)])
 def test_a_trainer_that_trains(folder, ranks, launched):
-    """Started by hand, or by torchrun, which has a status and words of its own. Producers end with it."""
+    """Started by hand, or by torchrun, which has its own exit status and messages. Producers end too."""
     name = f"trains-{ranks}-{launched}"
     settings = (*BY_HAND, "trainer.max_steps=1000", "callbacks.checkpoint.every_n_train_steps=4", f"run_name={name}")
     settings += ("trainer=ddp", f"trainer.devices={ranks}") if ranks > 1 else ()
@@ -97,8 +97,8 @@ def test_a_trainer_that_trains(folder, ranks, launched):
             code = process.wait(timeout=15)
         assert producer.wait(timeout=10) == 0
     assert launched or (code == 143 and "Traceback" not in process.shown())
-    told = rf"ended at step \d+; resume from step-\d+\.ckpt with ckpt_path=last run_name={name}"
-    assert len(re.findall(told, process.shown())) == 1
+    advice = rf"ended at step \d+; resume from step-\d+\.ckpt with ckpt_path=last run_name={name}"
+    assert len(re.findall(advice, process.shown())) == 1
     check_ended(folder, name)
     assert result(folder, name)["status"] == "interrupted"
 
@@ -110,7 +110,7 @@ def waits_for_samples(folder, name: str) -> bool:
 
 @pytest.mark.slow
 def test_a_trainer_that_waits_for_a_sample(folder):
-    """Lightning's own handler would wait for it."""
+    """Lightning's own handler would wait for the sample."""
     with started(folder, *BY_HAND, "role=producer", SLOW, "run_name=waits") as producer:
         wait_until(lambda: "waiting for the trainer to begin" in producer.shown(), 60, producer.shown)
         with begun(folder, TRAIN, *BY_HAND, "role=trainer", "run_name=waits") as process:
@@ -131,7 +131,7 @@ def end(folder, text: str) -> None:
 
 @pytest.mark.nightly
 def test_parts_of_a_supervised_run(folder):
-    """A trainer that was told to end has not completed the run; a producer starts again."""
+    """A terminated trainer has not completed the run: a producer can start again."""
     steps = ("trainer.max_steps=1000", "callbacks.checkpoint.every_n_train_steps=4")
     settings = (*BY_HAND, *steps, "topology.restarts=1", "hydra.job_logging.root.level=INFO")
     with started(folder, *settings, "run_name=parts") as process:

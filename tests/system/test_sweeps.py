@@ -1,4 +1,4 @@
-"""Hydra multirun: a process and values of its own for every job, on every rank."""
+"""Hydra multirun: every job has its own process and values, on every rank."""
 
 import json
 
@@ -11,8 +11,8 @@ SHORT = (*TINY, "trainer.max_steps=2")
 
 def results(folder):
     (sweep,) = (folder / "runs").glob("sweep-*")
-    found = sorted(sweep.glob("*/result.json"), key=lambda path: int(path.parent.name))
-    return sweep, [json.loads(path.read_text()) for path in found]
+    actual = sorted(sweep.glob("*/result.json"), key=lambda path: int(path.parent.name))
+    return sweep, [json.loads(path.read_text()) for path in actual]
 
 
 @pytest.mark.slow
@@ -76,9 +76,9 @@ def test_launchers(tmp_path, launcher):
         cwd=tmp_path,
         variables=cluster if "sweep=slurm" in launcher else None,
     ).stdout
-    sweep, found = results(tmp_path)
-    assert [job["settings"]["optimizer"]["weight_decay"] for job in found] == [0.0, 0.25]
-    assert [job["world_size"] for job in found] == [2, 2]
+    sweep, actual = results(tmp_path)
+    assert [job["settings"]["optimizer"]["weight_decay"] for job in actual] == [0.0, 0.25]
+    assert [job["world_size"] for job in actual] == [2, 2]
     assert f"results in {sweep.relative_to(tmp_path)}" in shown
 
 

@@ -29,11 +29,11 @@ def run_both(folder, *arguments: str, launcher: tuple[str, ...] = ()) -> tuple[l
 
 
 def check_winner(folder, lr: str) -> None:
-    """It trained all of its samples, and all files are its own."""
-    found = result(folder, "twins")
-    assert (found["status"], found["samples_trained"], len(found["losses"])) == ("completed", 64, 8)
-    assert found["samples_skipped"] == found["samples_recaptured"] == 0
-    assert found["settings"]["optimizer"]["lr"] == float(lr)
+    """The winner trained all of its samples, and wrote all files."""
+    actual = result(folder, "twins")
+    assert (actual["status"], actual["samples_trained"], len(actual["losses"])) == ("completed", 64, 8)
+    assert actual["samples_skipped"] == actual["samples_recaptured"] == 0
+    assert actual["settings"]["optimizer"]["lr"] == float(lr)
     assert f"optimizer.lr={lr}" in (folder / "runs" / "twins" / ".hydra" / "overrides.yaml").read_text()
     assert (folder / "runs" / "twins" / "checkpoints" / "step-000008.ckpt.complete").is_file()
     wait_until(lambda: not processes_in(folder), 10, lambda: f"processes left: {processes_in(folder)}")

@@ -201,14 +201,14 @@ def test_the_command(checkpoint_of, folder_of, vllm):
         f"evaluate.python={vllm}",
         "evaluate.vllm_args={max_num_batched_tokens:512}",
     )
-    found = {}
+    actual = {}
     command = ("-m", "lightning_dataflow", "evaluate", *parts, *options, f"evaluate.checkpoint={checkpoint}")
     for backend in ("hf", "vllm"):
         settings = (f"evaluate.backend={backend}", "evaluate.output=out.json")
         python(*command, *settings, cwd=folder, timeout_s=600)
-        (found[backend],) = json.loads((folder / "out.json").read_text())["measurements"]
+        (actual[backend],) = json.loads((folder / "out.json").read_text())["measurements"]
     assert (folder / "out.png").stat().st_size > 1000
-    ours, theirs = found.values()
+    ours, theirs = actual.values()
     for name in ("num_drafts", "accepted_per_position", "acceptance_length", "tokens_per_target_forward", "num_identical"):
         assert ours[name] == theirs[name], name
     assert theirs["speed_up"] > 0 and theirs["backend"] == "vllm"

@@ -54,7 +54,7 @@ _put = MooncakeFeatureStore.put
 
 
 def part_name() -> str | None:
-    """This process's, as `producer-0` or `trainer`; None for a supervisor."""
+    """The name of this process, such as `producer-0` or `trainer`; None for a supervisor."""
     role = next((one.partition("=")[2] for one in sys.argv if one.startswith("role=")), None)
     if role != "producer":
         return role
@@ -63,7 +63,7 @@ def part_name() -> str | None:
 
 
 def reached(part: str, moment: str, arguments: Sequence[Any]) -> None:
-    """Let happen what is planned for here, with the arguments of what is called."""
+    """Run the fault that is planned for this moment, if any."""
     for index, fault in enumerate(json.loads((FOLDER / "faults.json").read_text())):
         if (fault["part"], fault["moment"]) != (part, moment):
             continue
@@ -101,7 +101,7 @@ def _happen(fault: dict[str, Any], arguments: Sequence[Any]) -> None:
 
 
 def _lose_reply(server: Any) -> None:
-    """The connection breaks after the next request was answered and before the answer is here."""
+    """The connection breaks after the server has answered the next request and before the answer arrives."""
     inner = server._send
 
     def send(*command: Any) -> Any:
@@ -122,7 +122,7 @@ def _fill(store: MooncakeFeatureStore, tensors: Any, origin: SampleOrigin) -> No
 
 
 def _find(victim: str) -> int | None:
-    """A process of this run: its working folder is this one, or a Redis's below it."""
+    """The id of a process of this run: its working folder is this one, or that of a Redis below it."""
     for entry in Path("/proc").iterdir():
         try:
             if not entry.name.isdigit() or not Path(os.readlink(entry / "cwd")).is_relative_to(Path.cwd()):
@@ -131,14 +131,14 @@ def _find(victim: str) -> int | None:
         except OSError:
             continue
         if victim == "supervisor":
-            found = any(one.endswith("train.py") for one in arguments)
+            matches = any(one.endswith("train.py") for one in arguments)
         elif victim == "redis-server":
-            found = victim in arguments[0] and entry.name != str(os.getpid())
+            matches = victim in arguments[0] and entry.name != str(os.getpid())
         elif victim.startswith("mooncake"):
-            found = any(one.endswith(victim) for one in arguments[:2])
+            matches = any(one.endswith(victim) for one in arguments[:2])
         else:
-            found = f"role={victim.partition('-')[0]}" in arguments and "train" in arguments
-        if found and "leash" not in " ".join(arguments[:3]):
+            matches = f"role={victim.partition('-')[0]}" in arguments and "train" in arguments
+        if matches and "leash" not in " ".join(arguments[:3]):
             return int(entry.name)
     return None
 

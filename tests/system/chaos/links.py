@@ -158,9 +158,9 @@ def run_trial(folder: Path, cuts: Sequence[Cut], expected: dict[str, Any]) -> tu
     """Run one; returns how many cuts and kills fell within training. AssertionError says what went wrong."""
     with hosts(folder, ("producer", "trainer", "services")) as (producer, trainer, services):
         trial = Trial(producer, trainer, services)
-        found = trial.run(cuts)
+        actual = trial.run(cuts)
     for name in ("losses", "samples_trained"):
-        assert found[name] == expected[name], f"{name} {found[name]}, undisturbed {expected[name]}"
+        assert actual[name] == expected[name], f"{name} {actual[name]}, undisturbed {expected[name]}"
     return trial.num_cuts, trial.num_kills
 
 

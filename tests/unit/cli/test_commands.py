@@ -14,6 +14,7 @@ from lightning_dataflow.cli import capture, evaluate, main as commands, show_mas
 from lightning_dataflow.cli.hydra_command import command
 from lightning_dataflow.contracts.errors import RETRYABLE
 from lightning_dataflow.run.signals import Terminated, on_sigterm, raise_again
+from tests.unit.cli.conftest import status_of
 from tests.unit.run.test_claim import start_owner
 
 pytestmark = pytest.mark.integration
@@ -36,11 +37,7 @@ def run(tmp_path, monkeypatch, target_path, conversations):
         flags = [override for override in overrides if override.startswith("--")]
         settings = [override for override in overrides if not override.startswith("--")]
         monkeypatch.setattr(sys, "argv", ["lightning-dataflow", *flags, *defaults, *settings])
-        try:
-            main()
-        except SystemExit as error:
-            return int(error.code or 0)
-        return 0
+        return status_of(main)
 
     return call
 
@@ -325,6 +322,16 @@ def test_passes_set_the_number_of_steps(run, tmp_path, capsys):
     settings = ("trainer.max_steps=null", "data.num_passes=1", "data.num_samples=19", "run_name=uneven")
     assert run(train.main, *settings) == 0
     assert "3 samples at the end of 1 passes over 19 fill no step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("topology", ["online", "interleaved", "offline"])
+def test_listed_samples_are_not_trained(run, tmp_path, capsys, topology):
+    (tmp_path / "listed").write_text("".join(f"{index:08d}\n" for index in range(0, 96, 2)))
+    assert run(train.main, f"topology={topology}", "data.skip_ids=listed") == 0
+    result = json.loads((tmp_path / "runs" / "test" / "result.json").read_text())
+    assert 0 < result["samples_trained"] < 16
+    assert result["samples_trained"] + result["samples_skipped"] == 16
+    assert "listed in skip_ids" in capsys.readouterr().out
 
 
 def test_fast_dev_run_leaves_nothing(run, tmp_path):

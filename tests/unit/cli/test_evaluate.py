@@ -18,6 +18,7 @@ from lightning_dataflow.export.export import describe
 from lightning_dataflow.export.folder import write_draft
 from lightning_dataflow.strategies.published.engines import resolve_engine
 from tests.sglang.speculating import SpeculatingServer
+from tests.unit.cli.conftest import status_of
 from tests.vllm.stand_in import write_stand_in
 
 pytestmark = pytest.mark.integration
@@ -42,11 +43,7 @@ def run_in(tmp_path_factory, target_path, conversations):
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(folder)
                 patch.setattr(sys, "argv", ["lightning-dataflow", *TINY, *parts, "run_name=test", *overrides])
-                try:
-                    main()
-                except SystemExit as error:
-                    return int(error.code or 0)
-            return 0
+                return status_of(main)
 
         return call
 

@@ -1,12 +1,15 @@
 """Results of jobs, also those that are not finite."""
 
 import json
+import subprocess
+from types import SimpleNamespace
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from lightning_dataflow.callbacks.result import write_result
 from lightning_dataflow.cli.figure import draw_result
-from lightning_dataflow.cli.sweep import read_metric, table
+from lightning_dataflow.cli.sweep import read_metric, run_job, table
 from lightning_dataflow.contracts import UserError
 
 RESULT = {
@@ -43,3 +46,19 @@ def test_a_metric_that_is_not_finite_is_one_line(result):
 def test_the_figure_stands_a_loss_that_is_not_finite(result, tmp_path):
     draw_result(result, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("name", ["it's", "two words", "back\\slash", "a=b,c"])
+def test_a_job_gets_its_folder_whatever_its_name(tmp_path, monkeypatch, name):
+    folder, commands = tmp_path / name, []
+    folder.mkdir()
+    write_result(folder / "result.json", RESULT)
+
+    def start(command, **options):
+        commands.append(command)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", start)
+    assert run_job(["seed=1"], folder, "train/accuracy") == 0.25
+    (override,) = OverridesParser.create().parse_overrides([commands[0][-1]])
+    assert (override.key_or_group, override.value()) == ("hydra.run.dir", str(folder))

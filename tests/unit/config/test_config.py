@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from lightning_dataflow.config.conditions import drop_conditions, register_conditions
 from lightning_dataflow.config.parsing import parse_config, plain_settings
-from lightning_dataflow.config.schema import CONTROLS, STORES, TrainConfig, register_schemas
+from lightning_dataflow.config.schema import TOPOLOGIES, TrainConfig, register_schemas
 from lightning_dataflow.contracts import UserError
 
 CONF = Path(__file__).parents[3] / "conf"
@@ -70,8 +70,9 @@ def test_every_file_composes(row):
         "with"
     }  # and no setting of another strategy
     if "experiment" in choices:
-        assert config.store.kind in STORES[config.topology.name]
-        assert config.control.kind in CONTROLS[config.topology.name]
+        fitting = TOPOLOGIES[config.topology.name]
+        assert config.store.kind in fitting["store"]
+        assert config.control.kind in fitting["control"]
 
 
 @pytest.mark.parametrize("strategy", GROUPS["strategy"])

@@ -9,8 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from typing_extensions import override
-
 from lightning_dataflow.contracts import PeerFailedError, UserError
 from lightning_dataflow.contracts.errors import TAKEN_OVER
 from lightning_dataflow.control.leases import CommitEntry, Lease, NoLease, RunPlan, Watermarks
@@ -23,14 +21,14 @@ from lightning_dataflow.control.processes import ALIVE, FAILED, FATAL, this_proc
 class SqliteMetadataStore(MetadataStore):
     """The ledger in SQLite.
 
-    Rows exist only for samples in flight, so file and memory stay small however long the run is. Every call is one
-    transaction. It survives the death of any process, not a loss of power.
+    Rows exist only while a sample is in flight, so the file stays small. Every call is one transaction. A killed process
+    loses nothing; a power cut may.
 
     Args:
         path: of the file, in an existing folder; None keeps the ledger in the memory of this process.
 
     Raises:
-        UserError: the file is not a ledger, of another release, cannot be written, or was made on another machine.
+        UserError: the file is not a ledger, is from another release or another machine, or is not writable.
     """
 
     def __init__(self, path: str | Path | None = None):
@@ -41,12 +39,10 @@ class SqliteMetadataStore(MetadataStore):
         host = self._tables.get("host")
         if host != here:
             raise UserError(
-                f"the ledger {path} was made on {host}, this is {here}: SQLite serves the processes of one machine, "
-                f"so start producers and trainers on {host}; if that machine is gone, delete the file, and the trainer "
-                "rebuilds it from the log"
+                f"the ledger {path} belongs to {host}, and this is {here}: run all processes on {host}; or, if that "
+                "machine is gone, delete the file, and the trainer rebuilds it from the log"
             )
 
-    @override
     def fence(self) -> dict[int, int]:
         with self._change():
             self._tables.db.execute(
@@ -55,7 +51,6 @@ class SqliteMetadataStore(MetadataStore):
             self._tables.set(plan=None)
             return dict(self._tables.db.execute("SELECT seq, attempt FROM samples WHERE state = 'wanted'").fetchall())
 
-    @override
     def begin(
         self, plan: RunPlan, *, published: Mapping[int, tuple[str, int]], wanted: Mapping[int, int], frontier: int
     ) -> None:
@@ -80,7 +75,6 @@ class SqliteMetadataStore(MetadataStore):
                 paused=0,
             )
 
-    @override
     def lease(
         self, worker: str, *, group: int, num_bytes: Callable[[int], int], watermarks: Watermarks, lease_s: float
     ) -> Lease | NoLease:
@@ -100,20 +94,18 @@ class SqliteMetadataStore(MetadataStore):
             new = [number for number in seqs if number >= totals["frontier"]]
             wanted = self._tables.open_in(seqs, now)
             unreserved = {number: num_bytes(number) for number in (*wanted, *new) if not wanted.get(number)}
-            if unreserved and self._must_wait(seq, sum(unreserved.values()), len(new), totals, plan, watermarks):
+            if unreserved and self._update_pause(seq, sum(unreserved.values()), len(new), totals, plan, watermarks):
                 return NoLease("paused", plan)
             self._tables.reserve(unreserved, new, totals)
             attempt, tries = self._tables.take(worker, [*wanted, *new], now + lease_s)
             return Lease(worker=worker, seqs=seqs, wanted=(*wanted, *new), attempt=attempt, plan=plan, tries=tries)
 
-    @override
     def renew(self, worker: str, lease_s: float) -> None:
         with self._change():
             self._tables.db.execute(
                 "UPDATE samples SET expires = ? WHERE state = 'leased' AND worker = ?", (time.time() + lease_s, worker)
             )
 
-    @override
     def give_back(
         self,
         lease: Lease,
@@ -130,7 +122,6 @@ class SqliteMetadataStore(MetadataStore):
                 log.append([skips[seq] for seq in given_up])
             return given_up
 
-    @override
     def commit(self, lease: Lease, captured: Mapping[int, CommitEntry], log: StreamingRefChannel) -> list[int]:
         with self._change():
             held = [] if self.finished() is not None else self._tables.held(lease)
@@ -151,7 +142,6 @@ class SqliteMetadataStore(MetadataStore):
             )
             return accepted
 
-    @override
     def want(self, seq: int, generation: str) -> bool:
         with self._change():
             if self.finished() is not None:
@@ -167,43 +157,35 @@ class SqliteMetadataStore(MetadataStore):
             self._give_up([seq])
             return False
 
-    @override
     def free(self, seqs: Iterable[int]) -> None:
         with self._change():
             self._tables.drop(seqs)
 
-    @override
     def ack(self, next_seq: int, global_step: int, freed: Iterable[int] = ()) -> None:
         with self._change():
             self._tables.drop(freed)
             self._tables.set(trained_seq=next_seq, trained_step=global_step)
 
-    @override
     def ack_durable(self, next_seq: int, global_step: int) -> None:
         with self._change():
             self._tables.set(durable_seq=next_seq, durable_step=global_step)
 
-    @override
     def count_wait(self) -> None:
         with self._change():
             self._tables.add(train_waits=1)
 
-    @override
     def finish(self, status: str) -> None:
         with self._change():
             self._tables.db.execute("DELETE FROM samples")
             self._tables.set(finished=status, finished_at=time.time(), bytes_in_flight=0, refs_in_flight=0)
 
-    @override
     def now(self) -> float:
         return time.time()
 
-    @override
     def report(self, name: str, state: str, *, failed: bool = False, fatal: bool = False) -> None:
         with self._change():
             self._tables.report(name, this_process(state, FATAL if fatal else FAILED if failed else ALIVE))
 
-    @override
     def claim(self, name: str, state: str, before: tuple[str, int] | None) -> bool:
         with self._tables.transaction():
             text = self._part_texts().get(name)
@@ -217,11 +199,9 @@ class SqliteMetadataStore(MetadataStore):
             self._tables.report(name, me)
             return True
 
-    @override
     def in_flight(self) -> tuple[int, int]:
         return self._tables.get("refs_in_flight"), self._tables.get("bytes_in_flight")
 
-    @override
     def close(self) -> None:
         self._tables.close()
 
@@ -232,7 +212,7 @@ class SqliteMetadataStore(MetadataStore):
                 raise PeerFailedError(TAKEN_OVER.format(self._tables.get("claimed_by")))
             yield
 
-    def _must_wait(
+    def _update_pause(
         self, seq: int, num_bytes: int, num_refs: int, totals: Mapping[str, int], plan: RunPlan, marks: Watermarks
     ) -> bool:
         in_bytes, in_refs = totals["bytes_in_flight"], totals["refs_in_flight"]
@@ -247,15 +227,12 @@ class SqliteMetadataStore(MetadataStore):
             return not fits and not lost
         return paused
 
-    @override
     def _run_values(self) -> Mapping[str, Any]:
         return self._tables.run()
 
-    @override
     def _sample_states(self) -> Mapping[int, tuple[str, int]]:
         return {seq: (state, size) for seq, state, size in self._tables.rows("SELECT seq, state, bytes FROM samples")}
 
-    @override
     def _part_texts(self) -> Mapping[str, str]:
         return dict(self._tables.rows("SELECT name, part FROM parts"))
 

@@ -23,6 +23,7 @@ def conformance(config: TrainConfig, settings: dict[str, Any]) -> None:
         info = other.info
         every = range(info.num_layers)
         reference = HFTargetEngine(config.target.path, layer_ids=every, dtype="float32", device=config.target.device)
+        other.features = reference.features  # all, whatever the strategy reads
         comparisons = compare_engines(reference, other, make_prompts(info.vocab_size, info.max_position_embeddings))
     print(table(comparisons))
     bad = sum(bool(comparison.problems) for comparison in comparisons)

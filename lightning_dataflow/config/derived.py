@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lightning_dataflow.config.schema import StoreConfig, TopologyConfig, TrainConfig
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.control.ledger import Watermarks
+from lightning_dataflow.control.leases import Watermarks
 
 SHARE_OF_CAPACITY = 0.8
 """What may be in flight: a store that is nearly full has room, but not in one piece."""

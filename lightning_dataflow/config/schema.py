@@ -96,7 +96,7 @@ class StoreConfig:
         metrics_address: of the master's HTTP port.
         hostname: the name by which other machines reach this one, for TCP and RDMA.
         protocol, rdma_devices: of transfers without client_address.
-        zero_copy: false stores one blob per sample instead of raw tensors.
+        zero_copy: false moves tensors with Mooncake's plain calls, which copy once more; the objects are the same.
     """
 
     kind: str = one_of("memory", "shared_dir", "mooncake")

@@ -1,6 +1,7 @@
 """The control plane: leases, commits, acknowledgements and backpressure. Nothing here carries a tensor."""
 
-from lightning_dataflow.control.ledger import MAX_ATTEMPTS, CommitEntry, Lease, MetadataStore, NoLease, RunPlan, Watermarks
+from lightning_dataflow.control.leases import MAX_ATTEMPTS, CommitEntry, Lease, NoLease, RunPlan, Watermarks
+from lightning_dataflow.control.ledger import MetadataStore
 from lightning_dataflow.control.local.ledger import SqliteMetadataStore
 from lightning_dataflow.control.noop import NoOpMetadataStore
 from lightning_dataflow.control.plane import ControlPlane, Reconciliation, reconcile_on_restart, resolve_control_plane

@@ -1,19 +1,16 @@
 """The contract of every MetadataStore: who captures which sample, and what became of it."""
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-from lightning_dataflow.contracts import UserError
+from lightning_dataflow.control.leases import CommitEntry, Lease, NoLease, RunPlan, Watermarks
 from lightning_dataflow.control.log import StreamingRefChannel
+from lightning_dataflow.control.processes import part_status
 
 SILENT_S = 60.0
 """A process elsewhere that said nothing for so long has died."""
-FATAL = 2
-"""What a part is reported with: 0 is alive, 1 failed."""
-MAX_ATTEMPTS = 3
-"""A sample whose capture failed this often is given up."""
 TOTALS = (
     "frontier",
     "bytes_in_flight",
@@ -32,102 +29,17 @@ TOTALS = (
 """Counts of a ledger, as `status` gives them."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunPlan:
-    """What a trainer needs: seqs [start, stop), in windows of `window` seqs per optimizer step."""
-
-    start: int
-    stop: int
-    window: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Watermarks:
-    """Bounds on what is in flight: reserved by a lease or published, and not freed yet.
-
-    Capture pauses when a further group would exceed `high_bytes` or `high_refs`, and goes on at the low marks. The window
-    that the trainer waits for is captured above the low marks too, so nothing waits for itself.
-
-    Raises:
-        UserError: a low mark is not below its high mark.
-    """
-
-    high_bytes: int
-    high_refs: int
-    low_bytes: int
-    low_refs: int
-
-    def __post_init__(self) -> None:
-        for unit in ("bytes", "refs"):
-            low, high = getattr(self, f"low_{unit}"), getattr(self, f"high_{unit}")
-            if not 0 <= low < high:
-                raise UserError(f"the low watermark of {low} {unit} is not below the high one of {high}: lower it")
-
-    def check_window(self, num_refs: int, num_bytes: int) -> None:
-        """Raise UserError when a window does not fit below the high marks: training could never start it."""
-        for unit, size, high in (("refs", num_refs, self.high_refs), ("bytes", num_bytes, self.high_bytes)):
-            if size > high:
-                raise UserError(
-                    f"a window can have {size} {unit}, the high watermark is {high} {unit}: raise "
-                    f"topology.high_{unit} (and store.capacity_bytes), or lower data.global_batch_size or data.max_length"
-                )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lease:
-    """A worker's right to capture one group of prompts until it expires.
-
-    Attributes:
-        seqs: the whole group: it is captured as one batch, the same in every attempt.
-        wanted: those of them whose features are to be published.
-        attempt: of this capture; higher than that of every earlier one of these samples.
-        tries: how often one of them failed already, or had its lease expire. From MAX_ATTEMPTS on it must be given up:
-            `ControlPlane.lease` does.
-        plan: of the run.
-    """
-
-    worker: str
-    seqs: tuple[int, ...]
-    wanted: tuple[int, ...]
-    attempt: int
-    plan: RunPlan
-    tries: int = 0
-
-
-class NoLease(NamedTuple):
-    """Why `lease` gave nothing.
-
-    Attributes:
-        reason: `not begun`: no trainer has said what it needs. `paused`: the watermarks allow no further group now.
-            `nothing left`: everything is leased or published.
-        plan: of the run, once it has begun.
-        finished_at: when the run was finished, on the ledger's clock.
-    """
-
-    reason: Literal["not begun", "finished", "paused", "nothing left"]
-    plan: RunPlan | None = None
-    finished_at: float = 0.0
-
-
-class CommitEntry(NamedTuple):
-    """What the ledger and the log are told of a captured sample.
-
-    Attributes:
-        num_bytes: payload of its features.
-        line: its record, encoded by the log.
-    """
-
-    generation: str
-    num_bytes: int
-    line: bytes
-
-
 class MetadataStore(ABC):
     """The ledger of a run. Safe for threads, and for processes where the backend is.
 
     A seq is leased, then published, then freed; a lost one is wanted again, with the next attempt. Of several attempts at
     one seq a single one is published: `commit` tells the worker whether it is his.
+
+    Attributes:
+        term: of the claim that the changes of this store belong to; "" where they belong to none.
     """
+
+    term = ""
 
     @abstractmethod
     def fence(self) -> dict[int, int]:
@@ -148,9 +60,10 @@ class MetadataStore(ABC):
             frontier: the first seq that was never leased.
         """
 
-    @abstractmethod
     def plan(self) -> RunPlan | None:
         """The plan of the latest `begin`; None before it."""
+        text = self._run_values().get("plan")
+        return None if text is None else RunPlan(**json.loads(text))
 
     @abstractmethod
     def lease(
@@ -223,9 +136,10 @@ class MetadataStore(ABC):
     def finish(self, status: str) -> None:
         """No more samples are needed: leases end, and producers do. A later `begin` reopens the run."""
 
-    @abstractmethod
     def finished(self, since: float = 0.0) -> str | None:
         """The status of `finish`; None while the run goes on, and when it finished before `since`, a time of `now`."""
+        values = self._run_values()
+        return values.get("finished") if float(values.get("finished_at", 0)) >= since else None
 
     @abstractmethod
     def now(self) -> float:
@@ -249,19 +163,20 @@ class MetadataStore(ABC):
         PeerFailedError, which names it.
         """
 
-    @abstractmethod
     def join(self) -> None:
         """The changes of this store, too, belong to the latest claim: this process takes part in it."""
+        self.term = str(self._run_values().get("term", ""))
 
-    @abstractmethod
     def is_ours(self) -> bool:
         """Whether no other process has claimed the run since this one claimed it, or joined."""
+        return not self.term or self.term == str(self._run_values().get("term", ""))
 
-    @abstractmethod
     def parts(self) -> list[dict[str, Any]]:
         """The last sign of life of each process of the run: name, host, pid, pids (whose process ids these are, see
         `pid_space`), state, seen_s_ago, failed, fatal.
         """
+        now, texts = self.now(), self._part_texts()
+        return [part_status(name, json.loads(text), now) for name, text in sorted(texts.items())]
 
     def failures(self) -> list[str]:
         """What failed processes reported since the latest `begin`. Others may go on: see `heartbeat.producer_failures`."""
@@ -271,9 +186,35 @@ class MetadataStore(ABC):
     def in_flight(self) -> tuple[int, int]:
         """References and bytes that are reserved by a lease or published, and not freed. Cheap."""
 
-    @abstractmethod
     def status(self) -> dict[str, Any]:
         """Counts and states for people; see `lightning-dataflow status`."""
+        values, samples, num_in_flight = self._run_values(), self._sample_states(), self.in_flight()[0]
+        states = [state for state, _ in samples.values()]
+        numbers = {name: int(values.get(name, 0)) for name in TOTALS} | {"refs_in_flight": num_in_flight}
+        kept = [size for seq, (state, size) in samples.items() if state == "published" and seq < numbers["trained_seq"]]
+        return {
+            "plan": json.loads(values["plan"]) if "plan" in values else None,
+            "finished": values.get("finished"),
+            **numbers,
+            "leased": states.count("leased"),
+            "wanted_again": states.count("wanted"),
+            "waiting_to_be_trained": states.count("published") - len(kept),
+            "kept_refs": len(kept),
+            "kept_bytes": sum(kept),
+            "parts": self.parts(),
+        }
 
     def close(self) -> None:  # noqa: B027
         """Give up connections."""
+
+    @abstractmethod
+    def _run_values(self) -> Mapping[str, Any]:
+        """What is known of the run, by name: TOTALS, plan, finished, finished_at, term."""
+
+    @abstractmethod
+    def _sample_states(self) -> Mapping[int, tuple[str, int]]:
+        """seq → (state, bytes) of what is in flight."""
+
+    @abstractmethod
+    def _part_texts(self) -> Mapping[str, str]:
+        """What processes reported last, by name, as JSON; see `this_process`."""

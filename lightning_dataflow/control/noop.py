@@ -6,7 +6,8 @@ from typing import Any
 
 from typing_extensions import override
 
-from lightning_dataflow.control.ledger import CommitEntry, Lease, MetadataStore, NoLease, RunPlan, Watermarks
+from lightning_dataflow.control.leases import CommitEntry, Lease, NoLease, RunPlan, Watermarks
+from lightning_dataflow.control.ledger import MetadataStore
 from lightning_dataflow.control.log import StreamingRefChannel
 
 
@@ -22,10 +23,6 @@ class NoOpMetadataStore(MetadataStore):
         self, plan: RunPlan, *, published: Mapping[int, tuple[str, int]], wanted: Mapping[int, int], frontier: int
     ) -> None:
         pass
-
-    @override
-    def plan(self) -> RunPlan | None:
-        return None
 
     @override
     def lease(
@@ -77,10 +74,6 @@ class NoOpMetadataStore(MetadataStore):
         pass
 
     @override
-    def finished(self, since: float = 0.0) -> str | None:
-        return None
-
-    @override
     def now(self) -> float:
         return time.time()
 
@@ -93,21 +86,17 @@ class NoOpMetadataStore(MetadataStore):
         return True
 
     @override
-    def join(self) -> None:
-        pass
-
-    @override
-    def is_ours(self) -> bool:
-        return True
-
-    @override
-    def parts(self) -> list[dict[str, Any]]:
-        return []
-
-    @override
     def in_flight(self) -> tuple[int, int]:
         return 0, 0
 
     @override
-    def status(self) -> dict[str, Any]:
-        return {"refs_in_flight": 0, "bytes_in_flight": 0}
+    def _run_values(self) -> Mapping[str, Any]:
+        return {}
+
+    @override
+    def _sample_states(self) -> Mapping[int, tuple[str, int]]:
+        return {}
+
+    @override
+    def _part_texts(self) -> Mapping[str, str]:
+        return {}

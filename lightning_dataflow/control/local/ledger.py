@@ -1,7 +1,6 @@
 """MetadataStores `sqlite` (a file, for the processes of one machine) and `memory` (for the threads of one process)."""
 
 import json
-import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,19 +13,11 @@ from typing_extensions import override
 
 from lightning_dataflow.contracts import PeerFailedError, UserError
 from lightning_dataflow.contracts.errors import TAKEN_OVER
-from lightning_dataflow.control.ledger import (
-    FATAL,
-    SILENT_S,
-    CommitEntry,
-    Lease,
-    MetadataStore,
-    NoLease,
-    RunPlan,
-    Watermarks,
-)
+from lightning_dataflow.control.leases import CommitEntry, Lease, NoLease, RunPlan, Watermarks
+from lightning_dataflow.control.ledger import SILENT_S, MetadataStore
 from lightning_dataflow.control.local.tables import LedgerTables
 from lightning_dataflow.control.log import StreamingRefChannel
-from lightning_dataflow.control.processes import pid_space
+from lightning_dataflow.control.processes import ALIVE, FAILED, FATAL, this_process
 
 
 class SqliteMetadataStore(MetadataStore):
@@ -39,19 +30,18 @@ class SqliteMetadataStore(MetadataStore):
         path: of the file, in an existing folder; None keeps the ledger in the memory of this process.
 
     Raises:
-        UserError: the file is not a ledger, cannot be written, or was made on another machine.
+        UserError: the file is not a ledger, of another release, cannot be written, or was made on another machine.
     """
 
     def __init__(self, path: str | Path | None = None):
         self._tables = LedgerTables(path)
-        self._term: int | None = None  # of the claim that its changes belong to
-        self._host = socket.gethostname()
+        here = socket.gethostname()
         with self._tables.transaction():
-            self._tables.db.execute("INSERT OR IGNORE INTO run VALUES ('host', ?)", (self._host,))
+            self._tables.db.execute("INSERT OR IGNORE INTO run VALUES ('host', ?)", (here,))
         host = self._tables.get("host")
-        if host != self._host:
+        if host != here:
             raise UserError(
-                f"the ledger {path} was made on {host}, this is {self._host}: SQLite serves the processes of one machine, "
+                f"the ledger {path} was made on {host}, this is {here}: SQLite serves the processes of one machine, "
                 f"so start producers and trainers on {host}; if that machine is gone, delete the file, and the trainer "
                 "rebuilds it from the log"
             )
@@ -62,7 +52,7 @@ class SqliteMetadataStore(MetadataStore):
             self._tables.db.execute(
                 "UPDATE samples SET state = 'wanted', attempt = attempt + 1, worker = NULL WHERE state = 'leased'"
             )
-            self._tables.set("plan", None)
+            self._tables.set(plan=None)
             return dict(self._tables.db.execute("SELECT seq, attempt FROM samples WHERE state = 'wanted'").fetchall())
 
     @override
@@ -77,10 +67,11 @@ class SqliteMetadataStore(MetadataStore):
             self._tables.db.executemany(
                 "INSERT INTO samples (seq, state, attempt, generation, bytes) VALUES (?, ?, ?, ?, ?)", rows
             )
-            self._tables.db.execute("DELETE FROM parts WHERE failed OR seen < ?", (time.time() - SILENT_S,))
-            self._tables.set("plan", json.dumps(asdict(plan)))
-            self._tables.set("finished", None)
-            self._tables.set_totals(
+            self._tables.forget_parts(time.time() - SILENT_S)
+            self._tables.set(
+                plan=json.dumps(asdict(plan)),
+                finished=None,
+                finished_at=None,
                 frontier=frontier,
                 refs_in_flight=len(rows),
                 bytes_in_flight=sum(row[-1] for row in rows),
@@ -90,21 +81,16 @@ class SqliteMetadataStore(MetadataStore):
             )
 
     @override
-    def plan(self) -> RunPlan | None:
-        text = self._tables.get("plan")
-        return None if text is None else RunPlan(**json.loads(text))
-
-    @override
     def lease(
         self, worker: str, *, group: int, num_bytes: Callable[[int], int], watermarks: Watermarks, lease_s: float
     ) -> Lease | NoLease:
         with self._change():
-            plan = self.plan()
-            if self.finished() is not None:
-                return NoLease("finished", plan, float(self._tables.get("finished_at") or 0))
+            plan, finished_at = self.plan(), self._tables.get("finished_at")
+            if finished_at is not None:
+                return NoLease("finished", plan, finished_at)
             if plan is None:
                 return NoLease("not begun")
-            now, totals = time.time(), self._tables.totals()
+            now, totals = time.time(), self._tables.run()
             seq = self._tables.first_open(now)
             if seq is None:
                 seq = totals["frontier"]
@@ -190,12 +176,12 @@ class SqliteMetadataStore(MetadataStore):
     def ack(self, next_seq: int, global_step: int, freed: Iterable[int] = ()) -> None:
         with self._change():
             self._tables.drop(freed)
-            self._tables.set_totals(trained_seq=next_seq, trained_step=global_step)
+            self._tables.set(trained_seq=next_seq, trained_step=global_step)
 
     @override
     def ack_durable(self, next_seq: int, global_step: int) -> None:
         with self._change():
-            self._tables.set_totals(durable_seq=next_seq, durable_step=global_step)
+            self._tables.set(durable_seq=next_seq, durable_step=global_step)
 
     @override
     def count_wait(self) -> None:
@@ -205,15 +191,8 @@ class SqliteMetadataStore(MetadataStore):
     @override
     def finish(self, status: str) -> None:
         with self._change():
-            self._tables.set("finished", status)
-            self._tables.set("finished_at", str(time.time()))
             self._tables.db.execute("DELETE FROM samples")
-            self._tables.set_totals(bytes_in_flight=0, refs_in_flight=0)
-
-    @override
-    def finished(self, since: float = 0.0) -> str | None:
-        status = self._tables.get("finished")
-        return status if status is not None and float(self._tables.get("finished_at") or 0) >= since else None
+            self._tables.set(finished=status, finished_at=time.time(), bytes_in_flight=0, refs_in_flight=0)
 
     @override
     def now(self) -> float:
@@ -222,68 +201,25 @@ class SqliteMetadataStore(MetadataStore):
     @override
     def report(self, name: str, state: str, *, failed: bool = False, fatal: bool = False) -> None:
         with self._change():
-            self._report(name, state, FATAL if fatal else failed)
+            self._tables.report(name, this_process(state, FATAL if fatal else FAILED if failed else ALIVE))
 
     @override
     def claim(self, name: str, state: str, before: tuple[str, int] | None) -> bool:
         with self._tables.transaction():
-            if self._tables.db.execute("SELECT host, pid FROM parts WHERE name = ?", (name,)).fetchone() != before:
+            text = self._part_texts().get(name)
+            last = None if text is None else json.loads(text)
+            if before != (None if last is None else (last["host"], last["pid"])):
                 return False
-            self._term = int(self._tables.get("term") or 0) + 1
-            self._tables.set("term", str(self._term))
-            self._tables.set("claimed_by", f"process {os.getpid()} on {self._host}")
-            self._tables.set("plan", None)
-            self._tables.set("finished", None)
-            self._report(name, state, False)
+            me = this_process(state, ALIVE)
+            self.term = str(int(self._tables.get("term") or 0) + 1)
+            claimed_by = f"process {me['pid']} on {me['host']}"
+            self._tables.set(term=self.term, claimed_by=claimed_by, plan=None, finished=None, finished_at=None)
+            self._tables.report(name, me)
             return True
 
     @override
-    def join(self) -> None:
-        self._term = int(self._tables.get("term") or 0)
-
-    @override
-    def is_ours(self) -> bool:
-        return self._term is None or self._term == int(self._tables.get("term") or 0)
-
-    @override
-    def parts(self) -> list[dict[str, Any]]:
-        now = time.time()
-        return [
-            {
-                "name": name,
-                "host": host,
-                "pid": pid,
-                "pids": pid_space(),
-                "state": state,
-                "seen_s_ago": now - seen,
-                "failed": failed > 0,
-                "fatal": failed == FATAL,
-            }
-            for name, host, pid, seen, state, failed in self._tables.parts()
-        ]
-
-    @override
     def in_flight(self) -> tuple[int, int]:
-        return self._tables.in_flight()
-
-    @override
-    def status(self) -> dict[str, Any]:
-        with self._tables.transaction():
-            states = dict(self._tables.db.execute("SELECT state, COUNT(*) FROM samples GROUP BY state"))
-            plan = self.plan()
-            totals = self._tables.totals()
-            kept_refs, kept_bytes = self._tables.published_below(totals["trained_seq"])
-            return {
-                "plan": None if plan is None else asdict(plan),
-                "finished": self.finished(),
-                **totals,
-                "leased": states.get("leased", 0),
-                "wanted_again": states.get("wanted", 0),
-                "waiting_to_be_trained": states.get("published", 0) - kept_refs,
-                "kept_refs": kept_refs,
-                "kept_bytes": kept_bytes,
-                "parts": self.parts(),
-            }
+        return self._tables.get("refs_in_flight"), self._tables.get("bytes_in_flight")
 
     @override
     def close(self) -> None:
@@ -305,15 +241,23 @@ class SqliteMetadataStore(MetadataStore):
         paused = not fits or (bool(totals["paused"]) and not low)
         if paused != totals["paused"]:
             self._tables.add(capture_waits=int(paused))
-            self._tables.set_totals(paused=int(paused))
+            self._tables.set(paused=int(paused))
         if seq < totals["trained_seq"] + plan.window:  # the trainer waits for it
             lost = num_refs == 0  # of a resumed run; what survived must not keep it out
             return not fits and not lost
         return paused
 
-    def _report(self, name: str, state: str, failed: int) -> None:
-        row = (name, self._host, os.getpid(), time.time(), state, failed)
-        self._tables.db.execute("INSERT OR REPLACE INTO parts VALUES (?, ?, ?, ?, ?, ?)", row)
+    @override
+    def _run_values(self) -> Mapping[str, Any]:
+        return self._tables.run()
+
+    @override
+    def _sample_states(self) -> Mapping[int, tuple[str, int]]:
+        return {seq: (state, size) for seq, state, size in self._tables.rows("SELECT seq, state, bytes FROM samples")}
+
+    @override
+    def _part_texts(self) -> Mapping[str, str]:
+        return dict(self._tables.rows("SELECT name, part FROM parts"))
 
     def _give_up(self, seqs: Sequence[int]) -> None:
         self._tables.drop(seqs)

@@ -11,16 +11,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning_dataflow.contracts import PeerTimeoutError, UserError
-from lightning_dataflow.control.ledger import MAX_ATTEMPTS, TOTALS, Lease
+from lightning_dataflow.contracts import SCHEMA_VERSION, PeerTimeoutError, UserError
+from lightning_dataflow.contracts.validation import check_schema
+from lightning_dataflow.control.leases import MAX_ATTEMPTS, Lease
+from lightning_dataflow.control.ledger import TOTALS
 
 BUSY_TIMEOUT_S = 30.0
 BUSY_PAUSE_S = 0.0001
 """Between two tries to begin a transaction: they take less than that, SQLite's own pauses grow to 0.1 s."""
-_COLUMNS = ", ".join(f"{name} INTEGER NOT NULL DEFAULT 0" for name in TOTALS)
-SCHEMA = f"""
-CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value TEXT);
-CREATE TABLE IF NOT EXISTS totals (id INTEGER PRIMARY KEY CHECK (id = 1), {_COLUMNS});
+OLD_SCHEMA_VERSION = 2
+"""Of ledgers that have tables and say no version."""
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value);
 CREATE TABLE IF NOT EXISTS samples (
     seq INTEGER PRIMARY KEY,
     state TEXT NOT NULL,      -- leased | wanted | published
@@ -32,7 +34,7 @@ CREATE TABLE IF NOT EXISTS samples (
     bytes INTEGER NOT NULL
 );
 CREATE INDEX IF NOT EXISTS samples_by_state ON samples (state, seq);
-CREATE TABLE IF NOT EXISTS parts (name TEXT PRIMARY KEY, host TEXT, pid INTEGER, seen REAL, state TEXT, failed INTEGER);
+CREATE TABLE IF NOT EXISTS parts (name TEXT PRIMARY KEY, part TEXT);
 """
 IN_LIST = "seq IN (SELECT value FROM json_each(?))"
 
@@ -55,8 +57,6 @@ class LedgerTables:
             self._prepare()
         except sqlite3.Error as error:
             raise UserError(f"cannot use {path} as a ledger ({error}): choose another channel.path") from error
-        with self.transaction():
-            self.db.execute("INSERT OR IGNORE INTO totals (id) VALUES (1)")
 
     def close(self) -> None:
         """Disconnect."""
@@ -66,13 +66,48 @@ class LedgerTables:
     def _prepare(self) -> None:
         self._patiently("PRAGMA journal_mode=WAL")
         self._patiently("PRAGMA synchronous=NORMAL")
-        for statement in SCHEMA.split(";\n"):
-            self._patiently(statement)
+        with self.transaction():
+            (version,) = self.db.execute("PRAGMA user_version").fetchone()
+            if self.db.execute("SELECT name FROM sqlite_master WHERE name = 'run'").fetchone():
+                remedy = "finish the run with the release that began it, or choose another channel.path"
+                check_schema(version or OLD_SCHEMA_VERSION, f"the ledger {self._path}", remedy)
+                return
+            for statement in SCHEMA.split(";\n"):
+                self.db.execute(statement)
+            self.db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            self.set(**dict.fromkeys(TOTALS, 0))
 
-    def parts(self) -> list[tuple[str, str, int, float, str, int]]:
-        """(name, host, process id, when it was seen, state, failed) of each process of the run."""
+    def rows(self, statement: str, *parameters: Any) -> list[Any]:
+        """What a statement that only reads finds."""
         with self._lock:
-            return self._patiently("SELECT name, host, pid, seen, state, failed FROM parts ORDER BY name").fetchall()
+            return self._patiently(statement, *parameters).fetchall()
+
+    def run(self) -> dict[str, Any]:
+        """All that is known of the run, by name."""
+        return dict(self.rows("SELECT key, value FROM run WHERE value IS NOT NULL"))
+
+    def get(self, key: str) -> Any:
+        """A value of the run; None where there is none."""
+        rows = self.rows("SELECT value FROM run WHERE key = ?", key)
+        return rows[0][0] if rows else None
+
+    def set(self, **values: Any) -> None:
+        """Write values of the run."""
+        self.db.executemany("INSERT OR REPLACE INTO run VALUES (?, ?)", list(values.items()))
+
+    def add(self, **values: int) -> None:
+        """Add to counts of the run."""
+        changes = [(change, name) for name, change in values.items() if change]
+        self.db.executemany("UPDATE run SET value = value + ? WHERE key = ?", changes)
+
+    def report(self, name: str, part: Mapping[str, Any]) -> None:
+        """Keep what a process says of itself now."""
+        text = json.dumps({**part, "seen": time.time()})
+        self.db.execute("INSERT OR REPLACE INTO parts VALUES (?, ?)", (name, text))
+
+    def forget_parts(self, before: float) -> None:
+        """Forget processes that failed, or were last seen before that time."""
+        self.db.execute("DELETE FROM parts WHERE part ->> 'failed' OR part ->> 'seen' < ?", (before,))
 
     def first_open(self, now: float) -> int | None:
         """The lowest seq that is wanted again, or whose lease expired."""
@@ -103,7 +138,7 @@ class LedgerTables:
         )
         self.add(bytes_in_flight=sum(sizes.values()), refs_in_flight=len(new))
         if new:
-            self.set_totals(frontier=new[-1] + 1)
+            self.set(frontier=new[-1] + 1)
 
     def take(self, worker: str, wanted: Sequence[int], expires: float) -> tuple[int, int]:
         """Take over `wanted` with one attempt for all, higher than that of any lease that expired; that counts as a try.
@@ -150,43 +185,6 @@ class LedgerTables:
         """Reserved or published bytes of `seqs`."""
         row = self.db.execute(f"SELECT TOTAL(bytes) FROM samples WHERE {IN_LIST}", (json.dumps(seqs),)).fetchone()
         return int(row[0])
-
-    def published_below(self, seq: int) -> tuple[int, int]:
-        """(samples, bytes) that were trained and not freed."""
-        row = self.db.execute(
-            "SELECT COUNT(*), TOTAL(bytes) FROM samples WHERE state = 'published' AND seq < ?", (seq,)
-        ).fetchone()
-        return row[0], int(row[1])
-
-    def get(self, key: str) -> str | None:
-        """A setting of the run."""
-        with self._lock:
-            row = self._patiently("SELECT value FROM run WHERE key = ?", key).fetchone()
-        return row[0] if row else None
-
-    def set(self, key: str, value: str | None) -> None:
-        """Write a setting of the run."""
-        self.db.execute("INSERT OR REPLACE INTO run VALUES (?, ?)", (key, value))
-
-    def totals(self) -> dict[str, int]:
-        """All counts."""
-        row = self.db.execute(f"SELECT {', '.join(TOTALS)} FROM totals").fetchone()
-        return dict(zip(TOTALS, row, strict=True))
-
-    def in_flight(self) -> tuple[int, int]:
-        """(references, bytes)."""
-        with self._lock:
-            refs, num_bytes = self._patiently("SELECT refs_in_flight, bytes_in_flight FROM totals").fetchone()
-        return refs, num_bytes
-
-    def set_totals(self, **values: int) -> None:
-        """Write counts."""
-        self.db.execute(f"UPDATE totals SET {', '.join(f'{name} = ?' for name in values)}", tuple(values.values()))
-
-    def add(self, **values: int) -> None:
-        """Add to counts."""
-        changes = ", ".join(f"{name} = {name} + ?" for name in values)
-        self.db.execute(f"UPDATE totals SET {changes}", tuple(values.values()))
 
     @contextmanager
     def transaction(self) -> Iterator[None]:

@@ -1,28 +1,16 @@
 """MetadataStore `redis`: for the processes of any number of machines."""
 
 import json
-import os
-import socket
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from typing_extensions import override
 
-from lightning_dataflow.control.ledger import (
-    FATAL,
-    MAX_ATTEMPTS,
-    SILENT_S,
-    TOTALS,
-    CommitEntry,
-    Lease,
-    MetadataStore,
-    NoLease,
-    RunPlan,
-    Watermarks,
-)
+from lightning_dataflow.control.leases import MAX_ATTEMPTS, CommitEntry, Lease, NoLease, RunPlan, Watermarks
+from lightning_dataflow.control.ledger import SILENT_S, MetadataStore
 from lightning_dataflow.control.log import StreamingRefChannel
-from lightning_dataflow.control.processes import pid_space
+from lightning_dataflow.control.processes import ALIVE, FAILED, FATAL, this_process
 from lightning_dataflow.control.redis.log import RedisChannel, new_nonce
 from lightning_dataflow.control.redis.scripts import ALWAYS, GROWING
 from lightning_dataflow.control.redis.server import RedisServer
@@ -40,7 +28,15 @@ class RedisMetadataStore(MetadataStore):
     def __init__(self, server: RedisServer):
         self.server = server
         self._expected = range(0)  # the group that is leased next, if no other process takes it
-        self._totals = server.key("totals")
+
+    @property
+    def term(self) -> str:
+        """It guards the log, too."""
+        return self.server.term
+
+    @term.setter
+    def term(self, value: str) -> None:
+        self.server.term = value
 
     @override
     def fence(self) -> dict[int, int]:
@@ -53,11 +49,6 @@ class RedisMetadataStore(MetadataStore):
         live = [(seq, int(generation.partition("-")[0]), generation, size) for seq, (generation, size) in published.items()]
         begin = (json.dumps(asdict(plan)), plan.start, plan.start // plan.window, frontier, SILENT_S)
         self._change("begin", *begin, live, list(wanted.items()))
-
-    @override
-    def plan(self) -> RunPlan | None:
-        text = self.server.ask("HGET", self._totals, "plan")
-        return None if text is None else RunPlan(**json.loads(text))
 
     @override
     def lease(
@@ -86,13 +77,13 @@ class RedisMetadataStore(MetadataStore):
     def give_back(
         self, lease: Lease, skips: Mapping[int, bytes], log: StreamingRefChannel, *, counts: bool = True
     ) -> list[int]:
-        self._check_log(log)
+        self._check(log)
         lines = [(seq, line.decode()) for seq, line in skips.items()]
         return list(self._change("give_back", new_nonce(), lease.worker, lease.attempt, int(counts), MAX_ATTEMPTS, lines))
 
     @override
     def commit(self, lease: Lease, captured: Mapping[int, CommitEntry], log: StreamingRefChannel) -> list[int]:
-        self._check_log(log)
+        self._check(log)
         entries = [(seq, entry.generation, entry.num_bytes, entry.line.decode()) for seq, entry in captured.items()]
         return list(self.server.change(GROWING, "commit", new_nonce(), lease.worker, lease.attempt, entries))
 
@@ -121,71 +112,45 @@ class RedisMetadataStore(MetadataStore):
         self._change("finish", status)
 
     @override
-    def finished(self, since: float = 0.0) -> str | None:
-        status, at = self.server.ask("HMGET", self._totals, "finished", "finished_at")
-        return status.decode() if status is not None and float(at) >= since else None
-
-    @override
     def now(self) -> float:
         seconds, micros = self.server.ask("TIME")
         return int(seconds) + int(micros) / 1e6
 
     @override
     def report(self, name: str, state: str, *, failed: bool = False, fatal: bool = False) -> None:
-        self._change("report", name, _this_process(state, FATAL if fatal else int(failed)))
+        self._change("report", name, this_process(state, FATAL if fatal else FAILED if failed else ALIVE))
 
     @override
     def claim(self, name: str, state: str, before: tuple[str, int] | None) -> bool:
-        self.server.term = ""
-        term = self._change("claim", name, _this_process(state, 0), *(before or ("", 0)))
+        self.term = ""
+        term = self._change("claim", name, this_process(state, ALIVE), *(before or ("", 0)))
         if term is False:
             return False
-        self.server.term = term
+        self.term = term
         return True
 
     @override
-    def join(self) -> None:
-        self.server.term = (self.server.ask("HGET", self._totals, "term") or b"").decode()
-
-    @override
-    def is_ours(self) -> bool:
-        mine = self.server.term
-        return not mine or mine == (self.server.ask("HGET", self._totals, "term") or b"").decode()
-
-    @override
-    def parts(self) -> list[dict[str, Any]]:
-        now, texts = self.now(), self._hash("parts")
-        return [_part(name, json.loads(text), now) for name, text in sorted(texts.items())]
-
-    @override
     def in_flight(self) -> tuple[int, int]:
-        num_bytes = self.server.ask("HGET", self._totals, "bytes_in_flight")
+        num_bytes = self.server.ask("HGET", self.server.key("totals"), "bytes_in_flight")
         return self.server.ask("HLEN", self.server.key("samples")), int(num_bytes or 0)
-
-    @override
-    def status(self) -> dict[str, Any]:
-        totals, texts = self._hash("totals"), self._hash("samples")
-        samples = {int(seq): json.loads(text) for seq, text in texts.items()}
-        states = [row["state"] for row in samples.values()]
-        numbers = {name: int(totals.get(name, 0)) for name in TOTALS} | {"refs_in_flight": len(samples)}
-        published = {seq: row["bytes"] for seq, row in samples.items() if row["state"] == "published"}
-        kept = [size for seq, size in published.items() if seq < numbers["trained_seq"]]
-        return {
-            "plan": json.loads(totals["plan"]) if "plan" in totals else None,
-            "finished": totals.get("finished"),
-            **numbers,
-            "leased": states.count("leased"),
-            "wanted_again": states.count("wanted"),
-            "waiting_to_be_trained": len(published) - len(kept),
-            "kept_refs": len(kept),
-            "kept_bytes": sum(kept),
-            "parts": self.parts(),
-        }
 
     @override
     def close(self) -> None:
         """The last process that leaves a completed run removes what it kept in Redis."""
         self.server.leave()
+
+    @override
+    def _run_values(self) -> Mapping[str, Any]:
+        return self._hash("totals")
+
+    @override
+    def _sample_states(self) -> Mapping[int, tuple[str, int]]:
+        rows = {int(seq): json.loads(text) for seq, text in self._hash("samples").items()}
+        return {seq: (row["state"], row["bytes"]) for seq, row in rows.items()}
+
+    @override
+    def _part_texts(self) -> Mapping[str, str]:
+        return self._hash("parts")
 
     def _change(self, operation: str, *arguments: Any) -> Any:
         return self.server.change(ALWAYS, operation, *arguments)
@@ -194,18 +159,5 @@ class RedisMetadataStore(MetadataStore):
         flat = [text.decode() for text in self.server.ask("HGETALL", self.server.key(name))]
         return dict(zip(flat[::2], flat[1::2], strict=True))
 
-    def _check_log(self, log: StreamingRefChannel) -> None:
-        is_same = isinstance(log, RedisChannel) and (log.server.where, log.server.run_id) == (
-            self.server.where,
-            self.server.run_id,
-        )
-        assert is_same, "one script writes both, so both are in one place"
-
-
-def _this_process(state: str, failed: int) -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "pids": pid_space(), "state": state, "failed": failed}
-
-
-def _part(name: str, part: dict[str, Any], now: float) -> dict[str, Any]:
-    failed, seen = part.pop("failed"), part.pop("seen")
-    return {"name": name, **part, "seen_s_ago": now - seen, "failed": failed > 0, "fatal": failed == FATAL}
+    def _check(self, log: StreamingRefChannel) -> None:
+        assert isinstance(log, RedisChannel) and log.server.keys == self.server.keys, "one script writes both"

@@ -8,30 +8,25 @@ from dataclasses import replace
 import torch
 from typing_extensions import override
 
-from lightning_dataflow.contracts import CapacityError, FeatureHandle, SampleOrigin, SampleRef
+from lightning_dataflow.contracts import FeatureHandle, SampleOrigin, SampleRef
 from lightning_dataflow.contracts.validation import check_id
 from lightning_dataflow.stores.base import (
     FeatureStore,
     IsLive,
     Leases,
-    StoreUnavailableError,
     Tensors,
-    attempt_of,
     new_generation,
     new_ref,
     of_another_store,
 )
 from lightning_dataflow.stores.mooncake.admin import MooncakeAdmin
 from lightning_dataflow.stores.mooncake.client import (
-    NO_SPACE,
-    NOT_FOUND,
-    OWNER_GONE,
     MooncakeClient,
     OwnerGoneError,
     TransientError,
 )
-from lightning_dataflow.stores.mooncake.keys import KeyScheme
-from lightning_dataflow.stores.mooncake.transfer import Staged, Transfer, stored_features
+from lightning_dataflow.stores.mooncake.generations import Generations, check_fits, refusal
+from lightning_dataflow.stores.mooncake.transfer import Staged, Transfer
 
 MAX_REMEMBERED_PUTS = 1 << 14
 
@@ -44,15 +39,8 @@ class MooncakeFeatureStore(FeatureStore):
     used twice, so a key that exists after the read existed all the time, and its memory cannot have been given to another
     object. Reading a sample while it is freed raises a KeyError, and never returns mixed bytes.
 
-    Attempts order across processes: before a put of attempt n > 0 removes what is older, it leaves a one-byte object
-    `{sample_id}/superseded/{k}` for every k < n, and a generation of attempt k counts only while that mark is absent. So
-    a late put of an older attempt is stale at once, in whatever order the puts come. The marks go, as the last step, with
-    the generation that left them. Not promised: that two puts of the *same* attempt by different processes supersede each
-    other; that a put more than 32 attempts ahead marks an attempt as late; marks while the newest generation of a sample is
-    freed and put again at the same moment. The control plane, which hands out attempts, prevents all three.
-
-    Thread-safe. Objects that a crashed writer left incomplete are discarded by the master
-    (`--put_start_discard_timeout_sec`).
+    Attempts order across processes; see Generations. Thread-safe. Objects that a crashed writer left incomplete are
+    discarded by the master (`--put_start_discard_timeout_sec`).
 
     Mooncake has no authentication, so a secret would guard nothing here: whoever reaches the master can read and remove
     everything. Instead of a secret (`store.secret_file` is refused with this store), fence the network; see
@@ -95,7 +83,6 @@ class MooncakeFeatureStore(FeatureStore):
         self.store_id = check_id(store_id, "store_id")
         self.uri = f"mooncake://{store_id}"
         self.retain, self.capacity_bytes = retain, capacity_bytes
-        self._keys = KeyScheme(self.store_id)
         self._admin = MooncakeAdmin(metrics_address) if metrics_address else None
         self._client = MooncakeClient(
             master_address=master_address,
@@ -108,6 +95,7 @@ class MooncakeFeatureStore(FeatureStore):
             unavailable_timeout_s=unavailable_timeout_s,
         )
         self._transfer = Transfer(self._client)
+        self._generations = Generations(self.store_id, self._client, self._transfer, self._admin)
         self._leases = Leases()
         self._lock = threading.Lock()  # of _puts; never held while bytes move
         self._puts: dict[str, SampleRef] = {}  # the last put of a sample by this process
@@ -124,9 +112,14 @@ class MooncakeFeatureStore(FeatureStore):
         if not draft.num_bytes:
             raise ValueError(f"{origin.sample_id} has only empty tensors: Mooncake cannot store 0 bytes")
         if self.capacity_bytes is not None:
-            _check_fits(draft, self.capacity_bytes)
+            check_fits(draft, self.capacity_bytes)
         staged = self._transfer.stage(draft, tensors)
-        self._remove_older(draft)
+        with self._lock:
+            previous = self._puts.get(origin.sample_id)
+        if origin.attempt:
+            self._generations.supersede(draft)
+        elif previous is not None and previous.origin.attempt == 0:
+            self.free(previous)
         ref = self._client.retry(lambda: self._store(draft, staged))
         self._remember(ref)
         return ref
@@ -153,24 +146,14 @@ class MooncakeFeatureStore(FeatureStore):
         last = [ref for handle in handles if (ref := self._leases.end(handle)) is not None]
         if self.retain:
             return
-        self._remove([key for ref in last if ref.origin.attempt == 0 for key in self._objects(ref)])
-        for ref in last:
-            if ref.origin.attempt:
-                self.free(ref)
+        self._generations.remove(last)
 
     def free(self, ref: SampleRef) -> None:
         """Free one generation, even with `retain`."""
         if ref.uri != self.uri:
             return
         self._leases.forget(ref.sample_id, ref.generation)
-        if ref.origin.attempt == 0:
-            return self._remove(self._objects(ref))
-        objects, mark = self._objects(ref), self._keys.mark(ref.sample_id, ref.origin.attempt)
-        exists, superseded = self._client.retry(lambda: self._client.exist([objects[0], mark]))
-        self._remove(objects)
-        if exists and not superseded:
-            self._remove_matching(self._keys.pattern_up_to(ref.sample_id, ref.origin.attempt - 1))  # late puts
-            self._remove(self._keys.marks(ref.origin))
+        self._generations.remove([ref])
 
     def abort(self, sample_id: str) -> None:
         """Free every generation of a sample. The master scans all its keys: about 1 ms for a thousand."""
@@ -178,12 +161,12 @@ class MooncakeFeatureStore(FeatureStore):
         with self._lock:
             self._puts.pop(sample_id, None)
         self._leases.forget(sample_id)
-        self._remove_matching(self._keys.pattern_of_sample(sample_id))
+        self._generations.remove_sample(sample_id)
 
     def exists(self, refs: Sequence[SampleRef]) -> list[bool]:
         """Which of `refs` a `get` would find now, in one round trip."""
         ours = [ref for ref in refs if ref.uri == self.uri]
-        valid = iter(self._client.retry(lambda: self._are_valid(ours)) if ours else [])
+        valid = iter(self._client.retry(lambda: self._generations.are_valid(ours)) if ours else [])
         return [ref.uri == self.uri and next(valid) for ref in refs]
 
     def health(self) -> dict[str, int]:
@@ -198,10 +181,8 @@ class MooncakeFeatureStore(FeatureStore):
                 refs = list(self._puts.values())
             present = [ref.num_bytes for ref, exists in zip(refs, self.exists(refs), strict=True) if exists]
             return {"num_samples": len(present), "num_bytes": sum(present), "capacity_bytes": self.capacity_bytes or 0}
-        generations, marks = self._keys.sort(self._admin.list_keys())
-        superseded = [self._keys.mark(sample_id, attempt_of(generation)) in marks for sample_id, generation in generations]
         return {
-            "num_samples": superseded.count(False),
+            "num_samples": self._generations.num_valid(self._admin.list_keys()),
             "num_bytes": self._admin.gauge("master_allocated_bytes"),
             "capacity_bytes": self._admin.gauge("master_total_capacity_bytes"),
         }
@@ -213,19 +194,14 @@ class MooncakeFeatureStore(FeatureStore):
         """
         if is_live is None or self._admin is None:
             return {}
-        generations, marks = self._keys.sort(self._admin.list_keys())
-        orphans = [generation for generation in generations if not is_live(*generation)]
-        live = {sample_id for sample_id, _ in generations.keys() - set(orphans)}
-        keys = [key for generation in orphans for key in generations[generation]]
-        self._remove(keys + [mark for mark in marks if mark.split("/")[1] not in live])
-        return {"orphans": len(orphans)}
+        return {"orphans": self._generations.remove_orphans(self._admin.list_keys(), is_live)}
 
     def clear(self) -> None:
         """Remove everything under this store_id, for every process: the end of a run."""
         with self._lock:
             self._puts.clear()
         self._leases = Leases()
-        self._remove_matching(self._keys.pattern_of_store())
+        self._generations.remove_store()
 
     def stop_waiting(self) -> None:
         """From now on calls raise StoreUnavailableError at once where Mooncake is gone."""
@@ -243,7 +219,7 @@ class MooncakeFeatureStore(FeatureStore):
         keys would leave unknown content.
         """
         ref = replace(draft, generation=new_generation(draft.origin.attempt))
-        keys = self._objects(ref)
+        keys = self._generations.objects(ref)
         try:
             codes = self._client.put(keys, staged.addresses, staged.sizes)
         except TransientError:
@@ -252,27 +228,8 @@ class MooncakeFeatureStore(FeatureStore):
             raise
         if any(codes):
             self._client.remove(keys)  # a batch is not atomic: some may have been stored
-            raise self._refusal(ref, codes)
+            raise refusal(ref, codes, self._admin)
         return ref
-
-    def _remove_older(self, draft: SampleRef) -> None:
-        """Remove what a put of `draft` supersedes; the class describes the marks."""
-        origin = draft.origin
-        if origin.attempt:
-            older = self._keys.pattern_up_to(origin.sample_id, origin.attempt)
-            self._remove_matching(older)  # before the marks, which may need its room
-            self._client.retry(lambda: self._leave_marks(draft))
-            self._remove_matching(older)
-            return
-        with self._lock:
-            previous = self._puts.get(origin.sample_id)
-        if previous is not None and previous.origin.attempt == 0:
-            self.free(previous)
-
-    def _leave_marks(self, draft: SampleRef) -> None:
-        codes = self._transfer.write_marks(self._keys.marks(draft.origin))
-        if any(codes):
-            raise self._refusal(draft, codes)
 
     def _get_ours(self, refs: Sequence[SampleRef]) -> list[tuple[Tensors, FeatureHandle] | KeyError]:
         try:
@@ -287,38 +244,12 @@ class MooncakeFeatureStore(FeatureStore):
         ]
 
     def _read(self, refs: Sequence[SampleRef]) -> list[Tensors | KeyError]:
-        results = self._transfer.read([self._objects(ref) for ref in refs], refs)
-        valid = self._are_valid(refs)  # after the bytes have landed; see the class
+        results = self._transfer.read([self._generations.objects(ref) for ref in refs], refs)
+        valid = self._generations.are_valid(refs)  # after the bytes have landed; see the class
         return [
             result if is_valid or isinstance(result, KeyError) else KeyError(f"{_name(ref)} was freed or superseded")
             for ref, result, is_valid in zip(refs, results, valid, strict=True)
         ]
-
-    def _are_valid(self, refs: Sequence[SampleRef]) -> list[bool]:
-        """Whether all objects of each ref exist, and no mark says that it is superseded."""
-        keys = [(*self._objects(ref), self._keys.mark(ref.sample_id, ref.origin.attempt)) for ref in refs]
-        exists = iter(self._client.exist([key for group in keys for key in group]))
-        found = [[next(exists) for _ in group] for group in keys]
-        return [all(objects) and not superseded for *objects, superseded in found]
-
-    def _refusal(self, ref: SampleRef, codes: list[int]) -> Exception:
-        if NO_SPACE not in codes and NOT_FOUND in codes:
-            return TransientError(NOT_FOUND)
-        if NO_SPACE not in codes:
-            return StoreUnavailableError(
-                f"Mooncake refused {ref.sample_id} ({ref.num_bytes} bytes, codes {codes}): see its logs"
-            )
-        room = ""
-        if self._admin is not None:
-            taken, capacity = (self._admin.gauge(f"master_{what}_bytes") for what in ("allocated", "total_capacity"))
-            if not capacity:  # a master that was restarted has no storage process yet
-                return TransientError(OWNER_GONE)
-            _check_fits(ref, capacity)
-            room = f", {taken} of {capacity} are taken"
-        return CapacityError(
-            f"{ref.sample_id} needs {ref.num_bytes} bytes{room} and Mooncake found no room: release samples first, or give "
-            "it more memory (store.capacity_bytes)"
-        )
 
     def _remember(self, ref: SampleRef) -> None:
         with self._lock:
@@ -326,24 +257,6 @@ class MooncakeFeatureStore(FeatureStore):
             self._puts[ref.sample_id] = ref
             if len(self._puts) > MAX_REMEMBERED_PUTS:
                 del self._puts[next(iter(self._puts))]
-
-    def _objects(self, ref: SampleRef) -> list[str]:
-        return self._keys.of(ref, [spec.name for spec in stored_features(ref)])
-
-    def _remove(self, keys: list[str]) -> None:
-        if keys:
-            self._client.retry(lambda: self._client.remove(keys))
-
-    def _remove_matching(self, pattern: str) -> None:
-        self._client.retry(lambda: self._client.remove_matching(pattern))
-
-
-def _check_fits(ref: SampleRef, capacity: int) -> None:
-    if ref.num_bytes > capacity:
-        raise CapacityError(
-            f"{ref.sample_id} needs {ref.num_bytes} bytes, the whole store has {capacity}: it is too small for one sample, "
-            "raise store.capacity_bytes"
-        )
 
 
 def _name(ref: SampleRef) -> str:

@@ -153,7 +153,7 @@ def test_the_leases_of_all_workers_of_a_dead_process_end_at_once(ledger, monkeyp
         for worker in ("producer-host-7-0", "producer-host-7-1"):
             ledger.report(worker, "capturing")
             lease(ledger, worker)
-        patch.setattr("lightning_dataflow.control.redis.ledger.pid_space", lambda: "another host")  # SQLite has one host
+        patch.setattr("lightning_dataflow.control.processes.pid_space", lambda: "another host")  # SQLite has one host
         if isinstance(ledger, RedisMetadataStore):
             ledger.report("producer-there-7", "capturing")
     ledger.report("producer-host-77", "capturing")

@@ -98,6 +98,7 @@ def failing(function, times: int):
     return call, left
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("broken", ["report", "renew", "describe"])
 def test_no_error_ends_a_heartbeat(ledger, monkeypatch, caplog, broken):
     """The lease is held while each beat fails, where that is possible, and once none does."""
@@ -214,7 +215,7 @@ def test_another_trainer_on_another_host(redis_run, monkeypatch):
     monkeypatch.setattr("lightning_dataflow.control.heartbeat.FRESH_S", 1.0)
     monkeypatch.setattr("lightning_dataflow.control.heartbeat.CLOSE_S", 0.1)
     with monkeypatch.context() as patch:
-        patch.setattr("lightning_dataflow.control.redis.ledger.pid_space", lambda: "another host's")
+        patch.setattr("lightning_dataflow.control.processes.pid_space", lambda: "another host's")
         ledger.report("trainer-0", "training")
         start = time.monotonic()
         check_no_other_trainer(ledger, "run")

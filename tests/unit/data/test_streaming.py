@@ -32,7 +32,7 @@ def plane(tmp_path):
 
 
 def another_reader(plane: ControlPlane) -> ControlPlane:
-    return ControlPlane(run_id="run", ledger=plane.ledger, channel=memory_plane(plane.log.name).log, durable=False)
+    return ControlPlane(run_id="run", ledger=plane.ledger, channel=memory_plane(plane.log.name).log)
 
 
 def capture(worker, groups: int) -> None:
@@ -264,7 +264,7 @@ def test_a_run_that_another_trainer_trains_is_refused_and_a_dead_ones_is_not(pla
     make_worker(plane, store)
     with subprocess.Popen(["sleep", "60"]) as other:
         with monkeypatch.context() as patched:
-            patched.setattr("lightning_dataflow.control.local.ledger.os.getpid", lambda: other.pid)
+            patched.setattr("os.getpid", lambda: other.pid)
             plane.ledger.report("trainer-0", "training")
         with pytest.raises(UserError, match=rf"process {other.pid} on .* trains run run \(training\): end it first"):
             make_source(plane, store).begin(PLAN, 0, 1)

@@ -56,7 +56,9 @@ def work(path: Path, worker: str) -> None:
 @pytest.mark.integration
 def test_several_processes_on_one_file(tmp_path):
     path = tmp_path / "ledger.sqlite"
-    begin(SqliteMetadataStore(path), stop=600)
+    ledger = SqliteMetadataStore(path)
+    begin(ledger, stop=600)
+    ledger.close()  # SQLite's connections do not survive a fork
     workers = [forked(work, path, f"worker-{index}") for index in range(4)]
     for worker in workers:
         worker.join(30)
@@ -131,6 +133,19 @@ def test_a_ledger_of_another_machine(tmp_path, monkeypatch):
     monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
     with pytest.raises(UserError, match=r"was made on .*, this is elsewhere: .* delete the file"):
         SqliteMetadataStore(path)
+
+
+def test_a_ledger_of_release_0_1_is_refused_by_its_version(tmp_path):
+    path = tmp_path / "ledger.sqlite"
+    old = sqlite3.connect(path)
+    old.executescript("CREATE TABLE run (key TEXT PRIMARY KEY, value TEXT); CREATE TABLE totals (id INTEGER PRIMARY KEY);")
+    old.close()
+    with pytest.raises(UserError) as error:
+        SqliteMetadataStore(path)
+    assert str(error.value) == (
+        f"the ledger {path} has schema version 2 (of lightning_dataflow 0.1), this release reads 3: finish the run with "
+        "the release that began it, or choose another channel.path"
+    )
 
 
 def test_files_that_are_no_ledgers(tmp_path):

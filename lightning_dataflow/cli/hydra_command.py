@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -47,19 +47,8 @@ def command(function: Command, *, keeps_folder: bool = True, owns_folder: bool =
             parsed = parse_config(config)
             _check_run_name(parsed)
             return function(parsed, plain_settings(config))
-        except KeyboardInterrupt as interrupt:
-            _exit_interrupted(interrupt)
-        except SystemExit as end:
-            if isinstance(end.__context__, KeyboardInterrupt):  # Lightning has caught it, and ends with status 1
-                _exit_interrupted(end.__context__)
-            raise
-        except Exception as error:
-            if not _is_explained(error):
-                raise
-            if not isinstance(error, NotFiniteError) or rank_from_environment() == 0:  # every rank raises the same
-                print(f"error: {error}", file=sys.stderr, flush=True)
-            lasting = isinstance(error, UserError | PermissionError) or config.role == "auto"
-            sys.exit(BAD_SETTINGS if lasting else RETRYABLE)
+        except BaseException as error:
+            _exit(error, config.role)
         finally:
             if not keeps_folder and not is_multirun():
                 _remove_unused(Path(HydraConfig.get().runtime.output_dir))
@@ -81,16 +70,25 @@ def command(function: Command, *, keeps_folder: bool = True, owns_folder: bool =
     return main
 
 
-def _exit_interrupted(interrupt: BaseException) -> None:
-    print("terminated" if isinstance(interrupt, Terminated) else "interrupted", file=sys.stderr, flush=True)
-    sys.exit(_status(interrupt))
+def _exit(error: BaseException, role: str) -> NoReturn:
+    """Exit with one line; an error that needs more is raised again."""
+    cause = error.__context__ if isinstance(error, SystemExit) else error  # Lightning catches interrupts, and exits
+    if isinstance(cause, KeyboardInterrupt):
+        print("terminated" if isinstance(cause, Terminated) else "interrupted", file=sys.stderr, flush=True)
+        sys.exit(_status(cause))
+    if not _is_explained(error):
+        raise error
+    if not isinstance(error, NotFiniteError) or rank_from_environment() == 0:  # every rank raises the same
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    lasting = isinstance(error, UserError | PermissionError) or role == "auto"
+    sys.exit(BAD_SETTINGS if lasting else RETRYABLE)
 
 
-def _status(interrupt: BaseException) -> int:
+def _status(interrupt: KeyboardInterrupt) -> int:
     return TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED
 
 
-def _is_explained(error: Exception) -> bool:
+def _is_explained(error: BaseException) -> bool:
     """Whether the message says all there is to say. Other packages' errors are looked up only where those are loaded."""
     if isinstance(error, EXPLAINED_ERRORS):
         return True

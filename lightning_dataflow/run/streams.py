@@ -1,7 +1,7 @@
 """Stores, control planes, sources and workers of each topology."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -128,19 +128,14 @@ def make_workers(
         load: makes what is captured, and the store that it is put into.
         resources: closes the control planes of further workers.
     """
-    served = config.target.engine == "sglang_server"
-    names, planes = [f"{name}-0" if served else name], [plane]
-    heartbeat = Heartbeat(plane.ledger, names[0], lambda: "loading")
+    heartbeat = Heartbeat(plane.ledger, f"{name}-0", lambda: "loading")
     try:
         feed, store = load()
-        if isinstance(feed, ServedFeed):
-            names += [f"{name}-{index}" for index in range(1, feed.target.num_requests)]
-        for _ in names[1:]:
-            planes.append(control_plane(config))
-            resources.callback(planes[-1].close)
+        num_workers = feed.target.num_requests if isinstance(feed, ServedFeed) else 1
+        others = [resources.enter_context(closing(control_plane(config))) for _ in range(1, num_workers)]
         workers = [
             RolloutWorker(
-                worker,
+                f"{name}-{index}",
                 feed,
                 own_plane,
                 store,
@@ -149,7 +144,7 @@ def make_workers(
                 lease_s=config.topology.lease_s,
                 peer_timeout_s=config.topology.start_timeout_s,
             )
-            for worker, own_plane in zip(names, planes, strict=True)
+            for index, own_plane in enumerate([plane, *others])
         ]
     except BaseException as error:
         heartbeat.stop(f"could not start: {str(error) or type(error).__name__}")

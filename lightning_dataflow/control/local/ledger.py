@@ -3,7 +3,7 @@
 import json
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -11,9 +11,9 @@ from typing import Any
 
 from lightning_dataflow.contracts import PeerFailedError, UserError
 from lightning_dataflow.contracts.errors import TAKEN_OVER
-from lightning_dataflow.control.leases import CommitEntry, Lease, NoLease, RunPlan, Watermarks
+from lightning_dataflow.control.leases import MAX_ATTEMPTS, CommitEntry, Lease, NoLease, RunPlan, Watermarks
 from lightning_dataflow.control.ledger import SILENT_S, MetadataStore
-from lightning_dataflow.control.local.tables import LedgerTables
+from lightning_dataflow.control.local.tables import LedgerTables, Sample
 from lightning_dataflow.control.log import StreamingRefChannel
 from lightning_dataflow.control.processes import ALIVE, FAILED, FATAL, this_process
 
@@ -54,22 +54,20 @@ class SqliteMetadataStore(MetadataStore):
     def begin(
         self, plan: RunPlan, *, published: Mapping[int, tuple[str, int]], wanted: Mapping[int, int], frontier: int
     ) -> None:
-        rows: list[tuple[int, str, int, str | None, int]]
-        rows = [(seq, "published", _attempt(generation), generation, size) for seq, (generation, size) in published.items()]
-        rows += [(seq, "wanted", attempt, None, 0) for seq, attempt in wanted.items()]
+        samples = {seq: Sample("wanted", attempt) for seq, attempt in wanted.items()}
+        for seq, (generation, size) in published.items():
+            samples[seq] = Sample("published", _attempt(generation), size, generation=generation)
         with self._change():
             self._tables.db.execute("DELETE FROM samples")
-            self._tables.db.executemany(
-                "INSERT INTO samples (seq, state, attempt, generation, bytes) VALUES (?, ?, ?, ?, ?)", rows
-            )
+            self._tables.put(samples)
             self._tables.forget_parts(time.time() - SILENT_S)
             self._tables.set(
                 plan=json.dumps(asdict(plan)),
                 finished=None,
                 finished_at=None,
                 frontier=frontier,
-                refs_in_flight=len(rows),
-                bytes_in_flight=sum(row[-1] for row in rows),
+                refs_in_flight=len(samples),
+                bytes_in_flight=sum(sample.bytes for sample in samples.values()),
                 trained_seq=plan.start,
                 trained_step=plan.start // plan.window,
                 paused=0,
@@ -91,14 +89,21 @@ class SqliteMetadataStore(MetadataStore):
                 if seq >= plan.stop:
                     return NoLease("nothing left", plan)
             seqs = tuple(range(seq // group * group, min((seq // group + 1) * group, plan.stop)))
-            new = [number for number in seqs if number >= totals["frontier"]]
-            wanted = self._tables.open_in(seqs, now)
-            unreserved = {number: num_bytes(number) for number in (*wanted, *new) if not wanted.get(number)}
-            if unreserved and self._update_pause(seq, sum(unreserved.values()), len(new), totals, plan, watermarks):
+            new = {number: Sample("wanted", 0) for number in seqs if number >= totals["frontier"]}
+            others = {number: row for number, row in self._tables.samples(seqs).items() if row.state != "published"} | new
+            attempt = max(row.attempt + (row.state == "leased") for row in others.values())
+            taken = {number: row for number, row in others.items() if row.state == "wanted" or row.expires < now}
+            sizes = {number: num_bytes(number) for number, row in taken.items() if not row.bytes}
+            if sizes and self._update_pause(seq, sum(sizes.values()), len(new), totals, plan, watermarks):
                 return NoLease("paused", plan)
-            self._tables.reserve(unreserved, new, totals)
-            attempt, tries = self._tables.take(worker, [*wanted, *new], now + lease_s)
-            return Lease(worker=worker, seqs=seqs, wanted=(*wanted, *new), attempt=attempt, plan=plan, tries=tries)
+            for number, row in taken.items():
+                size, tries = sizes.get(number, row.bytes), row.tries + (row.state == "leased")
+                taken[number] = Sample("leased", attempt, size, tries, worker, now + lease_s)
+            self._tables.put(taken)
+            self._tables.add(bytes_in_flight=sum(sizes.values()), refs_in_flight=len(new))
+            self._tables.set(frontier=max(totals["frontier"], seqs[-1] + 1))
+            most_tries = max(row.tries for row in taken.values())
+            return Lease(worker=worker, seqs=seqs, wanted=tuple(taken), attempt=attempt, plan=plan, tries=most_tries)
 
     def renew(self, worker: str, lease_s: float) -> None:
         with self._change():
@@ -115,47 +120,40 @@ class SqliteMetadataStore(MetadataStore):
         counts: bool = True,
     ) -> list[int]:
         with self._change():
-            held = self._tables.held(lease)
-            given_up = [seq for seq in held if not self._tables.want_again(seq, lease.attempt + 1, counts)]
-            self._give_up(given_up)
+            held = self._held(lease)
+            given_up = [seq for seq, row in held.items() if not self._want(seq, row, counts)]
             if given_up:
                 log.append([skips[seq] for seq in given_up])
             return given_up
 
     def commit(self, lease: Lease, captured: Mapping[int, CommitEntry], log: StreamingRefChannel) -> list[int]:
         with self._change():
-            held = [] if self.finished() is not None else self._tables.held(lease)
-            accepted = [seq for seq in held if seq in captured]
+            held = {} if self.finished() is not None else self._held(lease)
+            accepted = {seq: row for seq, row in held.items() if seq in captured}
             if not accepted:
                 return []
             log.append([captured[seq].line for seq in accepted])
-            reserved = self._tables.num_bytes(accepted)
-            committed = sum(captured[seq].num_bytes for seq in accepted)
-            self._tables.db.executemany(
-                "UPDATE samples SET state = 'published', generation = ?, bytes = ? WHERE seq = ?",
-                [(captured[seq].generation, captured[seq].num_bytes, seq) for seq in accepted],
-            )
+            published = {}
+            for seq, row in accepted.items():
+                generation, size, _ = captured[seq]
+                published[seq] = Sample("published", row.attempt, size, row.tries, generation=generation)
+            self._tables.put(published)
             self._tables.add(
-                bytes_in_flight=committed - reserved,
+                bytes_in_flight=sum(published[seq].bytes - row.bytes for seq, row in accepted.items()),
                 published=len(accepted),
                 recaptured=len(accepted) if lease.attempt else 0,
             )
-            return accepted
+            return list(accepted)
 
     def want(self, seq: int, generation: str) -> bool:
         with self._change():
             if self.finished() is not None:
                 return True
-            row = self._tables.db.execute("SELECT state, attempt, generation FROM samples WHERE seq = ?", (seq,)).fetchone()
+            row = self._tables.samples([seq]).get(seq)
             if row is None:
                 return False
-            state, attempt, current = row
-            if state != "published" or current != generation:
-                return True  # asked before
-            if self._tables.want_again(seq, attempt + 1):
-                return True
-            self._give_up([seq])
-            return False
+            was_asked_before = row.state != "published" or row.generation != generation
+            return was_asked_before or self._want(seq, row)
 
     def free(self, seqs: Iterable[int]) -> None:
         with self._change():
@@ -236,9 +234,20 @@ class SqliteMetadataStore(MetadataStore):
     def _part_texts(self) -> Mapping[str, str]:
         return dict(self._tables.rows("SELECT name, part FROM parts"))
 
-    def _give_up(self, seqs: Sequence[int]) -> None:
-        self._tables.drop(seqs)
-        self._tables.add(given_up=len(seqs))
+    def _held(self, lease: Lease) -> dict[int, Sample]:
+        """What nobody took over of a lease. An expired lease holds until somebody does."""
+        rows = {seq: row for seq, row in self._tables.samples(lease.seqs).items() if seq in lease.wanted}
+        mine = ("leased", lease.worker, lease.attempt)
+        return {seq: row for seq, row in rows.items() if (row.state, row.worker, row.attempt) == mine}
+
+    def _want(self, seq: int, row: Sample, counts: bool = True) -> bool:
+        """Have a sample captured again; False when it has failed too often and is given up."""
+        if row.tries + counts < MAX_ATTEMPTS:
+            self._tables.put({seq: Sample("wanted", row.attempt + 1, row.bytes, row.tries + counts)})
+            return True
+        self._tables.drop([seq])
+        self._tables.add(given_up=1)
+        return False
 
 
 def _attempt(generation: str) -> int:

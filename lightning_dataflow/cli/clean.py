@@ -1,4 +1,4 @@
-"""The `clean` command: remove what a run that nobody resumes left in Redis."""
+"""The `clean` command: remove from Redis what an abandoned run left there."""
 
 import argparse
 import sys
@@ -17,9 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_arguments(parser)
     options = parser.parse_args(arguments)
     if options.redis is None:
-        parser.error(
-            "--redis HOST:PORT says where the run is; one with a Redis of its own is all in its folder: delete that"
-        )
+        parser.error("--redis HOST:PORT is missing; a run with a Redis of its own has all in its folder: delete the folder")
     try:
         print(clean(options))
     except (UserError, PermissionError, PeerTimeoutError, PeerFailedError) as error:

@@ -12,7 +12,7 @@ COMMANDS = {
     "export": "write a checkpoint as a folder that SGLang or vLLM serves",
     "conformance": "compare what target.engine captures with what transformers does",
     "status": "show a disaggregated run from outside: lightning-dataflow status runs/NAME",
-    "clean": "remove from a Redis what a run that nobody resumes left there",
+    "clean": "remove from a Redis what an abandoned run left there",
     "show-mask": "print samples with their supervised tokens coloured",
 }
 
@@ -31,5 +31,5 @@ def main() -> None:
         sys.exit(0 if name in ("-h", "--help") else 1)
     try:
         importlib.import_module(f"lightning_dataflow.cli.{name.replace('-', '_')}").main()
-    except KeyboardInterrupt:  # while it was imported; commands handle their own
+    except KeyboardInterrupt:  # during the import; commands handle their own
         sys.exit(INTERRUPTED)

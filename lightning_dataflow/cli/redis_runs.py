@@ -16,17 +16,17 @@ _KEY = re.compile(rf"{PREFIX}:\{{(.*)\}}:(?:{'|'.join(KEYS)})")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """How to reach a Redis."""
-    parser.add_argument("--redis", metavar="HOST:PORT", help="the run is in the Redis there")
-    parser.add_argument("--redis-username", metavar="NAME", help="its user; the default one if left out")
-    parser.add_argument("--redis-secret-file", metavar="FILE", help="holds the password")
-    parser.add_argument("--redis-tls", action="store_true", help="it speaks TLS")
+    """Add the arguments that say how to reach a Redis."""
+    parser.add_argument("--redis", metavar="HOST:PORT", help="address of the Redis that holds the run")
+    parser.add_argument("--redis-username", metavar="NAME", help="Redis user; the default one if left out")
+    parser.add_argument("--redis-secret-file", metavar="FILE", help="file with the password")
+    parser.add_argument("--redis-tls", action="store_true", help="connect with TLS")
     for what, text in (("ca", "authorities that signed its certificate"), ("cert", "own certificate"), ("key", "own key")):
         parser.add_argument(f"--redis-{what}-file", metavar="FILE", help=f"with TLS: {text}")
 
 
 def address(options: argparse.Namespace) -> RedisAddress:
-    """What the arguments say."""
+    """The Redis that these arguments name."""
     return RedisAddress(
         address=options.redis,
         username=options.redis_username,
@@ -39,7 +39,7 @@ def address(options: argparse.Namespace) -> RedisAddress:
 
 
 def in_arguments(text: str) -> str:
-    """A message about settings of `channel`, for somebody who gave arguments."""
+    """A message about settings of `channel`, with the arguments of the same meaning."""
     names = re.sub(r"channel\.(\w+)", lambda match: f"--redis-{match[1].replace('_', '-')}", text)
     return names.replace("--redis-address", "--redis")
 

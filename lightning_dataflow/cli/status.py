@@ -77,7 +77,7 @@ def measure(store: MetadataStore, interval_s: float) -> dict[str, Any]:
 
 
 def describe(status: dict[str, Any]) -> list[str]:
-    """Lines for people."""
+    """A table."""
     plan = status["plan"]
     if plan is None:
         return ["not begun: no trainer has said what it needs", *_parts(status)]
@@ -109,7 +109,7 @@ def _parts(status: dict[str, Any]) -> list[str]:
 
 
 def _seen(part: dict[str, Any]) -> str:
-    """A part that was killed or cut off leaves the state that it was in."""
+    """When a process was seen last, and its state then."""
     if part["seen_s_ago"] < FRESH_S:
         return f"seen {part['seen_s_ago']:.0f} s ago): {part['state']}"
     return f"not seen for {part['seen_s_ago']:.0f} s), at last: {part['state']}"

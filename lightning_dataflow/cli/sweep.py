@@ -22,9 +22,9 @@ COLUMNS = ("loss", "acceptance", "tokens/s", "status")
 def run_job(arguments: Sequence[str], folder: Path, metric: str) -> float:
     """Train in a process of its own and return `metric` of its `result.json`.
 
-    Lightning starts further ranks with this process's command line, in which a multirun would begin again on each of them
-    with values of its own; a job's process has one job's values on its command line. In a task of SLURM's, too, it starts
-    its ranks itself.
+    Lightning starts further ranks with the command line of their parent. That of a multirun would begin the whole sweep
+    again in each rank; that of a job's process holds the values of this job. Variables of SLURM are removed, so that the
+    process starts its ranks itself.
 
     Raises:
         UserError: the job failed, or has no such metric.
@@ -33,7 +33,7 @@ def run_job(arguments: Sequence[str], folder: Path, metric: str) -> float:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SRUN_"))}
     status = subprocess.run(command, stdin=subprocess.DEVNULL, env=environment).returncode
     if status:
-        raise UserError(f"the job in {folder} ended with status {status}, see its messages above")
+        raise UserError(f"the job in {folder} ended with status {status}: see its messages above")
     return read_metric(json.loads((folder / "result.json").read_text()), metric)
 
 
@@ -55,13 +55,12 @@ class ResultsTable(Callback):
     """Prints one line for each job of a multirun."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Hydra's hook."""
         folder = Path(config.hydra.sweep.dir)
         print("\n".join(table(folder)), flush=True)
 
 
 def table(folder: Path) -> list[str]:
-    """A header and a row for each job in `folder`, in their order."""
+    """A header, and a row for each job in `folder`."""
     jobs = sorted((path for path in folder.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
     overrides = [_overrides(job) for job in jobs]
     common = set.intersection(*map(set, overrides)) if len(jobs) > 1 else set()

@@ -1,7 +1,7 @@
 """Fields with choices or bounds, and the check that every setting keeps to them."""
 
 import difflib
-from collections.abc import Iterator
+import operator
 from dataclasses import field, fields, is_dataclass
 from typing import Any
 
@@ -9,17 +9,18 @@ from omegaconf import MISSING
 
 from lightning_dataflow.contracts import UnknownNameError, UserError
 
+BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le}
+"""What a number must be; NaN is none of these."""
+
 
 def one_of(*choices: str, default: str = MISSING) -> Any:
     """A field that takes one of these names. OmegaConf knows no Literal."""
     return field(default=default, metadata={"choices": choices})
 
 
-def number(
-    default: float | None, *, at_least: float | None = None, above: float | None = None, at_most: float | None = None
-) -> Any:
-    """A field for a number within bounds, or for null where that is the default."""
-    return field(default=default, metadata={"at_least": at_least, "above": above, "at_most": at_most})
+def number(default: float | None, **bounds: float) -> Any:
+    """A field for a number within `bounds`, named as in BOUNDS; or for null, where that is the default."""
+    return field(default=default, metadata={"bounds": bounds})
 
 
 def check_fields(node: Any, prefix: str = "") -> None:
@@ -41,15 +42,7 @@ def check_fields(node: Any, prefix: str = "") -> None:
         if value not in item.metadata.get("choices", (value,)):
             choices = ", ".join(item.metadata["choices"])
             raise UnknownNameError(f"{prefix}{item.name}={value} is unknown: available are {choices}")
-        if value is not None and (rules := list(_broken_bounds(value, item.metadata))):
-            raise UserError(f"{prefix}{item.name}={value} is out of bounds: it must be {rules[0]}")
-
-
-def _broken_bounds(value: Any, metadata: Any) -> Iterator[str]:
-    """In words. Comparisons are false for NaN, which therefore breaks every bound."""
-    if (bound := metadata.get("at_least")) is not None and not value >= bound:
-        yield f"at least {bound}"
-    if (bound := metadata.get("above")) is not None and not value > bound:
-        yield f"above {bound}"
-    if (bound := metadata.get("at_most")) is not None and not value <= bound:
-        yield f"at most {bound}"
+        for rule, bound in item.metadata.get("bounds", {}).items():
+            if value is not None and not BOUNDS[rule](value, bound):
+                rule = rule.replace("_", " ")
+                raise UserError(f"{prefix}{item.name}={value} is out of bounds: it must be {rule} {bound}")

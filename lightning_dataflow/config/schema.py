@@ -1,4 +1,4 @@
-"""Typed configuration of what this package owns; `trainer`, `logger` and `callbacks` are Lightning's, by `_target_`."""
+"""Typed configuration. `trainer`, `logger` and `callbacks` hold Lightning's classes, by `_target_`."""
 
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib.resources import files
@@ -26,16 +26,17 @@ class TargetConfig:
     """The target model.
 
     Attributes:
-        engine: who captures features: `hf` in this process, `sglang` a server for this process, or `sglang_server`.
+        engine: what captures features: `hf` in this process, `sglang` on a server that this process starts for itself, or
+            `sglang_server` on servers that put them into the run's store.
         path: a Hugging Face folder.
-        prepare: a folder that the tiny random target is written to first, unless it is there.
+        prepare: write the tiny random target to this folder, unless it exists.
         dtype, device: of `hf`, and of the target that decodes; see HFTargetEngine.
-        capture_batch_size: prompts per forward pass while capturing; servers batch as they like.
-        urls: of capture servers, `http://HOST:PORT`; none to start one on this machine.
-        api_key_file: holds the servers' key; a file, so that no log, configuration or command line shows it.
-        requests_in_flight: prompts at a time and server.
-        server_python: of the environment in which SGLang is installed; null for this one.
-        server_args: further flags of an SGLang that is started here.
+        capture_batch_size: prompts per forward pass while capturing; servers choose their own batches.
+        urls: of capture servers, `http://HOST:PORT`; none starts one on this machine.
+        api_key_file: a file with the servers' key.
+        requests_in_flight: prompts that each server is sent at a time.
+        server_python: Python of the environment in which SGLang is installed; null for this one.
+        server_args: further flags of an SGLang server that starts here.
     """
 
     engine: str = one_of("hf", "sglang", "sglang_server", default="hf")
@@ -56,12 +57,12 @@ class DataConfig:
     """Prompts and batches; see load_prompts and DataFlowDataModule.
 
     Attributes:
-        prepare: a file that synthetic conversations are written to first, unless it is there.
+        prepare: write synthetic conversations to this file, unless it exists.
         chat_template: a Jinja file that replaces the tokenizer's template.
         row_tokens, rows_per_step: pack several samples into one row; see DataFlowDataModule.
-        num_passes: with trainer.max_steps=null, train this often on every sample.
-        prefetch_windows: windows that a thread reads ahead; null for what suits the topology, 0 for none.
-        skip_ids: a file that lists samples not to train on by their source ids, one a line.
+        num_passes: with trainer.max_steps=null, passes over all samples.
+        prefetch_windows: windows that a thread reads ahead; null for a number that suits the topology.
+        skip_ids: a file with the source ids, one per line, of samples not to train on.
     """
 
     path: str = MISSING
@@ -87,13 +88,14 @@ class StoreConfig:
 
     Attributes:
         root: folder of `shared_dir`; null for `features` in the run folder, captured when training starts.
-        secret_file: holds the secret of `shared_dir`; a file, so that no log, configuration or command line shows it.
-        capacity_bytes: null for no limit; of `mooncake`, what a managed one offers, or what of a running one to use.
+        secret_file: a file with the secret of `shared_dir`.
+        capacity_bytes: null for no limit; with `mooncake`, the size of one that starts here, or this run's share of
+            a running one.
         address: of a running Mooncake master, `host:port`; null starts a Mooncake on this machine.
         client_address: of the `mooncake_client` on this machine, for shared memory; null for TCP or RDMA.
         metrics_address: of the master's HTTP port.
-        hostname: how other machines reach this one, for TCP and RDMA.
-        protocol, rdma_devices: of Mooncake, without client_address.
+        hostname: the name by which other machines reach this one, for TCP and RDMA.
+        protocol, rdma_devices: of transfers without client_address.
         zero_copy: false moves tensors with Mooncake's plain calls, which copy once more; the objects are the same.
     """
 
@@ -122,13 +124,13 @@ class ChannelConfig:
     """The log of references.
 
     Attributes:
-        path: folder of `file`, and of the ledger `sqlite`; of `redis`, of the files of one that a run starts.
+        path: folder of the log `file` and of the ledger `sqlite`, or of the files of a Redis that starts here.
         address: of a running Redis, `host:port`; null starts one on this machine.
-        username: of Redis's ACL; null for the default user.
-        secret_file: holds the password; a file, so that no log, configuration or command line shows it.
-        tls: encrypt what goes to Redis and back; `ca_file` holds the authorities that sign its certificate, null
-            for the system's.
-        cert_file, key_file: this client's own, for a Redis that asks for them.
+        username: a user of Redis's ACL; null for the default user.
+        secret_file: a file with the password.
+        tls: encrypt the connection.
+        ca_file: with the authorities that sign Redis's certificate; null for the system's.
+        cert_file, key_file: this client's certificate and key, where Redis asks for them.
     """
 
     kind: str = one_of("file", "redis")
@@ -147,19 +149,17 @@ class TopologyConfig:
     """Where target and trainer run.
 
     Attributes:
-        name: `offline`, `online`, `interleaved`, `disagg_offline` or `disagg_online`.
         features: of `disagg_offline`: folder of captured features; null captures them into the run folder first.
-        num_producers: of `disagg_online`: processes that the supervisor starts.
-        restarts: how often the supervisor starts each part again that died: a producer, the trainer (from its newest
-            checkpoint), or a process of its own Mooncake. 0: the run ends with the error, which shows it soonest, unless
+        num_producers: of `disagg_online`: producers that the supervisor starts.
+        restarts: how often the supervisor restarts each process that died: a producer, the trainer (from its newest
+            checkpoint), or a process of a Mooncake that it started. With 0 the run ends with the error at once, unless
             other producers live.
-        release_at: of `disagg_online`: `applied` frees features when their step has run. A resume then has those that were
-            trained after its checkpoint captured again, which costs the target's time once. `durable` keeps them until a
-            checkpoint holds their step, for a resume without capturing, and writes one early when they take half of
-            high_bytes. The default needs no more memory and no more checkpoints however rarely they are written.
-        high_bytes, high_refs: capture pauses rather than have more in flight; null for 0.8 of store.capacity_bytes.
-        low_bytes, low_refs: it goes on below these; null for three quarters of the high ones.
-        lease_s: a dead producer's prompts are captured by another after this long.
+        release_at: of `disagg_online`. `applied` frees features once their step has run; a resume captures those trained
+            after its checkpoint again, at the cost of running the target for them once more. `durable` keeps features until
+            a checkpoint holds their step, and writes one early when they take half of high_bytes.
+        high_bytes, high_refs: capture pauses before more is in flight; null for 0.8 of store.capacity_bytes.
+        low_bytes, low_refs: capture resumes below these; null for three quarters of the high ones.
+        lease_s: seconds after which another producer captures a dead one's prompts.
         start_timeout_s: how long processes wait for each other to begin.
         idle_timeout_s: how long a trainer waits for a sample.
     """
@@ -194,23 +194,23 @@ class EvaluateConfig:
     """Acceptance evaluation; see AcceptanceEvaluation, and docs/evaluation.md for the `evaluate` command.
 
     Attributes:
-        num_draft_tokens: K; of a block draft, a block of one more.
-        every_n_steps: while training; 0 for before and after only.
+        num_draft_tokens: K; a block draft then decodes blocks of K + 1.
+        every_n_steps: measure this often while training; 0 for before and after only.
         dtype: of the target while decoding.
 
     Of the `evaluate` command:
         checkpoint: a checkpoint, a run's folder for all of its checkpoints, or an exported folder.
         data: a JSONL file of prompts; null for the held-out ones of `data`.
-        num_prompts: the first so many of them; null for all.
+        num_prompts: decode only this many; null for all.
         batch_size: prompts that are decoded at a time.
-        baseline: decode with the target alone too, for the speed-up, and compare.
-        backend: `hf`, `vllm` or `sglang_server`.
-        python: of the environment in which vLLM is installed.
-        vllm_args: further keyword arguments of `vllm.LLM`, a dictionary. Untyped, for Hydra adds no keys to an empty one.
+        baseline: also decode with the target alone, for the speed-up, and compare the outputs.
+        backend: what decodes.
+        python: Python of the environment in which vLLM is installed.
+        vllm_args: further keyword arguments of `vllm.LLM`. Untyped: Hydra adds no keys to an empty dictionary.
         url: of an SGLang server that speculates.
-        baseline_url: of one without a draft.
-        timeout_s: for a vLLM process, or a server's answer.
-        output: a JSON file; a figure of the same name is drawn beside it; null to print only.
+        baseline_url: of an SGLang server without a draft.
+        timeout_s: for a vLLM process, or an answer of a server.
+        output: a JSON file, with a figure of the same name beside it; null prints only.
     """
 
     num_draft_tokens: int = number(4, at_least=1)
@@ -243,18 +243,18 @@ class ShowMaskConfig:
 
 @dataclass
 class TrainConfig:
-    """Everything.
+    """All settings. Secrets are in files, so that no log, configuration or command line shows them.
 
     Attributes:
-        strategy: `name`, and keyword arguments of that strategy's module. `with` is gone by then, see conditions.py.
-        ckpt_path: a checkpoint to resume from; `last` for the newest complete one of the run `run_name`, `auto` for that
-            or, where there is none, a new run.
+        strategy: `name`, and keyword arguments of that strategy's module. `with` has been applied, see conditions.py.
+        ckpt_path: a checkpoint to resume from; `last` for the newest complete one of the run `run_name`; `auto` for the
+            same, or a new run if there is none.
         run_name: the run's folder below `runs/`.
         imports: modules that register strategies of your own.
-        sweep_metric: what a job of a sweep returns to its sweeper: `loss`, `acceptance_length`, or a logged metric.
-        role: `auto` starts what is missing, `trainer` and `producer` are one part of a run.
-        num_threads: CPU threads of torch in each process; null for torch's default, and for an equal share of the cores
-            where the supervisor starts several.
+        sweep_metric: what a sweep optimises: `loss`, `acceptance_length`, or a logged metric.
+        role: `auto` starts all processes of a run; `trainer` and `producer` are one of them.
+        num_threads: CPU threads of torch in each process; null for torch's default, or for an equal share of the cores
+            where the supervisor starts several processes.
     """
 
     strategy: dict[str, Any] = MISSING

@@ -23,7 +23,7 @@ from lightning_dataflow.contracts.records import (
 )
 from lightning_dataflow.contracts.step import StepContext
 from lightning_dataflow.contracts.strict_json import strict_json
-from lightning_dataflow.contracts.validation import ref_from_json, ref_to_json, validate_ref
+from lightning_dataflow.contracts.validation import ref_from_json, ref_to_json
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -47,5 +47,4 @@ __all__ = [
     "ref_from_json",
     "ref_to_json",
     "strict_json",
-    "validate_ref",
 ]

@@ -1,4 +1,4 @@
-"""Signs of life: a thread that tells the ledger what a part of the run does."""
+"""Signs of life of the processes of a run, and what follows when they stop."""
 
 import logging
 import os
@@ -25,12 +25,12 @@ NO_ANSWER = (PeerTimeoutError, PeerFailedError)
 
 
 class Heartbeat:
-    """Reports `name` as alive every two seconds until `stop`.
+    """A thread that reports `name` as alive every two seconds until `stop`.
 
-    No error ends it, since the leases of a part that works would expire. Each kind is logged once.
+    No error ends it, because then the leases of a working process would expire. Each type of error is logged once.
 
     Args:
-        describe: what the part does or waits for now.
+        describe: what the process does or waits for now.
         renew_s: also extend the leases of `name` by this much; None where it holds none.
     """
 
@@ -50,8 +50,14 @@ class Heartbeat:
         self._thread.join()
         try:
             _try_twice(partial(self._ledger.report, self._name, last_words, failed=failed, fatal=fatal))
-        except Exception as error:  # it must not hide the error that ended the part
+        except Exception as error:  # raising it would hide the error that ended the process
             log.warning("%s could not leave its last words (%r): %s", self._name, error, last_words)
+
+    def stop_after(self, error: BaseException) -> None:
+        """End the thread after an error, and report it, unless it is an interrupt. One in the settings is fatal."""
+        if isinstance(error, KeyboardInterrupt):
+            return self.stop("interrupted")
+        self.stop(str(error) or type(error).__name__, failed=True, fatal=isinstance(error, UserError))
 
     def _run(self) -> None:
         while True:
@@ -64,7 +70,7 @@ class Heartbeat:
         self._ledger.report(self._name, self._describe())
 
     def _survive(self, act: Callable[[], None]) -> bool:
-        """False when the ledger does not answer. The part itself reports that if it needs the ledger."""
+        """False when the ledger does not answer. The process itself reports that when it needs the ledger."""
         try:
             act()
         except Exception as error:
@@ -79,7 +85,7 @@ class Heartbeat:
 def _try_twice(act: Callable[[], None]) -> None:
     try:
         act()
-    except NO_ANSWER:  # that has waited long enough already
+    except NO_ANSWER:  # it has waited long enough already
         raise
     except Exception:
         time.sleep(RETRY_S)
@@ -87,18 +93,18 @@ def _try_twice(act: Callable[[], None]) -> None:
 
 
 def end_leases(ledger: MetadataStore, pid: int) -> None:
-    """All leases of that process of this machine end at once, whatever its workers are called: it is known to be dead."""
+    """End all leases of a process of this machine that has died, whatever the names of its workers."""
     for part in ledger.parts():
         if (part["pids"], part["pid"]) == (pid_space(), pid):
             ledger.renew(part["name"], 0)
 
 
 def producer_failures(ledger: MetadataStore) -> list[str]:
-    """Why no producer captures for this run any more; [] while one does, or none has said that it failed.
+    """Why no producer captures for this run any more; [] while one does, or none has reported a failure.
 
-    An error in the settings is one that every producer meets, so the first ends the run. After any other, the run goes on
-    while a producer lives, or a supervisor, which starts producers again or ends the run itself. One that died without a
-    word may be started again by whoever started it: only the reader's patience ends that wait.
+    An error in the settings would stop every producer, so the first one ends the run. After any other error, the run goes
+    on while a producer lives, or a supervisor, which restarts producers or ends the run itself. A producer that died
+    without a report may be restarted by whoever started it: only the reader's timeout ends that wait.
     """
     parts = ledger.parts()
     failed = [f"{part['name']}: {part['state']}" for part in parts if part["failed"]]
@@ -113,19 +119,19 @@ def producer_failures(ledger: MetadataStore) -> list[str]:
 def check_no_other_trainer(ledger: MetadataStore, run_id: str) -> None:
     """Raise UserError while another process trains this run: two would take each other's samples.
 
-    One that died is no other trainer, however lately it was seen: of one on this machine that is known, one elsewhere is
-    given FRESH_S for its next sign of life.
+    A trainer that died does not count, however lately it was seen. This machine knows of its own processes; one elsewhere
+    has FRESH_S for its next sign of life.
     """
     first, began = _trainer(ledger), time.monotonic()
-    while (part := _trainer(ledger)) is not None and first is not None:
+    while first is not None and (part := _trainer(ledger)) is not None:
         if part["pids"] == pid_space():
-            there = part["pid"] != os.getpid() and part["seen_s_ago"] < FRESH_S and is_running(part["pid"])
+            is_alive = part["pid"] != os.getpid() and part["seen_s_ago"] < FRESH_S and is_running(part["pid"])
         else:
-            there = part["seen_s_ago"] + CLOSE_S < first["seen_s_ago"] + time.monotonic() - began
-            if not there and part["seen_s_ago"] < FRESH_S:
+            is_alive = part["seen_s_ago"] + CLOSE_S < first["seen_s_ago"] + time.monotonic() - began
+            if not is_alive and part["seen_s_ago"] < FRESH_S:
                 time.sleep(CLOSE_S)
                 continue
-        if there:
+        if is_alive:
             raise UserError(
                 f"process {part['pid']} on {part['host']} trains run {run_id} ({part['state']}): end it first, or choose "
                 "another run_name"
@@ -134,28 +140,27 @@ def check_no_other_trainer(ledger: MetadataStore, run_id: str) -> None:
 
 
 def claim_trainer(ledger: MetadataStore, run_id: str) -> None:
-    """Be the one process that trains this run. Of several at the same moment one is, the others are refused.
+    """Become the only process that trains this run. Of several that try at the same moment, all but one are refused.
 
     Raises:
         UserError: see check_no_other_trainer.
     """
     for _ in range(CLAIM_TRIES):
-        last = _last_trainer(ledger.status())
+        last = _last_trainer(ledger)
         check_no_other_trainer(ledger, run_id)
         if ledger.claim(TRAINER, "beginning", None if last is None else (last["host"], last["pid"])):
             return
-    raise UserError(f"trainers of run {run_id} begin and end again and again: start one alone, or choose another run_name")
+    raise UserError(f"trainers of run {run_id} begin and end again and again: start only one, or choose another run_name")
 
 
 def _trainer(ledger: MetadataStore) -> Mapping[str, Any] | None:
-    status = ledger.status()
-    return None if status.get("finished") else _last_trainer(status)
+    return None if ledger.finished() is not None else _last_trainer(ledger)
 
 
-def _last_trainer(status: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    return next((part for part in status.get("parts", []) if part["name"] == TRAINER), None)
+def _last_trainer(ledger: MetadataStore) -> Mapping[str, Any] | None:
+    return next((part for part in ledger.parts() if part["name"] == TRAINER), None)
 
 
 def _is_alive(part: Mapping[str, Any]) -> bool:
-    """A process elsewhere is alive until it was silent for SILENT_S."""
+    """A process on another machine counts as alive until it has been silent for SILENT_S."""
     return is_running(part["pid"]) if part["pids"] == pid_space() else part["seen_s_ago"] < SILENT_S

@@ -31,13 +31,11 @@ class ControlPlane:
 
     Attributes:
         channel: None in `local_colocated`, where nothing is published.
-        durable: whether the ledger survives this process.
     """
 
     run_id: str
     ledger: MetadataStore
     channel: StreamingRefChannel | None
-    durable: bool
 
     @property
     def log(self) -> StreamingRefChannel:
@@ -108,16 +106,16 @@ def resolve_control_plane(
     if mode not in get_args(DeploymentMode):
         raise UnknownNameError(f"unknown deployment mode {mode!r}: available are {', '.join(get_args(DeploymentMode))}")
     if mode == "local_colocated":
-        return ControlPlane(run_id=run_id, ledger=NoOpMetadataStore(), channel=None, durable=False)
+        return ControlPlane(run_id=run_id, ledger=NoOpMetadataStore(), channel=None)
     if mode == "disaggregated" and redis is not None:
         server = RedisServer(redis, run_id, patience_s=patience_s)
-        return ControlPlane(run_id=run_id, ledger=RedisMetadataStore(server), channel=RedisChannel(server), durable=True)
+        return ControlPlane(run_id=run_id, ledger=RedisMetadataStore(server), channel=RedisChannel(server))
     if path is None:
         raise UserError(f"{mode} keeps a log of references: give the path of its folder (channel.path)")
     channel = FileChannel(path)
     if mode == "dataflow_colocated":
-        return ControlPlane(run_id=run_id, ledger=SqliteMetadataStore(), channel=channel, durable=False)
-    return ControlPlane(run_id=run_id, ledger=SqliteMetadataStore(Path(path) / LEDGER), channel=channel, durable=True)
+        return ControlPlane(run_id=run_id, ledger=SqliteMetadataStore(), channel=channel)
+    return ControlPlane(run_id=run_id, ledger=SqliteMetadataStore(Path(path) / LEDGER), channel=channel)
 
 
 @dataclass(frozen=True, kw_only=True)

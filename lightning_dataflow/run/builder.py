@@ -4,7 +4,7 @@ import atexit
 import importlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -113,16 +113,12 @@ class Builder:
     @cached_property
     def plane(self) -> ControlPlane:
         """The log and the ledger of a disaggregated run."""
-        plane = control_plane(self.config)
-        self.resources.callback(plane.close)
-        return plane
+        return self.resources.enter_context(closing(control_plane(self.config)))
 
     @cached_property
     def shared_store(self) -> FeatureStore:
         """The store that producers and trainers of a disaggregated run share, as a producer uses it."""
-        store = shared_store(self.config, self.plane)
-        self.resources.callback(store.close)
-        return store
+        return self.resources.enter_context(closing(shared_store(self.config, self.plane)))
 
     @cached_property
     def target(self) -> TargetEngine:

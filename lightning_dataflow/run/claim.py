@@ -29,9 +29,8 @@ _claims: dict[Path, int] = {}
 def claim(folder: Path, remedy: str) -> None:
     """Own `folder` until this process ends. The owner, and processes that it starts, may claim it again.
 
-    The lock is an flock: the kernel releases it however the process ends. It holds between processes of one machine, and
-    between machines over NFS where the mount has locks. On a file system without locks a warning says so, and nothing is
-    promised.
+    The kernel releases the lock, an flock, however the process ends. It holds between the processes of one machine, and
+    between machines over NFS if the mount supports locks. A file system without locks is only warned of.
 
     Args:
         remedy: ends the message of the error.

@@ -1,7 +1,7 @@
 """Stores, control planes, sources and workers of each topology."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,10 @@ MODES: dict[str, DeploymentMode] = {
 
 
 def control_plane(config: TrainConfig, *, patience_s: float = PATIENCE_S) -> ControlPlane:
-    """The run's ledger and log; of this rank alone where the ledger is in memory.
+    """The run's ledger and log. Each rank has its own where the ledger is in memory.
 
     Args:
-        patience_s: for a Redis that does not answer.
+        patience_s: how long to wait for a Redis that does not answer.
     """
     mode, name = MODES[config.control.kind], run_id(config.run_name)
     path = Path(config.channel.path)
@@ -59,7 +59,7 @@ def redis_address(channel: ChannelConfig) -> RedisAddress:
 
 
 def store_id(plane: ControlPlane) -> str:
-    """Names the run's store within a Mooncake, which another run of the same name may share."""
+    """Unique id of the run's store, so that two runs of one name can share a Mooncake."""
     return f"{plane.run_id}.{plane.log.nonce()}"
 
 
@@ -122,25 +122,20 @@ def make_workers(
 ) -> list[RolloutWorker]:
     """The producers of this process: as many as its target can capture for at a time.
 
-    Loading takes minutes. The ledger is told meanwhile that this process lives, so that a run that ends waits for it.
+    Loading takes minutes. Meanwhile a heartbeat keeps this process listed as alive.
 
     Args:
-        load: makes what is captured, and the store that it is put into.
-        resources: closes the control planes of further workers.
+        load: returns the feed and the store.
+        resources: closes the control planes of all workers but the first.
     """
-    served = config.target.engine == "sglang_server"
-    names, planes = [f"{name}-0" if served else name], [plane]
-    heartbeat = Heartbeat(plane.ledger, names[0], lambda: "loading")
+    heartbeat = Heartbeat(plane.ledger, f"{name}-0", lambda: "loading")
     try:
         feed, store = load()
-        if isinstance(feed, ServedFeed):
-            names += [f"{name}-{index}" for index in range(1, feed.target.num_requests)]
-        for _ in names[1:]:
-            planes.append(control_plane(config))
-            resources.callback(planes[-1].close)
+        num_workers = feed.target.num_requests if isinstance(feed, ServedFeed) else 1
+        others = [resources.enter_context(closing(control_plane(config))) for _ in range(1, num_workers)]
         workers = [
             RolloutWorker(
-                worker,
+                f"{name}-{index}",
                 feed,
                 own_plane,
                 store,
@@ -149,10 +144,10 @@ def make_workers(
                 lease_s=config.topology.lease_s,
                 peer_timeout_s=config.topology.start_timeout_s,
             )
-            for worker, own_plane in zip(names, planes, strict=True)
+            for index, own_plane in enumerate([plane, *others])
         ]
     except BaseException as error:
-        heartbeat.stop(f"could not start: {str(error) or type(error).__name__}")
+        heartbeat.stop_after(error)
         raise
     heartbeat.stop("loaded")
     return workers

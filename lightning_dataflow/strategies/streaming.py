@@ -29,21 +29,15 @@ def check_trainer(trainer: L.Trainer) -> None:
         return
     if trainer.max_steps is None or trainer.max_steps < 1:
         raise UserError(f"Trainer(max_steps={trainer.max_steps}): a stream has no end of its own, give max_steps=N")
-    if trainer.max_epochs != 1:
-        raise UserError(
-            f"Trainer(max_epochs={trainer.max_epochs}): passes over the data go on inside one epoch, give max_epochs=1"
-        )
-    if trainer.accumulate_grad_batches != accumulation:
-        raise UserError(
-            f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}): {data.batching} on {trainer.world_size} "
-            f"ranks needs accumulate_grad_batches={accumulation}"
-        )
     batches = trainer.max_steps * accumulation
-    if trainer.limit_train_batches != batches or isinstance(trainer.limit_train_batches, float):
-        raise UserError(
-            f"Trainer(limit_train_batches={trainer.limit_train_batches}): {trainer.max_steps} steps of {accumulation} "
-            f"micro-batches need limit_train_batches={batches}; otherwise a resume loses a batch"
-        )
+    for name, needed, reason in (
+        ("max_epochs", 1, "passes over the data go on inside one epoch"),
+        ("accumulate_grad_batches", accumulation, f"{data.batching} on {trainer.world_size} ranks"),
+        ("limit_train_batches", batches, f"{trainer.max_steps} steps of {accumulation}; a resume would lose a batch"),
+    ):
+        actual = getattr(trainer, name)
+        if actual != needed or isinstance(actual, float):
+            raise UserError(f"Trainer({name}={actual}): give {name}={needed} ({reason})")
 
 
 def check_averaging(trainer: L.Trainer) -> None:

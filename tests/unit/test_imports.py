@@ -126,7 +126,7 @@ def test_no_files_import_each_other_in_a_circle():
 @pytest.mark.parametrize(
     ("modules", "absent"),
     [
-        (["contracts"], ["torch", "numpy"]),
+        (["contracts", "control"], ["torch", "numpy", "redis"]),
         (
             [
                 "cli.status",

@@ -11,7 +11,7 @@ from lightning_dataflow.contracts import UserError
 from lightning_dataflow.strategies.blocks.attention import ContextKeys, block_attention, decode_attention
 from lightning_dataflow.strategies.blocks.blocks import Blocks
 from lightning_dataflow.strategies.common.cache import DraftCache
-from lightning_dataflow.strategies.common.layers import RMSNorm, Rotary, SwiGLU, rotate
+from lightning_dataflow.strategies.common.layers import Attention, DecoderLayer, RMSNorm, Rotary, SwiGLU, rotate
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -68,51 +68,33 @@ class BlockConfig:
         return self.sliding_window if self.layer_types and self.layer_types[layer] == SLIDING else None
 
 
-class BlockAttention(nn.Module):
+class BlockAttention(Attention):
     """Queries from the block, keys and values from context and block by the same projections; q and k normed per head."""
 
     def __init__(self, config: BlockConfig):
-        super().__init__()
-        self.head_dim = config.head_dim
-        size, width = config.hidden_size, config.num_attention_heads * config.head_dim
-        self.q_proj = nn.Linear(size, width, bias=False)
-        self.k_proj = nn.Linear(size, config.num_key_value_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(size, config.num_key_value_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(width, size, bias=False)
+        super().__init__(config, config.hidden_size)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def query(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x [N, L, H] → [N, heads, L, D], rotated by tables [..., L, D]."""
-        return rotate(self.q_norm(self._heads(self.q_proj(x))).transpose(1, 2), cos, sin)
+        return rotate(self.q_norm(self.heads(self.q_proj(x))).transpose(1, 2), cos, sin)
 
     def key_value(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """x [N, L, H] → key, rotated, and value, [N, kv_heads, L, D] each."""
-        key = rotate(self.k_norm(self._heads(self.k_proj(x))).transpose(1, 2), cos, sin)
-        return key, self._heads(self.v_proj(x)).transpose(1, 2)
-
-    def output(self, x: Tensor) -> Tensor:
-        """[N, heads, L, D] → [N, L, H]."""
-        return self.o_proj(x.transpose(1, 2).flatten(2))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim))
+        key = rotate(self.k_norm(self.heads(self.k_proj(x))).transpose(1, 2), cos, sin)
+        return key, self.heads(self.v_proj(x)).transpose(1, 2)
 
 
-class BlockLayer(nn.Module):
+class BlockLayer(DecoderLayer):
     """A Qwen3 decoder layer on the block; the context enters its attention as it is."""
 
     def __init__(self, config: BlockConfig):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = BlockAttention(config)
+        self.self_attn: BlockAttention = BlockAttention(config)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
-
-    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        """Output projection, residual and MLP after attention [N, heads, L, D]; returns [N, L, H]."""
-        hidden = hidden + self.self_attn.output(attended)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
 class BlockDraft(nn.Module):

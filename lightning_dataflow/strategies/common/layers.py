@@ -35,6 +35,40 @@ class SwiGLU(nn.Module):
         return self.down_proj(_GatedProduct.apply(self.gate_proj(x), self.up_proj(x)))
 
 
+class Attention(nn.Module):
+    """The four projections of grouped-query attention, without biases; `input_size` is the width of what q, k, v read."""
+
+    def __init__(self, config: Any, input_size: int):
+        super().__init__()
+        self.head_dim = config.head_dim
+        width, kv_width = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = nn.Linear(input_size, width, bias=False)
+        self.k_proj = nn.Linear(input_size, kv_width, bias=False)
+        self.v_proj = nn.Linear(input_size, kv_width, bias=False)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """[N, L, heads · D] → [N, L, heads, D]."""
+        return x.unflatten(-1, (-1, self.head_dim))
+
+    def output(self, x: Tensor) -> Tensor:
+        """[N, heads, L, D] → [N, L, H]."""
+        return self.o_proj(x.transpose(1, 2).flatten(2))
+
+
+class DecoderLayer(nn.Module):
+    """What follows attention in a Llama layer."""
+
+    self_attn: Attention
+    mlp: SwiGLU
+    post_attention_layernorm: RMSNorm
+
+    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """Output projection, residual and MLP after attention [N, heads, L, D]; returns the new [N, L, H]."""
+        hidden = hidden + self.self_attn.output(attended)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
 class _GatedProduct(torch.autograd.Function):
     """silu(gate) · up; keeps its two inputs only and recomputes silu in the backward pass."""
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.strategies.common.cache import DraftCache
-from lightning_dataflow.strategies.common.layers import RMSNorm, Rotary, SwiGLU, rotate
+from lightning_dataflow.strategies.common.layers import Attention, DecoderLayer, RMSNorm, Rotary, SwiGLU, rotate
 from lightning_dataflow.strategies.eagle3.attention import PackedRows, causal_attention, unrolled_attention
 from lightning_dataflow.strategies.eagle3.draft_vocab import DraftVocab, check_draft_vocab_size
 
@@ -50,41 +50,27 @@ class Eagle3Config:
             )
 
 
-class Eagle3Attention(nn.Module):
+class Eagle3Attention(Attention):
     """Attention whose input is [RMSNorm(embedding) ; RMSNorm(h)], 2H wide."""
-
-    def __init__(self, config: Eagle3Config):
-        super().__init__()
-        self.head_dim = config.head_dim
-        width = 2 * config.hidden_size
-        self.q_proj = nn.Linear(width, config.num_attention_heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
 
     def halves(self) -> tuple[Weights, Weights]:
         """Weights of q, k, v for the embedding half and for the hidden half of the input. Sliced once a forward pass:
         every slice of a parameter costs a gradient of the parameter's size."""
-        embedding, hidden = zip(*(module.weight.chunk(2, dim=1) for module in self._inputs()), strict=True)
+        embedding, hidden = zip(
+            *(module.weight.chunk(2, dim=1) for module in (self.q_proj, self.k_proj, self.v_proj)), strict=True
+        )
         return embedding, hidden
 
     def project(self, x: Tensor, weights: Weights) -> tuple[Tensor, ...]:
         """The share of q, k, v [..., heads · D] that one half of the input has."""
         return tuple(F.linear(x, weight) for weight in weights)
 
-    def _inputs(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-        return self.q_proj, self.k_proj, self.v_proj
-
     def split_heads(self, x: Tensor) -> Tensor:
         """[B, S, heads · D] → [B, heads, S, D]."""
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-    def output(self, x: Tensor) -> Tensor:
-        """[B, heads, S, D] → [B, S, H]."""
-        return self.o_proj(x.transpose(1, 2).flatten(2))
+        return self.heads(x).transpose(1, 2)
 
 
-class Eagle3Layer(nn.Module):
+class Eagle3Layer(DecoderLayer):
     """The one decoder layer; residuals are on h."""
 
     def __init__(self, config: Eagle3Config):
@@ -92,13 +78,8 @@ class Eagle3Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Eagle3Attention(config)
+        self.self_attn: Eagle3Attention = Eagle3Attention(config, 2 * config.hidden_size)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
-
-    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        """Output projection, residual and MLP after attention [B, heads, S, D]; returns the new h [B, S, H]."""
-        hidden = hidden + self.self_attn.output(attended)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
 class Eagle3Draft(nn.Module):

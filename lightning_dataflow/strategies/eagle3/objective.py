@@ -154,8 +154,7 @@ class _UnrolledLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, lm_head: Tensor, teacher: _Teacher, options: Eagle3Objective, normaliser: Tensor
     ) -> tuple[Tensor, Tensor]:
-        wants_hidden, wants_head = ctx.needs_input_grad[:2]
-        run = _Run(hidden, lm_head, teacher, options, normaliser, wants_hidden, wants_head)
+        run = _Run(hidden, lm_head, teacher, options, normaliser, ctx.needs_input_grad[:2])
         if options.lk_loss is not None:
             run.measure()
         sums = run.score()
@@ -181,16 +180,17 @@ class _Run:
         teacher: _Teacher,
         options: Eagle3Objective,
         normaliser: Tensor,
-        wants_hidden: bool,
-        wants_head: bool,
+        needs_grad: tuple[bool, bool],
     ):
         self.num_steps = len(hidden)
         self.states = hidden.detach().flatten(0, 2)
         self.rows_per_step = hidden.shape[1] * hidden.shape[2]
         self.lm_head = lm_head.detach().to(compute_dtype(hidden))
         self.teacher, self.options, self.normaliser = teacher, options, normaliser
-        self.grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wants_hidden else None
-        self.grad_head = torch.zeros_like(lm_head, dtype=torch.float32) if wants_head else None
+        self.grad_hidden, self.grad_head = (
+            torch.zeros_like(x, dtype=torch.float32) if needed else None
+            for x, needed in zip((hidden, lm_head), needs_grad, strict=True)
+        )
         steps = torch.arange(self.num_steps, dtype=torch.float32, device=hidden.device)
         self.step_weights = options.step_weight_base**steps
         self.means: _StepMeans | None = None

@@ -51,7 +51,7 @@ def test_runs_are_listed_shown_and_removed(redis_run, ledger, there, capsys):
 def test_what_is_missing_is_said(redis_server, tmp_path, there, capsys):
     address = redis_server.where.address
     assert "say which run" in fails(status, capsys)
-    assert "--redis HOST:PORT says where the run is" in fails(clean, capsys, "a")
+    assert "--redis HOST:PORT is missing" in fails(clean, capsys, "a")
     assert f"error: Redis at {address} refuses this user" in fails(status, capsys, "a", "--redis", address)
     assert "error: cannot read --redis-secret-file=nowhere" in fails(
         status, capsys, "a", "--redis", address, "--redis-secret-file", "nowhere"

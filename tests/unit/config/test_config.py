@@ -62,6 +62,7 @@ def test_the_compositions_have_every_file_and_pair():
             assert any({f"{first}={one}", f"{second}={other}"} <= set(row) for row in ROWS)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("row", ROWS, ids=" ".join)
 def test_every_file_composes(row):
     config, choices = parse_config(make(*row, "++target.path=folder")), dict(setting.split("=") for setting in row)

@@ -98,6 +98,7 @@ def failing(function, times: int):
     return call, left
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("broken", ["report", "renew", "describe"])
 def test_no_error_ends_a_heartbeat(ledger, monkeypatch, caplog, broken):
     """The lease is held while each beat fails, where that is possible, and once none does."""

@@ -81,14 +81,12 @@ def kinds(plane):
 def test_each_mode_has_its_control_plane(tmp_path):
     local = resolve_control_plane("local_colocated", "run")
     assert isinstance(local.ledger, NoOpMetadataStore)
-    assert (local.channel, local.durable) == (None, False)
+    assert local.channel is None
     colocated = resolve_control_plane("dataflow_colocated", "run", path=tmp_path / "a")
     assert isinstance(colocated.ledger, SqliteMetadataStore)
-    assert not colocated.durable
     assert not (tmp_path / "a" / "ledger.sqlite").exists()
     shared = resolve_control_plane("disaggregated", "run", path=tmp_path / "b")
     begin(shared)
-    assert shared.durable
     assert resolve_control_plane("disaggregated", "run", path=tmp_path / "b").ledger.plan() is not None
     assert shared.log.name == str(tmp_path / "b")
     with pytest.raises(UnknownNameError, match=r"unknown deployment mode 'remote': available are local_colocated, "):

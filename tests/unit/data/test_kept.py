@@ -30,7 +30,7 @@ class Rank:
     """A trainer's rank, which reads windows, trains them, and frees what `release_at` says."""
 
     def __init__(self, plane: ControlPlane, store, rank: int = 0, world_size: int = 1, window: int = 4, **options):
-        own = ControlPlane(run_id="run", ledger=plane.ledger, channel=memory_plane(plane.log.name).log, durable=False)
+        own = ControlPlane(run_id="run", ledger=plane.ledger, channel=memory_plane(plane.log.name).log)
         self.source = make_source(own, store, **{"idle_timeout_s": 0.2} | options)
         self.rank, self.world_size, self.window = rank, world_size, window
         self.held: list = []
@@ -174,7 +174,7 @@ def test_a_sample_lost_before_it_is_read_is_trained_in_its_place_or_named(tmp_pa
         return publish(lease, refs)
 
     object.__setattr__(plane, "publish", lose)
-    own = ControlPlane(run_id="run", ledger=plane.ledger, channel=memory_plane(tmp_path).log, durable=False)
+    own = ControlPlane(run_id="run", ledger=plane.ledger, channel=memory_plane(tmp_path).log)
     source = make_source(own, store, release_at=release_at, watermarks=WIDE)
     source.begin(RunPlan(start=0, stop=8, window=4), 0, 1)
     producing = threading.Thread(target=worker.run)

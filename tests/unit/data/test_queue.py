@@ -31,7 +31,7 @@ def queue_of(plane: ControlPlane, **options) -> StreamingRefQueue:
     """A reader of its own."""
     reader = memory_plane(plane.log.name)
     return StreamingRefQueue(
-        ControlPlane(run_id="run", ledger=plane.ledger, channel=reader.log, durable=False),
+        ControlPlane(run_id="run", ledger=plane.ledger, channel=reader.log),
         **{"idle_timeout_s": 5.0} | options,
     )
 

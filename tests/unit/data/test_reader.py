@@ -145,7 +145,7 @@ def test_a_feed_is_what_the_card_says():
 def test_a_rank_that_outlives_rank_0_leaves_its_features_to_the_resume(tmp_path):
     plane, store = memory_plane(tmp_path), SharedDirFeatureStore(tmp_path / "store")
     worker = make_worker(plane, store)
-    own = ControlPlane(run_id="run", ledger=plane.ledger, channel=memory_plane(tmp_path).log, durable=False)
+    own = ControlPlane(run_id="run", ledger=plane.ledger, channel=memory_plane(tmp_path).log)
     first, second = make_source(plane, store), make_source(own, store)
     first.begin(PLAN, 0, 2)
     second.begin(PLAN, 1, 2)

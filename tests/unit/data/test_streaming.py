@@ -32,7 +32,7 @@ def plane(tmp_path):
 
 
 def another_reader(plane: ControlPlane) -> ControlPlane:
-    return ControlPlane(run_id="run", ledger=plane.ledger, channel=memory_plane(plane.log.name).log, durable=False)
+    return ControlPlane(run_id="run", ledger=plane.ledger, channel=memory_plane(plane.log.name).log)
 
 
 def capture(worker, groups: int) -> None:

@@ -87,6 +87,7 @@ def test_what_a_proposal_got_accepted_counts_whole(target, questions, drafters):
     assert cut.num_accepted_tokens > 1, "this draft knows the sequence by heart"
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("options", "message"),
     [

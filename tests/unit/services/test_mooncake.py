@@ -24,6 +24,7 @@ def test_without_the_programs(tmp_path, monkeypatch):
         LocalMooncake(capacity_bytes=16 << 20, log_dir=tmp_path)
 
 
+@pytest.mark.integration
 def test_its_life(tmp_path):
     with LocalMooncake(capacity_bytes=16 << 20, log_dir=tmp_path, warm=True) as mooncake:
         assert [server.poll() for server in mooncake.servers] == [None, None]

@@ -226,9 +226,9 @@ def test_files_that_are_no_draft_checkpoints(tmp_path):
         ({"max_epochs": 3}, r"max_epochs=3.*give max_epochs=1"),
         ({"max_epochs": -1}, r"max_epochs=-1.*give max_epochs=1"),
         ({"max_steps": -1, "limit_train_batches": 3}, r"max_steps=-1.*give max_steps=N"),
-        ({"limit_train_batches": None}, r"limit_train_batches=1.0.*need limit_train_batches=8"),
-        ({"limit_train_batches": 6}, r"limit_train_batches=6.*need limit_train_batches=8"),
-        ({"accumulate_grad_batches": 1}, r"accumulate_grad_batches=1.*needs accumulate_grad_batches=2"),
+        ({"limit_train_batches": None}, r"limit_train_batches=1.0.*give limit_train_batches=8"),
+        ({"limit_train_batches": 6}, r"limit_train_batches=6.*give limit_train_batches=8"),
+        ({"accumulate_grad_batches": 1}, r"accumulate_grad_batches=1.*give accumulate_grad_batches=2"),
     ],
 )
 def test_trainers_that_would_spin_or_lose_data(target_path, prompts, target, tmp_path, options, message):

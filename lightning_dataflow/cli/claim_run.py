@@ -7,7 +7,6 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, read_write
-from typing_extensions import override
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.contracts.errors import BAD_SETTINGS
@@ -26,7 +25,6 @@ class ClaimRun(Callback):
 
     wanted = False
 
-    @override
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Exits with one line where another process owns the folder: Hydra drops exceptions of its hooks."""
         if not self.wanted or config.role == "producer":

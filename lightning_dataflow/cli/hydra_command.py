@@ -1,4 +1,4 @@
-"""What all commands share: configuration, one-line errors, and an end in order after Ctrl-C."""
+"""What all commands share: configuration, one-line errors, and an orderly end after Ctrl-C."""
 
 import errno
 import os
@@ -27,6 +27,8 @@ from lightning_dataflow.run.signals import Terminated, signals_interrupt
 
 EXPLAINED_ERRORS = (UserError, CapacityError, PermissionError, PeerFailedError, PeerTimeoutError)
 """Their messages say all there is to say; other errors show a traceback."""
+MISCONFIGURATION = "MisconfigurationException"
+"""Lightning's error for wrong settings."""
 
 Command = Callable[[TrainConfig, dict[str, Any]], Any]
 
@@ -35,8 +37,8 @@ def command(function: Command, *, keeps_folder: bool = True, owns_folder: bool =
     """Make a Hydra command of `function(config, settings)`: typed configuration, and the same as plain containers.
 
     Args:
-        keeps_folder: whether the folder that Hydra makes for each call stays where nothing was written into it.
-        owns_folder: whether no other such command may write to that folder meanwhile; see ClaimRun.
+        keeps_folder: keep Hydra's output folder even if nothing was written into it.
+        owns_folder: lock that folder against other commands; see ClaimRun.
     """
 
     @hydra.main(version_base="1.3", config_path="pkg://lightning_dataflow.conf", config_name="train")
@@ -80,8 +82,7 @@ def _exit(error: BaseException, role: str) -> NoReturn:
         raise error
     if not isinstance(error, NotFiniteError) or rank_from_environment() == 0:  # every rank raises the same
         print(f"error: {error}", file=sys.stderr, flush=True)
-    lasting = isinstance(error, UserError | PermissionError) or role == "auto"
-    sys.exit(BAD_SETTINGS if lasting else RETRYABLE)
+    sys.exit(RETRYABLE if role != "auto" and _is_retryable(error) else BAD_SETTINGS)
 
 
 def _status(interrupt: KeyboardInterrupt) -> int:
@@ -89,16 +90,17 @@ def _status(interrupt: KeyboardInterrupt) -> int:
 
 
 def _is_explained(error: BaseException) -> bool:
-    """Whether the message says all there is to say. Other packages' errors are looked up only where those are loaded."""
+    """Whether the message says all there is to say."""
     if isinstance(error, EXPLAINED_ERRORS):
         return True
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    foreign = (
-        ("lightning_dataflow.stores", "StoreUnavailableError"),
-        ("lightning.pytorch.utilities.exceptions", "MisconfigurationException"),
-    )
-    return any(isinstance(error, getattr(sys.modules[module], name)) for module, name in foreign if module in sys.modules)
+    return type(error).__name__ in ("StoreUnavailableError", MISCONFIGURATION)  # by name: importing them takes seconds
+
+
+def _is_retryable(error: BaseException) -> bool:
+    """Whether the same command may succeed later. With wrong settings it would fail again."""
+    return not isinstance(error, UserError | PermissionError) and type(error).__name__ != MISCONFIGURATION
 
 
 def is_multirun() -> bool:
@@ -114,7 +116,7 @@ def job_arguments() -> list[str]:
 
 
 def _remove_unused(folder: Path) -> None:
-    """Unless the folder holds more than Hydra's copies of the settings and of the log."""
+    """Delete the folder if it holds only Hydra's copies of the settings and the log."""
     log = f"{HydraConfig.get().job.name}.log"
     written = [path for path in folder.rglob("*") if path.is_file()]
     if all(path.parent.name == ".hydra" or path.name == log for path in written):
@@ -124,7 +126,7 @@ def _remove_unused(folder: Path) -> None:
 
 
 def _check_run_name(config: TrainConfig) -> None:
-    """Raise UserError where processes of one run would each name it by their own clock."""
+    """Raise UserError where each process of the run would make up a name of its own from the time."""
     overrides = HydraConfig.get().overrides
     named = any(override.startswith(("run_name=", "hydra.run.dir=")) for override in (*overrides.task, *overrides.hydra))
     launched = "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("SLURM_NTASKS") or 1) > 1
@@ -132,9 +134,7 @@ def _check_run_name(config: TrainConfig) -> None:
         launcher = "by torchrun or SLURM" if launched else "on several nodes"
         raise UserError(f"ranks started {launcher} need one name for their run: add run_name=…")
     if not named and config.role != "auto":
-        raise UserError(
-            f"role={config.role} is one part of a run that has other parts: add run_name=…, the same for all of them"
-        )
+        raise UserError(f"role={config.role} runs one process of a larger run: add run_name=…, the same for every process")
     if launched and config.role == "auto" and is_disaggregated(config):
         raise UserError(
             "torchrun or SLURM starts trainers, each of which would start a run of its own: add role=trainer, and start "

@@ -6,8 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from typing_extensions import override
-
 from lightning_dataflow.config.secrets import read_api_key
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.evaluation import AcceptanceReport, Decoding, evaluate_acceptance
@@ -55,7 +53,6 @@ class HFJudge(Judge):
         self.room = parts.config.evaluate.num_draft_tokens
         self.target: HFTargetEngine | None = None
 
-    @override
     def measure(self, draft: Path, prompts: Sequence[Sequence[int]]) -> AcceptanceReport:
         config, options = self.parts.config, self.parts.config.evaluate
         module = load_module(draft, target=config.target.path)
@@ -99,7 +96,6 @@ class VLLMJudge(Judge):
             timeout_s=options.timeout_s,
         )
 
-    @override
     def measure(self, draft: Path, prompts: Sequence[Sequence[int]]) -> AcceptanceReport:
         num_draft_tokens = self.config.evaluate.num_draft_tokens
         with self._folder(draft) as folder:
@@ -150,7 +146,6 @@ class SGLangJudge(Judge):
         self.stop_token_ids = read_eos_token_ids(config.target.path)
         self.room = self.decoder.num_draft_tokens() or 0  # `measure` refuses a server without a draft
 
-    @override
     def measure(self, draft: Path, prompts: Sequence[Sequence[int]]) -> AcceptanceReport:
         return self.decoder.evaluate(prompts, self.decoding, stop_token_ids=self.stop_token_ids, plain=self.plain)
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
-from typing_extensions import override
 
 from lightning_dataflow.config.parsing import quoted
 from lightning_dataflow.contracts import UserError
@@ -55,7 +54,6 @@ def read_metric(result: dict[str, Any], metric: str) -> float:
 class ResultsTable(Callback):
     """Prints one line for each job of a multirun."""
 
-    @override
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
         print("\n".join(table(folder)), flush=True)

@@ -53,6 +53,12 @@ class Heartbeat:
         except Exception as error:  # raising it would hide the error that ended the process
             log.warning("%s could not leave its last words (%r): %s", self._name, error, last_words)
 
+    def stop_after(self, error: BaseException) -> None:
+        """End the thread after an error, and report it, unless it is an interrupt. One in the settings is fatal."""
+        if isinstance(error, KeyboardInterrupt):
+            return self.stop("interrupted")
+        self.stop(str(error) or type(error).__name__, failed=True, fatal=isinstance(error, UserError))
+
     def _run(self) -> None:
         while True:
             if self._survive(self._report) and self._renew_s is not None:

@@ -8,7 +8,6 @@ from typing import Self
 
 import torch
 from torch import Tensor
-from typing_extensions import override
 
 from lightning_dataflow.contracts import NotFiniteError, UserError
 from lightning_dataflow.targets.batch import TargetBatch
@@ -52,13 +51,10 @@ class NoDrafter(Drafter):
 
     num_draft_tokens = 0
 
-    @override
     def reset(self) -> None: ...
 
-    @override
     def observe(self, next_tokens: Sequence[int], aux_hidden_states: Tensor) -> None: ...
 
-    @override
     def propose(self, temperature: float, generator: torch.Generator) -> Proposal:
         return Proposal([])
 

@@ -26,7 +26,7 @@ IDLE_S = (0.002, 0.1)
 WAITING = "waiting for the trainer to begin"
 LOADED_AT = time.monotonic()
 MAX_FAILURES = 3 * MAX_ATTEMPTS
-"""Failed leases in a row after which a worker ends with the error: three groups, each tried as often as it may be."""
+"""A worker stops after this many failed leases in a row: three groups, each with all its tries."""
 NO_FAULT_OF_PROMPTS = (CapacityError, PeerFailedError, PeerGoneError, StoreUnavailableError)
 
 
@@ -40,7 +40,7 @@ class RolloutWorker:
         peer_timeout_s: how long to wait for a trainer to begin, or to show a sign of life.
 
     Raises:
-        UserError: another producer announced another run under this run_id.
+        UserError: a producer has announced other data under this run_id.
     """
 
     name: str
@@ -56,12 +56,12 @@ class RolloutWorker:
     def __post_init__(self) -> None:
         self.state = WAITING
         self.num_captured = 0
-        # If the run finished before this process started, wait for a trainer to resume it.
+        # On the ledger's clock. An end of the run before this is ignored: a trainer may resume it.
         self._since = self.plane.ledger.now() - (time.monotonic() - LOADED_AT)
         self._failures_in_a_row = 0
-        self._ending = threading.Event()
-        self._checked: RunPlan | None = None
-        self._ended: RunPlan | None = None
+        self._stop_waiting = threading.Event()
+        self._checked_plan: RunPlan | None = None
+        self._closed_plan: RunPlan | None = None
         counts = self.feed.token_counts()
         announcement = Announcement(
             run_id=self.plane.run_id,
@@ -79,7 +79,7 @@ class RolloutWorker:
 
         Raises:
             PeerTimeoutError: no trainer began, or the trainer gave no sign of life.
-            StoreUnavailableError: the store did not come back. This counts against no sample.
+            StoreUnavailableError: the store did not come back. No sample is charged with a failure.
             CaptureMismatchError: the target captures something else than was announced.
             PeerFailedError: no capture server is left.
             UserError: a watermark is below a window.
@@ -88,20 +88,18 @@ class RolloutWorker:
         try:
             self._drive(should_stop)
         except BaseException as error:
-            interrupted, settings = isinstance(error, KeyboardInterrupt), isinstance(error, UserError)
-            last_words = "interrupted" if interrupted else str(error) or type(error).__name__
-            heartbeat.stop(last_words, failed=not interrupted, fatal=settings)
+            heartbeat.stop_after(error)
             raise
         heartbeat.stop("finished")
 
     def stop_waiting(self) -> None:
-        """The run is being ended: `run`, in another thread, no longer waits for a server, the store, or room in it."""
-        self._ending.set()
+        """Make `run`, in another thread, stop waiting for servers, the store, or room in it."""
+        self._stop_waiting.set()
         self.feed.stop_waiting()
         self.store.stop_waiting()
 
     def run_once(self) -> State:
-        """Lease and capture one group at most."""
+        """Capture at most one group."""
         lease = self.plane.lease(
             self.name,
             group=self.group,
@@ -123,18 +121,18 @@ class RolloutWorker:
     def _without_lease(self, answer: NoLease) -> State:
         if answer.reason == "finished" and answer.finished_at >= self._since:
             return "finished"
-        reasons = {"paused": "waiting for the trainer to free some", "nothing left": "all captured"}
+        reasons = {"paused": "waiting for the trainer to free samples", "nothing left": "all captured"}
         self.state = reasons.get(answer.reason, WAITING)
         if answer.reason == "nothing left" and answer.plan is not None:
             self._end_log(answer.plan)
         return "idle"
 
     def _end_log(self, plan: RunPlan) -> None:
-        """Once everything planned is published, say so: a reader of the log that wants more need not wait for it."""
+        """Close the log once everything planned is published, so that a reader who expects more fails at once."""
         ledger = self.plane.ledger
-        if plan != self._ended and ledger.status()["leased"] == 0 and ledger.plan() == plan:
+        if plan != self._closed_plan and ledger.status()["leased"] == 0 and ledger.plan() == plan:
             self.plane.log.close(plan.stop)
-            self._ended = plan
+            self._closed_plan = plan
 
     def _drive(self, should_stop: Callable[[], bool]) -> None:
         pause, waiting_since = IDLE_S[0], time.monotonic()
@@ -163,16 +161,16 @@ class RolloutWorker:
         return "captured"
 
     def _put(self, sample: CapturedSample) -> SampleRef:
-        """Put, and while the store is full wait for the trainer to free some of it, for at most one lease."""
+        """Store a sample. While the store is full, retry for up to `lease_s`."""
         deadline, pause = time.monotonic() + self.lease_s, IDLE_S[0]
         while True:
             try:
                 return sample.put(self.store)
             except CapacityError:
-                if time.monotonic() > deadline or self._ending.is_set() or self.plane.ledger.finished() is not None:
+                if time.monotonic() > deadline or self._stop_waiting.is_set() or self.plane.ledger.finished() is not None:
                     raise
                 self.state = "waiting for room in the store"
-                self._ending.wait(pause)
+                self._stop_waiting.wait(pause)
                 pause = min(2 * pause, self.feed.longest_pause_s)
             except StoreUnavailableError:
                 raise
@@ -201,15 +199,15 @@ class RolloutWorker:
             self.store.free(ref)
 
     def _check_windows(self, plan: RunPlan | None) -> None:
-        """Raise UserError unless the largest window that any order of samples can make fits below the watermarks."""
-        if plan is None or plan == self._checked:
+        """Raise UserError unless the largest possible window fits below the watermarks."""
+        if plan is None or plan == self._checked_plan:
             return
         sizes = sorted(self.feed.sizes, reverse=True)
-        overhang = self.group - 1  # the group in which a window ends may begin with the window's last sample
-        num_refs = min(plan.window + overhang, plan.stop - plan.start)
+        # Groups are captured whole, and the one that holds a window's last sample may begin with it.
+        num_refs = min(plan.window + self.group - 1, plan.stop - plan.start)
         passes, rest = divmod(num_refs, len(sizes))
         self.watermarks.check_window(num_refs, passes * sum(sizes) + sum(sizes[:rest]))
-        self._checked = plan
+        self._checked_plan = plan
 
     def _check_trainer(self, waited_s: float) -> None:
         if waited_s < self.peer_timeout_s:

@@ -30,10 +30,10 @@ MODES: dict[str, DeploymentMode] = {
 
 
 def control_plane(config: TrainConfig, *, patience_s: float = PATIENCE_S) -> ControlPlane:
-    """The run's ledger and log; of this rank alone where the ledger is in memory.
+    """The run's ledger and log. Each rank has its own where the ledger is in memory.
 
     Args:
-        patience_s: for a Redis that does not answer.
+        patience_s: how long to wait for a Redis that does not answer.
     """
     mode, name = MODES[config.control.kind], run_id(config.run_name)
     path = Path(config.channel.path)
@@ -59,7 +59,7 @@ def redis_address(channel: ChannelConfig) -> RedisAddress:
 
 
 def store_id(plane: ControlPlane) -> str:
-    """Names the run's store within a Mooncake, which another run of the same name may share."""
+    """Unique id of the run's store, so that two runs of one name can share a Mooncake."""
     return f"{plane.run_id}.{plane.log.nonce()}"
 
 
@@ -122,11 +122,11 @@ def make_workers(
 ) -> list[RolloutWorker]:
     """The producers of this process: as many as its target can capture for at a time.
 
-    Loading takes minutes. The ledger is told meanwhile that this process lives, so that a run that ends waits for it.
+    Loading takes minutes. Meanwhile a heartbeat keeps this process listed as alive.
 
     Args:
-        load: makes what is captured, and the store that it is put into.
-        resources: closes the control planes of further workers.
+        load: returns the feed and the store.
+        resources: closes the control planes of all workers but the first.
     """
     heartbeat = Heartbeat(plane.ledger, f"{name}-0", lambda: "loading")
     try:
@@ -147,7 +147,7 @@ def make_workers(
             for index, own_plane in enumerate([plane, *others])
         ]
     except BaseException as error:
-        heartbeat.stop(f"could not start: {str(error) or type(error).__name__}")
+        heartbeat.stop_after(error)
         raise
     heartbeat.stop("loaded")
     return workers

@@ -11,7 +11,6 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy
-from typing_extensions import override
 
 from lightning_dataflow.callbacks import AcceptanceEvaluation
 from lightning_dataflow.checkpoints.trainer import DataFlowTrainer
@@ -33,7 +32,6 @@ class EndAtSigterm(L.Callback):
     broadcasts among ranks of which each may be anywhere. Lightning sets it before `on_train_start`, and removes it itself.
     """
 
-    @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         signal.signal(signal.SIGTERM, on_sigterm)
 

@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 from typing import Self
 
-from typing_extensions import override
-
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.services.server import HOST, START_TIMEOUT_S, LocalServer, free_port, start_together
 from lightning_dataflow.stores.mooncake.admin import MooncakeAdmin
@@ -29,13 +27,11 @@ class MooncakeMaster(LocalServer):
 
     name = "mooncake_master"
 
-    @override
     def choose_ports(self) -> None:
         super().choose_ports()
         self.metrics_port = free_port()
         self.admin = MooncakeAdmin(f"{HOST}:{self.metrics_port}")
 
-    @override
     def command(self) -> list[str]:
         return [
             find_program(self.name),
@@ -48,7 +44,6 @@ class MooncakeMaster(LocalServer):
             "--put_start_release_timeout_sec=15",
         ]
 
-    @override
     def is_ready(self) -> bool:
         return listens(self.address) and self.admin.is_ready()
 
@@ -69,7 +64,6 @@ class MooncakeStorage(LocalServer):
         self.needs = self._master = master
         self._capacity_bytes = capacity_bytes
 
-    @override
     def command(self) -> list[str]:
         return [
             find_program(self.name),
@@ -82,7 +76,6 @@ class MooncakeStorage(LocalServer):
             "--threads=2",
         ]
 
-    @override
     def is_ready(self) -> bool:
         # A master whose port was taken reports itself ready once before it exits. One that knows our segment is ours.
         return listens(self.address) and self._master.admin.gauge("master_total_capacity_bytes") > 0

@@ -8,8 +8,6 @@ import time
 from pathlib import Path
 from typing import IO
 
-from typing_extensions import override
-
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.control.redis.address import RedisAddress
 from lightning_dataflow.control.redis.server import RedisServer
@@ -67,11 +65,9 @@ class LocalRedis(LocalServer):
         """How to connect."""
         return RedisAddress(address=self.address, password=self.secret_file.read_text())
 
-    @override
     def command(self) -> list[str]:
         return [PROGRAM, "-"]
 
-    @override
     def standard_input(self) -> str:
         settings = (
             f"bind {HOST}",
@@ -87,12 +83,10 @@ class LocalRedis(LocalServer):
         )
         return "\n".join(settings)
 
-    @override
     def is_ready(self) -> bool:
         RedisServer(self.where, "start")
         return True
 
-    @override
     def close(self) -> None:
         """Stop it. Its data stays in the append-only file, unless all of it would expire anyway.
 

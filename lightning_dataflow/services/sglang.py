@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from typing_extensions import override
-
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.services.server import HOST, LocalServer, open_private
 from lightning_dataflow.sglang_plugin.wire import SERVER_FILE, server_command
@@ -71,15 +69,12 @@ class LocalSGLang(LocalServer):
             self.close()
             raise
 
-    @override
     def command(self) -> list[str]:
         return self._command
 
-    @override
     def standard_input(self) -> str:
         return f"{self.api_key}\n"
 
-    @override
     def is_ready(self) -> bool:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy would not reach this machine
         return opener.open(f"{self.url}/health", timeout=HEALTH_TIMEOUT_S).status == 200

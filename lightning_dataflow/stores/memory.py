@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from typing_extensions import override
 
 from lightning_dataflow.contracts import FeatureHandle, SampleOrigin, SampleRef
 from lightning_dataflow.stores.base import FeatureStore, IsLive, Leases, Tensors, check_room, new_ref, of_another_store
@@ -31,7 +30,6 @@ class MemoryFeatureStore(FeatureStore):
         self._leases = Leases()
         self._lock = threading.Lock()
 
-    @override
     def put(self, tensors: Mapping[str, torch.Tensor], origin: SampleOrigin) -> SampleRef:
         ref = new_ref(tensors, origin, self.uri)
         copies = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
@@ -56,30 +54,25 @@ class MemoryFeatureStore(FeatureStore):
                 raise KeyError(f"features of {ref.sample_id} generation {ref.generation} are {state}")
             return dict(entry.tensors), self._leases.grant(ref)
 
-    @override
     def release(self, handle: FeatureHandle) -> None:
         with self._lock:
             ref = self._leases.end(handle)
             if ref is not None and self._holds(ref):
                 del self._entries[ref.sample_id]
 
-    @override
     def free(self, ref: SampleRef) -> None:
         with self._lock:
             if self._holds(ref):
                 self._remove(ref.sample_id)
 
-    @override
     def abort(self, sample_id: str) -> None:
         with self._lock:
             self._remove(sample_id)
 
-    @override
     def exists(self, refs: Sequence[SampleRef]) -> list[bool]:
         with self._lock:
             return [self._holds(ref) for ref in refs]
 
-    @override
     def health(self) -> dict[str, int]:
         with self._lock:
             return {
@@ -88,7 +81,6 @@ class MemoryFeatureStore(FeatureStore):
                 "capacity_bytes": self.capacity_bytes or 0,
             }
 
-    @override
     def sweep(self, is_live: IsLive | None = None) -> dict[str, int]:
         if is_live is None:
             return {}

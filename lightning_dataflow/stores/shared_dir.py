@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from typing_extensions import override
 
 from lightning_dataflow.contracts import CapacityError, FeatureHandle, SampleOrigin, SampleRef, UserError
 from lightning_dataflow.contracts.validation import check_id
@@ -108,7 +107,6 @@ class SharedDirFeatureStore(FeatureStore):
             raise KeyError(f"features of {ref.sample_id} generation {ref.generation} were freed during the read")
         return tensors, self._leases.grant(ref)
 
-    @override
     def release(self, handle: FeatureHandle) -> None:
         self._card.check()
         ref = self._leases.end(handle)
@@ -122,14 +120,12 @@ class SharedDirFeatureStore(FeatureStore):
             self._leases.forget(ref.sample_id, ref.generation)
             _remove(self._path(ref))
 
-    @override
     def abort(self, sample_id: str) -> None:
         self._card.check()
         self._leases.forget(sample_id)
         for path in _generations(self._folder(sample_id)):
             _remove(path)
 
-    @override
     def exists(self, refs: Sequence[SampleRef]) -> list[bool]:
         self._card.check()
         return [ref.uri == self.uri and self._path(ref).exists() for ref in refs]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from lightning_dataflow.checkpoints.markers import latest_checkpoint
-from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError
+from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
 from lightning_dataflow.control import MetadataStore
 from lightning_dataflow.control.heartbeat import end_leases
 from lightning_dataflow.services.server import LocalServer
@@ -17,17 +17,17 @@ from lightning_dataflow.supervise.processes import POLL_S, ManagedProcess, wait_
 log = logging.getLogger(__name__)
 
 FIRST_FAILURE_S = 1.0
-"""One failing process can take others down; report the one that was started first."""
+"""When the trainer dies, wait this long: a dying producer may be the cause, and is then the one to report."""
 PRODUCERS_END_S = 30.0
 LONGEST_PAUSE_S = 8.0
-"""Before a process is started again. A store's clients wait for it for 15 to 20 s."""
+"""Longest delay before a restart. It must stay below the 15 to 20 s that clients of a store wait for it."""
 LEDGER_TIMEOUT_S = 60.0
 """How long restarts are put off while the ledger does not answer; the processes themselves wait for it as long."""
 Answer = TypeVar("Answer")
 
 
 class Restarts:
-    """How often processes were started again, and when the next restarts are due.
+    """How often each process was restarted, and when the next restarts are due.
 
     Args:
         limit: for each process.
@@ -45,7 +45,7 @@ class Restarts:
             return False
         pause = max(min(2.0**count, LONGEST_PAUSE_S), least_pause_s)
         self.counts[name], self._due[name] = count + 1, time.monotonic() + pause
-        log.warning("%s: %s; starts again in %.0f s, attempt %d of %d", name, exit_reason, pause, count + 1, self.limit)
+        log.warning("%s: %s; starts again in %.0f s, restart %d of %d", name, exit_reason, pause, count + 1, self.limit)
         return True
 
     def is_planned(self, name: str) -> bool:
@@ -56,8 +56,8 @@ class Restarts:
         """Whether it should be started now."""
         return self._due.get(name, float("inf")) <= time.monotonic()
 
-    def done(self, name: str) -> None:
-        """The process was started again."""
+    def mark_started(self, name: str) -> None:
+        """Record that the process was started again."""
         del self._due[name]
 
 
@@ -65,10 +65,10 @@ class Watch:
     """Watches all processes until the trainer and then the producers have ended, and restarts those that died.
 
     - A producer or trainer that found an error in its settings ends the run: it would find the same error again.
-    - Servers and the trainer end the run when they die and have no restarts left; producers when the last one did.
+    - The run ends when a server or the trainer dies without restarts left, or when the last producer does.
     - Leases of a dead producer end at once. The same producer, when restarted, or the others capture those samples.
     - A restarted trainer continues from its newest checkpoint, or starts anew without one.
-    - Nothing is started while the ledger does not answer: a process that starts does not wait for it.
+    - Nothing is started while the ledger does not answer, because a starting process does not wait for it.
 
     Raises:
         PeerFailedError: from `run`: the run cannot go on; names the process that failed, and why.
@@ -90,57 +90,64 @@ class Watch:
         self._run_dir = run_dir
         self._restarts = restarts
         self._trainer_started = self._ledger.now()
-        self._lost: dict[str, str] = {}  # producers without restarts left: exit reasons by name
+        self._exhausted: dict[str, str] = {}  # producers without restarts left: exit reasons by name
         self._dead_pids: list[int] = []  # of producers, which may hold leases
         self._ledger_away_since: float | None = None
 
     def run(self) -> None:
         """Return when all have ended."""
         while (status := self._trainer.process.poll()) != 0:
-            if self._servers_run():
-                self._check_producers()
+            if self._keep_servers_running():
+                self._keep_producers_running()
                 if status is not None:
                     self._on_trainer_death()
             time.sleep(POLL_S)
         self._wait_for_producers()
 
     def describe(self) -> str:
-        """For the supervisor's heartbeat."""
+        """Status text for the supervisor's heartbeat."""
         counts = ", ".join(f"{name} ×{count}" for name, count in self._restarts.counts.items())
         return f"watching; started again: {counts or 'none'}"
 
-    def _servers_run(self) -> bool:
-        return all(self._runs(server) for server in self._servers)
+    def _keep_servers_running(self) -> bool:
+        return all(self._keep_running(server) for server in self._servers)
 
-    def _runs(self, server: LocalServer) -> bool:
+    def _keep_running(self, server: LocalServer) -> bool:
         """Whether a server runs; restarts it when that is due."""
         if (status := server.poll()) is None:
             return True
         if self._restarts.is_planned(server.name):
-            if not self._restarts.is_due(server.name):
-                return False
-            server.start()
-            self._restarts.done(server.name)
-            kept = "it has its data" if server.keeps_data else "its data is captured again"
-            log.warning("%s runs again; %s", server.name, kept)
-            return True
-        reason = f"ended with status {status}"
-        if not self._restarts.plan(server.name, reason, least_pause_s=server.restart_pause_s):
-            raise PeerFailedError(f"{server.name} {reason}, see {server.log_path}")
+            return self._restarts.is_due(server.name) and self._restart(server)
+        self._plan_restart(server, f"ended with status {status}")
         return False
 
-    def _check_producers(self) -> None:
+    def _restart(self, server: LocalServer) -> bool:
+        try:
+            server.start()
+        except UserError as error:
+            self._plan_restart(server, f"did not start again ({error})")
+            return False
+        self._restarts.mark_started(server.name)
+        kept = "its data was kept" if server.keeps_data else "its data was lost and will be captured again"
+        log.warning("%s runs again; %s", server.name, kept)
+        return True
+
+    def _plan_restart(self, server: LocalServer, reason: str) -> None:
+        if not self._restarts.plan(server.name, reason, least_pause_s=server.restart_pause_s):
+            raise PeerFailedError(f"{server.name} {reason}, see {server.log_path}")
+
+    def _keep_producers_running(self) -> None:
         for producer in self._producers:
             status = producer.process.poll()
-            if status is None or producer.name in self._lost:
+            if status is None or producer.name in self._exhausted:
                 continue
             if self._restarts.is_planned(producer.name):
-                if self._restarts.is_due(producer.name) and self._ask(self._ledger.now) is not None:
+                if self._restarts.is_due(producer.name) and self._ask_ledger(self._ledger.now) is not None:
                     producer.start()
-                    self._restarts.done(producer.name)
+                    self._restarts.mark_started(producer.name)
             elif status != 0:
                 self._on_producer_death(producer)
-            elif self._ask(lambda: self._ledger.finished(since=self._trainer_started) is None):
+            elif self._ask_ledger(lambda: self._ledger.finished(since=self._trainer_started) is None):
                 producer.start()  # it ended with an earlier trainer
         self._end_leases()
 
@@ -152,37 +159,38 @@ class Watch:
             raise PeerFailedError(f"{producer.name}: {reason}")
         if self._restarts.plan(producer.name, reason):
             return
-        self._lost[producer.name] = reason
-        left = [each.name for each in self._producers if each.name not in self._lost]
+        self._exhausted[producer.name] = reason
+        left = [each.name for each in self._producers if each.name not in self._exhausted]
         if not left:
-            raise PeerFailedError("; ".join(f"{name}: {reason}" for name, reason in self._lost.items()))
+            raise PeerFailedError("; ".join(f"{name}: {reason}" for name, reason in self._exhausted.items()))
         log.warning("%s: %s; the run goes on with %s", producer.name, reason, ", ".join(left))
 
     def _on_trainer_death(self) -> None:
         trainer = self._trainer
         if self._restarts.is_planned(trainer.name):
-            if self._restarts.is_due(trainer.name) and (now := self._ask(self._ledger.now)) is not None:
+            if self._restarts.is_due(trainer.name) and (now := self._ask_ledger(self._ledger.now)) is not None:
                 self._trainer_started = now
                 checkpoint = latest_checkpoint(self._run_dir / "checkpoints")
                 trainer.start(*([] if checkpoint is None else ["ckpt_path=auto"]))
-                self._restarts.done(trainer.name)
+                self._restarts.mark_started(trainer.name)
             return
         trainer.kill()
         reason = trainer.exit_reason()
         time.sleep(FIRST_FAILURE_S)
-        if self._servers_run():
-            self._check_producers()  # raises if a producer is the cause
+        if self._keep_servers_running():
+            self._keep_producers_running()  # raises if a producer is the cause
         if not trainer.is_retryable() or not self._restarts.plan(trainer.name, reason):
             raise PeerFailedError(f"{trainer.name}: {reason}")
 
-    def _ask(self, question: Callable[[], Answer]) -> Answer | None:
+    def _ask_ledger(self, question: Callable[[], Answer]) -> Answer | None:
         """The ledger's answer; None while it gives none. Raises PeerFailedError after LEDGER_TIMEOUT_S."""
         try:
             answer = question()
         except PeerTimeoutError as error:
             self._ledger_away_since = self._ledger_away_since or time.monotonic()
             if time.monotonic() - self._ledger_away_since > LEDGER_TIMEOUT_S:
-                raise PeerFailedError(f"a process has ended and cannot be started again: {error}") from error
+                silence = f"the ledger has not answered for {LEDGER_TIMEOUT_S:.0f} s"
+                raise PeerFailedError(f"cannot restart a process: {silence} ({error})") from error
             return None
         self._ledger_away_since = None
         return answer
@@ -195,7 +203,7 @@ class Watch:
                 self._dead_pids.pop(0)
 
     def _wait_for_producers(self) -> None:
-        """The run is complete, even if producers do not end by themselves."""
+        """Wait for the producers to exit, and kill those that do not."""
         for producer in wait_for_end(self._producers, PRODUCERS_END_S):
             log.warning("%s did not end within %.0f s of the trainer's end: killed", producer.name, PRODUCERS_END_S)
             producer.kill()

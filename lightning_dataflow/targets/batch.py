@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
-from typing_extensions import override
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.targets.hf import HFTargetEngine, TargetSession
@@ -114,7 +113,6 @@ class _Rows(DynamicLayer):
         """Drop all rows but these."""
         self.keys, self.values = self.keys[list(rows)], self.values[list(rows)]
 
-    @override
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         for buffer, new in ((self.keys, key_states), (self.values, value_states)):
             buffer[self._rows, :, self._positions] = new.transpose(1, 2)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
-from typing_extensions import override
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.stores.base import dtype_name
@@ -67,7 +66,6 @@ class HFTargetEngine(TargetEngine):
             self.set_capture_layers(layer_ids)
 
     @property
-    @override
     def dtype(self) -> str:
         return dtype_name(self.model.dtype)
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from typing_extensions import override
 
 from lightning_dataflow.contracts import (
     CapacityError,
@@ -85,7 +84,6 @@ class SGLangServerTarget(ReferenceEngine):
         self._check_servers()
 
     @property
-    @override
     def dtype(self) -> str:
         return self._dtype
 
@@ -93,7 +91,6 @@ class SGLangServerTarget(ReferenceEngine):
         """Capture through the store; nothing stays there. SGLang forms batches of its own."""
         return list(self._executor.map(self._capture_and_read, batch))
 
-    @override
     def capture_ref(self, token_ids: Sequence[int], loss_mask: Sequence[int], origin: SampleOrigin) -> SampleRef:
         member = self._pool.take()
         try:
@@ -109,7 +106,6 @@ class SGLangServerTarget(ReferenceEngine):
         self._pool.give_back(member)
         return ref
 
-    @override
     def stop_waiting(self) -> None:
         self._pool.stop_waiting()
 

@@ -56,7 +56,7 @@ def test_a_part_that_is_killed_starts_again(folder, part):
         print(before)
         assert process.wait(timeout=120) == 0, process.shown()
     print(process.shown())
-    assert re.search(r"starts again in [18] s, attempt 1 of 2", process.shown())
+    assert re.search(r"starts again in [18] s, restart 1 of 2", process.shown())
     actual = agrees(folder, name)
     print(json.dumps({key: actual[key] for key in ("restarts", "samples_recaptured")}))
     assert list(actual["restarts"].values()) == [1]

@@ -103,8 +103,8 @@ def test_a_redis_that_is_killed_starts_again(folder):
         wait_until(lambda: is_at_step(folder, "killed-redis", 15), 120, process.shown)
         os.kill(redis_of(control)[0], signal.SIGKILL)
         assert process.wait(timeout=180) == 0, process.shown()
-        assert "redis-server: ended with status -9; starts again in 1 s, attempt 1 of 1" in process.shown()
-        assert "redis-server runs again; it has its data" in process.shown()
+        assert "redis-server: ended with status -9; starts again in 1 s, restart 1 of 1" in process.shown()
+        assert "redis-server runs again; its data was kept" in process.shown()
     actual = result(folder, "killed-redis")
     assert actual["losses"] == result(folder, "straight-redis")["losses"]
     assert (actual["restarts"], actual["samples_recaptured"]) == ({"redis-server": 1}, 0)

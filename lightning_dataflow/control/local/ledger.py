@@ -3,19 +3,17 @@
 import json
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from typing_extensions import override
-
 from lightning_dataflow.contracts import PeerFailedError, UserError
 from lightning_dataflow.contracts.errors import TAKEN_OVER
-from lightning_dataflow.control.leases import CommitEntry, Lease, NoLease, RunPlan, Watermarks
+from lightning_dataflow.control.leases import MAX_ATTEMPTS, CommitEntry, Lease, NoLease, RunPlan, Watermarks
 from lightning_dataflow.control.ledger import SILENT_S, MetadataStore
-from lightning_dataflow.control.local.tables import LedgerTables
+from lightning_dataflow.control.local.tables import LedgerTables, Sample
 from lightning_dataflow.control.log import StreamingRefChannel
 from lightning_dataflow.control.processes import ALIVE, FAILED, FATAL, this_process
 
@@ -23,14 +21,14 @@ from lightning_dataflow.control.processes import ALIVE, FAILED, FATAL, this_proc
 class SqliteMetadataStore(MetadataStore):
     """The ledger in SQLite.
 
-    Rows exist only for samples in flight, so file and memory stay small however long the run is. Every call is one
-    transaction. It survives the death of any process, not a loss of power.
+    Rows exist only while a sample is in flight, so the file stays small. Every call is one transaction. A killed process
+    loses nothing; a power cut may.
 
     Args:
         path: of the file, in an existing folder; None keeps the ledger in the memory of this process.
 
     Raises:
-        UserError: the file is not a ledger, of another release, cannot be written, or was made on another machine.
+        UserError: the file is not a ledger, is from another release or another machine, or is not writable.
     """
 
     def __init__(self, path: str | Path | None = None):
@@ -41,12 +39,10 @@ class SqliteMetadataStore(MetadataStore):
         host = self._tables.get("host")
         if host != here:
             raise UserError(
-                f"the ledger {path} was made on {host}, this is {here}: SQLite serves the processes of one machine, "
-                f"so start producers and trainers on {host}; if that machine is gone, delete the file, and the trainer "
-                "rebuilds it from the log"
+                f"the ledger {path} belongs to {host}, and this is {here}: run all processes on {host}; or, if that "
+                "machine is gone, delete the file, and the trainer rebuilds it from the log"
             )
 
-    @override
     def fence(self) -> dict[int, int]:
         with self._change():
             self._tables.db.execute(
@@ -55,32 +51,28 @@ class SqliteMetadataStore(MetadataStore):
             self._tables.set(plan=None)
             return dict(self._tables.db.execute("SELECT seq, attempt FROM samples WHERE state = 'wanted'").fetchall())
 
-    @override
     def begin(
         self, plan: RunPlan, *, published: Mapping[int, tuple[str, int]], wanted: Mapping[int, int], frontier: int
     ) -> None:
-        rows: list[tuple[int, str, int, str | None, int]]
-        rows = [(seq, "published", _attempt(generation), generation, size) for seq, (generation, size) in published.items()]
-        rows += [(seq, "wanted", attempt, None, 0) for seq, attempt in wanted.items()]
+        samples = {seq: Sample("wanted", attempt) for seq, attempt in wanted.items()}
+        for seq, (generation, size) in published.items():
+            samples[seq] = Sample("published", _attempt(generation), size, generation=generation)
         with self._change():
             self._tables.db.execute("DELETE FROM samples")
-            self._tables.db.executemany(
-                "INSERT INTO samples (seq, state, attempt, generation, bytes) VALUES (?, ?, ?, ?, ?)", rows
-            )
+            self._tables.put(samples)
             self._tables.forget_parts(time.time() - SILENT_S)
             self._tables.set(
                 plan=json.dumps(asdict(plan)),
                 finished=None,
                 finished_at=None,
                 frontier=frontier,
-                refs_in_flight=len(rows),
-                bytes_in_flight=sum(row[-1] for row in rows),
+                refs_in_flight=len(samples),
+                bytes_in_flight=sum(sample.bytes for sample in samples.values()),
                 trained_seq=plan.start,
                 trained_step=plan.start // plan.window,
                 paused=0,
             )
 
-    @override
     def lease(
         self, worker: str, *, group: int, num_bytes: Callable[[int], int], watermarks: Watermarks, lease_s: float
     ) -> Lease | NoLease:
@@ -97,23 +89,28 @@ class SqliteMetadataStore(MetadataStore):
                 if seq >= plan.stop:
                     return NoLease("nothing left", plan)
             seqs = tuple(range(seq // group * group, min((seq // group + 1) * group, plan.stop)))
-            new = [number for number in seqs if number >= totals["frontier"]]
-            wanted = self._tables.open_in(seqs, now)
-            unreserved = {number: num_bytes(number) for number in (*wanted, *new) if not wanted.get(number)}
-            if unreserved and self._must_wait(seq, sum(unreserved.values()), len(new), totals, plan, watermarks):
+            new = {number: Sample("wanted", 0) for number in seqs if number >= totals["frontier"]}
+            others = {number: row for number, row in self._tables.samples(seqs).items() if row.state != "published"} | new
+            attempt = max(row.attempt + (row.state == "leased") for row in others.values())
+            taken = {number: row for number, row in others.items() if row.state == "wanted" or row.expires < now}
+            sizes = {number: num_bytes(number) for number, row in taken.items() if not row.bytes}
+            if sizes and self._update_pause(seq, sum(sizes.values()), len(new), totals, plan, watermarks):
                 return NoLease("paused", plan)
-            self._tables.reserve(unreserved, new, totals)
-            attempt, tries = self._tables.take(worker, [*wanted, *new], now + lease_s)
-            return Lease(worker=worker, seqs=seqs, wanted=(*wanted, *new), attempt=attempt, plan=plan, tries=tries)
+            for number, row in taken.items():
+                size, tries = sizes.get(number, row.bytes), row.tries + (row.state == "leased")
+                taken[number] = Sample("leased", attempt, size, tries, worker, now + lease_s)
+            self._tables.put(taken)
+            self._tables.add(bytes_in_flight=sum(sizes.values()), refs_in_flight=len(new))
+            self._tables.set(frontier=max(totals["frontier"], seqs[-1] + 1))
+            most_tries = max(row.tries for row in taken.values())
+            return Lease(worker=worker, seqs=seqs, wanted=tuple(taken), attempt=attempt, plan=plan, tries=most_tries)
 
-    @override
     def renew(self, worker: str, lease_s: float) -> None:
         with self._change():
             self._tables.db.execute(
                 "UPDATE samples SET expires = ? WHERE state = 'leased' AND worker = ?", (time.time() + lease_s, worker)
             )
 
-    @override
     def give_back(
         self,
         lease: Lease,
@@ -123,87 +120,70 @@ class SqliteMetadataStore(MetadataStore):
         counts: bool = True,
     ) -> list[int]:
         with self._change():
-            held = self._tables.held(lease)
-            given_up = [seq for seq in held if not self._tables.want_again(seq, lease.attempt + 1, counts)]
-            self._give_up(given_up)
+            held = self._held(lease)
+            given_up = [seq for seq, row in held.items() if not self._want(seq, row, counts)]
             if given_up:
                 log.append([skips[seq] for seq in given_up])
             return given_up
 
-    @override
     def commit(self, lease: Lease, captured: Mapping[int, CommitEntry], log: StreamingRefChannel) -> list[int]:
         with self._change():
-            held = [] if self.finished() is not None else self._tables.held(lease)
-            accepted = [seq for seq in held if seq in captured]
+            held = {} if self.finished() is not None else self._held(lease)
+            accepted = {seq: row for seq, row in held.items() if seq in captured}
             if not accepted:
                 return []
             log.append([captured[seq].line for seq in accepted])
-            reserved = self._tables.num_bytes(accepted)
-            committed = sum(captured[seq].num_bytes for seq in accepted)
-            self._tables.db.executemany(
-                "UPDATE samples SET state = 'published', generation = ?, bytes = ? WHERE seq = ?",
-                [(captured[seq].generation, captured[seq].num_bytes, seq) for seq in accepted],
-            )
+            published = {}
+            for seq, row in accepted.items():
+                generation, size, _ = captured[seq]
+                published[seq] = Sample("published", row.attempt, size, row.tries, generation=generation)
+            self._tables.put(published)
             self._tables.add(
-                bytes_in_flight=committed - reserved,
+                bytes_in_flight=sum(published[seq].bytes - row.bytes for seq, row in accepted.items()),
                 published=len(accepted),
                 recaptured=len(accepted) if lease.attempt else 0,
             )
-            return accepted
+            return list(accepted)
 
-    @override
     def want(self, seq: int, generation: str) -> bool:
         with self._change():
             if self.finished() is not None:
                 return True
-            row = self._tables.db.execute("SELECT state, attempt, generation FROM samples WHERE seq = ?", (seq,)).fetchone()
+            row = self._tables.samples([seq]).get(seq)
             if row is None:
                 return False
-            state, attempt, current = row
-            if state != "published" or current != generation:
-                return True  # asked before
-            if self._tables.want_again(seq, attempt + 1):
-                return True
-            self._give_up([seq])
-            return False
+            was_asked_before = row.state != "published" or row.generation != generation
+            return was_asked_before or self._want(seq, row)
 
-    @override
     def free(self, seqs: Iterable[int]) -> None:
         with self._change():
             self._tables.drop(seqs)
 
-    @override
     def ack(self, next_seq: int, global_step: int, freed: Iterable[int] = ()) -> None:
         with self._change():
             self._tables.drop(freed)
             self._tables.set(trained_seq=next_seq, trained_step=global_step)
 
-    @override
     def ack_durable(self, next_seq: int, global_step: int) -> None:
         with self._change():
             self._tables.set(durable_seq=next_seq, durable_step=global_step)
 
-    @override
     def count_wait(self) -> None:
         with self._change():
             self._tables.add(train_waits=1)
 
-    @override
     def finish(self, status: str) -> None:
         with self._change():
             self._tables.db.execute("DELETE FROM samples")
             self._tables.set(finished=status, finished_at=time.time(), bytes_in_flight=0, refs_in_flight=0)
 
-    @override
     def now(self) -> float:
         return time.time()
 
-    @override
     def report(self, name: str, state: str, *, failed: bool = False, fatal: bool = False) -> None:
         with self._change():
             self._tables.report(name, this_process(state, FATAL if fatal else FAILED if failed else ALIVE))
 
-    @override
     def claim(self, name: str, state: str, before: tuple[str, int] | None) -> bool:
         with self._tables.transaction():
             text = self._part_texts().get(name)
@@ -217,11 +197,9 @@ class SqliteMetadataStore(MetadataStore):
             self._tables.report(name, me)
             return True
 
-    @override
     def in_flight(self) -> tuple[int, int]:
         return self._tables.get("refs_in_flight"), self._tables.get("bytes_in_flight")
 
-    @override
     def close(self) -> None:
         self._tables.close()
 
@@ -232,7 +210,7 @@ class SqliteMetadataStore(MetadataStore):
                 raise PeerFailedError(TAKEN_OVER.format(self._tables.get("claimed_by")))
             yield
 
-    def _must_wait(
+    def _update_pause(
         self, seq: int, num_bytes: int, num_refs: int, totals: Mapping[str, int], plan: RunPlan, marks: Watermarks
     ) -> bool:
         in_bytes, in_refs = totals["bytes_in_flight"], totals["refs_in_flight"]
@@ -247,21 +225,29 @@ class SqliteMetadataStore(MetadataStore):
             return not fits and not lost
         return paused
 
-    @override
     def _run_values(self) -> Mapping[str, Any]:
         return self._tables.run()
 
-    @override
     def _sample_states(self) -> Mapping[int, tuple[str, int]]:
         return {seq: (state, size) for seq, state, size in self._tables.rows("SELECT seq, state, bytes FROM samples")}
 
-    @override
     def _part_texts(self) -> Mapping[str, str]:
         return dict(self._tables.rows("SELECT name, part FROM parts"))
 
-    def _give_up(self, seqs: Sequence[int]) -> None:
-        self._tables.drop(seqs)
-        self._tables.add(given_up=len(seqs))
+    def _held(self, lease: Lease) -> dict[int, Sample]:
+        """What nobody took over of a lease. An expired lease holds until somebody does."""
+        rows = {seq: row for seq, row in self._tables.samples(lease.seqs).items() if seq in lease.wanted}
+        mine = ("leased", lease.worker, lease.attempt)
+        return {seq: row for seq, row in rows.items() if (row.state, row.worker, row.attempt) == mine}
+
+    def _want(self, seq: int, row: Sample, counts: bool = True) -> bool:
+        """Have a sample captured again; False when it has failed too often and is given up."""
+        if row.tries + counts < MAX_ATTEMPTS:
+            self._tables.put({seq: Sample("wanted", row.attempt + 1, row.bytes, row.tries + counts)})
+            return True
+        self._tables.drop([seq])
+        self._tables.add(given_up=1)
+        return False
 
 
 def _attempt(generation: str) -> int:

@@ -10,8 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from typing_extensions import override
-
 from lightning_dataflow.contracts import LogRecord, PeerTimeoutError, UserError
 from lightning_dataflow.control.local.lines import add_crc, check_crc
 from lightning_dataflow.control.log import MAX_LINE_BYTES, StreamingRefChannel, damaged
@@ -54,7 +52,6 @@ class FileChannel(StreamingRefChannel):
         self._segment, self._offset = -1, 0  # below the first segment
         self.card()
 
-    @override
     def append(self, lines: Sequence[bytes]) -> None:
         data = b"".join(add_crc(line) + b"\n" for line in lines)
         with self._exclusive():
@@ -68,7 +65,6 @@ class FileChannel(StreamingRefChannel):
             finally:
                 os.close(segment)
 
-    @override
     def poll(self, max_records: int = 1024) -> list[LogRecord]:
         records: list[LogRecord] = []
         while len(records) < max_records:
@@ -91,12 +87,10 @@ class FileChannel(StreamingRefChannel):
                 self._segment, self._offset = following, 0
         return records
 
-    @override
     def rewind(self) -> None:
         self._segment, self._offset = -1, 0
         self._highest.clear()
 
-    @override
     def trim(self, seq: int) -> None:
         for segment in self._segments():
             if segment >= self._segment or self._highest.get(segment, -1) >= seq:
@@ -104,14 +98,12 @@ class FileChannel(StreamingRefChannel):
             self._path(segment).unlink(missing_ok=True)
             self._highest.pop(segment, None)
 
-    @override
     def _read(self, what: str) -> bytes | None:
         try:
             return (self.folder / FILES[what]).read_bytes()
         except FileNotFoundError:
             return None
 
-    @override
     def _write_once(self, what: str, content: bytes) -> None:
         temporary = self.folder / f".{what}-{secrets.token_hex(8)}"
         temporary.write_bytes(content)

@@ -9,11 +9,10 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning_dataflow.contracts import SCHEMA_VERSION, PeerTimeoutError, UserError
 from lightning_dataflow.contracts.validation import check_schema
-from lightning_dataflow.control.leases import MAX_ATTEMPTS, Lease
 from lightning_dataflow.control.ledger import TOTALS
 
 BUSY_TIMEOUT_S = 30.0
@@ -25,18 +24,41 @@ SCHEMA = """
 CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value);
 CREATE TABLE IF NOT EXISTS samples (
     seq INTEGER PRIMARY KEY,
-    state TEXT NOT NULL,      -- leased | wanted | published
+    state TEXT NOT NULL,
     attempt INTEGER NOT NULL,
-    tries INTEGER NOT NULL DEFAULT 0,  -- failures in this run; attempts also count those of earlier ones
+    bytes INTEGER NOT NULL,
+    tries INTEGER NOT NULL,
     worker TEXT,
-    expires REAL,
-    generation TEXT,
-    bytes INTEGER NOT NULL
+    expires REAL NOT NULL,
+    generation TEXT
 );
 CREATE INDEX IF NOT EXISTS samples_by_state ON samples (state, seq);
 CREATE TABLE IF NOT EXISTS parts (name TEXT PRIMARY KEY, part TEXT);
 """
 IN_LIST = "seq IN (SELECT value FROM json_each(?))"
+
+
+class Sample(NamedTuple):
+    """A sample in flight.
+
+    Attributes:
+        state: leased, wanted or published.
+        tries: failures in this run; attempts also count those of earlier ones.
+        bytes: reserved, or published.
+        worker, expires: of a lease.
+        generation: of what is published.
+    """
+
+    state: str
+    attempt: int
+    bytes: int = 0
+    tries: int = 0
+    worker: str | None = None
+    expires: float = 0.0
+    generation: str | None = None
+
+
+COLUMNS = ", ".join(Sample._fields)
 
 
 class LedgerTables:
@@ -107,7 +129,9 @@ class LedgerTables:
 
     def forget_parts(self, before: float) -> None:
         """Forget processes that failed, or were last seen before that time."""
-        self.db.execute("DELETE FROM parts WHERE part ->> 'failed' OR part ->> 'seen' < ?", (before,))
+        self.db.execute(
+            "DELETE FROM parts WHERE json_extract(part, '$.failed') OR json_extract(part, '$.seen') < ?", (before,)
+        )
 
     def first_open(self, now: float) -> int | None:
         """The lowest seq that is wanted again, or whose lease expired."""
@@ -118,60 +142,17 @@ class LedgerTables:
         ).fetchone()
         return row[0]
 
-    def open_in(self, seqs: Sequence[int], now: float) -> dict[int, int]:
-        """Those of `seqs` that are to be captured again, with the bytes reserved for them."""
+    def samples(self, seqs: Sequence[int]) -> dict[int, Sample]:
+        """The rows of consecutive seqs, where there are any."""
         rows = self.db.execute(
-            "SELECT seq, bytes FROM samples WHERE seq BETWEEN ? AND ? AND (state = 'wanted' OR "
-            "(state = 'leased' AND expires < ?)) ORDER BY seq",
-            (seqs[0], seqs[-1], now),
+            f"SELECT seq, {COLUMNS} FROM samples WHERE seq BETWEEN ? AND ? ORDER BY seq", (seqs[0], seqs[-1])
         )
-        return dict(rows.fetchall())
+        return {seq: Sample(*columns) for seq, *columns in rows}
 
-    def reserve(self, sizes: Mapping[int, int], new: Sequence[int], totals: Mapping[str, int]) -> None:
-        """Make room for `sizes`, seq → bytes; `new` seqs move the frontier."""
-        if not sizes:
-            return
-        self.db.executemany(
-            "INSERT INTO samples (seq, state, attempt, bytes) VALUES (?, 'wanted', 0, ?) "
-            "ON CONFLICT (seq) DO UPDATE SET bytes = excluded.bytes",
-            list(sizes.items()),
-        )
-        self.add(bytes_in_flight=sum(sizes.values()), refs_in_flight=len(new))
-        if new:
-            self.set(frontier=new[-1] + 1)
-
-    def take(self, worker: str, wanted: Sequence[int], expires: float) -> tuple[int, int]:
-        """Take over `wanted` with one attempt for all, higher than that of any lease that expired; that counts as a try.
-
-        Returns that attempt, and the most tries of any of them.
-        """
-        (attempt,) = self.db.execute(
-            "SELECT MAX(attempt + (state = 'leased')) FROM samples WHERE seq BETWEEN ? AND ? AND state != 'published'",
-            (wanted[0], wanted[-1]),
-        ).fetchone()
-        tries = self.db.execute(
-            "UPDATE samples SET tries = tries + (state = 'leased'), state = 'leased', attempt = ?, worker = ?, expires = ? "
-            f"WHERE {IN_LIST} RETURNING tries",
-            (attempt, worker, expires, json.dumps(wanted)),
-        ).fetchall()
-        return attempt, max(tries)[0]
-
-    def held(self, lease: Lease) -> list[int]:
-        """Seqs of a lease that nobody took over. An expired lease holds until somebody does."""
-        rows = self.db.execute(
-            "SELECT seq FROM samples WHERE state = 'leased' AND worker = ? AND attempt = ? AND seq BETWEEN ? AND ?",
-            (lease.worker, lease.attempt, lease.seqs[0], lease.seqs[-1]),
-        )
-        return [seq for (seq,) in rows if seq in lease.wanted]
-
-    def want_again(self, seq: int, attempt: int, counts: bool = True) -> bool:
-        """False when it has failed too often."""
-        (tries,) = self.db.execute(
-            "UPDATE samples SET state = 'wanted', attempt = ?, tries = tries + ?, worker = NULL, generation = NULL "
-            "WHERE seq = ? RETURNING tries",
-            (attempt, counts, seq),
-        ).fetchone()
-        return tries < MAX_ATTEMPTS
+    def put(self, samples: Mapping[int, Sample]) -> None:
+        """Write rows by seq."""
+        rows = [(seq, *sample) for seq, sample in samples.items()]
+        self.db.executemany(f"INSERT OR REPLACE INTO samples (seq, {COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
 
     def drop(self, seqs: Iterable[int]) -> None:
         """Remove rows and what they reserved."""
@@ -180,11 +161,6 @@ class LedgerTables:
         ).fetchall()
         if freed:
             self.add(bytes_in_flight=-sum(size for (size,) in freed), refs_in_flight=-len(freed))
-
-    def num_bytes(self, seqs: Sequence[int]) -> int:
-        """Reserved or published bytes of `seqs`."""
-        row = self.db.execute(f"SELECT TOTAL(bytes) FROM samples WHERE {IN_LIST}", (json.dumps(seqs),)).fetchone()
-        return int(row[0])
 
     @contextmanager
     def transaction(self) -> Iterator[None]:

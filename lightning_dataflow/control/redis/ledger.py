@@ -5,8 +5,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from typing_extensions import override
-
 from lightning_dataflow.control.leases import MAX_ATTEMPTS, CommitEntry, Lease, NoLease, RunPlan, Watermarks
 from lightning_dataflow.control.ledger import SILENT_S, MetadataStore
 from lightning_dataflow.control.log import StreamingRefChannel
@@ -38,11 +36,9 @@ class RedisMetadataStore(MetadataStore):
     def term(self, value: str) -> None:
         self.server.term = value
 
-    @override
     def fence(self) -> dict[int, int]:
         return {int(seq): attempt for seq, attempt in self._change("fence")}
 
-    @override
     def begin(
         self, plan: RunPlan, *, published: Mapping[int, tuple[str, int]], wanted: Mapping[int, int], frontier: int
     ) -> None:
@@ -50,7 +46,6 @@ class RedisMetadataStore(MetadataStore):
         begin = (json.dumps(asdict(plan)), plan.start, plan.start // plan.window, frontier, SILENT_S)
         self._change("begin", *begin, live, list(wanted.items()))
 
-    @override
     def lease(
         self, worker: str, *, group: int, num_bytes: Callable[[int], int], watermarks: Watermarks, lease_s: float
     ) -> Lease | NoLease:
@@ -69,11 +64,9 @@ class RedisMetadataStore(MetadataStore):
                 found = {name: answer[name] for name in ("attempt", "tries")}
                 return Lease(worker=worker, seqs=seqs, wanted=tuple(answer["wanted"]), plan=plan, **found)
 
-    @override
     def renew(self, worker: str, lease_s: float) -> None:
         self._change("renew", worker, lease_s)
 
-    @override
     def give_back(
         self, lease: Lease, skips: Mapping[int, bytes], log: StreamingRefChannel, *, counts: bool = True
     ) -> list[int]:
@@ -81,46 +74,36 @@ class RedisMetadataStore(MetadataStore):
         lines = [(seq, line.decode()) for seq, line in skips.items()]
         return list(self._change("give_back", new_nonce(), lease.worker, lease.attempt, int(counts), MAX_ATTEMPTS, lines))
 
-    @override
     def commit(self, lease: Lease, captured: Mapping[int, CommitEntry], log: StreamingRefChannel) -> list[int]:
         self._check(log)
         entries = [(seq, entry.generation, entry.num_bytes, entry.line.decode()) for seq, entry in captured.items()]
         return list(self.server.change(GROWING, "commit", new_nonce(), lease.worker, lease.attempt, entries))
 
-    @override
     def want(self, seq: int, generation: str) -> bool:
         return bool(self._change("want", seq, generation, MAX_ATTEMPTS))
 
-    @override
     def free(self, seqs: Iterable[int]) -> None:
         self._change("ack", [], list(seqs))
 
-    @override
     def ack(self, next_seq: int, global_step: int, freed: Iterable[int] = ()) -> None:
         self._change("ack", ["trained_seq", next_seq, "trained_step", global_step], list(freed))
 
-    @override
     def ack_durable(self, next_seq: int, global_step: int) -> None:
         self._change("ack", ["durable_seq", next_seq, "durable_step", global_step], [])
 
-    @override
     def count_wait(self) -> None:
         self._change("count_wait")
 
-    @override
     def finish(self, status: str) -> None:
         self._change("finish", status)
 
-    @override
     def now(self) -> float:
         seconds, micros = self.server.ask("TIME")
         return int(seconds) + int(micros) / 1e6
 
-    @override
     def report(self, name: str, state: str, *, failed: bool = False, fatal: bool = False) -> None:
         self._change("report", name, this_process(state, FATAL if fatal else FAILED if failed else ALIVE))
 
-    @override
     def claim(self, name: str, state: str, before: tuple[str, int] | None) -> bool:
         self.term = ""
         term = self._change("claim", name, this_process(state, ALIVE), *(before or ("", 0)))
@@ -129,26 +112,21 @@ class RedisMetadataStore(MetadataStore):
         self.term = term
         return True
 
-    @override
     def in_flight(self) -> tuple[int, int]:
         num_bytes = self.server.ask("HGET", self.server.key("totals"), "bytes_in_flight")
         return self.server.ask("HLEN", self.server.key("samples")), int(num_bytes or 0)
 
-    @override
     def close(self) -> None:
         """The last process that leaves a completed run removes what it kept in Redis."""
         self.server.leave()
 
-    @override
     def _run_values(self) -> Mapping[str, Any]:
         return self._hash("totals")
 
-    @override
     def _sample_states(self) -> Mapping[int, tuple[str, int]]:
         rows = {int(seq): json.loads(text) for seq, text in self._hash("samples").items()}
         return {seq: (row["state"], row["bytes"]) for seq, row in rows.items()}
 
-    @override
     def _part_texts(self) -> Mapping[str, str]:
         return self._hash("parts")
 

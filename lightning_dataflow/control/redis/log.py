@@ -4,8 +4,6 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from typing_extensions import override
-
 from lightning_dataflow.contracts import LogRecord
 from lightning_dataflow.control.log import StreamingRefChannel
 from lightning_dataflow.control.redis.scripts import ALWAYS, GROWING
@@ -29,12 +27,10 @@ class RedisChannel(StreamingRefChannel):
         self._position = START  # the id of the last entry that was read
         self.card()
 
-    @override
     def append(self, lines: Sequence[bytes]) -> None:
         if lines:
             self.server.change(GROWING, "append", new_nonce(), [line.decode() for line in lines])
 
-    @override
     def poll(self, max_records: int = 1024) -> list[LogRecord]:
         records: list[LogRecord] = []
         while len(records) < max_records and (entries := self._entries(min(READ_ENTRIES, max_records - len(records)))):
@@ -43,22 +39,18 @@ class RedisChannel(StreamingRefChannel):
                 self._position = name
         return records
 
-    @override
     def rewind(self) -> None:
         self._position = START
 
-    @override
     def trim(self, seq: int) -> None:
         """The last entry that was read stays: a server that no longer has it has lost some."""
         while self._position != START and self.server.change(ALWAYS, "trim", seq, self._position.decode()):
             pass
 
-    @override
     def _read(self, what: str) -> bytes | None:
         content: bytes | None = self.server.ask("GET", self.server.key(what))
         return content
 
-    @override
     def _write_once(self, what: str, content: bytes) -> None:
         self.server.ask("SET", self.server.key(what), content, "NX")
 

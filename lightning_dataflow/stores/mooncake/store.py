@@ -6,7 +6,6 @@ from contextlib import suppress
 from dataclasses import replace
 
 import torch
-from typing_extensions import override
 
 from lightning_dataflow.contracts import FeatureHandle, SampleOrigin, SampleRef
 from lightning_dataflow.contracts.validation import check_id
@@ -32,19 +31,19 @@ MAX_REMEMBERED_PUTS = 1 << 14
 
 
 class MooncakeFeatureStore(FeatureStore):
-    """One hard-pinned object per tensor: `{store_id}/{sample_id}/g{generation}/{feature}`; shapes travel on the ref.
+    """One hard-pinned object per tensor: `{store_id}/{sample_id}/g{generation}/{feature}`; the ref holds the shapes.
 
-    Freeing is by force and seen by every process at once, even while Mooncake's own read lease (10 s from a read) lives.
-    That is sound because `get` checks, *after* its bytes have landed, whether their keys still exist: a generation is never
-    used twice, so a key that exists after the read existed all the time, and its memory cannot have been given to another
-    object. Reading a sample while it is freed raises a KeyError, and never returns mixed bytes.
+    `free` removes objects at once, for every process, even if Mooncake still holds a read lease on them (10 s from a
+    read). That is sound because `get` checks, *after* its bytes have landed, whether their keys still exist: a generation
+    is never used twice, so a key that exists after the read existed all the time, and its memory cannot have been given to
+    another object. Reading a sample while it is freed raises a KeyError, and never returns mixed bytes.
 
     Attempts order across processes; see Generations. Thread-safe. Objects that a crashed writer left incomplete are
     discarded by the master (`--put_start_discard_timeout_sec`).
 
-    Mooncake has no authentication, so a secret would guard nothing here: whoever reaches the master can read and remove
-    everything. Instead of a secret (`store.secret_file` is refused with this store), fence the network; see
-    docs/mooncake.md. A reader checks sizes and never unpickles, so a forged object can spoil data but not run code.
+    Mooncake has no authentication: whoever can reach the master can read and delete everything, so `store.secret_file` is
+    refused with this store. Protect the network instead; see docs/mooncake.md. A reader checks sizes and never unpickles,
+    so a forged object can spoil data but not run code.
 
     Args:
         store_id: separates stores that share a Mooncake. All processes of a run use the same, and no other run's: the log
@@ -137,7 +136,6 @@ class MooncakeFeatureStore(FeatureStore):
         results = iter(self._get_ours(ours) if ours else [])
         return [next(results) if ref.uri == self.uri else of_another_store(ref, self.uri) for ref in refs]
 
-    @override
     def release(self, handle: FeatureHandle) -> None:
         self.release_many([handle])
 

@@ -53,7 +53,7 @@ class DFlashExport(DraftExport):
             return {
                 "architectures": [self.architectures[0]],
                 **common,
-                _SPECULATORS_LAYER_IDS: engine.count(draft.layer_ids),
+                _SPECULATORS_LAYER_IDS: engine.to_engine_ids(draft.layer_ids),
                 "block_size": network.block_size,
                 "mask_token_id": network.mask_token_id,
                 "num_target_layers": draft.num_target_layers,

@@ -54,7 +54,7 @@ class Eagle3Export(DraftExport):
             )
 
     def fields(self, draft: DraftDescription, engine: Engine) -> Config:
-        network, ids = draft.network, engine.count(draft.layer_ids)
+        network, ids = draft.network, engine.to_engine_ids(draft.layer_ids)
         layers = self.decoder_fields(draft) | {"mlp_bias": False}
         if engine is SPECULATORS:
             layers["num_aux_hidden_states"] = network.num_aux_layers  # of these fields alone; vLLM's default is 3

@@ -1,4 +1,4 @@
-"""What a strategy says about its drafts' folders, so that they can be written for serving engines and read back."""
+"""How a strategy's drafts are written for serving engines, and read back."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -23,9 +23,9 @@ class DraftDescription:
     Attributes:
         strategy: name in the registry.
         network: the draft's configuration, a dataclass of the strategy.
-        layer_ids: of the target that the draft reads; id i is the output of decoder layer i, counted from 0.
+        layer_ids: target layers that the draft reads; id i is the output of decoder layer i, counted from 0.
         num_target_layers, max_position_embeddings: of the target.
-        num_draft_tokens: how many tokens it was trained to draft at a time, or a published folder says.
+        num_draft_tokens: how many tokens it was trained to draft at a time, or its published folder names.
         target, target_architectures: where the target is, and its Hugging Face classes.
         dtype: of the stored weights.
     """
@@ -46,10 +46,10 @@ class PublishedDraft:
     """The content of a folder. Tensors are read when they are asked for.
 
     Attributes:
-        format: name of the engine that it is laid out for.
+        format: name of the engine whose format the folder has.
         network: sizes by the names of the strategy's configuration, without those that the target decides.
         hidden_size, vocab_size, target_hidden_size: which must be the target's.
-        layer_ids: counted our way; None where the folder leaves them to the engine's default.
+        layer_ids: as in DraftDescription; None where the folder leaves them to the engine's default.
         num_target_layers, num_draft_tokens: None where the folder does not say.
         shapes: of the tensors, by our names.
     """
@@ -89,7 +89,7 @@ class DraftExport(ABC):
     architectures: ClassVar[tuple[str, ...]]
     section: ClassVar[str] = ""
     marks: ClassVar[Mapping[str, Any]] = {}
-    own_tensor_remedy: ClassVar[str] = "it is another network"
+    own_tensor_remedy: ClassVar[str] = "start from another draft"
 
     def check(self, draft: DraftDescription, engine: Engine) -> None:  # noqa: B027
         """Raise UserError when the engine would not serve this draft as it was trained."""
@@ -100,8 +100,8 @@ class DraftExport(ABC):
 
     @abstractmethod
     def read(self, fields: Fields, engine: Engine) -> tuple[dict[str, Any], tuple[int, ...] | None]:
-        """Sizes of the network and layer ids, counted our way, from `config.json`. Raises UserError naming the field that
-        asks for another network."""
+        """Sizes of the network and layer ids (as in DraftDescription) from `config.json`. Raises UserError naming the field
+        that asks for another network."""
 
     def stored_name(self, name: str, draft: DraftDescription, engine: Engine) -> str | None:
         """The name of one of our tensors in the file; None if it is left out."""
@@ -124,7 +124,7 @@ class DraftExport(ABC):
         return None
 
     def card_rows(self, network: Any) -> dict[str, object]:
-        """The network in the model card's table."""
+        """Rows that describe the network in the model card."""
         return {}
 
     def settings(self, start: PublishedDraft, target: FrozenTarget) -> dict[str, Any]:
@@ -171,7 +171,7 @@ class DraftExport(ABC):
             },
             "transformer_layer_config": layers,
             "draft_vocab_size": draft_vocab_size,
-            "target_hidden_size": draft.network.hidden_size,
+            "target_hidden_size": draft.network.hidden_size,  # a draft is as wide as its target here
             "tie_word_embeddings": False,
             "dtype": draft.dtype,
         }

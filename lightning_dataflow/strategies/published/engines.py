@@ -14,7 +14,7 @@ MODEL_TYPE = "speculators_model_type"
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """A serving engine and its way to lay out a draft's folder.
+    """A serving engine, and one format of a draft's folder that it reads.
 
     Attributes:
         name: marks our folders, so that they are recognised when they are read back.
@@ -29,7 +29,7 @@ class Engine:
     tested: str
     layer_offset: int
 
-    def count(self, layer_ids: Iterable[int]) -> list[int]:
+    def to_engine_ids(self, layer_ids: Iterable[int]) -> list[int]:
         """Our layer ids as the engine counts them."""
         return [layer + self.layer_offset for layer in layer_ids]
 

@@ -261,7 +261,7 @@ def test_capture_pauses_above_the_watermark(plane, store):
     plane.ledger.free([2, 3])
     plane.ledger.ack(4, 2)
     assert until_idle(worker) == ["captured"] * 2
-    assert worker.state == "waiting for the trainer to free some"
+    assert worker.state == "waiting for the trainer to free samples"
 
 
 def test_windows_that_fit_below_no_watermark_are_refused(plane, store):

@@ -118,14 +118,14 @@ def test_an_error_of_one_worker_does_not_wait_for_the_others_servers(start, serv
 
 
 def test_a_worker_that_does_not_end_is_named(tmp_path, store, monkeypatch, caplog):
-    plane, stuck = memory_plane(tmp_path), threading.Event()
+    plane, stuck, ended = memory_plane(tmp_path), threading.Event(), threading.Event()
     begin(plane)
     monkeypatch.setattr(producer, "END_S", 0.3)
 
     def wait_or_fail(seqs, attempt):
         if not stuck.is_set():
             stuck.set()
-            time.sleep(5)
+            ended.wait(5)
         raise ValueError("bad")
 
     monkeypatch.setattr(rollout, "MAX_FAILURES", 1)
@@ -135,3 +135,4 @@ def test_a_worker_that_does_not_end_is_named(tmp_path, store, monkeypatch, caplo
     assert time.monotonic() - began < 4
     (shown,) = caplog.messages
     assert shown.startswith("gave up on producer-") and ": it was capturing seq " in shown
+    ended.set()

@@ -6,7 +6,9 @@ from contextlib import ExitStack
 import pytest
 
 from lightning_dataflow.config.parsing import parse_config
+from lightning_dataflow.contracts import UserError
 from lightning_dataflow.control import RedisMetadataStore
+from lightning_dataflow.control.heartbeat import producer_failures
 from lightning_dataflow.control.redis.server import RedisServer
 from lightning_dataflow.run.streams import control_plane, make_workers
 from lightning_dataflow.stores import MemoryFeatureStore
@@ -46,3 +48,17 @@ def test_a_producer_that_loads_while_the_run_completes_ends_and_leaves_nothing(c
             second.run()
             assert time.monotonic() - start < 5
         assert redis_run.ask("EXISTS", *redis_run.keys) == 0
+
+
+def test_a_producer_that_cannot_load_says_that_it_failed(tmp_path):
+    """A trainer that waits for samples ends with this error, and does not wait out its time."""
+    config = parse_config(make("topology=disagg_online", "store=shared_dir", f"channel.path={tmp_path}", "run_name=t"))
+    plane = control_plane(config)
+
+    def load() -> None:
+        raise UserError("no such target")
+
+    with pytest.raises(UserError, match="no such target"), ExitStack() as resources:
+        make_workers("producer-0", config, plane, load, resources)
+    (failure,) = producer_failures(plane.ledger)
+    assert failure.endswith(": no such target")

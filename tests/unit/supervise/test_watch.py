@@ -1,11 +1,12 @@
 """Which processes are started again, which end the run, and what is logged about it; stand-ins end as they are told."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from lightning_dataflow.checkpoints.markers import mark_complete
-from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError
+from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
 from lightning_dataflow.control import RunPlan, SqliteMetadataStore
 from lightning_dataflow.supervise import watch as watch_module
 from lightning_dataflow.supervise.watch import Restarts, Watch
@@ -75,7 +76,39 @@ def test_what_died_starts_again_up_to_the_limit(tmp_path, ledger, caplog):
     restarts = run(tmp_path, ledger, [producer], trainer, 2)
     assert restarts.counts == {"producer-0": 2, "trainer": 1}
     assert trainer.starts == [(), ()]  # no checkpoint: from the start
-    assert "producer-0: was killed by SIGKILL; starts again in 0 s, attempt 2 of 2" in caplog.messages
+    assert "producer-0: was killed by SIGKILL; starts again in 0 s, restart 2 of 2" in caplog.messages
+
+
+class StubbornServer(StandIn):
+    """Dies once, and does not get ready in the first so many attempts to start it again."""
+
+    log_path, keeps_data, restart_pause_s = Path("server.log"), True, 0.0
+
+    def __init__(self, failures: int):
+        self.failures = failures
+        super().__init__("redis-server", KILLED)
+
+    def start(self, *more: str) -> None:
+        if self.starts and self.failures:
+            self.failures -= 1
+            raise UserError("redis-server was not ready within 1 s")
+        super().start(*more)
+
+    def poll(self):
+        return super().poll() if len(self.starts) == 1 else None
+
+
+@pytest.mark.parametrize(("failures", "limit"), [(1, 2), (2, 2)])
+def test_a_server_that_does_not_start_again_is_tried_as_often_as_allowed(tmp_path, ledger, failures, limit):
+    server, trainer, restarts = StubbornServer(failures), StandIn("trainer", (0, "", True)), Restarts(limit)
+    trainer.looks = 500
+    watch = Watch([], trainer, [server], ledger, tmp_path, restarts)
+    if failures < limit:
+        watch.run()
+    else:
+        with pytest.raises(PeerFailedError, match=r"^redis-server did not start again \(redis-server was not ready"):
+            watch.run()
+    assert restarts.counts == {"redis-server": limit}
 
 
 def test_a_trainer_goes_on_at_its_checkpoint(tmp_path, ledger):
@@ -211,7 +244,7 @@ def test_a_ledger_that_stays_away_ends_a_run_that_needs_it(tmp_path, ledger, sta
     monkeypatch.setattr(watch_module, "LEDGER_TIMEOUT_S", 0.05)
     watch = Watch([running("producer-0")], StandIn("trainer", KILLED), [], ledger, tmp_path, restarts := Restarts(3))
     stay_away(10**9)
-    with pytest.raises(PeerFailedError, match=r"^a process has ended and cannot be started again: Redis"):
+    with pytest.raises(PeerFailedError, match=r"^cannot restart a process: the ledger has not answered for .* s \(Redis"):
         watch.run()
     assert restarts.counts == {"trainer": 1}
 

@@ -59,6 +59,7 @@ class Server(ThreadingHTTPServer):
         self.target, self.store = target, store
         self.alter: Alter = dict
         self.info = {**RIGHT, "version": "0.5.23", "max_req_input_len": 501}
+        self.closed = False
         self.dead, self.num_captures, self.rids, self.requests = False, 0, [], []
         self.num_looks = self.most_looks = 0
         self.hung = threading.Event()
@@ -79,6 +80,8 @@ class Server(ThreadingHTTPServer):
         self.num_captures += 1
         self.requests.append(request)
         with ONE_AT_A_TIME:
+            if self.closed:
+                raise ConnectionAbortedError
             (features,) = self.target.capture([body["input_ids"]])
         tensors = {
             "input_ids": torch.tensor(body["input_ids"]),
@@ -149,6 +152,10 @@ def store() -> MemoryFeatureStore:
 def servers(target, store) -> Iterator[list[Server]]:
     running = [Server(target, store), Server(target, store)]
     yield running
+    for server in running:
+        server.closed = True
+    with ONE_AT_A_TIME:
+        pass  # a thread that is inside of torch when the interpreter ends takes the process down
     for server in running:
         server.shutdown()
         server.server_close()

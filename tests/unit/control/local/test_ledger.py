@@ -131,7 +131,7 @@ def test_a_ledger_of_another_machine(tmp_path, monkeypatch):
     path = tmp_path / "ledger.sqlite"
     SqliteMetadataStore(path).close()
     monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
-    with pytest.raises(UserError, match=r"was made on .*, this is elsewhere: .* delete the file"):
+    with pytest.raises(UserError, match=r"belongs to .*, and this is elsewhere: .* delete the file"):
         SqliteMetadataStore(path)
 
 

@@ -131,7 +131,8 @@ def _check_run_name(config: TrainConfig) -> None:
     named = any(override.startswith(("run_name=", "hydra.run.dir=")) for override in (*overrides.task, *overrides.hydra))
     launched = "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("SLURM_NTASKS") or 1) > 1
     if not named and (launched or (config.trainer.get("num_nodes") or 1) > 1):
-        raise UserError("ranks started by torchrun, SLURM or on several nodes need one name for their run: add run_name=…")
+        launcher = "by torchrun or SLURM" if launched else "on several nodes"
+        raise UserError(f"ranks started {launcher} need one name for their run: add run_name=…")
     if not named and config.role != "auto":
         raise UserError(f"role={config.role} runs one process of a larger run: add run_name=…, the same for every process")
     if launched and config.role == "auto" and is_disaggregated(config):

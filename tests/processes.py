@@ -86,7 +86,6 @@ TINY = (
     "experiment=tiny",
     "logger=none",
     "callbacks=no_evaluation",
-    "hydra.job_logging.root.level=ERROR",
 )
 
 

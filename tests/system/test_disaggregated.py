@@ -28,7 +28,7 @@ from tests.processes import (
     with_strategy,
 )
 
-DISAGG = (*TINY, "topology=disagg_online", "store.capacity_bytes=64000000", "hydra.job_logging.root.level=INFO")
+DISAGG = (*TINY, "topology=disagg_online", "store.capacity_bytes=64000000")
 
 
 @pytest.fixture(scope="module")

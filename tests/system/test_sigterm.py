@@ -133,7 +133,7 @@ def end(folder, text: str) -> None:
 def test_parts_of_a_supervised_run(folder):
     """A terminated trainer has not completed the run: a producer can start again."""
     steps = ("trainer.max_steps=1000", "callbacks.checkpoint.every_n_train_steps=4")
-    settings = (*BY_HAND, *steps, "topology.restarts=1", "hydra.job_logging.root.level=INFO")
+    settings = (*BY_HAND, *steps, "topology.restarts=1")
     with started(folder, *settings, "run_name=parts") as process:
         checkpoints = folder / "runs" / "parts" / "checkpoints"
         wait_until(lambda: list(checkpoints.glob("*.complete")), 90, process.shown)

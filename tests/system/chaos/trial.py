@@ -24,7 +24,7 @@ STEPS, WINDOW = 8, 8
 SETTINGS = (
     "experiment=tiny", "topology=disagg_online", "logger=none", "callbacks=no_evaluation", f"run_name={RUN}",
     "imports=[tests.system.chaos.faults]", "callbacks.checkpoint.every_n_train_steps=2",
-    "topology.lease_s=3", "topology.idle_timeout_s=60", "topology.start_timeout_s=60", "hydra.job_logging.root.level=ERROR",
+    "topology.lease_s=3", "topology.idle_timeout_s=60", "topology.start_timeout_s=60",
 )  # fmt: skip
 MAX_STARTS = 5
 RUN_TIMEOUT_S = 240

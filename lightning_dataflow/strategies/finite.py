@@ -14,7 +14,7 @@ from lightning_dataflow.strategies.optimisation import gradient_norm
 from lightning_dataflow.strategies.warm_start import some
 
 NAMES_SHOWN = 8
-REMEDY = "start again with a lower optimizer.lr or trainer.gradient_clip_val, or without these samples"
+REMEDY = "start again with a lower optimizer.lr or trainer.gradient_clip_val, or list these samples in data.skip_ids"
 
 
 class NumberCheck:

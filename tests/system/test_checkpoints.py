@@ -54,7 +54,7 @@ def test_a_rank_killed_while_it_writes_its_shard(folder, rank):
     lines = [line for line in shown.splitlines() if "is skipped" in line]
     assert len(lines) == 1
     assert "step-000006.ckpt is skipped, it is not a complete checkpoint: it has no completion marker" in lines[0]
-    assert lines[0].endswith("going on from step-000004.ckpt")
+    assert lines[0].endswith("resuming from step-000004.ckpt")
     assert result(folder, name)["losses"] == pytest.approx(result(folder, "straight")["losses"], rel=1e-5)
     assert complete(folder, name) == ["000004", "000006", "000008"]
 
@@ -73,7 +73,7 @@ def test_damaged_checkpoints(folder):
     assert done.stderr.startswith(f"error: {newest} is not a complete checkpoint: step-000004.ckpt has 10000 bytes")
     assert len(done.stderr.splitlines()) == 1
     shown = python(TRAIN, *settings, "ckpt_path=last", cwd=folder).stdout
-    assert "going on from step-000002.ckpt" in shown
+    assert "resuming from step-000002.ckpt" in shown
     assert result(folder, "damaged")["losses"] == losses
 
 

@@ -96,7 +96,7 @@ def test_refusals_are_one_line(folder):
     python(TRAIN, *with_strategy(SETTINGS, "domino"), "run_name=domino", cwd=folder)
     shown = export(folder, "domino", "--engine", "vllm", status=1)
     errors = [line for line in shown.splitlines() if line]
-    assert errors == ["error: vLLM does not serve domino drafts, only eagle3, dflash"]
+    assert errors == ["error: vLLM does not serve domino drafts, only dflash, eagle3"]
 
 
 def test_a_moving_average_is_exported_and_training_goes_on_from_the_weights(folder):

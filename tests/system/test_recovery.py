@@ -99,7 +99,7 @@ def test_bad_settings_are_not_tried_again(folder):
     assert "starts again" not in shown.stdout
     assert "error: producer-0: " in shown.stderr
     refused = python(TRAIN, *LONG, "topology.restarts=-1", "run_name=bad", cwd=folder, status=1)
-    assert "error: topology.restarts=-1: give a number of attempts, or 0" in refused.stderr
+    assert "error: topology.restarts=-1 is out of bounds: it must be at least 0" in refused.stderr
     alone = ("~callbacks.checkpoint", "+trainer.enable_checkpointing=false", "topology.release_at=durable")
     refused = python(TRAIN, *LONG[:-1], *alone, "run_name=bad", cwd=folder, status=1)
     assert (

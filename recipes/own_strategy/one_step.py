@@ -111,7 +111,7 @@ class OneStepExport(DraftExport):
             "architectures": [self.architectures[0]],
             "hidden_size": draft.network.hidden_size,
             "vocab_size": draft.network.vocab_size,
-            "target_layer_ids": engine.count(draft.layer_ids),
+            "target_layer_ids": engine.to_engine_ids(draft.layer_ids),
         }
 
     def read(self, fields: Fields, engine: Engine) -> tuple[dict[str, Any], tuple[int, ...] | None]:

@@ -73,7 +73,12 @@ def train(config: TrainConfig, settings: dict[str, Any]) -> None:
     if checkpoint is not None:
         invalidate_later_checkpoints(Path(checkpoint), run_dir)
     builder = Builder(config, settings)
-    trainer = builder.trainer
+    with builder.resources:
+        _train(builder, checkpoint, run_dir)
+
+
+def _train(builder: "Builder", checkpoint: str | None, run_dir: Path) -> None:
+    config, trainer = builder.config, builder.trainer
     _fit(builder, trainer, checkpoint, run_dir)
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         return

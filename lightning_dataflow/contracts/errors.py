@@ -4,6 +4,11 @@ Exit statuses: BAD_SETTINGS where the same command would fail again, RETRYABLE w
 supervisor starts the process again; INTERRUPTED and TERMINATED after SIGINT and SIGTERM, as shells have them.
 """
 
+import errno
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""Error numbers of file systems without locks."""
+
 BAD_SETTINGS, RETRYABLE, INTERRUPTED, TERMINATED = 1, 75, 130, 143
 
 

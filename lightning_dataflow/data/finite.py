@@ -23,7 +23,7 @@ def broken_features(tensors: Mapping[str, Tensor], source_id: str, sample_id: st
         return None
     return (
         f"{name} of sample {source_id} ({sample_id}) holds NaN or infinity: check the target's weights, and whether its "
-        "dtype (target.dtype) is wide enough, then capture again; or list the sample in data.skip_ids"
+        "dtype (target.dtype) is wide enough, then capture again"
     )
 
 

@@ -11,11 +11,15 @@ from lightning_dataflow.strategies.registry import available_strategies, resolve
 
 def check_engine(strategy: str, engine: Engine) -> DraftExport:
     """How a strategy's drafts are written. Raises UserError when the engine serves none of them."""
-    exports = {name: resolve_strategy(name).export for name in {*available_strategies(), strategy}}
-    served = {name: export for name, export in exports.items() if export and engine.name in export.served_as}
-    if strategy not in served:
-        raise UserError(f"{engine.title} does not serve {strategy} drafts, only {', '.join(sorted(served))}")
-    return served[strategy]
+    if (export := _export_for(strategy, engine)) is not None:
+        return export
+    served = ", ".join(name for name in available_strategies() if _export_for(name, engine))
+    raise UserError(f"{engine.title} does not serve {strategy} drafts, only {served}")
+
+
+def _export_for(strategy: str, engine: Engine) -> DraftExport | None:
+    export = resolve_strategy(strategy).export
+    return export if export is not None and engine.name in export.served_as else None
 
 
 def check_draft(draft: DraftDescription, engine: Engine) -> DraftExport:

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
@@ -27,7 +28,7 @@ WAITING = "waiting for the trainer to begin"
 LOADED_AT = time.monotonic()
 MAX_FAILURES = 3 * MAX_ATTEMPTS
 """A worker stops after this many failed leases in a row: three groups, each with all its tries."""
-NO_FAULT_OF_PROMPTS = (CapacityError, PeerFailedError, PeerGoneError, StoreUnavailableError)
+NO_FAULT_OF_PROMPTS = (CapacityError, PeerFailedError, PeerGoneError, PeerTimeoutError, StoreUnavailableError)
 
 
 @dataclass(eq=False)
@@ -175,16 +176,17 @@ class RolloutWorker:
             except StoreUnavailableError:
                 raise
             except Exception:
-                self.store.abort(sample.sample_id)  # it may have been stored in part
+                with suppress(StoreUnavailableError):
+                    self.store.abort(sample.sample_id)  # it may have been stored in part
                 raise
 
     def _give_back(self, lease: Lease, refs: Mapping[int, SampleRef], error: BaseException) -> State:
         """Return a lease whose capture failed, and raise `error` unless this worker can go on."""
         blames_prompts = isinstance(error, Exception) and not isinstance(error, NO_FAULT_OF_PROMPTS)
         reason = f"capture failed: {str(error) or type(error).__name__}"
-        if not isinstance(error, StoreUnavailableError):
-            self._free(refs.values())
         self.plane.give_back(lease, reason, counts=blames_prompts)
+        if not isinstance(error, StoreUnavailableError | PeerTimeoutError):  # after the latter they may be published
+            self._free(refs.values())
         if isinstance(error, CapacityError):
             return "idle"
         if isinstance(error, PeerGoneError):

@@ -1,6 +1,5 @@
 """One owner for each folder that a command writes to."""
 
-import errno
 import fcntl
 import json
 import logging
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts.errors import NO_LOCKS
 from lightning_dataflow.control.processes import pid_space
 
 log = logging.getLogger(__name__)
@@ -20,7 +20,6 @@ LOCK = "owner.lock"
 PATIENCE_S = 0.5
 """A killed process keeps its locks until the kernel has finished removing it."""
 POLL_S = 0.02
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 _claims: dict[Path, int] = {}
 """Lock files, open until this process ends."""

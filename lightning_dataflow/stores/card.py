@@ -76,10 +76,11 @@ class StoreCard:
 
     def _read(self) -> dict[str, str]:
         try:
-            return json.loads(self._path.read_text())
-        except (FileNotFoundError, json.JSONDecodeError) as error:
+            card = json.loads(self._path.read_text())
+            return {name: card[name] for name in ("store_id", "salt", "digest")}
+        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{self._path.parent} is no longer a feature store ({error}): point at the folder again"
+                f"{self._path.parent} is no longer a feature store ({error!r}): point at the folder again"
             ) from error
 
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lightning_dataflow.contracts import CapacityError, FeatureHandle, SampleOrigin, SampleRef, UserError
+from lightning_dataflow.contracts.errors import NO_LOCKS
 from lightning_dataflow.contracts.validation import check_id
 from lightning_dataflow.stores.base import (
     FeatureStore,
@@ -178,6 +179,10 @@ class SharedDirFeatureStore(FeatureStore):
                     raise StoreUnavailableError(
                         f"another process has been writing to {self.root} for {LOCK_TIMEOUT_S:.0f} s: end it if it hangs"
                     ) from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                return  # each writer then checks the capacity by itself
             time.sleep(LOCK_POLL_S)
 
     def _write(self, ref: SampleRef, tensors: Tensors) -> None:

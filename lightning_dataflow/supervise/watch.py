@@ -125,6 +125,7 @@ class Watch:
         try:
             server.start()
         except UserError as error:
+            server.stop()  # it may run, and not be ready
             self._plan_restart(server, f"did not start again ({error})")
             return False
         self._restarts.mark_started(server.name)

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.strategies.dflash.export import DFlashExport
 from lightning_dataflow.strategies.published.contract import Config, DraftDescription
-from lightning_dataflow.strategies.published.engines import SGLANG, Engine
+from lightning_dataflow.strategies.published.engines import Engine
 from lightning_dataflow.strategies.published.fields import Allowed, Fields
 
 SERVED_PREFIX_LEN = 1
@@ -23,7 +23,7 @@ class DominoExport(DFlashExport):
     def check(self, draft: DraftDescription, engine: Engine) -> None:
         super().check(draft, engine)
         prefix_len = draft.network.pure_draft_prefix_len
-        if engine is SGLANG and prefix_len != SERVED_PREFIX_LEN:
+        if prefix_len != SERVED_PREFIX_LEN:
             raise UserError(
                 f"SGLang serves Domino drafts with pure_draft_prefix_len={SERVED_PREFIX_LEN} only, this one has "
                 f"{prefix_len}: train with strategy.pure_draft_prefix_len={SERVED_PREFIX_LEN}"

@@ -70,7 +70,7 @@ class Fields:
         ids = self.get(name)
         if not ids:
             return None
-        if not isinstance(ids, list) or not all(isinstance(layer, int) for layer in ids):
+        if not isinstance(ids, list) or not all(type(layer) is int and layer >= offset for layer in ids):
             raise UserError(f"{self.path}: {name}={ids!r} is no list of layers")
         return tuple(layer - offset for layer in ids)
 

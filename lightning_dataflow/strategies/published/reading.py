@@ -88,7 +88,7 @@ def _claimant(path: Path, values: Config) -> tuple[str, DraftExport]:
     exports = dict(_exports())
     if MODEL_TYPE in values:
         types = {kind: name for name, export in exports.items() if (kind := export.served_as.get(SPECULATORS.name))}
-        if (kind := values[MODEL_TYPE]) not in types:
+        if (kind := str(values[MODEL_TYPE])) not in types:
             raise UserError(f"{path}: drafts of {MODEL_TYPE}={kind} cannot be read, only {', '.join(types)}")
         return types[kind], exports[types[kind]]
     classes = values.get("architectures")

@@ -85,7 +85,7 @@ class StubbornServer(StandIn):
     log_path, keeps_data, restart_pause_s = Path("server.log"), True, 0.0
 
     def __init__(self, failures: int):
-        self.failures = failures
+        self.failures, self.num_stops = failures, 0
         super().__init__("redis-server", KILLED)
 
     def start(self, *more: str) -> None:
@@ -93,6 +93,9 @@ class StubbornServer(StandIn):
             self.failures -= 1
             raise UserError("redis-server was not ready within 1 s")
         super().start(*more)
+
+    def stop(self) -> None:
+        self.num_stops += 1
 
     def poll(self):
         return super().poll() if len(self.starts) == 1 else None
@@ -109,6 +112,7 @@ def test_a_server_that_does_not_start_again_is_tried_as_often_as_allowed(tmp_pat
         with pytest.raises(PeerFailedError, match=r"^redis-server did not start again \(redis-server was not ready"):
             watch.run()
     assert restarts.counts == {"redis-server": limit}
+    assert server.num_stops == failures, "one that runs and is not ready would pass for one that has started"
 
 
 def test_a_trainer_goes_on_at_its_checkpoint(tmp_path, ledger):

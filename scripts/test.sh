@@ -12,8 +12,9 @@ cd "$(dirname "$0")/.."
 tier=default
 case "${1:-}" in fast | default | ci | nightly | engines) tier=$1; shift ;; esac
 folders=tests
+spread="loadfile --no-loadscope-reorder"  # tests of a file may share a run that one of them made
 case $tier in
-  fast) marked="not slow and not integration"; folders="tests/test_lint.py tests/golden tests/unit" ;;
+  fast) marked="not slow and not integration"; folders="tests/test_lint.py tests/golden tests/unit"; spread=worksteal ;;
   default) marked="not slow" ;;
   ci) marked="not nightly and not engine" ;;
   nightly) marked="not engine" ;;
@@ -21,8 +22,8 @@ case $tier in
 esac
 
 bash scripts/setup.sh
-# Two files of tests at a time, each process with one thread: threads that wait for a core slow all others down. `exec`, so that
+# Two tests at a time, each process with one thread: threads that wait for a core slow all others down. `exec`, so that
 # a signal to this script ends the tests; these end what they have started.
 export OMP_NUM_THREADS=1
 # shellcheck disable=SC2086
-exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "$marked" --durations=5 --durations-min=1 $folders "$@"
+exec .venv/bin/python -m pytest -n 2 --dist $spread -m "$marked" --durations=5 --durations-min=1 $folders "$@"

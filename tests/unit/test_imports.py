@@ -123,6 +123,7 @@ def test_no_files_import_each_other_in_a_circle():
         pytest.fail(f"a circle: {' ← '.join(error.args[1])}")
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("modules", "absent"),
     [
@@ -154,6 +155,7 @@ def test_what_an_import_does_not_load(modules: list[str], absent: list[str]):
     assert result.stdout.strip() == "[]", f"one of {imported} loads a library that it must not load"
 
 
+@pytest.mark.integration
 def test_the_light_folders_and_their_tests_load_neither_torch_nor_transformers():
     """So that one file of these tests runs within a second."""
     folders = ("contracts", "control", "prompts")

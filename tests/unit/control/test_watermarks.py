@@ -82,6 +82,7 @@ def test_lost_samples_that_are_not_awaited_wait(ledger):
     assert lease(ledger, marks=marks(8, 2)).wanted == (8,)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("seed", range(6))
 def test_a_random_walk_never_exceeds_the_marks_and_never_starves(ledger, seed):
     """Workers lease, commit, fail or vanish while a trainer takes windows: in flight is bounded, all is trained."""

@@ -10,6 +10,8 @@ from lightning_dataflow.evaluation import Decoding
 from lightning_dataflow.evaluation.judges.sglang_server import SGLangDecoder, read_counts
 from tests.sglang.speculating import INFO, SpeculatingServer
 
+pytestmark = pytest.mark.integration  # a server and its clients
+
 
 def answer(**meta):
     return {"meta_info": {"completion_tokens": 9, **meta}}

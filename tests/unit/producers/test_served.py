@@ -13,6 +13,8 @@ from tests.records import begin, memory_plane
 from tests.streams import SeqFeed, make_worker
 from tests.unit.targets.test_sglang_server import answer_with, connect, servers, store  # noqa: F401 (fixtures)
 
+pytestmark = pytest.mark.integration  # servers that come and go
+
 NUM_SAMPLES = 12
 
 

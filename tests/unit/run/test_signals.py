@@ -13,6 +13,14 @@ from tests.processes import ROOT, environment
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heeded():
+    """A shell starts background jobs with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def state() -> list:
     return [*map(signal.getsignal, NUMBERS), sys.unraisablehook]
 

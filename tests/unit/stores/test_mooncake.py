@@ -24,6 +24,8 @@ from tests.unit.config.test_config import make
 from tests.unit.stores.conftest import VARIANTS, attach
 from tests.unit.stores.test_contract import origin, tensors
 
+pytestmark = pytest.mark.integration  # each test starts or stops clients of a real Mooncake
+
 
 @pytest.fixture(params=VARIANTS)
 def store(request, mooncake_stores) -> Iterator[MooncakeFeatureStore]:
@@ -110,7 +112,6 @@ def test_a_ref_of_another_store(store):
     assert "is in mooncake://other, this store is mooncake://" in str(found[0])
 
 
-@pytest.mark.integration
 def test_runs_of_one_name_do_not_share_a_store(mooncake, tmp_path):
     """The one that ends first leaves the other its features; a run that is resumed finds its own again."""
     places = ("master_address", "client_address", "metrics_address")
@@ -279,7 +280,6 @@ def test_nobody_at_an_address(mooncake):
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.integration
 def test_without_the_package():
     code = """
 import sys

@@ -185,6 +185,7 @@ def test_a_module_has_the_objective_that_its_arguments_name(target_path, prompts
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.integration
 def test_gradients_and_a_clipped_sgd_step_do_not_depend_on_the_micro_batch(
     target_path, prompts, block_target, tmp_path, kind
 ):

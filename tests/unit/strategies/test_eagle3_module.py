@@ -50,6 +50,7 @@ def make_trainer(folder: Path, data: DataFlowDataModule, max_steps: int = 4, cls
 
 @pytest.mark.parametrize("clip", [None, 0.05])
 @pytest.mark.parametrize("train_embeddings", [False, True])
+@pytest.mark.integration
 def test_gradients_and_a_clipped_sgd_step_do_not_depend_on_the_micro_batch(
     target_path, prompts, target, tmp_path, clip, train_embeddings
 ):

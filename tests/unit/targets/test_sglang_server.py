@@ -36,6 +36,7 @@ from lightning_dataflow.targets.sglang_answer import CaptureFailedError, ServerR
 from tests.conftest import LAYER_IDS
 from tests.unit.sglang_plugin.test_wire import RIGHT
 
+pytestmark = pytest.mark.integration  # servers that come, go and hang
 ONE_AT_A_TIME = threading.Lock()  # of both servers: they have one target
 Alter = Callable[[dict[str, Any]], dict[str, Any]]
 

@@ -15,7 +15,7 @@ from lightning_dataflow.strategies.domino.drafter import DominoDrafter
 from lightning_dataflow.strategies.domino.network import DominoConfig, DominoDraft
 from lightning_dataflow.strategies.domino.objective import DominoObjective
 from lightning_dataflow.targets.hf import TargetSession
-from tests.decoding import greedy_decode
+from tests.decoding import greedy_decode, second_token_chi_square
 
 KINDS = ["dflash", "sliding", "domino", "shifted"]
 
@@ -87,24 +87,12 @@ def test_greedy_output_is_the_targets_own(target, target_path, questions, kind):
 @pytest.mark.parametrize("kind", ["dflash", "domino"])
 def test_sampled_decoding_follows_the_target(target, target_path, questions, kind):
     """The first drafted position of many runs against the target's exact distribution of the second token."""
-    question, temperature, trials = questions[0], 1.5, 500
+    question = questions[0]
     drafter = make_drafter(target, target_path, kind, num_draft_tokens=2)
     train_on(drafter, target, [*question, *greedy_decode(target, question, 8)], num_steps=15)
-    decoder = SpeculativeDecoder(target, drafter, temperature=temperature)
-    counts = torch.zeros(320)
-    for _ in range(trials):
-        counts[decoder.generate(question, 2).tokens[-1]] += 1
-    with torch.no_grad():
-        first = torch.softmax(target.model(torch.tensor([question])).logits[0, -1] / temperature, -1)
-        continued = torch.tensor([[*question, token] for token in range(320)])
-        exact = torch.softmax(target.model(continued).logits[:, -1] / temperature, -1)
-        for token in target.eos_token_ids:  # an end token is the last
-            exact[token] = torch.nn.functional.one_hot(torch.tensor(token), 320)
-        second = first @ exact
-    top = second.topk(8).indices
-    expected = torch.cat((second[top], 1 - second[top].sum(0, keepdim=True))) * trials
-    found = torch.cat((counts[top], trials - counts[top].sum(0, keepdim=True)))
-    assert ((found - expected) ** 2 / expected).sum().item() < 26.1  # 8 degrees of freedom, 0.1 %
+    decoder = SpeculativeDecoder(target, drafter, temperature=1.5)
+    chi_square = second_token_chi_square(target, decoder, question, num_trials=500, num_tokens=8)
+    assert chi_square < 26.1  # 8 degrees of freedom, 0.1 %
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,7 +10,7 @@ from lightning_dataflow.strategies.eagle3.drafter import ChainDrafter
 from lightning_dataflow.strategies.eagle3.network import Eagle3Config, Eagle3Draft
 from lightning_dataflow.targets import HFTargetEngine
 from lightning_dataflow.targets.hf import TargetSession
-from tests.decoding import greedy_decode
+from tests.decoding import greedy_decode, second_token_chi_square
 
 
 @pytest.fixture(scope="module")
@@ -127,22 +127,8 @@ def test_the_rejection_rule_keeps_the_targets_distribution():
 @pytest.mark.integration
 def test_sampled_decoding_follows_the_target(target, target_path, questions):
     """The first drafted position of many runs against the target's exact distribution of the second token."""
-    question, temperature, trials = questions[0], 1.5, 1000
-    decoder = SpeculativeDecoder(target, make_drafter(target, target_path, num_draft_tokens=1), temperature=temperature)
-    counts = torch.zeros(320)
-    for _ in range(trials):
-        counts[decoder.generate(question, 2).tokens[-1]] += 1
-    with torch.no_grad():
-        first = torch.softmax(target.model(torch.tensor([question])).logits[0, -1] / temperature, -1)
-        continued = torch.tensor([[*question, token] for token in range(320)])
-        exact = torch.softmax(target.model(continued).logits[:, -1] / temperature, -1)
-        for token in target.eos_token_ids:  # an end token is the last
-            exact[token] = torch.nn.functional.one_hot(torch.tensor(token), 320)
-        second = first @ exact
-    top = second.topk(12).indices
-    expected = torch.cat((second[top], 1 - second[top].sum(0, keepdim=True))) * trials
-    found = torch.cat((counts[top], trials - counts[top].sum(0, keepdim=True)))
-    chi_square = ((found - expected) ** 2 / expected).sum().item()
+    decoder = SpeculativeDecoder(target, make_drafter(target, target_path, num_draft_tokens=1), temperature=1.5)
+    chi_square = second_token_chi_square(target, decoder, questions[0], num_trials=1000, num_tokens=12)
     assert chi_square < 32.9  # 12 degrees of freedom, 0.1 %
 
 

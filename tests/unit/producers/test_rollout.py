@@ -149,6 +149,21 @@ def test_a_reader_that_wants_more_than_was_planned_ends_with_the_producers(plane
         queue.get(range(4, 8), range(4, 8))
 
 
+def test_what_may_have_been_published_is_not_freed(plane, store, monkeypatch):
+    """A ledger that stops answering during `publish` may have published; the restart frees what it has not."""
+    begin(plane)
+    worker = make_worker(plane, store)
+
+    def publish(plane, lease, refs):
+        raise PeerTimeoutError("no answer")
+
+    monkeypatch.setattr(type(plane), "publish", publish)
+    with pytest.raises(PeerTimeoutError):
+        worker.run_once()
+    assert store.health()["num_samples"] == 1
+    assert plane.lease("other", group=1, num_bytes=lambda seq: 8, watermarks=worker.watermarks, lease_s=60.0).tries == 0
+
+
 def test_an_error_of_every_capture_ends_the_worker(plane, store):
     begin(plane)
     worker = make_worker(plane, store, feed_that_fails(lambda seqs, attempt: True, RuntimeError("CUDA out of memory")))

@@ -1,6 +1,8 @@
 """One contract, every store."""
 
+import errno
 import fcntl
+import os
 import subprocess
 import sys
 import threading
@@ -383,6 +385,26 @@ store.put({{"a": __import__("torch").ones(2)}}, origin("run:2"))
             fcntl.flock(other, fcntl.LOCK_EX)
             with pytest.raises(StoreUnavailableError, match=f"another process has been writing to {tmp_path} for"):
                 store.put(tensors(), origin())
+
+    def test_a_file_system_without_locks_leaves_each_writer_its_own_check(self, tmp_path, monkeypatch):
+        """A put failed there, and its prompts were blamed for it."""
+
+        def no_locks(file, operation):
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+        monkeypatch.setattr(fcntl, "flock", no_locks)
+        store = SharedDirFeatureStore(tmp_path, capacity_bytes=10_000)
+        store.get(store.put(tensors(), origin()))
+        with pytest.raises(CapacityError):
+            store.put({"x": torch.zeros(10_000)}, origin("run:2"))
+
+    def test_a_damaged_card_is_no_lost_sample(self, tmp_path):
+        """Its error passed for missing features, so that every sample was captured again."""
+        store = SharedDirFeatureStore(tmp_path)
+        ref = store.put(tensors(), origin())
+        (tmp_path / "store.json").write_text("{}")
+        with pytest.raises(UserError, match="is no longer a feature store"):
+            store.get(ref)
 
     def test_a_changed_secret_is_noticed_by_every_call(self, tmp_path):
         store = SharedDirFeatureStore(tmp_path, secret="one")

@@ -54,11 +54,8 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("name", MASKS)
-def test_alignment_on_hand_made_sequences(name):
-    mask = MASKS[name]
-    hidden, lm_head, last, head, target_ids, t2d = make()
-    sums = Eagle3Objective()(
+def sums_of(hidden, lm_head, last, head, target_ids, t2d, mask):
+    return Eagle3Objective()(
         hidden,
         lm_head,
         last_hidden_state=last,
@@ -67,6 +64,13 @@ def test_alignment_on_hand_made_sequences(name):
         t2d=t2d,
         rows=supervised_positions(mask),
     )
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_alignment_on_hand_made_sequences(name):
+    mask = MASKS[name]
+    hidden, lm_head, last, head, target_ids, t2d = make()
+    sums = sums_of(hidden, lm_head, last, head, target_ids, t2d, mask)
     total, count, per_step = reference(hidden, lm_head, last, head, target_ids, mask, STEPS)
     assert torch.allclose(sums.loss.numerator, total, rtol=1e-5)
     assert sums.loss.denominator.item() == count
@@ -82,10 +86,7 @@ def test_alignment_on_hand_made_sequences(name):
 
 def test_nothing_supervised_is_zero_with_zero_gradient():
     hidden, lm_head, last, head, target_ids, t2d = make()
-    rows = supervised_positions(torch.zeros(2, 8))
-    sums = Eagle3Objective()(
-        hidden, lm_head, last_hidden_state=last, target_head=head, target_ids=target_ids, t2d=t2d, rows=rows
-    )
+    sums = sums_of(hidden, lm_head, last, head, target_ids, t2d, torch.zeros(2, 8))
     sums.loss.numerator.backward()
     assert sums.loss.numerator == sums.loss.denominator == 0
     assert hidden.grad.abs().max() == lm_head.grad.abs().max() == 0
@@ -97,15 +98,7 @@ def test_a_target_far_from_the_draft_vocabulary_is_finite():
     chosen = int((~t2d).nonzero()[0])
     head[chosen] = 100 * last[0, 3] / last[0, 3].norm()
     last[0, 3] *= 10
-    sums = Eagle3Objective()(
-        hidden,
-        lm_head,
-        last_hidden_state=last,
-        target_head=head,
-        target_ids=target_ids,
-        t2d=t2d,
-        rows=supervised_positions(torch.ones(2, 8)),
-    )
+    sums = sums_of(hidden, lm_head, last, head, target_ids, t2d, torch.ones(2, 8))
     sums.loss.numerator.backward()
     for tensor in (sums.loss.numerator, hidden.grad, lm_head.grad):
         assert torch.isfinite(tensor).all()

@@ -1,29 +1,32 @@
-"""The tokenised prompts of a run, and counts of the records that were left out."""
+"""The tokenised prompts of a run, in arrays that may lie in files."""
 
 import hashlib
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from lightning_dataflow.contracts import PromptTask, UserError
-from lightning_dataflow.prompts.conversation import FORMATS, normalise
-from lightning_dataflow.prompts.masking import Encoder, Unusable
-from lightning_dataflow.prompts.sources import read_records
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
 
-MIN_LABEL_POSITION = 2
-"""A draft sees token t+1 and predicts token t+2, so the first two tokens of a sample are never labels."""
+NO_TURN = -1
+SAMPLE = np.dtype([("end", "<i8"), ("record", "<i4"), ("turn", "<i4")])
+"""What is kept of a sample besides its tokens: where they end, the number of its record, and of its turn or NO_TURN."""
+COUNTED_AT_A_TIME = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizedPrompt:
-    """Token ids and loss mask of one sample, lists of S ints; `source_id` names its record."""
+    """Token ids and loss mask of one sample, lists of S ints.
+
+    Attributes:
+        source_id: names its record, and its turn where the turns of a conversation are samples of their own.
+    """
 
     source_id: str
     input_ids: Sequence[int]
@@ -37,60 +40,106 @@ class TokenizedPrompt:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class PromptArrays:
+    """Samples one after another: token ids int32 [T], loss mask uint8 [T], and SAMPLE [N]."""
+
+    input_ids: npt.NDArray[np.int32]
+    loss_mask: npt.NDArray[np.uint8]
+    samples: npt.NDArray[np.void]
+
+    def part(self, first: int, last: int) -> "PromptArrays":
+        """Samples [first, last), without a copy of their tokens."""
+        samples = self.samples[first:last].copy()
+        start = int(self.samples["end"][first - 1]) if first else 0
+        end = int(samples["end"][-1]) if len(samples) else start
+        samples["end"] -= start
+        return PromptArrays(input_ids=self.input_ids[start:end], loss_mask=self.loss_mask[start:end], samples=samples)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class PromptDataset(Sequence[TokenizedPrompt]):
     """Prompts that have something to learn, in file order.
 
     Attributes:
         max_length: samples were cut to this many tokens.
-        skipped: number of records left out, by reason.
+        skipped: number of records, turns and samples left out, by reason.
     """
 
-    prompts: Sequence[TokenizedPrompt]
+    arrays: PromptArrays
     max_length: int
     skipped: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self.prompts)
+        return len(self.arrays.samples)
 
     def __getitem__(self, index: Any) -> Any:
-        return self.prompts[index]
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"prompt {index} of {len(self)}")
+        index %= len(self)
+        start, end = (int(bound) for bound in self.bounds[index : index + 2])
+        return TokenizedPrompt(
+            source_id=self.source_id(index),
+            input_ids=tuple(self.arrays.input_ids[start:end].tolist()),
+            loss_mask=tuple(self.arrays.loss_mask[start:end].tolist()),
+        )
+
+    def source_id(self, index: int) -> str:
+        """The name of prompt `index`: its record's number, and its turn's."""
+        sample = self.arrays.samples[index]
+        return f"{sample['record']:08d}" + ("" if sample["turn"] == NO_TURN else f"-t{sample['turn']}")
+
+    @cached_property
+    def bounds(self) -> npt.NDArray[np.int64]:
+        """Prompt i has the tokens [bounds[i], bounds[i + 1])."""
+        return np.concatenate([[0], self.arrays.samples["end"]]).astype(np.int64)
+
+    @cached_property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each prompt, int64 [N]."""
+        return np.diff(self.bounds)
+
+    @property
+    def num_conversations(self) -> int:
+        """Records that the prompts come from."""
+        return len(np.unique(self.arrays.samples["record"]))
 
     @cached_property
     def version(self) -> str:
         """Fingerprint of every prompt, its mask and their order, 16 hex digits."""
         digest = hashlib.sha256()
-        for prompt in self.prompts:
-            digest.update(repr((prompt.source_id, prompt.input_ids, prompt.loss_mask)).encode())
+        for array in (self.arrays.samples, self.arrays.input_ids, self.arrays.loss_mask):
+            digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()[:16]
 
     def check_target(self, vocab_size: int, max_positions: int) -> None:
         """Raise UserError for a token id outside the target's vocabulary, or a prompt longer than its positions."""
-        for prompt in self.prompts:
-            wrong = next((token for token in prompt.input_ids if not 0 <= token < vocab_size), None)
-            if wrong is not None:
-                raise UserError(
-                    f"record {prompt.source_id} has token id {wrong}, the target's vocabulary has {vocab_size}: "
-                    "use the target's own tokenizer"
-                )
-            if len(prompt.input_ids) > max_positions:
-                raise UserError(
-                    f"record {prompt.source_id} has {len(prompt.input_ids)} tokens, the target reads {max_positions}: "
-                    f"set data.max_length to at most {max_positions}"
-                )
+        if len(wrong := np.flatnonzero(self.arrays.input_ids >= vocab_size)):
+            prompt = int(np.searchsorted(self.bounds, wrong[0], side="right")) - 1
+            raise UserError(
+                f"record {self.source_id(prompt)} has token id {self.arrays.input_ids[wrong[0]]}, the target's vocabulary "
+                f"has {vocab_size}: use the target's own tokenizer"
+            )
+        if len(long := np.flatnonzero(self.lengths > max_positions)):
+            raise UserError(
+                f"record {self.source_id(int(long[0]))} has {self.lengths[long[0]]} tokens, the target reads "
+                f"{max_positions}: set data.max_length to at most {max_positions}"
+            )
 
     def token_counts(self, vocab_size: int) -> "torch.Tensor":
         """How often each token id is supervised, int64 [vocab_size]; all ids are below `vocab_size`."""
         import torch
 
-        counts = torch.zeros(vocab_size, dtype=torch.int64)
-        for prompt in self.prompts:
-            ids = torch.tensor(prompt.input_ids)[torch.tensor(prompt.loss_mask, dtype=torch.bool)]
-            counts += torch.bincount(ids, minlength=vocab_size)
-        return counts
+        counts = np.zeros(vocab_size, dtype=np.int64)
+        for start in range(0, len(self.arrays.input_ids), COUNTED_AT_A_TIME):
+            part = slice(start, start + COUNTED_AT_A_TIME)
+            counts += np.bincount(self.arrays.input_ids[part][self.arrays.loss_mask[part] != 0], minlength=vocab_size)
+        return torch.from_numpy(counts)
 
     def task(self, index: int, pass_index: int, *, run_id: str, target_model_version: str, attempt: int = 0) -> PromptTask:
         """The task of prompt `index` in pass `pass_index`."""
-        prompt = self.prompts[index]
+        prompt = self[index]
         return PromptTask(
             task_id=f"{prompt.source_id}-p{pass_index}",
             run_id=run_id,
@@ -101,61 +150,3 @@ class PromptDataset(Sequence[TokenizedPrompt]):
             attempt=attempt,
             metadata={"pass": pass_index},
         )
-
-
-def load_prompts(
-    path: str,
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    max_length: int,
-    format: str = "auto",
-    split: str = "train",
-    num_eval_samples: int = 0,
-    num_samples: int | None = None,
-    chat_template: str | None = None,
-) -> tuple[PromptDataset, PromptDataset]:
-    """Read, tokenise and filter prompts. Returns (training prompts, held-out prompts).
-
-    The first `num_eval_samples` usable records are held out, the next `num_samples` (None: all) are trained on.
-
-    Raises:
-        UserError: missing or broken file, unknown format, no chat template, nothing left after filtering.
-    """
-    if format not in FORMATS:
-        raise UserError(f"data.format={format} is unknown: use one of {', '.join(FORMATS)}")
-    if max_length <= MIN_LABEL_POSITION:
-        raise UserError(f"data.max_length={max_length} leaves nothing to learn: use at least {MIN_LABEL_POSITION + 1}")
-    encoder = Encoder(tokenizer, chat_template)
-    skipped: Counter[str] = Counter()
-    wanted = None if num_samples is None else num_eval_samples + num_samples
-    usable = list(islice(_usable(path, split, format, encoder, max_length, skipped), wanted))
-    held_out, training = usable[:num_eval_samples], usable[num_eval_samples:]
-    if not training:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common()) or "the file is empty"
-        raise UserError(
-            f"no prompts left to train on in {path} ({len(held_out)} held out; left out: {reasons}): "
-            "check data.path, data.format and data.max_length"
-        )
-    return (
-        PromptDataset(prompts=training, max_length=max_length, skipped=dict(skipped)),
-        PromptDataset(prompts=held_out, max_length=max_length),
-    )
-
-
-def _usable(
-    path: str, split: str, format: str, encoder: Encoder, max_length: int, skipped: Counter[str]
-) -> Iterator[TokenizedPrompt]:
-    for number, record in read_records(path, split=split):
-        try:
-            ids, mask = encoder.encode(normalise(record, format, f"{path}, record {number}"))
-        except Unusable as reason:
-            skipped[str(reason)] += 1
-            continue
-        if not any(mask):
-            skipped["nothing supervised"] += 1
-        elif not any(mask[MIN_LABEL_POSITION:max_length]):
-            skipped["nothing supervised within max_length"] += 1
-        else:
-            yield TokenizedPrompt(
-                source_id=f"{number:08d}", input_ids=tuple(ids[:max_length]), loss_mask=tuple(mask[:max_length])
-            )

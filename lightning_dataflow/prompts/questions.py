@@ -4,49 +4,48 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.prompts.conversation import token_ids
-from lightning_dataflow.prompts.masking import Encoder, Unusable
-from lightning_dataflow.prompts.sources import read_records
-from lightning_dataflow.prompts.unread import check_question
+from lightning_dataflow.prompts.encoding import Encoder
+from lightning_dataflow.prompts.records import Conversation, to_conversation, token_ids
+from lightning_dataflow.prompts.sources import Record, read_records
+from lightning_dataflow.prompts.template import ChatTemplate, Unusable
+from lightning_dataflow.prompts.unread import as_list
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SHAPES = "turns (MT-Bench), question (GSM8K), prompt (HumanEval, or MT-Bench's list), or input_ids"
+SHAPES = "turns (MT-Bench), question (GSM8K), prompt (HumanEval, or MT-Bench's list), messages, or input_ids"
 
 
 def load_questions(
-    path: str, tokenizer: "PreTrainedTokenizerBase", *, num_prompts: int | None = None, chat_template: str | None = None
+    path: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    num_prompts: int | None = None,
+    chat_template: str | None = None,
+    template_args: Mapping[str, Any] | None = None,
 ) -> list[list[int]]:
     """Token ids of each record's question, rendered as a user's message with the generation prompt.
 
-    Only the first of several turns is asked. A tokenizer without a chat template gets the bare text.
+    Only the first of several turns is asked. Tools, a system prompt and the like are rendered with it. Without a chat
+    template the bare text is asked.
 
     Args:
-        path: a JSONL file; each record has `turns`, `prompt`, `question` or `input_ids`.
-        num_prompts: how many to take, from the start of the file; None for all.
+        path: each record has `turns`, `prompt`, `question`, `messages` or `input_ids`; see `read_records`.
+        num_prompts: how many to take, from the start; None for all.
         chat_template: replaces the tokenizer's own.
+        template_args: for every rendering.
 
     Raises:
-        UserError: missing or broken file, a record of another shape or with a system prompt, tools or the like, fewer
-            records than asked for.
+        UserError: missing or broken file, a record of another shape, fewer records than asked for.
     """
     if num_prompts is not None and num_prompts < 1:
         raise UserError(f"evaluate.num_prompts={num_prompts}: ask at least 1 prompt, or null for all")
-    encoder = Encoder(tokenizer, chat_template)
+    encoder = Encoder(ChatTemplate(tokenizer, chat_template, arguments=template_args))
     prompts: list[list[int]] = []
-    for number, record in read_records(path, setting="evaluate.data"):
+    for record in read_records(path, setting="evaluate.data"):
         if len(prompts) == num_prompts:
             break
-        where = f"{path}, line {number}"
-        question = _question(record, where)
-        try:
-            ids = question if isinstance(question, list) else encoder.encode_question(question)
-        except Unusable as reason:
-            raise UserError(f"{where}: {reason}") from reason
-        if not ids:
-            raise UserError(f"{where}: the prompt is empty, so there is nothing to continue: remove the line")
-        prompts.append(ids)
+        prompts.append(_encode(encoder, record))
     if not prompts:
         raise UserError(f"{path} has no prompts: give a file with some")
     if len(prompts) < (num_prompts or 0):
@@ -54,21 +53,31 @@ def load_questions(
     return prompts
 
 
-def _question(record: Mapping[str, Any], where: str) -> str | list[int]:
-    """The text to ask, or token ids."""
-    for key in ("input_ids", "turns", "prompt", "question"):
-        if key not in record:
-            continue
-        value = record[key]
-        try:
-            if key == "input_ids":
-                return list(token_ids(value))
-            check_question(record)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from error
-        if key in ("turns", "prompt") and isinstance(value, list) and value:
-            value = value[0]
-        if not isinstance(value, str):
-            raise UserError(f"{where}: {key} is not text, or a list that begins with text")
-        return value
-    raise UserError(f"{where}: keys {sorted(record)} have no question; expected {SHAPES}")
+def _encode(encoder: Encoder, record: Record) -> list[int]:
+    if isinstance(record.data, UserError):
+        raise record.data
+    try:
+        question = _question(record.data)
+        ids = question if isinstance(question, list) else encoder.encode_question(question)
+    except (UserError, Unusable, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{record.where}: {error}") from error
+    if not ids:
+        raise UserError(f"{record.where}: the prompt is empty, so there is nothing to continue: remove the record")
+    return ids
+
+
+def _question(record: Mapping[str, Any]) -> Conversation | list[int]:
+    """A conversation that ends with the question, or token ids."""
+    key = next((key for key in ("input_ids", "messages", "turns", "prompt", "question") if key in record), None)
+    if key is None:
+        raise UserError(f"keys {sorted(record)} have no question; expected {SHAPES}")
+    value = as_list(record[key])
+    if key == "input_ids":
+        return list(token_ids(value))
+    if key == "messages":
+        asked = len(value) - (value[-1]["role"] == "assistant")
+        return to_conversation(record, value[:asked])
+    text = value[0] if key in ("turns", "prompt") and isinstance(value, list) and value else value
+    if not isinstance(text, str):
+        raise UserError(f"{key} is not text, or a list that begins with text")
+    return to_conversation(record, [{"role": "user", "content": text}])

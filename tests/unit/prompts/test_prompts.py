@@ -5,9 +5,9 @@ import pytest
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.prompts import load_prompts
-from lightning_dataflow.prompts.conversation import Conversation, normalise
-from lightning_dataflow.prompts.masking import Encoder, Unusable
-from lightning_dataflow.prompts.preview import render_mask
+from lightning_dataflow.prompts.records import Conversation, normalise
+from lightning_dataflow.prompts.encoding import Encoder
+from lightning_dataflow.prompts.template import ChatTemplate, Unusable
 
 PLAIN_CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>{{ '\n' }}"

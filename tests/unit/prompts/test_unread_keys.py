@@ -8,7 +8,7 @@ import pytest
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.prompts import load_prompts
-from lightning_dataflow.prompts.conversation import Conversation, Tokens, normalise
+from lightning_dataflow.prompts.records import Conversation, Tokens, normalise
 
 TURNS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]

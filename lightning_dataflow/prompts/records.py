@@ -1,0 +1,290 @@
+"""Reads records of seven formats as conversations, as text, or as token ids."""
+
+import reprlib
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_dataflow.contracts import UserError
+from lightning_dataflow.prompts.messages import (
+    REASONING_KEYS,
+    TOOL_KEYS,
+    Message,
+    ReadMessage,
+    as_json,
+    openai_tools,
+    read_message,
+    to_text,
+)
+from lightning_dataflow.prompts.unread import MASKS, as_list, check_record, is_empty, snake_case
+
+LARGEST_ID = 2**31 - 1
+IGNORED_LABEL = -100
+SYSTEM_KEYS = ("system", "system_prompt", "system_message")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """What the chat template renders. The assistant's turns are supervised.
+
+    Attributes:
+        messages: each with `role` and `content`; an assistant's also with `tool_calls`, `reasoning_content`, …
+        tools: in OpenAI's shape.
+        arguments: further variables of the template.
+        unsupervised: indices of assistant's messages that are not to be learnt.
+    """
+
+    messages: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] = ()
+    documents: tuple[dict[str, Any], ...] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    unsupervised: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainText:
+    """Text without roles. Its tokens are supervised from the character `start` on."""
+
+    text: str
+    start: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """Token ids with their own mask; every token is supervised when the record has none."""
+
+    input_ids: tuple[int, ...]
+    loss_mask: tuple[int, ...]
+
+
+Sample = Conversation | PlainText | Tokens
+
+
+def detect_format(record: Mapping[str, Any]) -> str | None:
+    """The format of a record by its keys, or None. Rows of data sets have nulls or empty values for keys that they lack."""
+    keys = {key for key, value in record.items() if value is not None and not (key == "chosen" and is_empty(value))}
+    return next((name for name, (required, _) in READERS.items() if required <= keys), None)
+
+
+def normalise(record: Mapping[str, Any], format: str, where: str) -> Sample:
+    """Read one record.
+
+    Raises:
+        UserError: keys are missing, a value has the wrong type, or a key is not supported; the message begins with `where`.
+    """
+    detected = detect_format(record) if format == "auto" else format
+    if detected is None:
+        raise UserError(
+            f"{where}: keys {sorted(record)} fit no format; expected conversations (from/value), messages (role/content), "
+            "chosen, prompt/completion, instruction/output, text or input_ids"
+        )
+    try:
+        _, read = READERS[detected]
+        sample = read(record)
+        check_record(record, detected, is_conversation=isinstance(sample, Conversation))
+        return sample
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{where}: not a record of format {detected} ({show(error, repr)}); correct it or set data.format"
+        ) from error
+
+
+def _sharegpt(record: Mapping[str, Any]) -> Conversation:
+    turns = list(as_list(record["conversations"]))
+    chosen = record.get("chosen")
+    if not is_empty(chosen):
+        turns.append(chosen)
+    return to_conversation(record, turns)
+
+
+def _messages(record: Mapping[str, Any]) -> Conversation:
+    return to_conversation(record, record["messages"])
+
+
+def _preference(record: Mapping[str, Any]) -> Conversation:
+    """The chosen side of a pair. It may hold the whole conversation, or the answer alone."""
+    chosen, prompt = as_list(record["chosen"]), as_list(record.get("prompt"))
+    answer = [{"role": "assistant", "content": chosen}] if isinstance(chosen, str) else _turns(chosen)
+    if answer and read_message(answer[0], 1).message["role"] != "assistant":
+        return to_conversation(record, answer)
+    if is_empty(prompt):
+        raise UserError("chosen begins with an answer and there is no prompt: give the conversation as a list of messages")
+    question = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _turns(prompt)
+    return to_conversation(record, [*question, *answer])
+
+
+def _completion(record: Mapping[str, Any]) -> Conversation | PlainText:
+    prompt, completion = as_list(record["prompt"]), as_list(record["completion"])
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return PlainText(text=prompt + completion, start=len(prompt))
+    question, answer = _turns(prompt), _turns(completion)
+    return to_conversation(record, [*question, *answer], first_supervised=len(question))
+
+
+def _alpaca(record: Mapping[str, Any]) -> Conversation:
+    question = to_text(record["instruction"])
+    if not is_empty(record.get("input")):
+        question = f"{question}\n\n{to_text(record['input'])}"
+    answer: Message = {"role": "assistant", "content": to_text(record["output"])}
+    answer |= {key: value for key, value in record.items() if snake_case(key) in REASONING_KEYS}
+    return to_conversation(record, [{"role": "user", "content": question}, answer])
+
+
+def _plain_text(record: Mapping[str, Any]) -> PlainText:
+    return PlainText(text=to_text(record["text"]))
+
+
+def to_conversation(record: Mapping[str, Any], turns: Any, first_supervised: int = 0) -> Conversation:
+    """`turns` of either shape, with what else the record says of its conversation: system prompt, history, tools, ….
+
+    Args:
+        first_supervised: earlier ones of `turns` are not learnt.
+    """
+    turns = _turns(turns)
+    read = [read_message(turn, number) for number, turn in enumerate(turns, start=1)]
+    history = [read_message(turn, number) for number, turn in enumerate(_history(record), start=1)]
+    read = _with_system(record, [*history, *read])
+    if first_supervised:
+        first_supervised += len(read) - len(turns)
+    tools = [_value(record, TOOL_KEYS), *(message.tools for message in read)]
+    given = [openai_tools(value) for value in tools if not is_empty(value)]
+    if any(other != given[0] for other in given[1:]):
+        raise UserError("the record has two lists of tools that differ: keep one")
+    return Conversation(
+        messages=tuple(message.message for message in read),
+        tools=given[0] if given else (),
+        documents=tuple(as_json(_value(record, ("documents",)) or ())),
+        arguments=_arguments(record),
+        unsupervised=frozenset(
+            index for index, message in enumerate(read) if not message.is_supervised or index < first_supervised
+        ),
+    )
+
+
+def _with_system(record: Mapping[str, Any], read: list[ReadMessage]) -> list[ReadMessage]:
+    """With the record's system prompt as the first message, unless the conversation begins with it."""
+    system = _value(record, SYSTEM_KEYS)
+    if system is None:
+        return read
+    message = read_message({"role": "system", "content": system}, 1)
+    if not read or read[0].message["role"] != "system":
+        return [message, *read]
+    if read[0].message["content"] != message.message["content"]:
+        raise UserError(f"the system prompt of the record is not that of its first turn ({show(system)}): keep one")
+    return read
+
+
+def _history(record: Mapping[str, Any]) -> list[Message]:
+    """Earlier turns: pairs of question and answer, or messages."""
+    history = as_json(_value(record, ("history",)) or [])
+    turns: list[Message] = []
+    for entry in map(as_list, history):
+        if isinstance(entry, Mapping):
+            turns.append(dict(entry))
+        else:
+            question, answer = entry
+            turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return turns
+
+
+def _arguments(record: Mapping[str, Any]) -> dict[str, Any]:
+    given = as_json(_value(record, ("chat_template_kwargs",)) or {})
+    arguments = {str(key): value for key, value in given.items() if value is not None}
+    thinking = _value(record, ("enable_thinking",))
+    return arguments if thinking is None else {**arguments, "enable_thinking": thinking}
+
+
+def _value(record: Mapping[str, Any], names: Iterable[str]) -> Any:
+    """The first value of these keys that is not empty, whatever their spelling; None if there is none."""
+    values = (value for key, value in record.items() if snake_case(key) in names and not is_empty(value))
+    return as_list(next(values, None))
+
+
+def _turns(value: Any) -> list[Any]:
+    turns = as_json(value)
+    return [turns] if isinstance(turns, Mapping) else list(turns)
+
+
+def _tokens(record: Mapping[str, Any]) -> Tokens:
+    ids = token_ids(record["input_ids"])
+    mask = [1] * len(ids)
+    for key, value in record.items():
+        name = snake_case(key)
+        if name in MASKS and value is not None:
+            mask = [old and new for old, new in zip(mask, _flags(key, value, len(ids)), strict=True)]
+        elif name == "labels" and not is_empty(value):
+            mask = [old and new for old, new in zip(mask, _labelled(value, ids), strict=True)]
+    kept = _kept_positions(record, len(ids))
+    return Tokens(input_ids=tuple(ids[index] for index in kept), loss_mask=tuple(mask[index] for index in kept))
+
+
+def _flags(key: str, value: Any, length: int) -> list[int]:
+    value = as_list(value)
+    if not isinstance(value, list | tuple):
+        raise UserError(f"{key} is {show(value)}: give a list with 0 or 1 for each of the input_ids")
+    if len(value) != length:
+        raise UserError(f"{length} input_ids, {len(value)} {key} entries: give 0 or 1 for each of the input_ids")
+    for index, flag in enumerate(value):
+        if flag not in (0, 1):
+            raise UserError(f"{key}[{index}] is {show(flag)}: give 1 where a token is supervised, else 0")
+    return [int(flag) for flag in value]
+
+
+def _labelled(value: Any, ids: Sequence[int]) -> list[int]:
+    labels = as_list(value)
+    if not isinstance(labels, list | tuple) or len(labels) != len(ids):
+        raise UserError(f"{len(ids)} input_ids, labels {show(labels)}: give one for each of the input_ids")
+    for index, (label, token) in enumerate(zip(labels, ids, strict=True)):
+        if label not in (IGNORED_LABEL, token):
+            raise UserError(
+                f"labels[{index}] is {show(label)} and input_ids[{index}] is {token}: give the token itself where it is "
+                f"supervised, not the next one, and {IGNORED_LABEL} elsewhere"
+            )
+    return [int(label != IGNORED_LABEL) for label in labels]
+
+
+def _kept_positions(record: Mapping[str, Any], length: int) -> range:
+    """The positions that `attention_mask` does not call padding; they are in one stretch."""
+    value = _value(record, ("attention_mask",))
+    flags = [1] * length if value is None else _flags("attention_mask", value, length)
+    kept = [index for index, flag in enumerate(flags) if flag]
+    if not kept or kept[-1] - kept[0] + 1 != len(kept):
+        raise UserError("attention_mask hides tokens between others, or all: give one sample a record")
+    positions = _value(record, ("position_ids",))
+    if positions is not None and list(positions)[kept[0] : kept[-1] + 1] != list(range(len(kept))):
+        raise UserError("position_ids do not count from 0: give one sample a record, without packing")
+    return range(kept[0], kept[-1] + 1)
+
+
+def token_ids(value: Any) -> tuple[int, ...]:
+    """`input_ids` of a record. Raises UserError unless they are a list of token ids."""
+    if not isinstance(value, list | tuple):
+        raise UserError(f"input_ids is {show(value)}: give a list of token ids")
+    for index, token in enumerate(value):
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token <= LARGEST_ID:
+            raise UserError(f"input_ids[{index}] is {show(token)}: token ids are integers from 0 to {LARGEST_ID}")
+    return tuple(value)
+
+
+def show(value: Any, shorten: Callable[[Any], str] = reprlib.repr) -> str:
+    """`value` on one short line. Python refuses to print integers of thousands of digits."""
+    try:
+        return " ".join(shorten(value).split())
+    except ValueError:
+        return f"a number of more than {sys.get_int_max_str_digits()} digits"
+
+
+READERS: dict[str, tuple[set[str], Callable[[Mapping[str, Any]], Sample]]] = {
+    "tokens": ({"input_ids"}, _tokens),
+    "sharegpt": ({"conversations"}, _sharegpt),
+    "messages": ({"messages"}, _messages),
+    "preference": ({"chosen"}, _preference),
+    "completion": ({"prompt", "completion"}, _completion),
+    "alpaca": ({"instruction", "output"}, _alpaca),
+    "text": ({"text"}, _plain_text),
+}
+"""The keys that records of each format have, and how to read them. A record that fits several formats is of the first."""
+FORMATS = ("auto", *READERS)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.prompts.unread import TRAIN_FLAGS, as_list, check_turn, is_empty, snake_case
+from lightning_dataflow.prompts.unread import TRAIN_FLAGS, as_list, check_turn, is_all, is_empty, snake_case
 
 Message = dict[str, Any]
 
@@ -27,6 +27,8 @@ SHAREGPT_ROLES = {
 FUNCTION_CALL = "function_call"
 TOOL_KEYS = ("tools", "available_tools", "functions")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")
+ROLES = {name: role for name, role in SHAREGPT_ROLES.items() if role in ("user", "assistant")}
+"""Other names of these two, which no engine is asked for. Roles that are not here are for the template."""
 TEMPLATE_KEYS = ("tool_call_id", "name")
 THOUGHT_PARTS = ("thinking", "reasoning")
 
@@ -55,23 +57,23 @@ def read_message(turn: Mapping[str, Any], number: int) -> ReadMessage:
     """
     speaker = turn.get("from")
     is_call = speaker == FUNCTION_CALL
-    role = "assistant" if is_call else turn["role"] if speaker is None else SHAREGPT_ROLES[speaker]
+    role = "assistant" if is_call else SHAREGPT_ROLES[speaker] if speaker is not None else _role(turn["role"])
     content = as_list(turn.get("content") if turn.get("value") is None else turn["value"])
     check_turn(turn, number, role)
     keys = {snake_case(key): as_list(value) for key, value in turn.items() if not is_empty(value)}
-    calls = _tool_calls(content if is_call else keys.get("tool_calls"))
+    calls = _tool_calls(content if is_call else keys.get("tool_calls", keys.get(FUNCTION_CALL)))
     message: Message = {"role": role, "content": _content(None if is_call else content, may_be_null=bool(calls))}
     if calls:
         message["tool_calls"] = calls
     if reasoning := next((keys[key] for key in REASONING_KEYS if key in keys), None) or _thoughts(content):
         message["reasoning_content"] = to_text(reasoning)
-    read = {"from", "value", "role", "content", "tool_calls", *REASONING_KEYS, *TOOL_KEYS, *TRAIN_FLAGS}
+    read = {"from", "value", "role", "content", "tool_calls", FUNCTION_CALL, *REASONING_KEYS, *TOOL_KEYS, *TRAIN_FLAGS}
     is_message = speaker is None
     message |= {key: value for key, value in keys.items() if key not in read and (is_message or key in TEMPLATE_KEYS)}
     return ReadMessage(
         message=message,
         tools=next((keys[key] for key in TOOL_KEYS if key in keys), None),
-        is_supervised=all(bool(keys.get(flag, True)) for flag in TRAIN_FLAGS),
+        is_supervised=not any(is_all(keys[flag], 0) for flag in TRAIN_FLAGS if flag in keys),
     )
 
 
@@ -118,12 +120,16 @@ def _text_of_part(part: Mapping[str, Any]) -> str:
         return ""  # read as the message's reasoning
     if part.get("type", "text") not in ("text", "input_text", "output_text"):
         raise UserError(f"a content part of type {part['type']}: only text is trained on, so remove it, or the record")
-    return str(part["text"])
+    return to_text(part["text"])
 
 
 def _thoughts(content: Any) -> str:
     parts = [part for part in content if isinstance(part, Mapping)] if isinstance(content, list) else []
-    return "".join(str(part["thinking"]) for part in parts if part.get("type") in THOUGHT_PARTS)
+    return "".join(to_text(part.get("thinking", part.get("text"))) for part in parts if part.get("type") in THOUGHT_PARTS)
+
+
+def _role(name: Any) -> Any:
+    return ROLES.get(name, name) if isinstance(name, str) else name
 
 
 def _tool_calls(value: Any) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from lightning_dataflow.prompts.unread import MASKS, as_list, check_record, is_e
 
 LARGEST_ID = 2**31 - 1
 IGNORED_LABEL = -100
+ARGUMENT_KEYS = ("enable_thinking", "reasoning_effort")
 SYSTEM_KEYS = ("system", "system_prompt", "system_message")
 
 
@@ -93,27 +94,35 @@ def normalise(record: Mapping[str, Any], format: str, where: str) -> Sample:
 
 
 def _sharegpt(record: Mapping[str, Any]) -> Conversation:
-    turns = list(as_list(record["conversations"]))
-    chosen = record.get("chosen")
-    if not is_empty(chosen):
-        turns.append(chosen)
-    return to_conversation(record, turns)
+    return _with_chosen(record, _turns(record["conversations"]))
 
 
 def _messages(record: Mapping[str, Any]) -> Conversation:
-    return to_conversation(record, record["messages"])
+    return _with_chosen(record, _turns(record["messages"]))
 
 
 def _preference(record: Mapping[str, Any]) -> Conversation:
-    """The chosen side of a pair. It may hold the whole conversation, or the answer alone."""
-    chosen, prompt = as_list(record["chosen"]), as_list(record.get("prompt"))
-    answer = [{"role": "assistant", "content": chosen}] if isinstance(chosen, str) else _turns(chosen)
-    if answer and read_message(answer[0], 1).message["role"] != "assistant":
-        return to_conversation(record, answer)
+    prompt = as_list(record.get("prompt"))
     if is_empty(prompt):
+        return _with_chosen(record, [])
+    return _with_chosen(record, [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _turns(prompt))
+
+
+def _with_chosen(record: Mapping[str, Any], turns: list[Any]) -> Conversation:
+    """The chosen side of a pair. It may hold the whole conversation, or the answer to `turns` alone."""
+    chosen = as_list(record.get("chosen"))
+    if is_empty(chosen):
+        return to_conversation(record, turns)
+    answer = [{"role": "assistant", "content": chosen}] if isinstance(chosen, str) else _turns(chosen)
+    first = read_message(answer[0], 1).message
+    if first["role"] != "assistant":
+        return to_conversation(record, answer)
+    if not turns:
         raise UserError("chosen begins with an answer and there is no prompt: give the conversation as a list of messages")
-    question = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _turns(prompt)
-    return to_conversation(record, [*question, *answer])
+    last = read_message(turns[-1], len(turns)).message
+    if last["role"] == "assistant" and last != first:
+        raise UserError("the turns end with an answer that is not the chosen one: keep one")
+    return to_conversation(record, turns if last == first else [*turns, *answer])
 
 
 def _completion(record: Mapping[str, Any]) -> Conversation | PlainText:
@@ -193,8 +202,8 @@ def _history(record: Mapping[str, Any]) -> list[Message]:
 def _arguments(record: Mapping[str, Any]) -> dict[str, Any]:
     given = as_json(_value(record, ("chat_template_kwargs",)) or {})
     arguments = {str(key): value for key, value in given.items() if value is not None}
-    thinking = _value(record, ("enable_thinking",))
-    return arguments if thinking is None else {**arguments, "enable_thinking": thinking}
+    named = {name: _value(record, (name,)) for name in ARGUMENT_KEYS}
+    return arguments | {name: value for name, value in named.items() if value is not None}
 
 
 def _value(record: Mapping[str, Any], names: Iterable[str]) -> Any:

@@ -228,7 +228,8 @@ def without_nulls(value: Any) -> Any:
     A message's `content` may be null.
     """
     if isinstance(value, Mapping):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None or key == "content"}
+        kept = ("content",) if "role" in value else ()
+        return {key: without_nulls(item) for key, item in value.items() if item is not None or key in kept}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 

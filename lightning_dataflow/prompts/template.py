@@ -1,5 +1,6 @@
 """Renders conversations with a chat template, as inference engines do."""
 
+import json
 import signal
 import threading
 import time
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RENDER_TIMEOUT_S = 5.0
+USER = {"role": "user", "content": "a"}
 
 
 class Unusable(Exception):
@@ -80,14 +82,21 @@ class ChatTemplate:
             Unusable: the template refuses the messages, or takes longer than RENDER_TIMEOUT_S.
             UserError: the template is not valid Jinja.
         """
+        messages = [self._with_reasoning(message) for message in messages]
+        if any(message.get("tool_calls") for message in messages) and self._reads_arguments_as_text:
+            messages = [_with_arguments_as_text(message) for message in messages]
+        return self._render(conversation, messages, prompt)
+
+    def _render(self, conversation: Conversation, messages: Sequence[Message], prompt: bool = False) -> str:
         arguments: dict[str, Any] = {"strftime_now": self._strftime_now, **self.arguments, **conversation.arguments}
+        text = self._text_with_tools if conversation.tools else self.text
         try:
             with _time_limit(RENDER_TIMEOUT_S):
                 rendered = self.tokenizer.apply_chat_template(
-                    [self._with_reasoning(message) for message in messages],
+                    list(messages),
                     tools=list(conversation.tools) or None,
                     documents=list(conversation.documents) or None,
-                    chat_template=self.text if not conversation.tools else self._text_with_tools,
+                    chat_template=text,
                     add_generation_prompt=prompt,
                     tokenize=False,
                     **arguments,
@@ -98,10 +107,24 @@ class ChatTemplate:
             ) from error
         except RenderTimeout as error:
             raise Unusable(f"rendering takes longer than {RENDER_TIMEOUT_S:g} s") from error
-        except (jinja2.TemplateError, TypeError, KeyError, ValueError, RecursionError, AttributeError) as error:
+        except (
+            jinja2.TemplateError,
+            TypeError,
+            LookupError,
+            ValueError,
+            ArithmeticError,
+            RuntimeError,
+            AttributeError,
+        ) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
             raise Unusable(f"refused by the chat template ({reason})") from error
         return str(rendered)
+
+    @cached_property
+    def stops(self) -> tuple[str, ...]:
+        """The texts of the tokens at which engines stop: the end-of-sequence tokens."""
+        ids = {*self.end_ids, self.tokenizer.eos_token_id}
+        return tuple(token.content for index, token in self.tokenizer.added_tokens_decoder.items() if index in ids)
 
     @cached_property
     def turn_ends(self) -> tuple[str, ...]:
@@ -110,45 +133,103 @@ class ChatTemplate:
         They are the end-of-sequence tokens, and the special token that follows the content in a conversation rendered to
         find it. If the template refuses that conversation, all special tokens are taken.
         """
-        special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-        ids = {*self.end_ids, self.tokenizer.eos_token_id}
-        ends = {token.content for index, token in self.tokenizer.added_tokens_decoder.items() if index in ids}
+        added = self.tokenizer.added_tokens_decoder.values()
         try:
-            ends |= set(self._ends_in_probe(special))
+            ends = {*self.stops, *self._ends_in_probe([token.content for token in added])}
         except Unusable:
-            ends |= set(special)
+            ends = {*self.stops, *(token.content for token in added if token.special)}
         return tuple(sorted(ends, key=len, reverse=True))
 
     def _ends_in_probe(self, special: Sequence[str]) -> Iterator[str]:
-        user = {"role": "user", "content": "a"}
-        for later in ([], [user]):
-            first, second = (
-                self.render(Conversation(messages=()), [user, {"role": "assistant", "content": content}, *later])
-                for content in ("bc", "de")
-            )
-            rest = first[len(first) - common_length(first[::-1], second[::-1]) :]
+        """Where several special tokens follow each other, an end-of-sequence token among them ends the turn."""
+        for later in ([], [USER]):
+            rest = self._after_content(later)
             found = [(rest.index(token), -len(token), token) for token in special if token in rest]
             if found:
-                yield min(found)[2]
+                token = min(found)[2]
+                if not any(stop in self._leading(rest, special) for stop in self.stops):
+                    yield token
+
+    def _leading(self, text: str, special: Sequence[str]) -> list[str]:
+        """The special tokens at the start of `text`, with nothing but white space between them."""
+        tokens: list[str] = []
+        while token := next((token for token in special if text.lstrip().startswith(token)), None):
+            tokens.append(token)
+            text = text.lstrip()[len(token) :]
+        return tokens
+
+    def _after_content(self, later: Sequence[Message] = ()) -> str:
+        """What the template writes after the content of an assistant's turn."""
+        first, second = (
+            self.render(Conversation(messages=()), [USER, {"role": "assistant", "content": content}, *later])
+            for content in ("bc", "de")
+        )
+        return first[len(first) - common_length(first[::-1], second[::-1]) :]
+
+    @cached_property
+    def dropped_role(self) -> str | None:
+        """`user` or `assistant` if the content of such messages has no effect, as with keys of other names."""
+        turns = [USER, {"role": "assistant", "content": "a"}]
+        for index, turn in enumerate(turns):
+            other = [*turns[:index], {**turn, "content": "b"}, *turns[index + 1 :]]
+            try:
+                if self.render(Conversation(messages=()), turns) == self.render(Conversation(messages=()), other):
+                    return turn["role"]
+            except Unusable:
+                return None
+        return None
 
     @cached_property
     def generation_prompt(self) -> str | None:
         """What the template adds to ask for a turn after a user's message; None where it refuses a user's message alone."""
-        user, nothing = [{"role": "user", "content": "a"}], Conversation(messages=())
+        nothing = Conversation(messages=())
         try:
-            before, prompt = self.render(nothing, user), self.render(nothing, user, prompt=True)
+            before, prompt = self.render(nothing, [USER]), self.render(nothing, [USER], prompt=True)
         except Unusable:
             return None
-        return prompt[common_length(before, prompt) :]
+        return prompt[common_length(before, prompt) :] or self.constant_prompt
+
+    @cached_property
+    def constant_prompt(self) -> str:
+        """The generation prompt of a template that writes it at the end of every rendering; empty for all others."""
+        nothing = Conversation(messages=())
+        try:
+            before, prompt = self.render(nothing, [USER]), self.render(nothing, [USER], prompt=True)
+            rest = self._after_content()
+        except Unusable:
+            return ""
+        if before != prompt:
+            return ""
+        shared = rest[len(rest) - common_length(before[::-1], rest[::-1]) :]
+        ends = [shared.rfind(end) + len(end) for end in self.turn_ends if end in shared]
+        after_end = shared[max(ends) :] if ends else ""
+        return after_end if after_end.strip() else ""
 
     @cached_property
     def _text_with_tools(self) -> str:
         """Tokenizers may have a template of their own for tools, named `tool_use`."""
-        return self.text if self.source is not None else str(self.tokenizer.get_chat_template(None, tools=[{}]))
+        if isinstance(self.tokenizer.chat_template, dict) and "tool_use" in self.tokenizer.chat_template:
+            return self.text if self.source is not None else str(self.tokenizer.chat_template["tool_use"])
+        return self.text
 
     @cached_property
     def _reasoning_keys(self) -> tuple[str, ...]:
         return tuple(key for key in REASONING_KEYS if key in self.text)
+
+    @cached_property
+    def _reads_arguments_as_text(self) -> bool:
+        """Some published templates add the arguments of a tool call to text, which refuses an object."""
+
+        def is_refused(arguments: Any) -> bool:
+            call = {"id": "call00000", "type": "function", "function": {"name": "a", "arguments": arguments}}
+            turn = {"role": "assistant", "content": None, "tool_calls": [call]}
+            try:
+                self._render(Conversation(messages=()), [USER, turn])
+            except Unusable:
+                return True
+            return False
+
+        return is_refused({"a": 1}) and not is_refused('{"a": 1}')
 
     def _with_reasoning(self, message: Message) -> Message:
         """The message with its reasoning under the names that the template reads."""
@@ -160,6 +241,15 @@ class ChatTemplate:
 
     def _strftime_now(self, format: str) -> str:
         return datetime.combine(self.today, datetime.min.time()).strftime(format)
+
+
+def _with_arguments_as_text(message: Message) -> Message:
+    def as_text(call: dict[str, Any]) -> dict[str, Any]:
+        function = call["function"]
+        return call | {"function": function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+    calls = message.get("tool_calls")
+    return message | {"tool_calls": [as_text(call) for call in calls]} if calls else message
 
 
 class RenderTimeout(Exception):

@@ -14,7 +14,7 @@ from lightning_dataflow.prompts.records import Conversation
 from lightning_dataflow.prompts.template import ChatTemplate, Unusable, common_length
 
 TURNS = ("auto", "all", "last")
-THOUGHT_END = "</think>"
+THOUGHT_ENDS = ("</think>", "[/THINK]", "<|END_THINKING|>", "</thinking>", "</thought>", "</seed:think>", "<channel|>")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +80,8 @@ def to_samples(
     supervised = [turn for turn in turns if turn.reason is None]
     if mode == "auto" and supervised:
         whole = template.render(conversation, conversation.messages)
+        if supervised[-1].text.startswith(whole):  # and ends with a token that the next message would begin with
+            whole = supervised[-1].text
         if all(whole.startswith(turn.text) for turn in supervised):
             return [RenderedSample(text=whole, spans=tuple((turn.start, len(turn.text)) for turn in supervised))]
     if mode == "last":
@@ -92,12 +94,16 @@ def to_samples(
 
 
 def check_nothing_is_dropped(template: ChatTemplate, conversation: Conversation) -> None:
-    """Raise Unusable if tools, documents or a system prompt have no effect on the rendering."""
+    """Raise Unusable if tools, documents, tool calls or messages have no effect on the rendering."""
+    if template.dropped_role:
+        raise Unusable(f"the chat template drops the content of role {template.dropped_role}")
     changes: list[tuple[str, Conversation]] = []
     if conversation.tools:
         changes.append(("tools", replace(conversation, tools=())))
     if conversation.documents:
         changes.append(("documents", replace(conversation, documents=())))
+    if any(message.get("tool_calls") for message in conversation.messages):
+        changes.append(("tool calls", replace(conversation, messages=tuple(map(_without_calls, conversation.messages)))))
     for index, message in enumerate(conversation.messages):
         if message["role"] not in ("user", "assistant") and message.get("content"):
             other = _replace_message(conversation, index, {**message, "content": f"a{message['content']}"})
@@ -105,8 +111,16 @@ def check_nothing_is_dropped(template: ChatTemplate, conversation: Conversation)
     if changes:
         rendered = template.render(conversation, conversation.messages)
         for name, changed in changes:
-            if template.render(changed, changed.messages) == rendered:
+            try:
+                is_dropped = template.render(changed, changed.messages) == rendered
+            except Unusable:  # refused without, so it has an effect
+                continue
+            if is_dropped:
                 raise Unusable(f"the chat template drops the {name}")
+
+
+def _without_calls(message: Message) -> Message:
+    return {key: value for key, value in message.items() if key != "tool_calls"}
 
 
 def _find_turn(template: ChatTemplate, conversation: Conversation, index: int) -> Turn:
@@ -114,13 +128,16 @@ def _find_turn(template: ChatTemplate, conversation: Conversation, index: int) -
         finished = template.render(conversation, conversation.messages[: index + 1])
         if _drops_reasoning(template, conversation, index, finished):
             raise Unusable("the chat template drops the turn's reasoning")
+        _check_null_content(template, conversation, index, finished)
         start = _start_of_answer(template, conversation, index, finished)
-        end = _end_of_turn(finished, start, template.turn_ends)
-        if not finished[start:end].strip():
+        text = finished[: _end_of_turn(finished.removesuffix(template.constant_prompt), start, template.turn_ends)]
+        if _is_empty(text[start:], template.turn_ends):
             raise Unusable("the turn is empty")
+        if not text.endswith(template.turn_ends):
+            text += _stop_in_next_header(template, conversation, index)
     except Unusable as reason:
         return Turn(index=index, reason=str(reason))
-    return Turn(index=index, text=finished[:end], start=start)
+    return Turn(index=index, text=text, start=start)
 
 
 def _start_of_answer(template: ChatTemplate, conversation: Conversation, index: int, finished: str) -> int:
@@ -158,16 +175,65 @@ def _end_of_turn(finished: str, start: int, ends: Sequence[str]) -> int:
     return len(finished) if end is None else end
 
 
+def _is_empty(answer: str, ends: Sequence[str]) -> bool:
+    """Nothing but white space and the end of the turn."""
+    for token in ends:
+        answer = answer.replace(token, "")
+    return not answer.strip()
+
+
+def _check_null_content(template: ChatTemplate, conversation: Conversation, index: int, finished: str) -> None:
+    """Engines never generate the None that Jinja writes."""
+    message = conversation.messages[index]
+    if message.get("content") is None:
+        named, empty = (_replace_message(conversation, index, {**message, "content": text}) for text in ("None", ""))
+        if (
+            template.render(named, named.messages[: index + 1])
+            == finished
+            != template.render(empty, empty.messages[: index + 1])
+        ):
+            raise Unusable("the chat template writes None for a message without content")
+
+
+def _stop_in_next_header(template: ChatTemplate, conversation: Conversation, index: int) -> str:
+    """The token at which the engine stops where the next message begins with it and the turn has no end of its own.
+
+    The turn is rendered without its reasoning, which templates drop from turns that are not the last.
+    """
+    message = _without_reasoning(conversation.messages[index])
+    before = [*conversation.messages[:index], message]
+    later: Sequence[Message] = conversation.messages[index + 1 : index + 2]
+    try:
+        turn = template.render(conversation, before)
+        following = template.render(conversation, [*before, *(later or [_next_message(message)])])
+    except Unusable:
+        return ""
+    rest = following[len(turn) :] if following.startswith(turn) else ""
+    return next((stop for stop in template.stops if rest.startswith(stop)), "")
+
+
+def _next_message(message: Message) -> Message:
+    calls = message.get("tool_calls")
+    if not calls:
+        return {"role": "user", "content": "a"}
+    return {"role": "tool", "content": "a", "tool_call_id": calls[0].get("id"), "name": calls[0]["function"]["name"]}
+
+
 def _drops_reasoning(template: ChatTemplate, conversation: Conversation, index: int, finished: str) -> bool:
     message = conversation.messages[index]
-    without = {key: value for key, value in message.items() if key != "reasoning_content"}
-    content = message.get("content")
-    if isinstance(content, str) and THOUGHT_END in content:
-        without["content"] = content.rpartition(THOUGHT_END)[2]
+    without = _without_reasoning(message)
     if without == message:
         return False
     changed = _replace_message(conversation, index, without)
     return template.render(changed, changed.messages[: index + 1]) == finished
+
+
+def _without_reasoning(message: Message) -> Message:
+    without = {key: value for key, value in message.items() if key != "reasoning_content"}
+    content = message.get("content")
+    for thought_end in THOUGHT_ENDS if isinstance(content, str) else ():
+        without["content"] = without["content"].rpartition(thought_end)[2]
+    return without
 
 
 def _replace_message(conversation: Conversation, index: int, message: dict[str, Any]) -> Conversation:

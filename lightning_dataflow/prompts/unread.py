@@ -32,12 +32,13 @@ _TOKENS = {
 _FLAGS = dict.fromkeys(TRAIN_FLAGS, AS_LOSS_MASK) | {"weight": ALL_ALIKE}
 _USUALLY_ONES = {*_WEIGHTS, "attention_mask"}
 _TURNS = _keys(
-    "history documents chat_template_kwargs enable_thinking system system_prompt", "give it in the record, beside its turns"
+    "history documents chat_template_kwargs enable_thinking reasoning_effort system system_prompt",
+    "give it in the record, beside its turns",
 )
 _TURNS |= _keys("train_detail training_detail", AS_LOSS_MASK)
 _CONVERSATION = _keys(
     "system system_prompt system_message history tools available_tools functions documents chat_template_kwargs "
-    "enable_thinking",
+    "enable_thinking reasoning_effort",
     RENDERED,
 )
 _RECORDS = {
@@ -68,7 +69,7 @@ def check_record(record: Mapping[str, Any], format: str, *, is_conversation: boo
     for key, value in record.items():
         name = snake_case(key)
         remedy = refused.get(name) or (_remedy_of_mask(name, value) if has_own_tokens else None)
-        is_usual = name in _USUALLY_ONES and _is_all(value, 1)
+        is_usual = name in _USUALLY_ONES and is_all(value, 1)
         if remedy is not None and name not in read and not is_usual and not is_empty(value):
             raise UserError(_message(key, remedy))
 
@@ -82,9 +83,9 @@ def check_turn(turn: Mapping[str, Any], number: int, role: str) -> None:
         name = snake_case(key)
         remedy = (_WEIGHTS | _MEDIA | _TURNS | _FLAGS).get(name) or _remedy_of_mask(name, value)
         if name in TRAIN_FLAGS:
-            is_read = _is_all(value, 0) or (role == "assistant" and _is_all(value, 1))
+            is_read = is_all(value, 0) or (role == "assistant" and is_all(value, 1))
         else:
-            is_read = name in _WEIGHTS and _is_all(value, 1)
+            is_read = name in _WEIGHTS and is_all(value, 1)
         if remedy is not None and not is_read and not is_empty(value):
             raise UserError(f"turn {number}: {_message(key, remedy)}")
 
@@ -117,7 +118,7 @@ def _is_flags(value: Any) -> bool:
     return not any(char.isalpha() for leaf in _leaves(value) if isinstance(leaf, str) for char in leaf)
 
 
-def _is_all(value: Any, wanted: int) -> bool:
+def is_all(value: Any, wanted: int) -> bool:
     """`wanted` itself, or a list of nothing else."""
     return all(leaf == wanted for leaf in _leaves(value))
 

@@ -60,7 +60,7 @@ def check_record(record: Mapping[str, Any], format: str, *, is_conversation: boo
         shape for shape in ("input_ids", "messages", "conversations", "instruction") if not is_empty(record.get(shape))
     }
     refused = dict(_WEIGHTS | _MEDIA)
-    if not is_conversation and (format != "text" or not shapes - {"input_ids"}):
+    if format == "alpaca" or (not is_conversation and (format != "text" or not shapes - {"input_ids"})):
         refused |= _RECORDS.get(format, {})
     has_own_tokens = format == "tokens" or "input_ids" not in shapes
     if has_own_tokens:

@@ -5,7 +5,7 @@ what the rendering with the finished turn adds, up to and including the token th
 contains all prompts and answers of a conversation, it is one sample. Else each turn is a sample of its own, as served.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -126,8 +126,10 @@ def _without_calls(message: Message) -> Message:
 def _find_turn(template: ChatTemplate, conversation: Conversation, index: int) -> Turn:
     try:
         finished = template.render(conversation, conversation.messages[: index + 1])
-        if _drops_reasoning(template, conversation, index, finished):
-            raise Unusable("the chat template drops the turn's reasoning")
+        for name, message in _poorer(conversation.messages[index]):
+            changed = _replace_message(conversation, index, message)
+            if template.render(changed, changed.messages[: index + 1]) == finished:
+                raise Unusable(f"the chat template drops the turn's {name}")
         _check_null_content(template, conversation, index, finished)
         start = _start_of_answer(template, conversation, index, finished)
         text = finished[: _end_of_turn(finished.removesuffix(template.constant_prompt), start, template.turn_ends)]
@@ -198,14 +200,13 @@ def _check_null_content(template: ChatTemplate, conversation: Conversation, inde
 def _stop_in_next_header(template: ChatTemplate, conversation: Conversation, index: int) -> str:
     """The token at which the engine stops where the next message begins with it and the turn has no end of its own.
 
-    The turn is rendered without its reasoning, which templates drop from turns that are not the last.
+    Messages are rendered without reasoning, which templates drop once a user's message follows.
     """
-    message = _without_reasoning(conversation.messages[index])
-    before = [*conversation.messages[:index], message]
+    before = [_without_reasoning(message) for message in conversation.messages[: index + 1]]
     later: Sequence[Message] = conversation.messages[index + 1 : index + 2]
     try:
         turn = template.render(conversation, before)
-        following = template.render(conversation, [*before, *(later or [_next_message(message)])])
+        following = template.render(conversation, [*before, *(later or [_next_message(before[-1])])])
     except Unusable:
         return ""
     rest = following[len(turn) :] if following.startswith(turn) else ""
@@ -219,13 +220,12 @@ def _next_message(message: Message) -> Message:
     return {"role": "tool", "content": "a", "tool_call_id": calls[0].get("id"), "name": calls[0]["function"]["name"]}
 
 
-def _drops_reasoning(template: ChatTemplate, conversation: Conversation, index: int, finished: str) -> bool:
-    message = conversation.messages[index]
-    without = _without_reasoning(message)
-    if without == message:
-        return False
-    changed = _replace_message(conversation, index, without)
-    return template.render(changed, changed.messages[: index + 1]) == finished
+def _poorer(message: Message) -> Iterator[tuple[str, Message]]:
+    """The message without each part of it that templates may drop."""
+    if (without := _without_reasoning(message)) != message:
+        yield "reasoning", without
+    if message.get("tool_calls") and (message.get("content") or "").strip():
+        yield "text", {**message, "content": ""}
 
 
 def _without_reasoning(message: Message) -> Message:

@@ -51,6 +51,8 @@ class Encoder:
                 "text: give input_ids and loss_mask"
             )
         self.template, self.tokenizer, self.turns = template, template.tokenizer, turns
+        self._swallowing = [index for index, token in self.tokenizer.added_tokens_decoder.items() if token.rstrip]
+        """Tokens that take the white space after them, as those that end turns do in some tokenizers."""
 
     def encode(self, record: Sample) -> tuple[list[EncodedSample], list[Turn]]:
         """Samples of a record, and all assistant turns of a conversation.
@@ -79,12 +81,21 @@ class Encoder:
         return list(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
     def _tokenize(self, sample: RenderedSample, *, add_special_tokens: bool = False) -> EncodedSample:
-        """A token is supervised if it lies in a span: one that crosses the border to the prompt is not."""
+        """A token is supervised if it lies in a span: one that crosses the border to the prompt is not.
+
+        Tokens that stand for no character, such as the space that SentencePiece puts after a special token, belong to what
+        follows them. The tokenizer's own at the borders of the text are nobody's answer.
+        """
         if not is_unicode(sample.text):
             raise Unusable("the text holds half of a surrogate pair, which is no character")
         encoded = self.tokenizer(sample.text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
         starts, ends = token_spans(encoded["offset_mapping"], encoded.tokens)
-        inside = [(starts >= first) & (ends <= last) & (starts < ends) for first, last in sample.spans]
+        _divide_bytes(starts, ends, sample.text)
+        for index in np.flatnonzero(np.isin(encoded["input_ids"], self._swallowing)):
+            ends[index] = starts[index] + len(sample.text[starts[index] : ends[index]].rstrip())
+        inside = [(starts >= first) & (ends <= last) & (starts < last) for first, last in sample.spans]
+        if add_special_tokens:
+            inside = [span & [sequence is not None for sequence in encoded.sequence_ids()] for span in inside]
         return _to_sample(
             encoded["input_ids"], np.any(inside, axis=0), [np.flatnonzero(span) for span in inside], sample.turn
         )
@@ -120,6 +131,18 @@ def token_spans(
         token = tokens()[int(index)]
         starts[index] = max(reached[index], starts[index] - (len(token) - len(token.lstrip(SPACE))))
     return starts, ends
+
+
+def _divide_bytes(starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64], text: str) -> None:
+    """Give each token of a byte its own character, where the tokens of several unknown characters share their offsets."""
+    alike = (starts[1:] == starts[:-1]) & (ends[1:] == ends[:-1]) & (ends[1:] - starts[1:] > 1)
+    for first in np.flatnonzero(alike & ~np.concatenate([[False], alike[:-1]])):
+        start, end = int(starts[first]), int(ends[first])
+        characters = [index for index in range(start, end) for _ in text[index].encode()]
+        run = slice(first, first + len(characters))
+        if len(starts[run]) == len(characters) and np.all((starts[run] == start) & (ends[run] == end)):
+            starts[run] = characters
+            ends[run] = starts[run] + 1
 
 
 def is_unicode(text: str) -> bool:

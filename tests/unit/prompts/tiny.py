@@ -35,9 +35,12 @@ MISTRAL = (
 )
 
 
-def fast(backend: Tokenizer, special: Sequence[str], template: str | None, **options: Any) -> PreTrainedTokenizerFast:
+def fast(backend: Tokenizer, special: Sequence[Any], template: str | None, **options: Any) -> PreTrainedTokenizerFast:
     """A tokenizer whose vocabulary holds the `special` tokens too."""
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    added = [
+        token if isinstance(token, AddedToken) else AddedToken(token, special=True, normalized=False) for token in special
+    ]
+    backend.add_special_tokens(added)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **options)
     tokenizer.chat_template = template
     return tokenizer
@@ -45,7 +48,7 @@ def fast(backend: Tokenizer, special: Sequence[str], template: str | None, **opt
 
 def byte_tokenizer(
     template: str | None = PLAIN,
-    special: Sequence[str] = IM,
+    special: Sequence[Any] = IM,
     *,
     eos: str | None = None,
     trim: bool = False,
@@ -65,7 +68,7 @@ def byte_tokenizer(
         backend.normalizer = normalizers.Strip()
     if trim:
         backend.post_processor = processors.ByteLevel(trim_offsets=True)
-    return fast(backend, special, template, eos_token=eos or special[-1], **options)
+    return fast(backend, special, template, eos_token=eos or str(special[-1]), **options)
 
 
 def chat(*contents: str) -> dict[str, Any]:

@@ -22,6 +22,8 @@ SPLITS = {
     "test": {"test", "testing", "eval", "evaluation"},
     "validation": {"validation", "valid", "val", "dev"},
 }
+SAVED_DATASETS = ("dataset_info.json", "dataset_dict.json")
+"""What `save_to_disk` writes beside the data."""
 LARGEST_RECORD = 32 << 20
 """Characters of one line."""
 INSTALL = "run `pip install 'lightning-dataflow[datasets]'`"
@@ -65,12 +67,17 @@ def find_files(path: str, split: str = "train") -> list[Path] | None:
     place = Path(path)
     if place.is_file():
         return [place]
-    if place.is_dir() and not (place / "dataset_info.json").exists():
-        inside = sorted(file for file in place.rglob("*") if file.is_file() and _kind(file)[0] in KINDS)
+    if place.is_dir() and not any((place / name).exists() for name in SAVED_DATASETS):
+        inside = sorted(file for file in place.rglob("*") if file.is_file() and _is_data(file.relative_to(place)))
         return _of_split(inside, place, split) or None
     if glob.has_magic(path):
         return [Path(name) for name in sorted(glob.glob(path, recursive=True))]
     return [] if _kind(place)[0] in KINDS else None
+
+
+def _is_data(file: Path) -> bool:
+    """Hidden files belong to tools: caches of Hugging Face, git, what macOS writes."""
+    return _kind(file)[0] in KINDS and not any(part.startswith(".") for part in file.parts)
 
 
 def _of_split(files: list[Path], folder: Path, split: str) -> list[Path]:

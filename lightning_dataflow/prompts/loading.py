@@ -178,8 +178,10 @@ def _key(*parts: Any) -> str:
 
 
 def _source_key(path: str, split: str) -> list[Any]:
-    """Names, sizes and times of the files, or the name of a data set."""
+    """Names, sizes and times of the files, also of a data set's that was saved to a folder, or the name of a data set."""
     files = find_files(path, split)
+    if files is None and Path(path).is_dir():
+        files = sorted(file for file in Path(path).rglob("*") if file.is_file())
     if files is None:
         return [path]
     return [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -190,5 +192,6 @@ def _template_key(template: ChatTemplate) -> list[Any]:
     vocabulary = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     key: list[Any] = [vocabulary, tokenizer.special_tokens_map, template.end_ids]
     if template.exists:
-        key += [template.text, template.arguments, template.today if template.writes_date else None]
+        key += [template.text, tokenizer.chat_template, template.arguments]
+        key.append(template.today if template.writes_date else None)
     return key

@@ -95,7 +95,7 @@ def to_samples(
 
 def check_nothing_is_dropped(template: ChatTemplate, conversation: Conversation) -> None:
     """Raise Unusable if tools, documents, tool calls or messages have no effect on the rendering."""
-    if template.dropped_role:
+    if template.dropped_role in [message["role"] for message in conversation.messages]:
         raise Unusable(f"the chat template drops the content of role {template.dropped_role}")
     changes: list[tuple[str, Conversation]] = []
     if conversation.tools:

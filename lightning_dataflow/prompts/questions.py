@@ -8,11 +8,12 @@ from lightning_dataflow.prompts.encoding import Encoder
 from lightning_dataflow.prompts.records import Conversation, to_conversation, token_ids
 from lightning_dataflow.prompts.sources import Record, read_records
 from lightning_dataflow.prompts.template import ChatTemplate, Unusable
-from lightning_dataflow.prompts.unread import as_list
+from lightning_dataflow.prompts.unread import as_list, check_question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+KEYS = ("input_ids", "messages", "turns", "prompt", "question")
 SHAPES = "turns (MT-Bench), question (GSM8K), prompt (HumanEval, or MT-Bench's list), messages, or input_ids"
 
 
@@ -68,13 +69,14 @@ def _encode(encoder: Encoder, record: Record) -> list[int]:
 
 def _question(record: Mapping[str, Any]) -> Conversation | list[int]:
     """A conversation that ends with the question, or token ids."""
-    key = next((key for key in ("input_ids", "messages", "turns", "prompt", "question") if key in record), None)
+    check_question(record)
+    key = next((key for key in KEYS if record.get(key) is not None), None)
     if key is None:
         raise UserError(f"keys {sorted(record)} have no question; expected {SHAPES}")
     value = as_list(record[key])
     if key == "input_ids":
         return list(token_ids(value))
-    if key == "messages":
+    if key == "messages" or (key == "prompt" and isinstance(value, list) and isinstance(value[0], Mapping)):
         asked = len(value) - (value[-1]["role"] == "assistant")
         return to_conversation(record, value[:asked])
     text = value[0] if key in ("turns", "prompt") and isinstance(value, list) and value else value

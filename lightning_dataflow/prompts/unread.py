@@ -74,6 +74,13 @@ def check_record(record: Mapping[str, Any], format: str, *, is_conversation: boo
             raise UserError(_message(key, remedy))
 
 
+def check_question(record: Mapping[str, Any]) -> None:
+    """Raise UserError if a question is about more than its text."""
+    for key, value in record.items():
+        if snake_case(key) in _MEDIA and not is_empty(value):
+            raise UserError(f"the key {key} changes what is asked and is not supported: remove it, or the record")
+
+
 def check_turn(turn: Mapping[str, Any], number: int, role: str) -> None:
     """Raise UserError for a key of turn `number` that would change what is trained on and is not supported.
 

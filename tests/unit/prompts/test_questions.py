@@ -7,6 +7,8 @@ import pytest
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.prompts import load_questions
 
+USER = {"role": "user", "content": "q"}
+
 
 @pytest.fixture
 def write(tmp_path):
@@ -71,19 +73,60 @@ def test_bad_files_are_one_line(write, tokenizer, records, num_prompts, message)
     assert "\n" not in str(raised.value)
 
 
-ASKED = ("system", "history", "tools", "functions", "documents", "chat_template_kwargs", "enable_thinking")
+TOOLS = [{"name": "f"}]
+TEMPLATE = (
+    "{{ tools | length if tools }}{{ documents | length if documents }}{{ tone }}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<answer>{% endif %}"
+)
 
 
-@pytest.mark.parametrize("question", [{"prompt": "q"}, {"question": "q"}, {"turns": ["q"]}])
-@pytest.mark.parametrize("key", ASKED)
-def test_keys_that_change_what_is_asked(write, tokenizer, question, key):
-    with pytest.raises(
-        UserError, match=rf"line 2: the key {key} changes what is asked and is not supported yet: remove it"
-    ):
-        load_questions(write(question, {**question, key: [{"name": "f"}]}), tokenizer)
-    plain = load_questions(write(question), tokenizer)
-    assert load_questions(write({**question, key: [None]}), tokenizer) == plain
-    assert load_questions(write({"input_ids": plain[0], key: "rendered already"}), tokenizer) == plain
+@pytest.mark.parametrize("question", [{"prompt": "q"}, {"question": "q"}, {"turns": ["q", "r"]}, {"messages": [USER]}])
+@pytest.mark.parametrize(
+    ("columns", "text"),
+    [
+        ({}, "<user>q<answer>"),
+        ({"system": "s"}, "<system>s<user>q<answer>"),
+        ({"history": [["a", "b"]]}, "<user>a<assistant>b<user>q<answer>"),
+        ({"tools": TOOLS, "documents": [{"text": "d"}] * 2}, "12<user>q<answer>"),
+        ({"functions": json.dumps(TOOLS)}, "1<user>q<answer>"),
+        ({"chat_template_kwargs": {"tone": "dry"}}, "dry<user>q<answer>"),
+        ({"tools": [None], "system": "", "images": [], "input_ids": None}, "<user>q<answer>"),
+    ],
+)
+def test_what_a_record_says_of_its_question_is_asked_with_it(write, tokenizer, question, columns, text):
+    (ids,) = load_questions(write({**question, **columns}), tokenizer, chat_template=TEMPLATE)
+    assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("key", ["messages", "prompt"])
+def test_the_last_answer_of_a_conversation_is_asked_for(write, tokenizer, key):
+    answer = {"role": "assistant", "content": "a"}
+    path = write({key: [USER, answer, USER, answer]})
+    (ids,) = load_questions(path, tokenizer, chat_template=TEMPLATE)
+    assert tokenizer.decode(ids) == "<user>q<assistant>a<user>q<answer>"
+
+
+def test_arguments_of_the_template(write, tokenizer):
+    (ids,) = load_questions(write({"question": "q"}), tokenizer, chat_template=TEMPLATE, template_args={"tone": "dry"})
+    assert tokenizer.decode(ids) == "dry<user>q<answer>"
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"tools": TOOLS}, "line 2: the chat template drops the tools"),
+        ({"system": "s", "chat_template_kwargs": "x"}, "line 2: 'x' is not JSON"),
+        ({"image": "cat.png"}, "line 2: the key image changes what is asked and is not supported: remove it"),
+        ({"turns": [1]}, "line 2: turns is not text, or a list that begins with text"),
+    ],
+)
+def test_a_question_is_not_asked_without_what_belongs_to_it(write, tokenizer, columns, message):
+    with pytest.raises(UserError, match=message):
+        load_questions(write({"question": "q"}, {"question": "q", **columns}), tokenizer)
+
+
+def test_token_ids_are_rendered_already(write, tokenizer):
+    assert load_questions(write({"input_ids": [3, 4], "question": "q", "tools": TOOLS}), tokenizer) == [[3, 4]]
 
 
 def test_a_missing_file_names_its_own_setting(tokenizer):

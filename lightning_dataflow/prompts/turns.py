@@ -111,12 +111,16 @@ def check_nothing_is_dropped(template: ChatTemplate, conversation: Conversation)
     if changes:
         rendered = template.render(conversation, conversation.messages)
         for name, changed in changes:
-            try:
-                is_dropped = template.render(changed, changed.messages) == rendered
-            except Unusable:  # refused without, so it has an effect
-                continue
-            if is_dropped:
+            if _renders_as(template, changed, changed.messages, rendered):
                 raise Unusable(f"the chat template drops the {name}")
+
+
+def _renders_as(template: ChatTemplate, changed: Conversation, messages: Sequence[Message], rendered: str) -> bool:
+    """Whether a change has no effect. It has one if the template refuses what was changed."""
+    try:
+        return template.render(changed, messages) == rendered
+    except Unusable:
+        return False
 
 
 def _without_calls(message: Message) -> Message:
@@ -128,7 +132,7 @@ def _find_turn(template: ChatTemplate, conversation: Conversation, index: int) -
         finished = template.render(conversation, conversation.messages[: index + 1])
         for name, message in _poorer(conversation.messages[index]):
             changed = _replace_message(conversation, index, message)
-            if template.render(changed, changed.messages[: index + 1]) == finished:
+            if _renders_as(template, changed, changed.messages[: index + 1], finished):
                 raise Unusable(f"the chat template drops the turn's {name}")
         _check_null_content(template, conversation, index, finished)
         start = _start_of_answer(template, conversation, index, finished)

@@ -277,3 +277,12 @@ def test_text_beside_a_call_that_the_template_drops_is_noticed(family):
     messages = [*TOOLS[:1], TOOLS[1] | {"content": "I add."}, *TOOLS[2:]]
     _, turns = encoder(family).encode(normalise({"messages": messages, "tools": [TOOL]}, "messages", "here"))
     assert [turn.reason for turn in turns] == ["the chat template drops the turn's text", None]
+
+
+def test_a_template_that_refuses_a_call_without_text_reads_the_text():
+    source = (TEMPLATES / "qwen2_5.jinja").read_text()
+    source += "{{ raise_exception('no text') if messages | selectattr('content', 'equalto', '') | list }}"
+    messages = [*TOOLS[:1], TOOLS[1] | {"content": "I add."}, *TOOLS[2:]]
+    strict = Encoder(ChatTemplate(tokenizer("qwen2_5"), source))
+    _, turns = strict.encode(normalise({"messages": messages}, "messages", "here"))
+    assert [turn.reason for turn in turns] == [None, None]

@@ -1,11 +1,7 @@
 """Renders conversations with a chat template, as inference engines do."""
 
 import json
-import signal
-import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from datetime import date, datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -15,12 +11,14 @@ import jinja2
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.prompts.messages import REASONING_KEYS, Message
 from lightning_dataflow.prompts.records import Conversation
+from lightning_dataflow.prompts.time_limit import TimeLimitError, time_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RENDER_TIMEOUT_S = 5.0
 USER = {"role": "user", "content": "a"}
+PROBE_ARGUMENTS = ({"a": 1}, '{"a": 1}')
 
 
 class Unusable(Exception):
@@ -82,16 +80,13 @@ class ChatTemplate:
             Unusable: the template refuses the messages, or takes longer than RENDER_TIMEOUT_S.
             UserError: the template is not valid Jinja.
         """
-        messages = [self._with_reasoning(message) for message in messages]
-        if any(message.get("tool_calls") for message in messages) and self._reads_arguments_as_text:
-            messages = [_with_arguments_as_text(message) for message in messages]
-        return self._render(conversation, messages, prompt)
+        return self._render(conversation, [self._with_calls(self._with_reasoning(message)) for message in messages], prompt)
 
     def _render(self, conversation: Conversation, messages: Sequence[Message], prompt: bool = False) -> str:
         arguments: dict[str, Any] = {"strftime_now": self._strftime_now, **self.arguments, **conversation.arguments}
         text = self._text_with_tools if conversation.tools else self.text
         try:
-            with _time_limit(RENDER_TIMEOUT_S):
+            with time_limit(RENDER_TIMEOUT_S):
                 rendered = self.tokenizer.apply_chat_template(
                     list(messages),
                     tools=list(conversation.tools) or None,
@@ -105,7 +100,7 @@ class ChatTemplate:
             raise UserError(
                 f"the chat template is not valid Jinja ({error.message}, line {error.lineno}): correct it"
             ) from error
-        except RenderTimeout as error:
+        except TimeLimitError as error:
             raise Unusable(f"rendering takes longer than {RENDER_TIMEOUT_S:g} s") from error
         except (
             jinja2.TemplateError,
@@ -217,19 +212,41 @@ class ChatTemplate:
         return tuple(key for key in REASONING_KEYS if key in self.text)
 
     @cached_property
+    def _reads_null(self) -> bool:
+        """Whether null content of a message with tool calls has a meaning of its own.
+
+        Engines give empty text instead, because published templates refuse null or write None. Others ask for null.
+        """
+        renderings = [
+            (self._render_call(None, arguments), self._render_call("None", arguments)) for arguments in PROBE_ARGUMENTS
+        ]
+        return any(null not in (None, written) for null, written in renderings)
+
+    @cached_property
     def _reads_arguments_as_text(self) -> bool:
         """Some published templates add the arguments of a tool call to text, which refuses an object."""
+        as_object, as_text = (
+            self._render_call(None if self._reads_null else "", arguments) for arguments in PROBE_ARGUMENTS
+        )
+        return as_object is None and as_text is not None
 
-        def is_refused(arguments: Any) -> bool:
-            call = {"id": "call00000", "type": "function", "function": {"name": "a", "arguments": arguments}}
-            turn = {"role": "assistant", "content": None, "tool_calls": [call]}
-            try:
-                self._render(Conversation(messages=()), [USER, turn])
-            except Unusable:
-                return True
-            return False
+    def _render_call(self, content: str | None, arguments: Any) -> str | None:
+        """A message with a tool call; None if the template refuses it."""
+        call = {"id": "call00000", "type": "function", "function": {"name": "a", "arguments": arguments}}
+        turn = {"role": "assistant", "content": content, "tool_calls": [call]}
+        try:
+            return self._render(Conversation(messages=()), [USER, turn])
+        except Unusable:
+            return None
 
-        return is_refused({"a": 1}) and not is_refused('{"a": 1}')
+    def _with_calls(self, message: Message) -> Message:
+        """The message with null content and arguments as the template reads them."""
+        calls, content = message.get("tool_calls"), message.get("content")
+        if content is None and not self._reads_null:
+            message = {**message, "content": ""}
+        if calls and self._reads_arguments_as_text:
+            message = {**message, "tool_calls": [_with_arguments_as_text(call) for call in calls]}
+        return message
 
     def _with_reasoning(self, message: Message) -> Message:
         """The message with its reasoning under the names that the template reads."""
@@ -243,38 +260,9 @@ class ChatTemplate:
         return datetime.combine(self.today, datetime.min.time()).strftime(format)
 
 
-def _with_arguments_as_text(message: Message) -> Message:
-    def as_text(call: dict[str, Any]) -> dict[str, Any]:
-        function = call["function"]
-        return call | {"function": function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
-
-    calls = message.get("tool_calls")
-    return message | {"tool_calls": [as_text(call) for call in calls]} if calls else message
-
-
-class RenderTimeout(Exception):
-    """Rendering a conversation took too long."""
-
-
-@contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raises RenderTimeout in the block. Signals reach the main thread only, so other threads have no limit."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: Any) -> None:
-        raise RenderTimeout
-
-    previous, began = signal.signal(signal.SIGALRM, stop), time.monotonic()
-    remaining, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-        if remaining:  # somebody else's timer goes on
-            signal.setitimer(signal.ITIMER_REAL, max(remaining - (time.monotonic() - began), 1e-3))
+def _with_arguments_as_text(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    return call | {"function": function | {"arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
 
 
 def common_length(first: str, second: str) -> int:

@@ -134,7 +134,6 @@ def _find_turn(template: ChatTemplate, conversation: Conversation, index: int) -
             changed = _replace_message(conversation, index, message)
             if _renders_as(template, changed, changed.messages[: index + 1], finished):
                 raise Unusable(f"the chat template drops the turn's {name}")
-        _check_null_content(template, conversation, index, finished)
         start = _start_of_answer(template, conversation, index, finished)
         text = finished[: _end_of_turn(finished.removesuffix(template.constant_prompt), start, template.turn_ends)]
         if _is_empty(text[start:], template.turn_ends):
@@ -157,7 +156,8 @@ def _start_of_answer(template: ChatTemplate, conversation: Conversation, index: 
     if is_prefix and without != prompt:
         return len(prompt)
     shared = common_length(prompt, finished)
-    if shared < common_length(without, prompt):
+    has_constant_end = without == prompt and finished.endswith(prompt[shared:])
+    if shared < common_length(without, prompt) and not has_constant_end:
         raise Unusable("the chat template renders earlier messages differently once the turn is finished")
     content = min(
         common_length(finished, template.render(conversation, [*messages, {"role": "assistant", "content": other}]))
@@ -186,19 +186,6 @@ def _is_empty(answer: str, ends: Sequence[str]) -> bool:
     for token in ends:
         answer = answer.replace(token, "")
     return not answer.strip()
-
-
-def _check_null_content(template: ChatTemplate, conversation: Conversation, index: int, finished: str) -> None:
-    """Engines never generate the None that Jinja writes."""
-    message = conversation.messages[index]
-    if message.get("content") is None:
-        named, empty = (_replace_message(conversation, index, {**message, "content": text}) for text in ("None", ""))
-        if (
-            template.render(named, named.messages[: index + 1])
-            == finished
-            != template.render(empty, empty.messages[: index + 1])
-        ):
-            raise Unusable("the chat template writes None for a message without content")
 
 
 def _stop_in_next_header(template: ChatTemplate, conversation: Conversation, index: int) -> str:

@@ -119,8 +119,11 @@ def supervised(family: str, sample: Conversation, **arguments: Any) -> list[list
 
 
 def render(family: str, sample: Conversation, messages: Sequence[dict[str, Any]], *, prompt: bool, **arguments: Any) -> str:
-    """As engines do it. They know the template's name for thoughts."""
-    named = [message | {"thinking": message.get("reasoning_content")} for message in messages]
+    """As engines do it. They know the template's name for thoughts, and give empty text for null."""
+    named = [
+        message | {"thinking": message.get("reasoning_content"), "content": message["content"] or ""}
+        for message in messages
+    ]
     text = tokenizer(family).apply_chat_template(
         named,
         tools=list(sample.tools) or None,

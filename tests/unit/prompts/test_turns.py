@@ -178,10 +178,12 @@ def test_what_the_template_drops_is_not_trained_without(im, record, template, wh
     assert show(im, record, template) == [f"left out: the chat template drops the {what}"]
 
 
-def test_a_template_that_writes_none_for_a_missing_content(im):
-    calling = PLAIN.replace("<|im_end|>\n{% endfor", "{{ m.tool_calls | tojson if m.tool_calls }}<|im_end|>\n{% endfor")
+@pytest.mark.parametrize("content", ["{{ m.content }}", "{{ m.content + '' }}"], ids=["writes None", "refuses null"])
+def test_a_template_that_does_not_know_null_content_gets_empty_text(im, content):
+    call = "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}</call>{% endfor %}"
     record = {"messages": [WEATHER, {"role": "assistant", "content": None, "tool_calls": [CALL]}]}
-    assert show(im, record, calling) == ["left out: the chat template writes None for a message without content"]
+    turns = im_turns(("Weather in Oslo?", "⟦<call>weather</call><|im_end|>⟧"))
+    assert show(im, record, PLAIN.replace("{{ m.content }}", content + call)) == [turns]
 
 
 def test_a_tool_call_without_text_is_learnt(im):

@@ -64,8 +64,9 @@ class Encoder:
         if isinstance(record, Tokens):
             return [_to_sample(record.input_ids, record.loss_mask, [np.flatnonzero(record.loss_mask)])], []
         if isinstance(record, PlainText):
-            span = (record.start, len(record.text))
-            return [self._tokenize(RenderedSample(text=record.text, spans=(span,)), add_special_tokens=True)], []
+            sample = RenderedSample(text=record.text, spans=((record.start, len(record.text)),))
+            has_start = record.text.startswith(self.tokenizer.bos_token or "\0")  # rendered before, so not begun twice
+            return [self._tokenize(sample, add_special_tokens=not has_start)], []
         turns = find_turns(self.template, record)
         samples = to_samples(self.template, record, turns, self.turns)
         if not samples:

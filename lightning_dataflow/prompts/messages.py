@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.prompts.unread import TRAIN_FLAGS, as_list, check_turn, is_all, is_empty, snake_case
+from lightning_dataflow.prompts.unread import REASONING_KEYS, TRAIN_FLAGS, as_list, check_turn, is_all, is_empty, snake_case
 
 Message = dict[str, Any]
 
@@ -26,7 +26,6 @@ SHAREGPT_ROLES = {
 }
 FUNCTION_CALL = "function_call"
 TOOL_KEYS = ("tools", "available_tools", "functions")
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")
 ROLES = {name: role for name, role in SHAREGPT_ROLES.items() if role in ("user", "assistant")}
 """Other names of these two, which no engine is asked for. Roles that are not here are for the template."""
 TEMPLATE_KEYS = ("tool_call_id", "name")

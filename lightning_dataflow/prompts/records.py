@@ -8,7 +8,6 @@ from typing import Any
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.prompts.messages import (
-    REASONING_KEYS,
     TOOL_KEYS,
     Message,
     ReadMessage,
@@ -17,7 +16,7 @@ from lightning_dataflow.prompts.messages import (
     read_message,
     to_text,
 )
-from lightning_dataflow.prompts.unread import MASKS, as_list, check_record, is_empty, snake_case
+from lightning_dataflow.prompts.unread import MASKS, REASONING_KEYS, as_list, check_record, is_empty, snake_case
 
 LARGEST_ID = 2**31 - 1
 IGNORED_LABEL = -100
@@ -65,7 +64,8 @@ Sample = Conversation | PlainText | Tokens
 def detect_format(record: Mapping[str, Any]) -> str | None:
     """The format of a record by its keys, or None. Rows of data sets have nulls or empty values for keys that they lack."""
     keys = {key for key, value in record.items() if value is not None and not (key == "chosen" and is_empty(value))}
-    return next((name for name, (required, _) in READERS.items() if required <= keys), None)
+    filled = {key for key in keys if isinstance(record[key], str) or not is_empty(record[key])}
+    return next((name for given in (filled, keys) for name, (required, _) in READERS.items() if required <= given), None)
 
 
 def normalise(record: Mapping[str, Any], format: str, where: str) -> Sample:

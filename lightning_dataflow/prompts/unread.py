@@ -11,6 +11,7 @@ AS_LOSS_MASK = "give input_ids with a loss_mask that says the same, and remove i
 UNPACKED = "give one sample a record, without packing, and remove it"
 TEXT_ONLY = "only text is trained on, so remove it, or the record"
 ALL_ALIKE = "all supervised tokens count alike, so remove it, or the record"
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")
 EMPTY_TEXTS = ("", "[]", "{}", "null")
 TRAIN_FLAGS = ("weight", "train", "train_on_turn", "training", "loss")
 """Keys of a turn that say whether it is to be learnt."""
@@ -69,6 +70,13 @@ def check_record(record: Mapping[str, Any], format: str, *, is_conversation: boo
     for key, value in record.items():
         name = snake_case(key)
         remedy = refused.get(name) or (_remedy_of_mask(name, value) if has_own_tokens else None)
+        if (
+            name in REASONING_KEYS
+            and format not in ("alpaca", "tokens")
+            and isinstance(value, str)
+            and " " in value.strip()
+        ):
+            remedy = "give it in the assistant's message"
         is_usual = name in _USUALLY_ONES and is_all(value, 1)
         if remedy is not None and name not in read and not is_usual and not is_empty(value):
             raise UserError(_message(key, remedy))

@@ -22,6 +22,7 @@ def spoilt(shape: str, key: str, value) -> dict:
         (("text", "completion"), "tools", [TOOL], "render the conversation yourself"),
         (("text", "completion"), "reasoning_effort", "high", "render the conversation yourself"),
         (("alpaca",), "context", "The text.", "call it input"),
+        (("sharegpt", "messages", "preference", "text"), "reasoningContent", "Let me see.", "in the assistant's message"),
         (tuple(SHAPES), "images", ["cat.png"], "only text is trained on"),
         (tuple(SHAPES), "weight", 0, "all supervised tokens count alike"),
         (tuple(SHAPES), "weight", np.array([1.0, 0.5]), "all supervised tokens count alike"),
@@ -107,3 +108,13 @@ def test_keys_of_a_shape_that_was_not_chosen_are_passed_over():
     assert read(every, "text") == read(SHAPES["text"])
     assert read({**SHAPES["tokens"], **SHAPES["messages"], "labels": [-100, 2, 3]}, "messages") == PLAIN
     assert read({**SHAPES["messages"], "input_ids": None, "conversations": None}) == PLAIN
+
+
+def test_a_shape_of_which_a_row_has_only_an_empty_list_is_not_its_own():
+    assert read({"messages": [], "conversations": [None], "text": "q a"}) == read(SHAPES["text"])
+    assert read({"input_ids": [], **SHAPES["alpaca"]}) == PLAIN
+    assert read({"messages": []}).messages == ()
+
+
+def test_a_word_about_reasoning_is_no_reasoning():
+    assert read({**SHAPES["messages"], "reasoning": "on", "thinking": True}) == PLAIN

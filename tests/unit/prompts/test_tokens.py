@@ -131,6 +131,14 @@ def test_tokens_that_the_tokenizer_adds_to_plain_text_are_nobodys_answer():
     assert show(tokenizer, chat("q", "a")) == ["<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n⟦a<|im_end|>⟧\n"]
 
 
+def test_text_that_was_rendered_before_is_not_begun_twice():
+    tokenizer = byte_tokenizer(special=("<s>", "</s>"), bos_token="<s>")
+    begun = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    tokenizer.backend_tokenizer.post_processor = begun
+    assert show(tokenizer, {"prompt": "q", "completion": "a"}) == ["<s>q⟦a⟧"]
+    assert show(tokenizer, {"prompt": "<s>q", "completion": "a</s>"}) == ["<s>q⟦a</s>⟧"]
+
+
 def test_half_of_a_surrogate_pair_leaves_the_record_out():
     reason = "left out: the text holds half of a surrogate pair, which is no character"
     for record in (chat("q", "half \ud83d emoji"), chat("half \ude00", "a"), {"text": "\ud83d"}):

@@ -215,8 +215,11 @@ def _poorer(message: Message) -> Iterator[tuple[str, Message]]:
     """The message without each part of it that templates may drop."""
     if (without := _without_reasoning(message)) != message:
         yield "reasoning", without
-    if message.get("tool_calls") and (message.get("content") or "").strip():
+    calls = message.get("tool_calls") or []
+    if calls and (message.get("content") or "").strip():
         yield "text", {**message, "content": ""}
+    if len(calls) > 1:
+        yield "further tool calls", {**message, "tool_calls": calls[:1]}
 
 
 def _without_reasoning(message: Message) -> Message:

@@ -282,6 +282,11 @@ def test_text_beside_a_call_that_the_template_drops_is_noticed(family):
     assert [turn.reason for turn in turns] == ["the chat template drops the turn's text", None]
 
 
+def test_calls_of_which_the_template_renders_the_first_are_noticed():
+    _, turns = encoder("gpt_oss").encode(conversation("gpt_oss", "calls at once"))
+    assert [turn.reason for turn in turns] == ["the chat template drops the turn's further tool calls", None]
+
+
 def test_a_template_that_refuses_a_call_without_text_reads_the_text():
     source = (TEMPLATES / "qwen2_5.jinja").read_text()
     source += "{{ raise_exception('no text') if messages | selectattr('content', 'equalto', '') | list }}"

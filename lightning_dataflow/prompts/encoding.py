@@ -24,7 +24,7 @@ class EncodedSample:
     """Token ids, int32 [S], and loss mask, uint8 [S].
 
     Attributes:
-        spans: of supervised tokens, [start, end), one for each turn.
+        spans: of supervised tokens, [start, end), one for each turn; (0, 0) if no token lies in its answer alone.
         turn: as in RenderedSample.
     """
 
@@ -109,7 +109,7 @@ def _to_sample(
     return EncodedSample(
         input_ids=np.array(ids, dtype=np.int32),
         loss_mask=np.array(mask, dtype=np.uint8),
-        spans=tuple((int(positions[0]), int(positions[-1]) + 1) for positions in supervised if len(positions)),
+        spans=tuple((int(found[0]), int(found[-1]) + 1) if len(found) else (0, 0) for found in supervised),
         turn=turn,
     )
 

@@ -49,12 +49,13 @@ class Preview:
         for sample in self.samples:
             taught = [turn.index for turn in supervised] if sample.turn is None else [sample.turn]
             for number, span in enumerate(sample.spans):
+                is_empty = span[0] == span[1]
                 yield {
                     "line": self.where,
                     "turn": taught[number] if number < len(taught) else None,
                     "num_tokens": len(sample.input_ids),
-                    "spans": [list(span)],
-                    "reason": None,
+                    "spans": [] if is_empty else [list(span)],
+                    "reason": "nothing supervised" if is_empty else None,
                 }
         for turn in self.turns:
             if turn.reason is not None:

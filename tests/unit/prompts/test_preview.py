@@ -79,6 +79,13 @@ def test_token_ids_have_no_turns(im):
     assert rows(im, {"input_ids": [65, 66, 67], "loss_mask": [0, 1, 1]}) == [row(None, 3, [[1, 3]])]
 
 
+def test_an_answer_within_a_token_of_the_question(im):
+    tokenizer = byte_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}", merges=[("q", "a")])
+    data = chat("q", "a", "r", "b")
+    assert rows(tokenizer, data) == [row(1, 3, reason="nothing supervised"), row(3, 3, [[2, 3]])]
+    assert rows(im, {"input_ids": [1, 2], "loss_mask": [0, 0]}) == [row(None, 2, reason="nothing supervised")]
+
+
 def test_a_template_that_is_not_valid_is_nobodys_record(im):
     with pytest.raises(UserError, match="not valid Jinja"):
         preview(im, TWO, "{% for %}")

@@ -6,8 +6,14 @@ import pytest
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.prompts import load_questions
+from tests.unit.prompts.tiny import byte_tokenizer
 
 USER = {"role": "user", "content": "q"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
 
 
 @pytest.fixture

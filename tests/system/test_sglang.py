@@ -387,7 +387,7 @@ def test_sigterm_ends_a_producer_and_its_server(tmp_path):
     try:
         wait_until(lambda: "waiting for the trainer to begin" in shown() or run.poll() is not None, 300, shown)
         plane = resolve_control_plane("disaggregated", "told", path=tmp_path / "runs" / "told" / "control")
-        plane.ledger.begin(RunPlan(start=0, stop=80, window=8), published={}, wanted={}, frontier=0)
+        plane.ledger.begin(RunPlan(start=0, stop=80, window=8), {}, frontier=0)
         wait_until(lambda: plane.ledger.status()["published"] > 1, 60, shown)
         run.terminate()
         assert run.wait(15) == 143, shown()

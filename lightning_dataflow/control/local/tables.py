@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning_dataflow.contracts import SCHEMA_VERSION, UserError
+from lightning_dataflow.contracts.records import OLD_SCHEMA_VERSION
 from lightning_dataflow.contracts.validation import check_schema
 from lightning_dataflow.control.leases import Sample
 from lightning_dataflow.control.ledger import TOTALS
 from lightning_dataflow.control.local.waiting import wait_for_others
 
-OLD_SCHEMA_VERSION = 2
-"""Of ledgers that have tables and say no version."""
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value);
 CREATE TABLE IF NOT EXISTS samples (
@@ -70,6 +69,7 @@ class LedgerTables:
         with self.transaction():
             (version,) = self.db.execute("PRAGMA user_version").fetchone()
             if self.db.execute("SELECT name FROM sqlite_master WHERE name = 'run'").fetchone():
+                # Release 0.1 made tables and gave no version.
                 remedy = "finish the run with the release that began it, or choose another channel.path"
                 check_schema(version or OLD_SCHEMA_VERSION, f"the ledger {self._path}", remedy)
                 return

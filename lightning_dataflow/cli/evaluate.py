@@ -66,9 +66,8 @@ def evaluate(config: TrainConfig, settings: dict[str, Any]) -> None:
                 report = judge.measure(draft.path, prompts)
                 measurements.append({"name": draft.name, "step": draft.step, **report.to_json()})
                 if output is not None:
-                    output.write_bytes(
-                        orjson.dumps({"measurements": measurements, "settings": used}, option=orjson.OPT_INDENT_2)
-                    )
+                    content = {"measurements": measurements, "settings": used}
+                    output.write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
                 if len(drafts) > 1:
                     length = f"acceptance length {report.acceptance_length:.3f}"
                     print(f"{draft.name}: {length}, {number} of {len(drafts)} drafts", flush=True)

@@ -67,7 +67,7 @@ def ref_to_json(ref: SampleRef) -> dict[str, Any]:
 
 
 def ref_from_json(data: Any) -> SampleRef:
-    """Rebuild and validate a ref from `json.loads` output. Raises UserError for anything malformed, which names the field."""
+    """Rebuild and validate a ref from `json.loads` output. Raises UserError, which names the field, for anything else."""
     try:
         check_schema(data["schema_version"], "a sample reference", "capture again with this release")
         origin, features = data["origin"], data["features"]

@@ -12,7 +12,7 @@ from lightning_dataflow.producers import Feed, RolloutWorker
 from lightning_dataflow.producers.capture import FROM_PROMPT
 from lightning_dataflow.producers.feeds import CapturedSample, to_put
 from lightning_dataflow.stores import FeatureStore
-from lightning_dataflow.stores.base import Tensors, num_bytes
+from lightning_dataflow.stores.base import Tensors
 from lightning_dataflow.targets.base import HIDDEN_STATES
 from tests.records import CAPTURE, WIDE, make_origin
 
@@ -54,7 +54,7 @@ class SeqFeed(Feed):
         self.captured: list[tuple[tuple[int, ...], int]] = []
 
     def num_bytes(self, seq: int) -> int:
-        return num_bytes(make_tensors(seq))
+        return sum(tensor.nbytes for tensor in make_tensors(seq).values())
 
     def capture(self, seqs: Sequence[int], attempt: int, wanted: Collection[int]) -> Iterator[CapturedSample]:
         self.before(seqs, attempt)

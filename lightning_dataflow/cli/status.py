@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from lightning_dataflow.cli.redis_runs import (
     add_arguments,
     address,
@@ -16,7 +18,7 @@ from lightning_dataflow.cli.redis_runs import (
     open_run,
     runs_at,
 )
-from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError, strict_json
+from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
 from lightning_dataflow.control import MetadataStore, RedisMetadataStore, SqliteMetadataStore
 from lightning_dataflow.control.heartbeat import FRESH_S
 from lightning_dataflow.control.plane import LEDGER
@@ -40,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (UserError, PermissionError, PeerTimeoutError, PeerFailedError) as error:
         print(f"error: {in_arguments(str(error))}", file=sys.stderr)
         sys.exit(1)
-    print(strict_json(status, indent=1) if options.json else "\n".join(describe(status)))
+    text = orjson.dumps(status, option=orjson.OPT_INDENT_2).decode() if options.json else "\n".join(describe(status))
+    print(text)
 
 
 def open_ledger(options: argparse.Namespace) -> MetadataStore:

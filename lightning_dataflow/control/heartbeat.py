@@ -17,7 +17,6 @@ log = logging.getLogger(__name__)
 EVERY_S = 2.0
 FRESH_S = 10.0
 CLOSE_S = 0.5
-RETRY_S = 0.2
 SUPERVISOR = "supervisor"
 TRAINER = "trainer-0"
 CLAIM_TRIES = 10
@@ -49,7 +48,7 @@ class Heartbeat:
         self._stop.set()
         self._thread.join()
         try:
-            _try_twice(partial(self._ledger.report, self._name, last_words, failed=failed, fatal=fatal))
+            self._ledger.report(self._name, last_words, failed=failed, fatal=fatal)
         except Exception as error:  # raising it would hide the error that ended the process
             log.warning("%s could not leave its last words (%r): %s", self._name, error, last_words)
 
@@ -80,16 +79,6 @@ class Heartbeat:
                 self._logged.add(type(error))
                 log.warning("%s could not give a sign of life (%r); it goes on and tries again", self._name, error)
         return True
-
-
-def _try_twice(act: Callable[[], None]) -> None:
-    try:
-        act()
-    except NO_ANSWER:  # it has waited long enough already
-        raise
-    except Exception:
-        time.sleep(RETRY_S)
-        act()
 
 
 def end_leases(ledger: MetadataStore, pid: int) -> None:

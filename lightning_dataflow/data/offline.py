@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_dataflow.contracts import SCHEMA_VERSION, SampleRef, UserError, assert_no_tensors, ref_from_json, ref_to_json
-from lightning_dataflow.contracts.old_refs import OLD_SCHEMA_VERSION, ref_from_old_json
+from lightning_dataflow.contracts.old_refs import ref_from_old_json
+from lightning_dataflow.contracts.records import OLD_SCHEMA_VERSION
 from lightning_dataflow.contracts.validation import check_schema
 from lightning_dataflow.control import resolve_control_plane
 from lightning_dataflow.data.source import FeatureCard, IndexedSource, RefWindow

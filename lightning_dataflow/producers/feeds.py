@@ -15,7 +15,7 @@ from lightning_dataflow.producers.capture import capture_prompts, feature_card, 
 from lightning_dataflow.prompts import PromptDataset
 from lightning_dataflow.stores import FeatureStore
 from lightning_dataflow.stores.base import Tensors
-from lightning_dataflow.targets import ReferenceEngine, TargetEngine
+from lightning_dataflow.targets import SGLangServerTarget, TargetEngine
 
 
 class CapturedSample(NamedTuple):
@@ -131,7 +131,7 @@ class PromptFeed(Feed):
 class ServedFeed(PromptFeed):
     """Prompts whose features a server puts into the store: only references come here."""
 
-    target: ReferenceEngine
+    target: SGLangServerTarget
     longest_pause_s = 2.0  # for each try, the server reads the prompt again
 
     def capture(self, seqs: Sequence[int], attempt: int, wanted: Collection[int]) -> Iterator[CapturedSample]:

@@ -11,16 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning_dataflow.contracts import SCHEMA_VERSION, PeerTimeoutError, UserError
+from lightning_dataflow.contracts import SCHEMA_VERSION, UserError
+from lightning_dataflow.contracts.records import OLD_SCHEMA_VERSION
 from lightning_dataflow.contracts.validation import check_schema
 from lightning_dataflow.control.leases import Sample
 from lightning_dataflow.control.ledger import TOTALS
+from lightning_dataflow.control.local.waiting import wait_for_others
 
-BUSY_TIMEOUT_S = 30.0
-BUSY_PAUSE_S = 0.0001
-"""Between two tries to begin a transaction: they take less than that, SQLite's own pauses grow to 0.1 s."""
-OLD_SCHEMA_VERSION = 2
-"""Of ledgers that have tables and say no version."""
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value);
 CREATE TABLE IF NOT EXISTS samples (
@@ -72,6 +69,7 @@ class LedgerTables:
         with self.transaction():
             (version,) = self.db.execute("PRAGMA user_version").fetchone()
             if self.db.execute("SELECT name FROM sqlite_master WHERE name = 'run'").fetchone():
+                # Release 0.1 made tables and gave no version.
                 remedy = "finish the run with the release that began it, or choose another channel.path"
                 check_schema(version or OLD_SCHEMA_VERSION, f"the ledger {self._path}", remedy)
                 return
@@ -174,17 +172,5 @@ class LedgerTables:
             ) from error
 
     def _patiently(self, statement: str, *parameters: Any) -> sqlite3.Cursor:
-        """Execute, and wait for other processes while they hold the file."""
-        deadline = time.monotonic() + BUSY_TIMEOUT_S
-        while True:
-            try:
-                return self.db.execute(statement, parameters)
-            except sqlite3.OperationalError as error:
-                if "locked" not in str(error):
-                    raise
-                if time.monotonic() > deadline:
-                    raise PeerTimeoutError(
-                        f"could not use the ledger {self._path} within {BUSY_TIMEOUT_S:.0f} s ({error}): is a process of "
-                        "the run stopped inside a write? Continue or end it"
-                    ) from error
-                time.sleep(BUSY_PAUSE_S)
+        """Execute, and wait for other processes while they hold the file: SQLite's own pauses grow to 0.1 s."""
+        return wait_for_others(lambda: self.db.execute(statement, parameters), f"use the ledger {self._path}")

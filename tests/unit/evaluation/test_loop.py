@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from lightning_dataflow.contracts import NotFiniteError
-from lightning_dataflow.evaluation import Decoding, Drafter, SpeculativeDecoder, evaluate_acceptance
-from lightning_dataflow.evaluation.loop import Proposal, rejection_sample
+from lightning_dataflow.evaluation.acceptance import Decoding, evaluate_acceptance
+from lightning_dataflow.evaluation.loop import Drafter, Proposal, SpeculativeDecoder, rejection_sample
 from lightning_dataflow.strategies.common.target_tensors import FrozenTarget
 from lightning_dataflow.strategies.eagle3.draft_vocab import build_draft_vocab
 from lightning_dataflow.strategies.eagle3.drafter import ChainDrafter

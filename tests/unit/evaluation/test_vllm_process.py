@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
-from lightning_dataflow.evaluation import Decoding
+from lightning_dataflow.evaluation.acceptance import Decoding
 from lightning_dataflow.evaluation.judges.vllm_process import VLLMDecoder, find_python
 from lightning_dataflow.evaluation.judges.vllm_worker import rounds
 

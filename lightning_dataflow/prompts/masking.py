@@ -120,10 +120,8 @@ class Encoder:
         return start, start + len(self._without_trailing_space(text[start:end]))
 
     def _after_end_of_turn(self, text: str, end: int) -> int:
-        for token in self.tokenizer.all_special_tokens:
-            if text.startswith(token, end):
-                return end + len(token)
-        return end
+        tokens = (token for token in self.tokenizer.all_special_tokens if text.startswith(token, end))
+        return end + len(next(tokens, ""))
 
     def _without_trailing_space(self, turn: str) -> str:
         stripped = turn.rstrip()

@@ -52,9 +52,6 @@ class DataFlowTrainer(L.Trainer):
             check, local = getattr(model, "check_checkpoint", None), local_path(ckpt_path)
             if check is not None and local is not None:
                 check(read_header(local), data)
-        for callback in self.checkpoint_callbacks:
-            if folder := getattr(callback, "dirpath", None):
-                self._checkpoint_files.admit(folder)
         super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
 
     def save_checkpoint(

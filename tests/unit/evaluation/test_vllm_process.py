@@ -28,8 +28,8 @@ def script(folder, text):
     ("path", "message"),
     [
         (None, "set evaluate.python"),
-        ("nowhere/python", "evaluate.python=nowhere/python is no executable"),
-        ("/", "evaluate.python=/ is no executable"),
+        ("nowhere/python", "evaluate.python=nowhere/python does not run"),
+        ("/", "evaluate.python=/ does not run"),
         (sys.executable, "has no vLLM: install it there"),
     ],
 )

@@ -43,7 +43,7 @@ from lightning_dataflow.stores import FeatureStore
 from lightning_dataflow.strategies.module import DraftModule
 from lightning_dataflow.strategies.registry import resolve_strategy
 from lightning_dataflow.strategies.spec import StrategySpec
-from lightning_dataflow.targets import HFTargetEngine, ReferenceEngine, TargetEngine, load_tokenizer
+from lightning_dataflow.targets import HFTargetEngine, SGLangServerTarget, TargetEngine, load_tokenizer
 from lightning_dataflow.targets.base import HIDDEN_STATES
 from lightning_dataflow.targets.tiny import write_tiny_conversations, write_tiny_target
 
@@ -140,7 +140,7 @@ class Builder:
         name = run_id(self.config.run_name)
         if self.config.topology.name == "disagg_online":
             if self.config.target.engine == "sglang_server":
-                assert isinstance(self.target, ReferenceEngine), "its servers put features into the run's store"
+                assert isinstance(self.target, SGLangServerTarget), "its servers put features into the run's store"
                 return ServedFeed(self.prompts[0], self.target, seed=self.config.seed, run_id=name)
             return PromptFeed(self.prompts[0], self.target, seed=self.config.seed, run_id=name)
         source = OfflineSource(self._offline_folder())

@@ -120,7 +120,8 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
     """Write `result` to `path` atomically; numbers that are not finite become null."""
     part = path.with_name(f".{path.name}.part")
     try:
-        part.write_bytes(orjson.dumps(result, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+        options = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS
+        part.write_bytes(orjson.dumps(result, dict, options))  # `dict`: of a mapping that is none, as OmegaConf's are
         part.replace(path)
     except OSError:
         part.unlink(missing_ok=True)

@@ -1,6 +1,5 @@
 """What a RolloutWorker puts into the store: prompts that a target reads, or features captured earlier."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
@@ -160,9 +159,7 @@ class FolderFeed(Feed):
         self.run_id = run_id
         self.card = source.card
         self._vocab_size = vocab_size
-        self.sizes = [
-            sum(math.prod(spec.shape) * DTYPE_BYTES[spec.dtype] for spec in ref.features.values()) for ref in source.refs
-        ]
+        self.sizes = [ref.num_bytes for ref in source.refs]
 
     def capture(self, seqs: Sequence[int], attempt: int, wanted: Collection[int]) -> Iterator[CapturedSample]:
         """Read the files of those that are wanted."""

@@ -33,7 +33,6 @@ CREATE TABLE IF NOT EXISTS samples (
 CREATE INDEX IF NOT EXISTS samples_by_state ON samples (state, seq);
 CREATE TABLE IF NOT EXISTS parts (name TEXT PRIMARY KEY, part TEXT);
 """
-IN_LIST = "seq IN (SELECT value FROM json_each(?))"
 
 
 COLUMNS = ", ".join(Sample._fields)
@@ -114,12 +113,9 @@ class LedgerTables:
 
     def first_open(self, now: float) -> int | None:
         """The lowest seq that is wanted again, or whose lease expired."""
-        row = self.db.execute(
-            "SELECT MIN(seq) FROM (SELECT MIN(seq) AS seq FROM samples WHERE state = 'wanted' UNION ALL "
-            "SELECT MIN(seq) FROM samples WHERE state = 'leased' AND expires < ?)",
-            (now,),
-        ).fetchone()
-        return row[0]
+        return self.db.execute(
+            "SELECT MIN(seq) FROM samples WHERE state IN ('wanted', 'leased') AND expires < ?", (now,)
+        ).fetchone()[0]
 
     def samples(self, seqs: Sequence[int]) -> dict[int, Sample]:
         """The rows of consecutive seqs, where there are any."""
@@ -136,7 +132,7 @@ class LedgerTables:
     def drop(self, seqs: Iterable[int]) -> None:
         """Remove rows and what they reserved."""
         freed = self.db.execute(
-            f"DELETE FROM samples WHERE {IN_LIST} RETURNING bytes", (json.dumps(list(seqs)),)
+            "DELETE FROM samples WHERE seq IN (SELECT value FROM json_each(?)) RETURNING bytes", (json.dumps(list(seqs)),)
         ).fetchall()
         if freed:
             self.add(bytes_in_flight=-sum(size for (size,) in freed), refs_in_flight=-len(freed))

@@ -7,9 +7,9 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 
 from lightning_dataflow.cli.hydra_command import command
+from lightning_dataflow.config.files import read_secret
 from lightning_dataflow.config.parsing import quoted
 from lightning_dataflow.config.schema import TrainConfig
-from lightning_dataflow.config.secrets import read_secret
 from lightning_dataflow.contracts import UserError
 
 

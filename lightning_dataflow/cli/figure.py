@@ -25,7 +25,7 @@ def draw_result(result_file: Path, figure_file: Path) -> bool:
     figure, (loss_axes, *axes) = _panels(1 + bool(evaluations) + (len(evaluations) > 2))
     loss_axes.plot(range(1, len(result["losses"]) + 1), result["losses"])
     loss_axes.set(xlabel="optimizer step", ylabel="loss", title=f"{result['strategy']} training loss")
-    _whole_steps(loss_axes)
+    loss_axes.xaxis.get_major_locator().set_params(integer=True)
     if evaluations:
         shown = [evaluations[0], evaluations[-1]] if len(evaluations) > 1 else evaluations
         _by_position(axes[0], shown, "held-out prompts, real decoding")
@@ -76,12 +76,6 @@ def _by_step(axes: Any, evaluations: Sequence[dict[str, Any]]) -> None:
         shares = [evaluation["acceptance_per_position"][position] for evaluation in evaluations]
         axes.plot(steps, shares, marker="o", markersize=3, label=f"position {position + 1}")
     axes.set(xlabel="optimizer step", ylabel="share of drafts accepted", title="by checkpoint")
-    _whole_steps(axes)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylim(0, 1)
     axes.legend(fontsize="small")
-
-
-def _whole_steps(axes: Any) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -117,17 +117,11 @@ def _conclude(builder: "Builder", trainer: "L.Trainer", run_dir: Path) -> None:
     """End a run that was killed between its last checkpoint and its end: with nothing to train, Lightning calls no hook."""
     builder.data.start(resumed=True)
     builder.data.close("completed")
-    if not _is_complete(run_dir / "result.json", trainer.global_step):
+    path = run_dir / "result.json"
+    result = json.loads(path.read_text()) if path.is_file() else {"status": None}
+    if result["status"] != "completed" or result["optimizer_steps"] != trainer.global_step:
         builder.result_writer.on_train_start(trainer, builder.module)
         builder.result_writer.on_fit_end(trainer, builder.module)
-
-
-def _is_complete(path: Path, num_steps: int) -> bool:
-    """Whether `path` is the result of a run that came to its end at this step."""
-    if not path.is_file():
-        return False
-    result = json.loads(path.read_text())
-    return (result["status"], result["optimizer_steps"]) == ("completed", num_steps)
 
 
 def _show_result(run_dir: Path) -> None:

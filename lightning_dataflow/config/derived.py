@@ -1,7 +1,5 @@
 """What follows from the settings."""
 
-from pathlib import Path
-
 from lightning_dataflow.config.schema import StoreConfig, TopologyConfig, TrainConfig
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.control.leases import Watermarks
@@ -14,11 +12,6 @@ UNLIMITED_BYTES = 1 << 40
 def is_disaggregated(config: TrainConfig) -> bool:
     """Whether producers and trainers are processes of their own."""
     return config.topology.name.startswith("disagg_")
-
-
-def shared_dir_root(store: StoreConfig, channel_path: str) -> str | Path:
-    """The folder of store=shared_dir of a disaggregated run."""
-    return store.root or Path(channel_path) / "features"
 
 
 def watermarks(topology: TopologyConfig, store: StoreConfig) -> Watermarks:

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,7 @@ class Draft:
         return int(match[1]) if match else None
 
 
-def evaluate(config: TrainConfig, settings: dict[str, Any]) -> None:
+def evaluate(config: TrainConfig) -> None:
     """Decode prompts with every draft, print a table, and write JSON and a figure if asked to.
 
     If a draft fails, the table and the JSON hold what was measured before.
@@ -55,13 +55,13 @@ def evaluate(config: TrainConfig, settings: dict[str, Any]) -> None:
     )
     drafts = find_drafts(config)
     output = None if options.output is None else _output_file(options.output)
-    parts = Builder(config, settings)
+    parts = Builder(config)
     measurements: list[dict[str, Any]] = []
     try:
         with parts.resources:
             judge = JUDGES[options.backend](parts, decoding)
             prompts = _read_prompts(parts, judge.room)
-            used = settings["evaluate"] | {"seed": config.seed}
+            used = asdict(options) | {"seed": config.seed}
             used = {name: value for name, value in used.items() if name not in ("every_n_steps", *judge.unused)}
             for number, draft in enumerate(drafts, start=1):
                 report = judge.measure(draft.path, prompts)

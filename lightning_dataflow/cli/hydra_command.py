@@ -18,7 +18,7 @@ from omegaconf import DictConfig, read_write
 
 from lightning_dataflow.config.conditions import drop_conditions
 from lightning_dataflow.config.derived import is_disaggregated
-from lightning_dataflow.config.parsing import check_choices, parse_config, plain_settings, register_settings
+from lightning_dataflow.config.parsing import check_choices, parse_config, register_settings
 from lightning_dataflow.config.schema import TrainConfig
 from lightning_dataflow.contracts import CapacityError, NotFiniteError, PeerFailedError, PeerTimeoutError, UserError
 from lightning_dataflow.contracts.errors import BAD_SETTINGS, INTERRUPTED, RETRYABLE, TERMINATED
@@ -31,7 +31,7 @@ EXPLAINED_ERRORS = (UserError, CapacityError, PermissionError, PeerFailedError, 
 MISCONFIGURATION = "MisconfigurationException"
 """Lightning's error for wrong settings."""
 
-Command = Callable[[TrainConfig, dict[str, Any]], Any]
+Command = Callable[[TrainConfig], Any]
 
 
 class ClaimRun(Callback):
@@ -67,7 +67,7 @@ class ClaimRun(Callback):
 
 
 def command(function: Command, *, keeps_folder: bool = True, owns_folder: bool = False) -> Callable[[], None]:
-    """Make a Hydra command of `function(config, settings)`: typed configuration, and the same as plain containers.
+    """Make a Hydra command of a function that takes the typed configuration.
 
     Args:
         keeps_folder: keep Hydra's output folder even if nothing was written into it.
@@ -81,7 +81,7 @@ def command(function: Command, *, keeps_folder: bool = True, owns_folder: bool =
             drop_conditions(config)
             parsed = parse_config(config)
             _check_run_name(parsed)
-            return function(parsed, plain_settings(config))
+            return function(parsed)
         except BaseException as error:
             _exit(error, config.role)
         finally:

@@ -4,7 +4,7 @@ import json
 import os
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning_dataflow.cli.hydra_command import command, is_multirun, job_arguments
 from lightning_dataflow.cli.sweep import run_job
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lightning_dataflow.run.builder import Builder
 
 
-def run(config: TrainConfig, settings: dict[str, Any]) -> float | None:
+def run(config: TrainConfig) -> float | None:
     """The part of a run that this process is: all of it, a supervisor, a producer, or a trainer.
 
     In a multirun, a job of its own; returns what a sweeper optimises.
@@ -35,7 +35,7 @@ def run(config: TrainConfig, settings: dict[str, Any]) -> float | None:
     if is_multirun():
         return run_job(job_arguments(), Path(config.run_dir), config.sweep_metric)
     if config.role == "producer":
-        produce(config, settings)
+        produce(config)
         return None
     from lightning_dataflow.run.trainer import check_arguments
 
@@ -47,21 +47,21 @@ def run(config: TrainConfig, settings: dict[str, Any]) -> float | None:
         resolve_checkpoint(config.ckpt_path, Path(config.run_dir), quiet=True)  # the trainer logs what it skips
         supervise(config, job_arguments())
     else:
-        train(config, settings)
+        train(config)
     return None
 
 
-def produce(config: TrainConfig, settings: dict[str, Any]) -> None:
+def produce(config: TrainConfig) -> None:
     """Capture for a trainer elsewhere."""
     from lightning_dataflow.run import producer
     from lightning_dataflow.run.builder import Builder
 
-    builder = Builder(config, settings)
+    builder = Builder(config)
     with builder.resources:
         producer.produce(builder.workers(f"producer-{socket.gethostname()}-{os.getpid()}"))
 
 
-def train(config: TrainConfig, settings: dict[str, Any]) -> None:
+def train(config: TrainConfig) -> None:
     """Train a draft, write `result.json`, a figure and a last checkpoint to the run folder."""
     from lightning import seed_everything
 
@@ -72,7 +72,7 @@ def train(config: TrainConfig, settings: dict[str, Any]) -> None:
     checkpoint = resolve_checkpoint(config.ckpt_path, run_dir)
     if checkpoint is not None:
         invalidate_later_checkpoints(Path(checkpoint), run_dir)
-    builder = Builder(config, settings)
+    builder = Builder(config)
     with builder.resources:
         _train(builder, checkpoint, run_dir)
 

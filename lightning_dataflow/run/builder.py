@@ -3,8 +3,9 @@
 import atexit
 import importlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -51,15 +52,13 @@ class Builder:
 
     Args:
         config: checked.
-        settings: the same as plain containers, for `result.json`.
 
     Attributes:
         resources: what the process has to close when it ends.
     """
 
-    def __init__(self, config: TrainConfig, settings: Mapping[str, Any]):
+    def __init__(self, config: TrainConfig):
         self.config = config
-        self.settings = settings
         self.resources = ExitStack()
         atexit.register(self.resources.close)  # for commands that do not close them earlier
         if config.num_threads is not None:
@@ -222,8 +221,8 @@ class Builder:
 
     @cached_property
     def result_writer(self) -> ResultWriter:
-        """Writes `result.json` to the run's folder."""
-        return ResultWriter(self.config.run_dir, self.settings)
+        """Writes `result.json`, with the settings: they hold no secrets, only the names of files that do."""
+        return ResultWriter(self.config.run_dir, asdict(self.config))
 
     @cached_property
     def trainer(self) -> L.Trainer:

@@ -51,7 +51,8 @@ def claim(folder: Path, remedy: str) -> None:
             return os.close(file)
         if time.monotonic() > deadline:
             os.close(file)
-            raise UserError(f"{folder} is in use by {_describe(owner)}: {remedy}")
+            whose = "process {pid} on {host} since {since}".format(**owner) if owner else "another process"
+            raise UserError(f"{folder} is in use by {whose}: {remedy}")
         time.sleep(POLL_S)
     _write_owner(file)
     _claims[path] = file
@@ -88,10 +89,6 @@ def _read_owner(file: int) -> dict[str, Any]:
         return json.loads(os.pread(file, 4096, 0))
     except ValueError:
         return {}
-
-
-def _describe(owner: dict[str, Any]) -> str:
-    return "process {pid} on {host} since {since}".format(**owner) if owner else "another process"
 
 
 def _release_in_child() -> None:

@@ -203,5 +203,3 @@ class Watch:
         for producer in wait_for_end(self.producers, PRODUCERS_END_S):
             log.warning("%s did not end within %.0f s of the trainer's end: killed", producer.name, PRODUCERS_END_S)
             producer.kill()
-        for process in (*self.producers, self.trainer):
-            process.drain()

@@ -123,7 +123,7 @@ def read(place: Place, rank: int, options: argparse.Namespace, meeting: Meeting,
     for seq in range(0, options.refs // options.window * options.window, options.window):
         mine = range(seq + rank * share, seq + (rank + 1) * share)
         found = queue.get(range(seq, seq + options.window), mine)
-        assert len(found.entries) == share
+        assert len(found.refs) == share
         meeting.wait(rank)
         queue.ack(seq + options.window)
         if rank == 0:

@@ -84,7 +84,7 @@ def leased(answer: Lease | NoLease) -> Lease | None:
 
 
 def begin(plane: ControlPlane, start: int = 0, stop: int = 100, window: int = 4) -> None:
-    plane.ledger.begin(RunPlan(start=start, stop=stop, window=window), published={}, wanted={}, frontier=start)
+    plane.ledger.begin(RunPlan(start=start, stop=stop, window=window), {}, frontier=start)
 
 
 def forked(function: Callable[..., None], *arguments: Any) -> Any:

@@ -70,4 +70,6 @@ def make_worker(plane: ControlPlane, store: FeatureStore, feed: Feed | None = No
 
 
 def make_source(plane: ControlPlane, store: FeatureStore, **options: Any) -> StreamingSource:
-    return StreamingSource(plane, store, **{"start_timeout_s": 1.0, "idle_timeout_s": 5.0} | options)
+    source = StreamingSource(plane, store, **{"start_timeout_s": 1.0, "idle_timeout_s": 5.0} | options)
+    source.order = ORDER
+    return source

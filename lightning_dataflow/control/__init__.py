@@ -1,6 +1,6 @@
 """The control plane: leases, commits, acknowledgements and backpressure. Nothing here carries a tensor."""
 
-from lightning_dataflow.control.leases import MAX_ATTEMPTS, CommitEntry, Lease, NoLease, RunPlan, Watermarks
+from lightning_dataflow.control.leases import MAX_ATTEMPTS, CommitEntry, Lease, NoLease, RunPlan, Sample, Watermarks
 from lightning_dataflow.control.ledger import MetadataStore
 from lightning_dataflow.control.local.ledger import SqliteMetadataStore
 from lightning_dataflow.control.noop import NoOpMetadataStore
@@ -18,6 +18,7 @@ __all__ = [
     "Reconciliation",
     "RedisMetadataStore",
     "RunPlan",
+    "Sample",
     "SqliteMetadataStore",
     "Watermarks",
     "reconcile_on_restart",

@@ -67,7 +67,7 @@ class DataFlowDataModule(L.LightningDataModule):
             row_tokens=row_tokens,
             rows_per_step=rows_per_step,
         )
-        self.order = PassOrder(len(source), seed)
+        self.source.order = PassOrder(len(source), seed)
         self.collate = collate
         self.prefetch_windows = prefetch_windows
         self.run_id = run_id
@@ -96,7 +96,6 @@ class DataFlowDataModule(L.LightningDataModule):
         self.wait_seconds = 0.0
         trainer = self.trainer
         assert trainer is not None, "a fit has a trainer"
-        self.source.check_order(self.order)
         self.source.resumable = bool(trainer.checkpoint_callbacks)
         window = self.batching.global_batch_size
         stop = self.next_seq + (trainer.max_steps - trainer.global_step) * window
@@ -125,7 +124,7 @@ class DataFlowDataModule(L.LightningDataModule):
         A DataFlowTrainer calls this itself. For other Trainers, StreamCursor does at the next batch.
         """
         if self._saved_seq is not None:
-            frees_now = self._reader is not None and self.source.release_at == "durable"
+            frees_now = self.source.release_at == "durable" and self._reader is not None
             freed = self._reader.release(self._saved_seq) if frees_now and self._reader else []
             self.source.durable(self._saved_seq, global_step, freed)
             self._saved_seq = None
@@ -140,7 +139,7 @@ class DataFlowDataModule(L.LightningDataModule):
 
     def num_recaptured(self) -> int:
         """Samples that were captured again because their features were lost, since the run began."""
-        return self._recaptured_before + self.source.num_recaptured()
+        return self._recaptured_before + len(self.source.recaptured())
 
     def close(self, status: str) -> None:
         """End reading and free what was captured and not trained. Does nothing the second time."""
@@ -171,7 +170,7 @@ class DataFlowDataModule(L.LightningDataModule):
         return {
             "next_seq": self.next_seq,
             "skipped": {seq: reason for seq, reason in self.skipped().items() if seq < self.next_seq},
-            "recaptured": self._recaptured_before + self.source.num_recaptured(self.next_seq),
+            "recaptured": self._recaptured_before + sum(seq < self.next_seq for seq in self.source.recaptured()),
             "run_id": self.run_id,
             **self._identity(),
         }
@@ -199,7 +198,7 @@ class DataFlowDataModule(L.LightningDataModule):
     def _identity(self) -> dict[str, int | str | None]:
         return {
             "prompts": self.source.card.prompts_version,
-            "seed": self.order.seed,
+            "seed": self.source.order.seed,
             "global_batch_size": self.batching.global_batch_size,
             "row_tokens": self.batching.row_tokens,
             "rows_per_step": self.batching.rows_per_step,
@@ -211,7 +210,6 @@ class DataFlowDataModule(L.LightningDataModule):
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         reader = self._reader = WindowReader(
             source=self.source,
-            order=self.order,
             collate=self._collate,
             batching=self.batching,
             next_seq=self.next_seq,

@@ -15,7 +15,6 @@ from lightning_dataflow.contracts.old_refs import OLD_SCHEMA_VERSION, ref_from_o
 from lightning_dataflow.contracts.validation import check_schema
 from lightning_dataflow.control import resolve_control_plane
 from lightning_dataflow.data.source import FeatureCard, IndexedSource, RefWindow
-from lightning_dataflow.data.windows import PassOrder
 from lightning_dataflow.stores import SharedDirFeatureStore
 
 MANIFEST, REFS, COUNTS = "manifest.json", "refs.jsonl", "token_counts.safetensors"
@@ -51,24 +50,17 @@ class OfflineSource(IndexedSource):
                 f"{self.folder}/{REFS} lists {len(self.refs)} samples, {MANIFEST} says {num_samples}: "
                 "the capture is damaged, run it again"
             )
-
-    def __len__(self) -> int:
-        return len(self.refs)
+        self.source_ids = [ref.origin.source_id for ref in self.refs]
+        self.lengths = [ref.num_tokens for ref in self.refs]
 
     @property
     def num_bytes(self) -> int:
         """Payload of all samples."""
         return sum(ref.num_bytes for ref in self.refs)
 
-    def source_id(self, index: int) -> str:
-        return self.refs[index].origin.source_id
-
-    def num_tokens_of(self, index: int) -> int:
-        return self.refs[index].num_tokens
-
-    def window(self, seqs: range, share: Sequence[int], order: PassOrder) -> RefWindow:
+    def window(self, seqs: range, share: Sequence[int]) -> RefWindow:
         """The same ref in every pass."""
-        return self.make_window(seqs, {seq: self.refs[order.locate(seq)[0]] for seq in share}, order)
+        return self.make_window(seqs, {seq: self.refs[self.order.locate(seq)[0]] for seq in share})
 
     def discard(self, refs: Sequence[SampleRef]) -> None:
         """Keep the files for the next pass."""

@@ -96,8 +96,7 @@ def streaming_source(config: TrainConfig, plane: ControlPlane) -> StreamingSourc
     return StreamingSource(
         plane,
         shared_store(config, plane),
-        release_at=topology.release_at,  # type: ignore[arg-type]  # its choices are in the schema
-        watermarks=watermarks(topology, config.store),
+        durable_below=watermarks(topology, config.store) if topology.release_at == "durable" else None,
         **timeouts,
     )
 

@@ -1,5 +1,6 @@
 """A Mooncake of one run: a master and a storage process."""
 
+import ctypes
 import importlib.util
 import os
 import shutil
@@ -136,15 +137,14 @@ class LocalMooncake:
 
     def _warm(self) -> None:
         client = MooncakeClient(master_address=self.master_address, client_address=self.client_address)
-        block = client.memory.allocate(WARM_BLOCK)
+        block = client.lease(WARM_BLOCK)
         keys: list[str] = []
         size = WARM_BLOCK
         while size >= 1 << 16:
             keys.append(f"warm/{len(keys)}")
-            if client.put([keys[-1]], [block.address], [size])[0]:
+            if client.put([keys[-1]], [ctypes.addressof(block)], [size])[0]:
                 size //= 2
         client.remove(keys)
-        client.memory.free(block)
         client.close()
 
 

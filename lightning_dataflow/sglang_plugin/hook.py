@@ -162,7 +162,13 @@ def _capture(
 ) -> dict[str, Any]:
     token_ids = list(req.origin_input_ids)
     if request.loss_mask is None:
-        return {"server": description_to_json(server.describe(store.uri, dtype_name(output.last_hidden_states.dtype)))}
+        description = ServerDescription(
+            capture=server.capture,
+            dtype=dtype_name(output.last_hidden_states.dtype),
+            model_version=server.model_version,
+            uri=store.uri,
+        )
+        return {"server": description_to_json(description)}
     if len(rows) != len(token_ids):
         raise RuntimeError(
             f"the server computed {len(rows)} of the {len(token_ids)} tokens of {request.sample_id} in this pass (prefix "
@@ -204,20 +210,7 @@ class Server:
             )
         self.stores: ServerStores = read_settings()
         self.capture = CaptureSpec(layer_ids=tuple(sorted(layer_ids)), norm="post", hidden_size=model_config.hidden_size)
-        self.versions = model_fingerprint(folder), tokenizer_fingerprint(folder)
-
-    def describe(self, uri: str, dtype: str) -> ServerDescription:
-        """What clients are told about this server."""
-        import sglang
-
-        return ServerDescription(
-            capture=self.capture,
-            dtype=dtype,
-            model_version=self.versions[0],
-            tokenizer_version=self.versions[1],
-            uri=uri,
-            sglang=sglang.__version__,
-        )
+        self.model_version, self.tokenizer_version = model_fingerprint(folder), tokenizer_fingerprint(folder)
 
     def origin(self, request: CaptureRequest, num_tokens: int) -> SampleOrigin:
         """What the server knows about a sample; the client replaces the names by its own."""
@@ -227,8 +220,8 @@ class Server:
             source_task_id=request.sample_id,
             source_id=request.sample_id,
             capture=self.capture,
-            target_model_version=self.versions[0],
-            tokenizer_version=self.versions[1],
+            target_model_version=self.model_version,
+            tokenizer_version=self.tokenizer_version,
             num_tokens=num_tokens,
             attempt=request.attempt,
         )

@@ -62,10 +62,7 @@ class ServerDescription:
     capture: CaptureSpec
     dtype: str
     model_version: str
-    tokenizer_version: str
     uri: str
-    sglang: str
-    protocol: int = PROTOCOL
 
 
 def request_to_text(request: CaptureRequest) -> str:

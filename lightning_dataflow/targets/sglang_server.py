@@ -21,8 +21,7 @@ from lightning_dataflow.sglang_plugin.wire import HIDDEN_STATES, CaptureRequest,
 from lightning_dataflow.stores import FeatureStore
 from lightning_dataflow.targets.base import ReferenceEngine
 from lightning_dataflow.targets.info import read_target_info
-from lightning_dataflow.targets.sglang_answer import CaptureFailedError, ServerRefusalError
-from lightning_dataflow.targets.sglang_http import CaptureServer
+from lightning_dataflow.targets.sglang_http import CaptureFailedError, CaptureServer, ServerRefusalError
 from lightning_dataflow.targets.sglang_pool import Member, ServerPool
 
 PROBE_TIMEOUT_S = 10.0
@@ -157,18 +156,17 @@ class SGLangServerTarget(ReferenceEngine):
         return {feature: tensors[feature] for feature in self.features}
 
     def _check_servers(self) -> None:
-        for server in self.servers:
-            try:
-                self._check_server(server)
-            except PeerGoneError as error:
-                raise UserError(f"{error}: {start_advice(self.info.path, self.layer_ids)}") from error
+        for check, remedy in (
+            (self._check_server, start_advice(self.info.path, self.layer_ids)),
+            (self._check_store, "correct the server's file, or start what it names"),
+        ):
+            for server in self.servers:
+                try:
+                    check(server)
+                except PeerGoneError as error:
+                    raise UserError(f"{error}: {remedy}") from error
         longest = min(self.info.max_position_embeddings, *(server.max_tokens for server in self.servers))
         self.info = replace(self.info, max_position_embeddings=longest)
-        for server in self.servers:
-            try:
-                self._check_store(server)
-            except PeerGoneError as error:
-                raise UserError(f"{error}: correct the server's file, or start what it names") from error
 
     def _admit(self, server: CaptureServer) -> None:
         """Raise PeerGoneError or UserError unless a lost server is back and still the same."""

@@ -35,7 +35,7 @@ def test_a_producer_gives_its_leases_back_and_that_counts_against_no_prompt(fold
     with started(folder, *BY_HAND, "role=producer", SLOW, f"run_name={name}") as process:
         wait_until(lambda: "waiting for the trainer to begin" in process.shown(), 60, process.shown)
         plane = resolve_control_plane("disaggregated", name, path=folder / "runs" / name / "control")
-        plane.ledger.begin(RunPlan(start=0, stop=8, window=8), published={}, wanted={}, frontier=0)
+        plane.ledger.begin(RunPlan(start=0, stop=8, window=8), {}, frontier=0)
         wait_until(lambda: "capturing" in process.shown(), 20, process.shown)
         process.send_signal(number)
         assert process.wait(timeout=10) == code

@@ -11,11 +11,11 @@ from typing import Any
 
 from lightning_dataflow.contracts import PeerFailedError, UserError
 from lightning_dataflow.contracts.errors import TAKEN_OVER
-from lightning_dataflow.control.leases import MAX_ATTEMPTS, CommitEntry, Lease, NoLease, RunPlan, Watermarks
+from lightning_dataflow.control.leases import MAX_ATTEMPTS, CommitEntry, Lease, NoLease, RunPlan, Sample, Watermarks
 from lightning_dataflow.control.ledger import SILENT_S, MetadataStore
-from lightning_dataflow.control.local.tables import LedgerTables, Sample
+from lightning_dataflow.control.local.tables import LedgerTables
 from lightning_dataflow.control.log import StreamingRefChannel
-from lightning_dataflow.control.processes import ALIVE, FAILED, FATAL, this_process
+from lightning_dataflow.control.processes import this_process
 
 
 class SqliteMetadataStore(MetadataStore):
@@ -51,12 +51,7 @@ class SqliteMetadataStore(MetadataStore):
             self._tables.set(plan=None)
             return dict(self._tables.db.execute("SELECT seq, attempt FROM samples WHERE state = 'wanted'").fetchall())
 
-    def begin(
-        self, plan: RunPlan, *, published: Mapping[int, tuple[str, int]], wanted: Mapping[int, int], frontier: int
-    ) -> None:
-        samples = {seq: Sample("wanted", attempt) for seq, attempt in wanted.items()}
-        for seq, (generation, size) in published.items():
-            samples[seq] = Sample("published", _attempt(generation), size, generation=generation)
+    def begin(self, plan: RunPlan, samples: Mapping[int, Sample], frontier: int) -> None:
         with self._change():
             self._tables.db.execute("DELETE FROM samples")
             self._tables.put(samples)
@@ -111,14 +106,7 @@ class SqliteMetadataStore(MetadataStore):
                 "UPDATE samples SET expires = ? WHERE state = 'leased' AND worker = ?", (time.time() + lease_s, worker)
             )
 
-    def give_back(
-        self,
-        lease: Lease,
-        skips: Mapping[int, bytes],
-        log: StreamingRefChannel,
-        *,
-        counts: bool = True,
-    ) -> list[int]:
+    def give_back(self, lease: Lease, skips: Mapping[int, bytes], log: StreamingRefChannel, counts: bool) -> list[int]:
         with self._change():
             held = self._held(lease)
             given_up = [seq for seq, row in held.items() if not self._want(seq, row, counts)]
@@ -155,19 +143,6 @@ class SqliteMetadataStore(MetadataStore):
             was_asked_before = row.state != "published" or row.generation != generation
             return was_asked_before or self._want(seq, row)
 
-    def free(self, seqs: Iterable[int]) -> None:
-        with self._change():
-            self._tables.drop(seqs)
-
-    def ack(self, next_seq: int, global_step: int, freed: Iterable[int] = ()) -> None:
-        with self._change():
-            self._tables.drop(freed)
-            self._tables.set(trained_seq=next_seq, trained_step=global_step)
-
-    def ack_durable(self, next_seq: int, global_step: int) -> None:
-        with self._change():
-            self._tables.set(durable_seq=next_seq, durable_step=global_step)
-
     def count_wait(self) -> None:
         with self._change():
             self._tables.add(train_waits=1)
@@ -182,7 +157,7 @@ class SqliteMetadataStore(MetadataStore):
 
     def report(self, name: str, state: str, *, failed: bool = False, fatal: bool = False) -> None:
         with self._change():
-            self._tables.report(name, this_process(state, FATAL if fatal else FAILED if failed else ALIVE))
+            self._tables.report(name, this_process(state, failed=failed, fatal=fatal))
 
     def claim(self, name: str, state: str, before: tuple[str, int] | None) -> bool:
         with self._tables.transaction():
@@ -190,7 +165,7 @@ class SqliteMetadataStore(MetadataStore):
             last = None if text is None else json.loads(text)
             if before != (None if last is None else (last["host"], last["pid"])):
                 return False
-            me = this_process(state, ALIVE)
+            me = this_process(state)
             self.term = str(int(self._tables.get("term") or 0) + 1)
             claimed_by = f"process {me['pid']} on {me['host']}"
             self._tables.set(term=self.term, claimed_by=claimed_by, plan=None, finished=None, finished_at=None)
@@ -225,6 +200,11 @@ class SqliteMetadataStore(MetadataStore):
             return not fits and not lost
         return paused
 
+    def _update(self, totals: Mapping[str, int], freed: Iterable[int]) -> None:
+        with self._change():
+            self._tables.drop(freed)
+            self._tables.set(**totals)
+
     def _run_values(self) -> Mapping[str, Any]:
         return self._tables.run()
 
@@ -248,7 +228,3 @@ class SqliteMetadataStore(MetadataStore):
         self._tables.drop([seq])
         self._tables.add(given_up=1)
         return False
-
-
-def _attempt(generation: str) -> int:
-    return int(generation.partition("-")[0])

@@ -9,10 +9,11 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lightning_dataflow.contracts import SCHEMA_VERSION, PeerTimeoutError, UserError
 from lightning_dataflow.contracts.validation import check_schema
+from lightning_dataflow.control.leases import Sample
 from lightning_dataflow.control.ledger import TOTALS
 
 BUSY_TIMEOUT_S = 30.0
@@ -36,26 +37,6 @@ CREATE INDEX IF NOT EXISTS samples_by_state ON samples (state, seq);
 CREATE TABLE IF NOT EXISTS parts (name TEXT PRIMARY KEY, part TEXT);
 """
 IN_LIST = "seq IN (SELECT value FROM json_each(?))"
-
-
-class Sample(NamedTuple):
-    """A sample in flight.
-
-    Attributes:
-        state: leased, wanted or published.
-        tries: failures in this run; attempts also count those of earlier ones.
-        bytes: reserved, or published.
-        worker, expires: of a lease.
-        generation: of what is published.
-    """
-
-    state: str
-    attempt: int
-    bytes: int = 0
-    tries: int = 0
-    worker: str | None = None
-    expires: float = 0.0
-    generation: str | None = None
 
 
 COLUMNS = ", ".join(Sample._fields)

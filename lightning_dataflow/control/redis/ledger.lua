@@ -196,10 +196,9 @@ ops.want = function(seq, generation, most)
   return true
 end
 
--- totals: names and values to set
-ops.ack = function(totals, freed)
-  if #totals > 0 then
-    redis.call('HSET', TOTALS, unpack(totals))
+ops.update = function(totals, freed)
+  for name, value in pairs(totals) do
+    redis.call('HSET', TOTALS, name, value)
   end
   drop(freed)
   return true

@@ -1,9 +1,10 @@
 -- The ledger's operations on the run and its processes. PARTS: name → what a process said last, as JSON.
 
-local function forget_parts(silent_s)
+local function forget_parts(silent_s, and_failed)
   local oldest, flat = now() - silent_s, redis.call('HGETALL', PARTS)
   for i = 1, #flat, 2 do
-    if cjson.decode(flat[i + 1]).seen < oldest then
+    local part = cjson.decode(flat[i + 1])
+    if part.seen < oldest or (and_failed and part.failed) then
       redis.call('HDEL', PARTS, flat[i])
     end
   end
@@ -25,24 +26,16 @@ ops.fence = function()
   return wanted
 end
 
--- published: lists of seq, attempt, generation, bytes; wanted: of seq, attempt
-ops.begin = function(plan, start, step, frontier, silent_s, published, wanted)
+-- samples: lists of seq and row
+ops.begin = function(plan, start, step, frontier, silent_s, samples)
   forget_samples()
   local bytes = 0
-  for _, sample in ipairs(published) do
-    put(sample[1], {state = 'published', attempt = sample[2], tries = 0, bytes = sample[4], generation = sample[3]})
-    bytes = bytes + sample[4]
+  for _, sample in ipairs(samples) do
+    local seq, row = unpack(sample)
+    put(seq, row)
+    bytes = bytes + row.bytes
   end
-  for _, sample in ipairs(wanted) do
-    put(sample[1], {state = 'wanted', attempt = sample[2], tries = 0, bytes = 0})
-  end
-  local flat = redis.call('HGETALL', PARTS)
-  for i = 1, #flat, 2 do
-    if cjson.decode(flat[i + 1]).failed > 0 then
-      redis.call('HDEL', PARTS, flat[i])
-    end
-  end
-  forget_parts(silent_s)
+  forget_parts(silent_s, true)
   redis.call('HDEL', TOTALS, 'finished', 'finished_at')
   redis.call('HSET', TOTALS, 'plan', plan, 'frontier', frontier, 'bytes_in_flight', bytes, 'trained_seq', start,
     'trained_step', step, 'paused', 0)
@@ -63,7 +56,7 @@ ops.finish = function(status)
   return true
 end
 
--- part: host, pid, pids, state and failed
+-- part: host, pid, pids, state, failed and fatal
 ops.report = function(name, part)
   part.seen = now()
   if redis.call('HSET', PARTS, name, cjson.encode(part)) == 1 then

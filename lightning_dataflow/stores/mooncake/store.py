@@ -25,7 +25,7 @@ from lightning_dataflow.stores.mooncake.client import (
     TransientError,
 )
 from lightning_dataflow.stores.mooncake.generations import Generations, check_fits, refusal
-from lightning_dataflow.stores.mooncake.transfer import Staged, Transfer
+from lightning_dataflow.stores.mooncake.transfer import Staged, read, stage
 
 MAX_REMEMBERED_PUTS = 1 << 14
 
@@ -93,8 +93,7 @@ class MooncakeFeatureStore(FeatureStore):
             owner_timeout_s=owner_timeout_s,
             unavailable_timeout_s=unavailable_timeout_s,
         )
-        self._transfer = Transfer(self._client)
-        self._generations = Generations(self.store_id, self._client, self._transfer, self._admin)
+        self._generations = Generations(self.store_id, self._client, self._admin)
         self._leases = Leases()
         self._lock = threading.Lock()  # of _puts; never held while bytes move
         self._puts: dict[str, SampleRef] = {}  # the last put of a sample by this process
@@ -112,7 +111,7 @@ class MooncakeFeatureStore(FeatureStore):
             raise ValueError(f"{origin.sample_id} has only empty tensors: Mooncake cannot store 0 bytes")
         if self.capacity_bytes is not None:
             check_fits(draft, self.capacity_bytes)
-        staged = self._transfer.stage(draft, tensors)
+        staged = stage(self._client, draft, tensors)
         with self._lock:
             previous = self._puts.get(origin.sample_id)
         if origin.attempt:
@@ -207,7 +206,6 @@ class MooncakeFeatureStore(FeatureStore):
 
     def close(self) -> None:
         """Disconnect. Tensors that were read stay valid."""
-        self._transfer.close()
         self._client.close()
 
     def _store(self, draft: SampleRef, staged: Staged) -> SampleRef:
@@ -242,7 +240,7 @@ class MooncakeFeatureStore(FeatureStore):
         ]
 
     def _read(self, refs: Sequence[SampleRef]) -> list[Tensors | KeyError]:
-        results = self._transfer.read([self._generations.objects(ref) for ref in refs], refs)
+        results = read(self._client, [self._generations.objects(ref) for ref in refs], refs)
         valid = self._generations.are_valid(refs)  # after the bytes have landed; see the class
         return [
             result if is_valid or isinstance(result, KeyError) else KeyError(f"{_name(ref)} was freed or superseded")

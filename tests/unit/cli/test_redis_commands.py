@@ -20,7 +20,7 @@ def there(redis_server):
 def ledger(redis_run: RedisServer):
     RedisChannel(redis_run).announce({"run_id": redis_run.run_id})
     made = RedisMetadataStore(redis_run)
-    made.begin(RunPlan(start=0, stop=8, window=4), published={}, wanted={}, frontier=0)
+    made.begin(RunPlan(start=0, stop=8, window=4), {}, frontier=0)
     return made
 
 

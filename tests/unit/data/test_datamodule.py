@@ -30,7 +30,7 @@ def make(source, **options) -> DataFlowDataModule:
 def test_batches_of_a_window(online):
     data = make(online)
     first, second, third = take(data, 3)
-    lengths = [len(online.prompts[data.order.locate(seq)[0]].input_ids) for seq in range(8)]
+    lengths = [len(online.prompts[data.source.order.locate(seq)[0]].input_ids) for seq in range(8)]
     assert [one["window_num_tokens"] for one in (first, second, third)] == [sum(lengths[:4])] * 2 + [sum(lengths[4:])]
     assert [one["next_seq"] for one in (first, second, third)] == [4, 4, 8]
     assert first["input_ids"].shape == (2, max(lengths[:2]))
@@ -198,5 +198,5 @@ def test_captures_for_another_vocabulary(prompts, target, tmp_path):
 def test_a_capture_of_another_shape_never_reaches_the_store(prompts, target, online, monkeypatch):
     monkeypatch.setattr(target, "capture", lambda batch: [{"aux_hidden_states": torch.zeros(3, 192)}] * len(batch))
     with pytest.raises(ValueError, match=r"captured .* expected"):
-        online.window(range(1), range(1), PassOrder(len(online), 0))
+        make(online).source.window(range(1), range(1))
     assert online.store.health()["num_samples"] == 0

@@ -76,8 +76,7 @@ def test_what_is_no_request(text):
 
 def test_a_description_survives_the_way():
     spec = CaptureSpec(layer_ids=(1, 3), norm="post", hidden_size=64)
-    versions = {"model_version": "a", "tokenizer_version": "b", "sglang": "0.5.23"}
-    description = ServerDescription(capture=spec, dtype="bfloat16", uri="mooncake://run", **versions)
+    description = ServerDescription(capture=spec, dtype="bfloat16", uri="mooncake://run", model_version="a")
     assert description_from_json(json.loads(json.dumps(description_to_json(description)))) == description
     with pytest.raises(UserError, match="not the description of a capture server"):
         description_from_json({"capture": None})

@@ -32,7 +32,7 @@ from lightning_dataflow.sglang_plugin.wire import (
 )
 from lightning_dataflow.stores import MemoryFeatureStore
 from lightning_dataflow.targets import SGLangServerTarget, sglang_pool, sglang_server
-from lightning_dataflow.targets.sglang_answer import CaptureFailedError, ServerRefusalError
+from lightning_dataflow.targets.sglang_http import CaptureFailedError, ServerRefusalError
 from tests.conftest import LAYER_IDS
 from tests.unit.sglang_plugin.test_wire import RIGHT
 
@@ -75,8 +75,8 @@ class Server(ThreadingHTTPServer):
         request = request_from_text(body["sampling_params"]["custom_params"][PARAM], len(body["input_ids"]))
         info, spec = self.target.info, self.target.capture_spec
         if request.loss_mask is None:
-            versions = {"model_version": info.model_version, "tokenizer_version": info.tokenizer_version}
-            server = ServerDescription(capture=spec, dtype="float32", uri=self.store.uri, sglang="0.5.23", **versions)
+            version = info.model_version
+            server = ServerDescription(capture=spec, dtype="float32", uri=self.store.uri, model_version=version)
             return self.alter({"server": description_to_json(server)})
         self.num_captures += 1
         self.requests.append(request)
@@ -218,7 +218,7 @@ def test_a_server_that_comes_back_with_another_model(connect, servers):
     engine = connect(urls=[servers[0].url])
     lose(engine, servers[0])
     servers[0].alter = described(model_version="0" * 16)
-    with pytest.raises(PeerFailedError, match=r"no capture server is left: .* has other weights"):
+    with pytest.raises(PeerFailedError, match=r"no capture server has answered for \d+ s: .* has other weights"):
         ask(engine)
 
 
@@ -226,7 +226,9 @@ def test_all_gone(connect, servers):
     engine = connect()
     for server in servers:
         server.dead = True
-    with pytest.raises(PeerFailedError, match=r"no capture server is left: the server at http://.* does not answer.*; the"):
+    with pytest.raises(
+        PeerFailedError, match=r"no capture server has answered for \d+ s: the server at http://.* does not answer.*; the"
+    ):
         engine.capture(PROMPTS[:1])
 
 
@@ -405,7 +407,7 @@ def test_a_full_store_keeps_no_server_away(connect, servers, store):
 
 
 def test_what_may_have_been_stored_is_not_asked_of_another(connect, servers):
-    """Not over a kept connection either: the server may have died after it stored the features."""
+    """The server may have died after it stored the features."""
     engine = connect()
     for server in servers:
         server.rids.clear()
@@ -415,16 +417,8 @@ def test_what_may_have_been_stored_is_not_asked_of_another(connect, servers):
         with pytest.raises(PeerGoneError, match="does not answer"):
             ask(engine)
         assert [server.num_captures for server in servers] == before
-    with pytest.raises(PeerFailedError, match="no capture server is left"):
+    with pytest.raises(PeerFailedError, match="no capture server has answered for"):
         ask(engine)
-
-
-def test_a_connection_that_the_server_closed_meanwhile_is_no_loss(connect, servers, monkeypatch, caplog):
-    monkeypatch.setattr(Handler, "timeout", 0.1)
-    engine = connect(urls=[servers[0].url])
-    time.sleep(0.5)
-    ask(engine)
-    assert "lost" not in caplog.text
 
 
 def test_a_request_that_the_server_aborts(connect, servers, monkeypatch):
@@ -461,7 +455,7 @@ def test_a_server_that_comes_back_worse_stays_out_and_the_others_go_on(connect, 
     servers[1].dead = True
     with pytest.raises((PeerGoneError, PeerFailedError)):
         ask(engine)
-    with pytest.raises(PeerFailedError, match=f"no capture server is left: .*{reason}"):
+    with pytest.raises(PeerFailedError, match=f"no capture server has answered for .*{reason}"):
         ask(engine)
 
 
@@ -502,7 +496,7 @@ def test_servers_that_come_back_and_lose_everything_end_the_run(connect, servers
             if answer.get("ref", {}).get("origin", {}).get("sample_id") == "run:1"
             else answer
         )
-    with pytest.raises(PeerFailedError, match=r"no capture server answered for \d+ s: .*it flaps"):
+    with pytest.raises(PeerFailedError, match=r"no capture server has answered for \d+ s: .*it flaps"):
         for _ in range(20):
             with suppress(PeerGoneError):
                 ask(engine)

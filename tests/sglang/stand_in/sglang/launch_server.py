@@ -77,9 +77,7 @@ class Handler(BaseHTTPRequestHandler):
                 capture=spec,
                 dtype=self.target.dtype,
                 model_version=info.model_version,
-                tokenizer_version=info.tokenizer_version,
                 uri=store.uri,
-                sglang="0.5.23",
             )
             return {"server": description_to_json(server)}
         tensors = {

@@ -39,7 +39,7 @@ def test_a_log_that_cannot_be_written_undoes_what_goes_with_it(tmp_path, failing
     with pytest.raises(OSError, match="No space left"):
         ledger.commit(found, captured, failing_log)
     with pytest.raises(OSError, match="No space left"):
-        ledger.give_back(tried_twice, dict.fromkeys(tried_twice.wanted, b""), failing_log)
+        ledger.give_back(tried_twice, dict.fromkeys(tried_twice.wanted, b""), failing_log, True)
     assert ledger.status()["published"] == ledger.status()["given_up"] == 0
     ledger.commit(found, captured, FileChannel(tmp_path))
     assert ledger.status()["published"] == 4

@@ -104,7 +104,7 @@ def test_who_died_long_ago_is_forgotten(own):
     ledger, asks = begun(log.server), RedisServer(server.where, "run")
     for index in range(50):
         asks.ask("HSET", asks.key("clients"), f"dead-{index}", "3 1000 true")
-        part = {"host": "h", "pid": index, "pids": "p", "seen": 1000.0, "state": "capturing", "failed": index % 2}
+        part = {"host": "h", "pid": index, "pids": "p", "seen": 1000.0, "state": "capturing", "failed": index % 2 == 1}
         asks.ask("HSET", asks.key("parts"), f"producer-{index}", json.dumps(part))
         leased = ledger.lease(f"producer-{index}", group=4, num_bytes=lambda seq: 8, watermarks=WIDE, lease_s=-1)
         assert leased.seqs == (0, 1, 2, 3)

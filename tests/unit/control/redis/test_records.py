@@ -14,7 +14,7 @@ def plane(redis_run) -> ControlPlane:
     log = RedisChannel(redis_run)
     log.announce({"run_id": "run"})
     ledger = RedisMetadataStore(redis_run)
-    ledger.begin(RunPlan(start=0, stop=200, window=4), published={}, wanted={}, frontier=0)
+    ledger.begin(RunPlan(start=0, stop=200, window=4), {}, frontier=0)
     return ControlPlane(run_id="run", ledger=ledger, channel=log)
 
 

@@ -17,7 +17,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, read_write
 
 from lightning_dataflow.config.conditions import drop_conditions
-from lightning_dataflow.config.derived import is_disaggregated
 from lightning_dataflow.config.parsing import check_choices, parse_config, register_settings
 from lightning_dataflow.config.schema import TrainConfig
 from lightning_dataflow.contracts import CapacityError, NotFiniteError, PeerFailedError, PeerTimeoutError, UserError
@@ -26,12 +25,8 @@ from lightning_dataflow.run.claim import claim
 from lightning_dataflow.run.ranks import rank_from_environment
 from lightning_dataflow.run.signals import Terminated, signals_interrupt
 
-EXPLAINED_ERRORS = (UserError, CapacityError, PermissionError, PeerFailedError, PeerTimeoutError)
-"""Their messages say all there is to say; other errors show a traceback."""
 MISCONFIGURATION = "MisconfigurationException"
 """Lightning's error for wrong settings."""
-
-Command = Callable[[TrainConfig], Any]
 
 
 class ClaimRun(Callback):
@@ -66,7 +61,9 @@ class ClaimRun(Callback):
             _exit(error, config.role)
 
 
-def command(function: Command, *, keeps_folder: bool = True, owns_folder: bool = False) -> Callable[[], None]:
+def command(
+    function: Callable[[TrainConfig], Any], *, keeps_folder: bool = True, owns_folder: bool = False
+) -> Callable[[], None]:
     """Make a Hydra command of a function that takes the typed configuration.
 
     Args:
@@ -117,8 +114,8 @@ def _exit(error: BaseException, role: str) -> NoReturn:
 
 
 def _is_explained(error: BaseException) -> bool:
-    """Whether the message says all there is to say."""
-    if isinstance(error, EXPLAINED_ERRORS):
+    """Whether the message says all there is to say; other errors show a traceback."""
+    if isinstance(error, UserError | CapacityError | PermissionError | PeerFailedError | PeerTimeoutError):
         return True
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
@@ -162,7 +159,7 @@ def _check_run_name(config: TrainConfig) -> None:
         raise UserError(f"ranks started {launcher} need one name for their run: add run_name=…")
     if not named and config.role != "auto":
         raise UserError(f"role={config.role} runs one process of a larger run: add run_name=…, the same for every process")
-    if launched and config.role == "auto" and is_disaggregated(config):
+    if launched and config.role == "auto" and config.topology.is_disaggregated:
         raise UserError(
             "torchrun or SLURM starts trainers, each of which would start a run of its own: add role=trainer, and start "
             "producers with role=producer"

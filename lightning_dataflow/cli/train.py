@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from lightning_dataflow.cli.hydra_command import command, is_multirun, job_arguments
 from lightning_dataflow.cli.sweep import run_job
-from lightning_dataflow.config.derived import is_disaggregated
 from lightning_dataflow.config.rules import check_topology, check_training
 from lightning_dataflow.config.schema import TrainConfig
 from lightning_dataflow.contracts import NotFiniteError, UserError
@@ -41,7 +40,7 @@ def run(config: TrainConfig) -> float | None:
 
     check_training(config)
     check_arguments(config.trainer)
-    if config.role == "auto" and is_disaggregated(config):
+    if config.role == "auto" and config.topology.is_disaggregated:
         from lightning_dataflow.supervise.supervisor import supervise
 
         resolve_checkpoint(config.ckpt_path, Path(config.run_dir), quiet=True)  # the trainer logs what it skips

@@ -3,6 +3,7 @@
 import atexit
 import importlib
 import logging
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
@@ -16,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_dataflow.callbacks import ResultWriter, RunMetrics, StreamCursor
 from lightning_dataflow.callbacks.progress import PlainProgress
-from lightning_dataflow.config.derived import is_disaggregated
 from lightning_dataflow.config.files import read_file, read_secret, read_skip_ids
 from lightning_dataflow.config.run_id import run_id
 from lightning_dataflow.config.schema import TrainConfig
@@ -27,7 +27,6 @@ from lightning_dataflow.data.offline import is_captured
 from lightning_dataflow.producers import Feed, FolderFeed, PromptFeed, RolloutWorker, ServedFeed, capture_to_folder
 from lightning_dataflow.prompts import PromptDataset, load_prompts
 from lightning_dataflow.run.claim import claim
-from lightning_dataflow.run.progress import log_progress
 from lightning_dataflow.run.ranks import first_rank_does, num_processes
 from lightning_dataflow.run.streams import (
     colocated_source,
@@ -45,6 +44,10 @@ from lightning_dataflow.strategies.registry import resolve_strategy
 from lightning_dataflow.targets import HFTargetEngine, ReferenceEngine, TargetEngine, load_tokenizer
 from lightning_dataflow.targets.base import HIDDEN_STATES
 from lightning_dataflow.targets.tiny import write_tiny_conversations, write_tiny_target
+
+log = logging.getLogger(__name__)
+
+PROGRESS_S = 10.0
 
 
 class Builder:
@@ -147,7 +150,7 @@ class Builder:
     @cached_property
     def source(self) -> RefSource:
         """Where the trainer's references come from, by topology."""
-        if is_disaggregated(self.config):
+        if self.config.topology.is_disaggregated:
             streaming = streaming_source(self.config, self.plane)
             self._check_prompts(streaming.card, streaming.plane.log.name)
             return streaming
@@ -167,12 +170,12 @@ class Builder:
         return folder
 
     def _captured_folder(self) -> str | None:
-        return self.config.topology.features if is_disaggregated(self.config) else self.config.store.root
+        return self.config.topology.features if self.config.topology.is_disaggregated else self.config.store.root
 
     def capture_once(self, folder: Path) -> None:
         """Capture into `folder`, unless that is done; every rank but the first waits for it."""
         config = self.config
-        guarded = not is_disaggregated(config)  # otherwise the settings of the store are those of the shared one
+        guarded = not config.topology.is_disaggregated  # otherwise the settings of the store are those of the shared one
 
         def capture() -> None:
             claim(folder, "wait for it, or choose another store.root")
@@ -186,7 +189,7 @@ class Builder:
                 capture_batch_size=config.target.capture_batch_size,
                 capacity_bytes=config.store.capacity_bytes if guarded else None,
                 secret=read_secret(config.store) if guarded else None,
-                progress=log_progress("captured"),
+                progress=_log_progress(),
             )
 
         first_rank_does(capture, lambda: is_captured(folder), f"features in {folder}")
@@ -257,6 +260,19 @@ class Builder:
 
     def _acceptance_arguments(self) -> tuple[Callable[[], HFTargetEngine], list[Sequence[int]]]:
         return lambda: self.evaluation_target, [prompt.question for prompt in self.prompts[1]]
+
+
+def _log_progress() -> Callable[[int, int], None]:
+    """A callback for (done, total) that logs now and then, and at the end."""
+    last = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last > PROGRESS_S:
+            last = time.monotonic()
+            log.info("captured %d/%d", done, total)
+
+    return report
 
 
 def _import(modules: Sequence[str]) -> None:

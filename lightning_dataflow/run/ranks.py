@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts.waiting import wait_until
 
 log = logging.getLogger(__name__)
 
@@ -67,11 +68,8 @@ def first_rank_does(work: Callable[[], None], is_done: Callable[[], bool], what:
         work()
         return
     log.info("waiting for rank 0 to finish %s, at most %.0f s", what, TIMEOUT_S)
-    deadline = time.monotonic() + TIMEOUT_S
-    while not is_done():
-        if time.monotonic() > deadline:
-            raise UserError(f"waited {TIMEOUT_S:.0f} s for rank 0 to finish {what}: see rank 0's messages")
-        time.sleep(POLL_S)
+    if not wait_until(is_done, TIMEOUT_S, POLL_S):
+        raise UserError(f"waited {TIMEOUT_S:.0f} s for rank 0 to finish {what}: see rank 0's messages")
 
 
 def leave_process_group() -> None:

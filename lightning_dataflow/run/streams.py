@@ -5,8 +5,8 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-from lightning_dataflow.config.derived import watermarks
 from lightning_dataflow.config.files import read_secret, redis_address
+from lightning_dataflow.config.rules import watermarks
 from lightning_dataflow.config.run_id import run_id
 from lightning_dataflow.config.schema import TrainConfig
 from lightning_dataflow.control import ControlPlane, resolve_control_plane
@@ -20,12 +20,8 @@ from lightning_dataflow.sglang_plugin.settings import ARGUMENTS, KNOWN
 from lightning_dataflow.stores import FeatureStore, MemoryFeatureStore, MooncakeFeatureStore, SharedDirFeatureStore
 from lightning_dataflow.targets import TargetEngine
 
-MODES: dict[str, DeploymentMode] = {
-    "noop": "local_colocated",
-    "memory": "dataflow_colocated",
-    "sqlite": "disaggregated",
-    "redis": "disaggregated",
-}
+MODES: dict[str, DeploymentMode] = {"noop": "local_colocated", "memory": "dataflow_colocated"}
+"""Of ledgers that one process has for itself."""
 
 
 def control_plane(config: TrainConfig, *, patience_s: float = PATIENCE_S) -> ControlPlane:
@@ -34,14 +30,11 @@ def control_plane(config: TrainConfig, *, patience_s: float = PATIENCE_S) -> Con
     Args:
         patience_s: how long to wait for a Redis that does not answer.
     """
-    mode, name = MODES[config.control.kind], run_id(config.run_name)
-    path = Path(config.channel.path)
-    if config.channel.kind == "redis":
-        address = redis_address(config.channel, "channel.secret_file")
-        return resolve_control_plane(mode, name, redis=address, patience_s=patience_s)
+    mode, path = MODES.get(config.control.kind, "disaggregated"), Path(config.channel.path)
+    redis = redis_address(config.channel, "channel.secret_file") if config.channel.kind == "redis" else None
     if mode == "dataflow_colocated":
         path = path / f"rank-{rank_from_environment(num_devices(config.trainer))}"
-    return resolve_control_plane(mode, name, path=path)
+    return resolve_control_plane(mode, run_id(config.run_name), path=path, redis=redis, patience_s=patience_s)
 
 
 def store_id(plane: ControlPlane) -> str:
@@ -79,7 +72,7 @@ def colocated_source(config: TrainConfig, prompts: PromptDataset, target: Target
         target,
         plane,
         store,
-        watermarks(config.topology, config.store),
+        watermarks(config),
         seed=config.seed,
         capture_batch_size=group,
         threaded=config.topology.name == "interleaved",
@@ -96,7 +89,7 @@ def streaming_source(config: TrainConfig, plane: ControlPlane) -> StreamingSourc
     return StreamingSource(
         plane,
         shared_store(config, plane),
-        durable_below=watermarks(topology, config.store) if topology.release_at == "durable" else None,
+        durable_below=watermarks(config) if topology.release_at == "durable" else None,
         **timeouts,
     )
 
@@ -127,7 +120,7 @@ def make_workers(
                 feed,
                 own_plane,
                 store,
-                watermarks(config.topology, config.store),
+                watermarks(config),
                 group=config.target.capture_batch_size,
                 lease_s=config.topology.lease_s,
                 peer_timeout_s=config.topology.start_timeout_s,

@@ -97,7 +97,9 @@ class Watch:
                 if status is not None:
                     self._on_trainer_death()
             time.sleep(POLL_S)
-        self._wait_for_producers()
+        for producer in wait_for_end(self.producers, PRODUCERS_END_S):
+            log.warning("%s did not end within %.0f s of the trainer's end: killed", producer.name, PRODUCERS_END_S)
+            producer.kill()
 
     def describe(self) -> str:
         """Status text for the supervisor's heartbeat."""
@@ -145,7 +147,10 @@ class Watch:
                 self._on_producer_death(producer)
             elif self._ask_ledger(lambda: self.ledger.finished(since=self._trainer_started) is None):
                 producer.start()  # it ended with an earlier trainer
-        self._end_leases()
+        with suppress(PeerTimeoutError):  # later, if the ledger does not answer
+            while self._dead_pids:
+                end_leases(self.ledger, self._dead_pids[0])
+                self._dead_pids.pop(0)
 
     def _on_producer_death(self, producer: ManagedProcess) -> None:
         self._dead_pids.append(producer.process.pid)
@@ -190,16 +195,3 @@ class Watch:
             return None
         self._ledger_away_since = None
         return answer
-
-    def _end_leases(self) -> None:
-        """End those of dead producers; later, if the ledger does not answer."""
-        with suppress(PeerTimeoutError):
-            while self._dead_pids:
-                end_leases(self.ledger, self._dead_pids[0])
-                self._dead_pids.pop(0)
-
-    def _wait_for_producers(self) -> None:
-        """Wait for the producers to exit, and kill those that do not."""
-        for producer in wait_for_end(self.producers, PRODUCERS_END_S):
-            log.warning("%s did not end within %.0f s of the trainer's end: killed", producer.name, PRODUCERS_END_S)
-            producer.kill()

@@ -5,12 +5,12 @@ import logging
 import os
 import secrets
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lightning_dataflow.contracts import LogRecord, PeerTimeoutError, UserError
+from lightning_dataflow.contracts.waiting import try_lock, wait_until
 from lightning_dataflow.control.local.lines import add_crc, check_crc
 from lightning_dataflow.control.log import MAX_LINE_BYTES, StreamingRefChannel, damaged
 
@@ -153,17 +153,11 @@ class FileChannel(StreamingRefChannel):
 
     def _lock_patiently(self) -> None:
         """The kernel gives the lock of a process that was killed to the next; that of a stopped one is waited for."""
-        deadline = time.monotonic() + LOCK_TIMEOUT_S
-        while True:
-            try:
-                return fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                if time.monotonic() > deadline:
-                    raise PeerTimeoutError(
-                        f"could not append to the log in {self.folder} within {LOCK_TIMEOUT_S:.0f} s: is a process of the "
-                        "run stopped inside a write? Continue or end it"
-                    ) from error
-            time.sleep(LOCK_PAUSE_S)
+        if not wait_until(lambda: try_lock(self._lock_file), LOCK_TIMEOUT_S, LOCK_PAUSE_S):
+            raise PeerTimeoutError(
+                f"could not append to the log in {self.folder} within {LOCK_TIMEOUT_S:.0f} s: is a process of the run "
+                "stopped inside a write? Continue or end it"
+            )
 
     def _last_segment(self) -> Path:
         last = max(self._segments(), default=0)

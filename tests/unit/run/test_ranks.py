@@ -1,6 +1,7 @@
 import pytest
 
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.run import ranks
 from lightning_dataflow.run.ranks import first_rank_does, rank_from_environment
 
 LAUNCHERS = [

@@ -28,6 +28,8 @@ from lightning_dataflow.run.signals import Terminated, signals_interrupt
 MISCONFIGURATION = "MisconfigurationException"
 """Lightning's error for wrong settings."""
 
+Command = Callable[[TrainConfig], Any]
+
 
 class ClaimRun(Callback):
     """Claims the run's folder before Hydra writes its settings there.
@@ -61,9 +63,7 @@ class ClaimRun(Callback):
             _exit(error, config.role)
 
 
-def command(
-    function: Callable[[TrainConfig], Any], *, keeps_folder: bool = True, owns_folder: bool = False
-) -> Callable[[], None]:
+def command(function: Command, *, keeps_folder: bool = True, owns_folder: bool = False) -> Callable[[], None]:
     """Make a Hydra command of a function that takes the typed configuration.
 
     Args:

@@ -1,6 +1,5 @@
 """Figures of a run and of measured drafts. They need matplotlib, which is an extra."""
 
-import json
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,12 +14,11 @@ def can_draw() -> bool:
     return False
 
 
-def draw_result(result_file: Path, figure_file: Path) -> bool:
+def draw_result(result: dict[str, Any], figure_file: Path) -> bool:
     """Draw the loss by step, and the share of drafts accepted: by position for the first and last evaluation, and by step
     if there are more. Returns whether it was drawn."""
     if not can_draw():
         return False
-    result = json.loads(result_file.read_text())
     evaluations = result.get("acceptance", [])
     figure, (loss_axes, *axes) = _panels(1 + bool(evaluations) + (len(evaluations) > 2))
     loss_axes.plot(range(1, len(result["losses"]) + 1), result["losses"])

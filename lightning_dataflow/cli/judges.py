@@ -23,8 +23,6 @@ from lightning_dataflow.targets.info import read_eos_token_ids
 if TYPE_CHECKING:
     from lightning_dataflow.run.builder import Builder
 
-VLLM_FORMATS = ("vllm", "speculators")
-
 
 class Judge(Protocol):
     """Measures drafts one after the other. Raises UserError where a setting is missing that it needs.
@@ -114,7 +112,7 @@ class VLLMJudge(Judge):
     def _folder(self, draft: Path) -> Iterator[Path]:
         """A folder that vLLM reads. Raises UserError for a damaged draft, or one of another target: vLLM may not notice."""
         target = self.config.target.path
-        if is_published(draft) and read_draft(draft).format in VLLM_FORMATS:
+        if is_published(draft) and read_draft(draft).format in ("vllm", "speculators"):
             load_module(draft, target=target)
             yield draft
             return

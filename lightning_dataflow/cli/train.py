@@ -126,8 +126,9 @@ def _conclude(builder: "Builder", trainer: "L.Trainer", run_dir: Path) -> None:
 def _show_result(run_dir: Path) -> None:
     from lightning_dataflow.cli.figure import draw_result
 
-    figure = "figure.png, " if draw_result(run_dir / "result.json", run_dir / "figure.png") else ""
-    history = json.loads((run_dir / "result.json").read_text()).get("acceptance", [])
+    result = json.loads((run_dir / "result.json").read_text())
+    figure = "figure.png, " if draw_result(result, run_dir / "figure.png") else ""
+    history = result.get("acceptance", [])
     if len(history) > 1:
         first, last = (measurement["acceptance_length"] for measurement in (history[0], history[-1]))
         print(f"acceptance length {first:.3f} → {last:.3f}", flush=True)

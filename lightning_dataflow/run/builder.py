@@ -41,7 +41,7 @@ from lightning_dataflow.run.trainer import EndAtSigterm, count_steps, make_callb
 from lightning_dataflow.stores import FeatureStore
 from lightning_dataflow.strategies.module import DraftModule
 from lightning_dataflow.strategies.registry import resolve_strategy
-from lightning_dataflow.targets import HFTargetEngine, ReferenceEngine, TargetEngine, load_tokenizer
+from lightning_dataflow.targets import HFTargetEngine, TargetEngine, load_tokenizer
 from lightning_dataflow.targets.base import HIDDEN_STATES
 from lightning_dataflow.targets.tiny import write_tiny_conversations, write_tiny_target
 
@@ -138,14 +138,12 @@ class Builder:
 
     def _make_feed(self) -> Feed:
         """What producers put into the store."""
-        name = run_id(self.config.run_name)
-        if self.config.topology.name == "disagg_online":
-            if self.config.target.engine == "sglang_server":
-                assert isinstance(self.target, ReferenceEngine), "its servers put features into the run's store"
-                return ServedFeed(self.prompts[0], self.target, seed=self.config.seed, run_id=name)
-            return PromptFeed(self.prompts[0], self.target, seed=self.config.seed, run_id=name)
-        source = OfflineSource(self._offline_folder())
-        return FolderFeed(source, vocab_size=self.module.target_info.vocab_size, run_id=name)
+        config, name = self.config, run_id(self.config.run_name)
+        if config.topology.name == "disagg_offline":
+            source = OfflineSource(self._offline_folder())
+            return FolderFeed(source, vocab_size=self.module.target_info.vocab_size, run_id=name)
+        kind: Any = ServedFeed if config.target.engine == "sglang_server" else PromptFeed
+        return kind(self.prompts[0], self.target, seed=config.seed, run_id=name)
 
     @cached_property
     def source(self) -> RefSource:

@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import orjson
+
 from lightning_dataflow.checkpoints.markers import has_marker, incomplete
 from lightning_dataflow.cli.hydra_command import command
 from lightning_dataflow.config.schema import TrainConfig
-from lightning_dataflow.contracts import UserError, strict_json
+from lightning_dataflow.contracts import UserError
 
 if TYPE_CHECKING:
     from lightning_dataflow.run.builder import Builder
@@ -67,7 +69,8 @@ def evaluate(config: TrainConfig) -> None:
                 report = judge.measure(draft.path, prompts)
                 measurements.append({"name": draft.name, "step": draft.step, **report.to_json()})
                 if output is not None:
-                    output.write_text(strict_json({"measurements": measurements, "settings": used}, indent=1) + "\n")
+                    content = {"measurements": measurements, "settings": used}
+                    output.write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
                 if len(drafts) > 1:
                     length = f"acceptance length {report.acceptance_length:.3f}"
                     print(f"{draft.name}: {length}, {number} of {len(drafts)} drafts", flush=True)

@@ -138,7 +138,7 @@ class SGLangJudge(Judge):
         if options.baseline_url is not None:
             self.plain = SGLangDecoder(url=options.baseline_url, api_key=key, timeout_s=options.timeout_s)
         self.stop_token_ids = read_eos_token_ids(config.target.path)
-        self.room = self.decoder.num_draft_tokens() or 0  # `measure` refuses a server without a draft
+        self.room = self.decoder.num_draft_tokens()  # `measure` refuses a server without a draft
 
     def measure(self, draft: Path, prompts: Sequence[Sequence[int]]) -> AcceptanceReport:
         return self.decoder.evaluate(prompts, self.decoding, stop_token_ids=self.stop_token_ids, plain=self.plain)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from lightning_dataflow.cli.redis_runs import (
     add_arguments,
     address,
@@ -15,7 +17,7 @@ from lightning_dataflow.cli.redis_runs import (
     open_run,
     runs_at,
 )
-from lightning_dataflow.contracts import UserError, strict_json
+from lightning_dataflow.contracts import UserError
 from lightning_dataflow.control import MetadataStore, RedisMetadataStore, SqliteMetadataStore
 from lightning_dataflow.control.heartbeat import FRESH_S
 from lightning_dataflow.control.plane import LEDGER
@@ -35,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.run is None:
             return print("\n".join(runs_at(address(options))))
         status = measure(open_ledger(options), options.interval)
-    print(strict_json(status, indent=1) if options.json else "\n".join(describe(status)))
+    text = orjson.dumps(status, option=orjson.OPT_INDENT_2).decode() if options.json else "\n".join(describe(status))
+    print(text)
 
 
 def open_ledger(options: argparse.Namespace) -> MetadataStore:

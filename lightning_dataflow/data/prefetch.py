@@ -66,9 +66,9 @@ class Prefetcher:
 
     def _run(self) -> None:
         try:
-            copier = _DeviceCopier(self._device) if self._device.type == "cuda" else None
+            stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
             for batch in self._batches:
-                if not self._offer((batch, None) if copier is None else copier.copy(batch)):
+                if not self._offer((batch, None) if stream is None else _copy_on(stream, batch)):
                     return
             self._offer((None, None))
         except BaseException as error:  # the reader raises it
@@ -84,15 +84,10 @@ class Prefetcher:
         return False
 
 
-class _DeviceCopier:
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
-
-    def copy(self, batch: Batch) -> tuple[Batch, torch.cuda.Event]:
-        """The batch on the device, complete once the event has passed."""
-        with torch.cuda.stream(self._stream):
-            return copy_to(self._device, batch), self._stream.record_event()
+def _copy_on(stream: torch.cuda.Stream, batch: Batch) -> tuple[Batch, torch.cuda.Event]:
+    """The batch on the stream's device, complete once the event has passed."""
+    with torch.cuda.stream(stream):
+        return copy_to(stream.device, batch), stream.record_event()
 
 
 def copy_to(device: torch.device, batch: Batch) -> Batch:

@@ -10,7 +10,7 @@ from lightning_dataflow.contracts import UserError
 from lightning_dataflow.contracts.waiting import try_lock, wait_until
 from lightning_dataflow.control.redis.address import RedisAddress
 from lightning_dataflow.control.redis.server import RedisServer
-from lightning_dataflow.services.server import HOST, POLL_S, START_TIMEOUT_S, LocalServer, open_private, start_together
+from lightning_dataflow.services.server import HOST, POLL_S, LocalServer, open_private, start_together
 
 PROGRAM = "redis-server"
 INSTALL = (
@@ -39,7 +39,7 @@ class LocalRedis(LocalServer):
     stop_timeout_s = 5.0
     keeps_data = True
 
-    def __init__(self, folder: str | Path, *, settings: tuple[str, ...] = (), start_timeout_s: float = START_TIMEOUT_S):
+    def __init__(self, folder: str | Path, *, settings: tuple[str, ...] = ()):
         if shutil.which(PROGRAM) is None:
             raise UserError(f"{PROGRAM} is not installed: {INSTALL}")
         self.folder = Path(folder)
@@ -52,7 +52,7 @@ class LocalRedis(LocalServer):
             if not self.secret_file.exists():
                 with open_private(self.secret_file, "x") as file:
                     file.write(secrets.token_urlsafe(24))
-            start_together([self], start_timeout_s)
+            start_together([self])
             (self.folder / ADDRESS).write_text(self.address)
         except BaseException:
             self.stop()

@@ -139,7 +139,7 @@ class LocalServer(ABC):
         return f"see {self.log_path}: {' | '.join(errors[-1:] or lines[-4:] or ['empty'])[:400]}"
 
 
-def start_together(servers: Sequence[LocalServer], timeout_s: float) -> None:
+def start_together(servers: Sequence[LocalServer], timeout_s: float = START_TIMEOUT_S) -> None:
     """Start servers one after the other. If one ends, its port was probably taken: try again on other ports."""
     for attempts_left in reversed(range(START_ATTEMPTS)):
         try:

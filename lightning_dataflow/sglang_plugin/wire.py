@@ -30,7 +30,7 @@ MAX_ANSWER_BYTES = 4096
 CONVENTION = "DFLASH"
 """SGLang's name of the convention in which it counts layers as we do. No draft is loaded."""
 
-ErrorKind = Literal["refused", "full", "store", "failed", "mismatch"]
+ErrorKind = Literal["refused", "full", "store", "failed"]
 """`store`: the store is gone, which is not the prompt's fault. `failed`: this prompt failed, and nothing was stored."""
 
 

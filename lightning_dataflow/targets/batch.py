@@ -41,7 +41,7 @@ class TargetBatch:
         self._layers: list[_Rows] = []
         sessions = []
         for prompt in prompts:
-            session = TargetSession(target, rollback=True)
+            session = TargetSession(target)
             logits, aux = session.extend(prompt)
             session.crop(len(prompt))
             self.logits.append(logits[-1])

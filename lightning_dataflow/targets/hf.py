@@ -13,7 +13,7 @@ from lightning_dataflow.contracts import UserError
 from lightning_dataflow.stores.base import dtype_name
 from lightning_dataflow.targets.base import HIDDEN_STATES, TargetEngine
 from lightning_dataflow.targets.hardware import default_device, multiplies_bfloat16
-from lightning_dataflow.targets.info import eos_token_ids, read_target_info
+from lightning_dataflow.targets.info import read_eos_token_ids, read_target_info
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -35,6 +35,9 @@ class HFTargetEngine(TargetEngine):
             emulates bfloat16. Features have this dtype.
         device: `auto` (this rank's GPU when there is one), or a torch device.
         attention: transformers' `attn_implementation`.
+
+    Attributes:
+        eos_token_ids: tokens that end a generation.
     """
 
     backend = "hf"
@@ -59,20 +62,13 @@ class HFTargetEngine(TargetEngine):
             model = model.float()
         self.model = model.to(self.device).eval()  # type: ignore[arg-type]
         self.model.requires_grad_(False)
+        self.dtype = dtype_name(self.model.dtype)
+        self.eos_token_ids = read_eos_token_ids(path)
         self._decoder = model.get_decoder()
         self._layers = decoder_layers(self._decoder, self.info.num_layers)
         self.features = tuple(features)
         if layer_ids is not None:
             self.set_capture_layers(layer_ids)
-
-    @property
-    def dtype(self) -> str:
-        return dtype_name(self.model.dtype)
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end a generation."""
-        return eos_token_ids(self.model.generation_config)
 
     @torch.no_grad()
     def capture(self, batch: Sequence[Sequence[int]]) -> list[dict[str, torch.Tensor]]:
@@ -127,17 +123,15 @@ class TargetSession:
 
     Args:
         target: with capture layers set, whose states `extend` returns.
-        rollback: `crop` follows every `extend`. Sliding-window layers then keep states that they would otherwise drop.
     """
 
-    def __init__(self, target: HFTargetEngine, *, rollback: bool = False):
+    def __init__(self, target: HFTargetEngine):
         self.target = target
         self.length = 0
         self.cache = DynamicCache(config=target.model.config)
-        if rollback:
-            for layer in self.cache.layers:
-                if hasattr(layer, "activate_past_recording"):
-                    layer.activate_past_recording()
+        for layer in self.cache.layers:
+            if hasattr(layer, "activate_past_recording"):  # a sliding window would drop what `crop` needs again
+                layer.activate_past_recording()
 
     @torch.no_grad()
     def extend(self, token_ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -45,7 +45,6 @@ class ServerRefusalError(UserError):
 
 ERRORS: dict[Any, type[Exception]] = {
     "full": CapacityError,
-    "mismatch": CaptureMismatchError,
     "refused": UserError,
     "store": PeerGoneError,
 }
@@ -106,7 +105,7 @@ class CaptureServer:
             PeerGoneError: no answer, or the server lost its store. The features may be stored all the same: ask for the
                 next attempt.
             CapacityError: the store is full.
-            CaptureMismatchError: the server read other tokens, or captured something else.
+            CaptureMismatchError: the server read other tokens.
             CaptureFailedError: the server failed with this prompt.
             ServerRefusalError: the server does not have the plugin, or refuses our key.
             UserError: the server refuses the request.

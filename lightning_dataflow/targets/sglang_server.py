@@ -19,7 +19,7 @@ from lightning_dataflow.contracts import (
 from lightning_dataflow.contracts.validation import DTYPE_BYTES
 from lightning_dataflow.sglang_plugin.wire import HIDDEN_STATES, CaptureRequest, start_advice
 from lightning_dataflow.stores import FeatureStore
-from lightning_dataflow.targets.base import ReferenceEngine
+from lightning_dataflow.targets.base import TargetEngine
 from lightning_dataflow.targets.info import read_target_info
 from lightning_dataflow.targets.sglang_http import CaptureFailedError, CaptureServer, ServerRefusalError
 from lightning_dataflow.targets.sglang_pool import Member, ServerPool
@@ -30,7 +30,7 @@ MAX_LOST_SERVERS = 10
 """After this many lost servers, blame the prompt."""
 
 
-class SGLangServerTarget(ReferenceEngine):
+class SGLangServerTarget(TargetEngine):
     """Several servers of one target, each asked for several prompts at a time.
 
     Args:
@@ -42,6 +42,9 @@ class SGLangServerTarget(ReferenceEngine):
         features: hidden states to store.
         in_flight: prompts at a time and server.
         absence_s: the run fails after all servers were lost for this long.
+
+    Attributes:
+        num_requests: prompts that are captured at a time.
 
     Raises:
         UserError: a server cannot be reached, cannot capture, or has another target.
@@ -70,7 +73,7 @@ class SGLangServerTarget(ReferenceEngine):
         self.store_id = store_id
         self.num_requests = len(urls) * in_flight
         self.info = read_target_info(path)
-        self._store, self._dtype = store, ""
+        self._store, self.dtype = store, ""
         self.servers = [CaptureServer(url, api_key=api_key, timeout_s=timeout_s) for url in urls]
         probes = [CaptureServer(url, api_key=api_key, timeout_s=min(timeout_s, PROBE_TIMEOUT_S)) for url in urls]
         members = [Member(server, probe) for server, probe in zip(self.servers, probes, strict=True)]
@@ -82,15 +85,19 @@ class SGLangServerTarget(ReferenceEngine):
             raise UserError(f"layers {list(self.layer_ids)}: SGLang does not capture the last layer: choose lower ones")
         self._check_servers()
 
-    @property
-    def dtype(self) -> str:
-        return self._dtype
-
     def capture(self, batch: Sequence[Sequence[int]]) -> list[dict[str, torch.Tensor]]:
         """Capture through the store; nothing stays there. SGLang forms batches of its own."""
         return list(self._executor.map(self._capture_and_read, batch))
 
     def capture_ref(self, token_ids: Sequence[int], loss_mask: Sequence[int], origin: SampleOrigin) -> SampleRef:
+        """Have one prompt captured and stored, and check the answer. Thread-safe.
+
+        Raises:
+            PeerGoneError: no answer. The features may be stored all the same: ask for the next attempt.
+            PeerFailedError: no server is left.
+            CapacityError: the store is full; nothing was stored.
+            CaptureMismatchError: the features are not what this run was announced with.
+        """
         member = self._pool.take()
         try:
             ref = self._ask(member.server, token_ids, loss_mask, origin)
@@ -106,6 +113,7 @@ class SGLangServerTarget(ReferenceEngine):
         return ref
 
     def stop_waiting(self) -> None:
+        """The run is ending: all calls, running and later ones, raise PeerGoneError at once."""
         self._pool.stop_waiting()
 
     def _ask(
@@ -181,7 +189,7 @@ class SGLangServerTarget(ReferenceEngine):
     def _check_server(self, server: CaptureServer) -> None:
         """Raise UserError unless a server captures what this run trains on, into the store that it reads."""
         answer, url = server.check(self.store_id, self.info.path, self.layer_ids), server.url
-        self._dtype = self._dtype or answer.dtype
+        self.dtype = self.dtype or answer.dtype
         if answer.model_version != self.info.model_version:
             raise CaptureMismatchError(
                 f"the server at {url} has other weights ({answer.model_version}) than target.path={self.info.path} "
@@ -192,9 +200,9 @@ class SGLangServerTarget(ReferenceEngine):
                 f"the server at {url} captures layers {list(answer.capture.layer_ids)} with norm {answer.capture.norm}, "
                 f"this run needs {list(self.layer_ids)} with norm post: {start_advice(self.info.path, self.layer_ids)}"
             )
-        if answer.dtype != self._dtype or answer.dtype not in DTYPE_BYTES:
+        if answer.dtype != self.dtype or answer.dtype not in DTYPE_BYTES:
             raise CaptureMismatchError(
-                f"the server at {url} computes in {answer.dtype}, another one in {self._dtype}: give all the same --dtype"
+                f"the server at {url} computes in {answer.dtype}, another one in {self.dtype}: give all the same --dtype"
             )
         if answer.uri != self._store.uri:
             raise UserError(
@@ -228,7 +236,7 @@ class SGLangServerTarget(ReferenceEngine):
         features = {
             "input_ids": ((length,), "int64"),
             "loss_mask": ((length,), "uint8"),
-            **{name: ((length, width), self._dtype) for name, width in self.widths.items()},
+            **{name: ((length, width), self.dtype) for name, width in self.widths.items()},
         }
         for what, actual, expected in (
             ("sample", (theirs.sample_id, theirs.attempt, theirs.num_tokens), (origin.sample_id, origin.attempt, length)),

@@ -87,7 +87,7 @@ class SqliteMetadataStore(MetadataStore):
             new = {number: Sample("wanted", 0) for number in seqs if number >= totals["frontier"]}
             others = {number: row for number, row in self._tables.samples(seqs).items() if row.state != "published"} | new
             attempt = max(row.attempt + (row.state == "leased") for row in others.values())
-            taken = {number: row for number, row in others.items() if row.state == "wanted" or row.expires < now}
+            taken = {number: row for number, row in others.items() if row.expires < now}
             sizes = {number: num_bytes(number) for number, row in taken.items() if not row.bytes}
             if sizes and self._update_pause(seq, sum(sizes.values()), len(new), totals, plan, watermarks):
                 return NoLease("paused", plan)

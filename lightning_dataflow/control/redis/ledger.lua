@@ -1,6 +1,6 @@
 -- The ledger's operations on samples; MetadataStore says what they mean. SAMPLES: seq → its row as JSON: state (leased, wanted or
--- published), attempt, tries, bytes, and the worker of a leased one, the generation of a published one. WANTED: wanted seqs by
--- seq. LEASED: leased seqs by the end of their lease.
+-- published), attempt, tries, bytes, and the worker of a leased one, the generation of a published one. OPEN: seqs that are not
+-- published, by the time from which on they can be leased: the end of their lease, or 0.
 
 local function get(seq)
   local text = redis.call('HGET', SAMPLES, seq)
@@ -9,15 +9,10 @@ end
 
 local function put(seq, row, ends)
   redis.call('HSET', SAMPLES, seq, cjson.encode(row))
-  if row.state == 'wanted' then
-    redis.call('ZADD', WANTED, seq, seq)
+  if row.state == 'published' then
+    redis.call('ZREM', OPEN, seq)
   else
-    redis.call('ZREM', WANTED, seq)
-  end
-  if row.state == 'leased' then
-    redis.call('ZADD', LEASED, ends, seq)
-  else
-    redis.call('ZREM', LEASED, seq)
+    redis.call('ZADD', OPEN, ends or 0, seq)
   end
 end
 
@@ -32,8 +27,7 @@ local function drop(seqs)
     if row then
       freed = freed + row.bytes
       redis.call('HDEL', SAMPLES, seq)
-      redis.call('ZREM', WANTED, seq)
-      redis.call('ZREM', LEASED, seq)
+      redis.call('ZREM', OPEN, seq)
     end
   end
   redis.call('HINCRBY', TOTALS, 'bytes_in_flight', 0 - freed)  -- Redis takes no -0
@@ -54,8 +48,8 @@ end
 
 -- the lowest seq that is wanted, or whose lease has ended
 local function first_open(time)
-  local lowest = tonumber(redis.call('ZRANGE', WANTED, 0, 0)[1])
-  for _, seq in ipairs(redis.call('ZRANGEBYSCORE', LEASED, '-inf', string.format('(%.17g', time))) do
+  local lowest
+  for _, seq in ipairs(redis.call('ZRANGEBYSCORE', OPEN, '-inf', string.format('(%.17g', time))) do
     lowest = math.min(lowest or seq, seq)
   end
   return lowest
@@ -103,10 +97,10 @@ ops.lease = function(worker, group, lease_s, marks, first, sizes)
       row, num_new = {state = 'wanted', attempt = 0, tries = 0, bytes = 0}, num_new + 1
     end
     if row and row.state ~= 'published' then
-      local has_ended = row.state == 'leased' and tonumber(redis.call('ZSCORE', LEASED, seq)) < time
-      attempt = math.max(attempt, row.attempt + (row.state == 'leased' and 1 or 0))
-      if row.state == 'wanted' or has_ended then
-        row.tries = row.tries + (has_ended and 1 or 0)
+      local failed = row.state == 'leased' and 1 or 0  -- once its lease has ended
+      attempt = math.max(attempt, row.attempt + failed)
+      if seq >= frontier or tonumber(redis.call('ZSCORE', OPEN, seq)) < time then
+        row.tries = row.tries + failed
         tries = math.max(tries, row.tries)
         if row.bytes == 0 then
           row.bytes, num_unreserved = sizes[seq - low + 1], num_unreserved + 1
@@ -130,9 +124,9 @@ end
 
 ops.renew = function(worker, lease_s)
   local ends = now() + lease_s
-  for _, seq in ipairs(redis.call('ZRANGE', LEASED, 0, -1)) do
+  for _, seq in ipairs(redis.call('ZRANGE', OPEN, 0, -1)) do
     if get(seq).worker == worker then
-      redis.call('ZADD', LEASED, ends, seq)
+      redis.call('ZADD', OPEN, ends, seq)
     end
   end
   return true

@@ -1,5 +1,5 @@
 -- What every script of a run begins with, and the log's operations. All scripts get the same KEYS.
-local CARD, NONCE, LOG, TOTALS, CLIENTS, SAMPLES, WANTED, LEASED, PARTS = unpack(KEYS)
+local CARD, NONCE, LOG, TOTALS, CLIENTS, SAMPLES, OPEN, PARTS = unpack(KEYS)
 local SLICE = 1000  -- entries that are trimmed at a time: the server serves nobody else meanwhile
 local KEEP_S = 3600  -- how long the remains of a completed run, and of processes that died, are kept
 local ops = {}

@@ -11,16 +11,17 @@ local function forget_parts(silent_s, and_failed)
 end
 
 local function forget_samples()
-  redis.call('DEL', SAMPLES, WANTED, LEASED)
+  redis.call('DEL', SAMPLES, OPEN)
 end
 
 ops.fence = function()
-  for _, seq in ipairs(redis.call('ZRANGE', LEASED, 0, -1)) do
-    want(seq, get(seq))
-  end
   redis.call('HDEL', TOTALS, 'plan')
-  local wanted = redis.call('ZRANGE', WANTED, 0, -1)
+  local wanted = redis.call('ZRANGE', OPEN, 0, -1)
   for i, seq in ipairs(wanted) do
+    local row = get(seq)
+    if row.state == 'leased' then
+      want(seq, row)
+    end
     wanted[i] = {seq, get(seq).attempt}
   end
   return wanted

@@ -95,8 +95,8 @@ class MooncakeFeatureStore(FeatureStore):
         )
         self._generations = Generations(self.store_id, self._client, self._admin)
         self._leases = Leases()
-        self._lock = threading.Lock()  # of _puts; never held while bytes move
         self._puts: dict[str, SampleRef] = {}  # the last put of a sample by this process
+        self._lock = threading.Lock()  # while _puts is trimmed
 
     def put(self, tensors: Mapping[str, torch.Tensor], origin: SampleOrigin) -> SampleRef:
         """Store `tensors`. The older generation goes first, so that its space can be used.
@@ -112,8 +112,7 @@ class MooncakeFeatureStore(FeatureStore):
         if self.capacity_bytes is not None:
             check_fits(draft, self.capacity_bytes)
         staged = stage(self._client, draft, tensors)
-        with self._lock:
-            previous = self._puts.get(origin.sample_id)
+        previous = self._puts.get(origin.sample_id)
         if origin.attempt:
             self._generations.supersede(draft)
         elif previous is not None and previous.origin.attempt == 0:
@@ -155,8 +154,7 @@ class MooncakeFeatureStore(FeatureStore):
     def abort(self, sample_id: str) -> None:
         """Free every generation of a sample. The master scans all its keys: about 1 ms for a thousand."""
         check_id(sample_id, "sample_id")
-        with self._lock:
-            self._puts.pop(sample_id, None)
+        self._puts.pop(sample_id, None)
         self._leases.forget(sample_id)
         self._generations.remove_sample(sample_id)
 
@@ -174,8 +172,7 @@ class MooncakeFeatureStore(FeatureStore):
         put lately and still exists, and the capacity is the constructor's argument.
         """
         if self._admin is None:
-            with self._lock:
-                refs = list(self._puts.values())
+            refs = list(self._puts.values())
             present = [ref.num_bytes for ref, exists in zip(refs, self.exists(refs), strict=True) if exists]
             return {"num_samples": len(present), "num_bytes": sum(present), "capacity_bytes": self.capacity_bytes or 0}
         return {
@@ -195,8 +192,7 @@ class MooncakeFeatureStore(FeatureStore):
 
     def clear(self) -> None:
         """Remove everything under this store_id, for every process: the end of a run."""
-        with self._lock:
-            self._puts.clear()
+        self._puts.clear()
         self._leases = Leases()
         self._generations.remove_store()
 

@@ -139,24 +139,6 @@ def test_last_words_that_fail_hide_no_other_error(ledger, monkeypatch, caplog, f
     assert [record.getMessage() for record in caplog.records] == [f"a could not leave its last words ({fault!r}): it broke"]
 
 
-def test_last_words_are_tried_twice(ledger, monkeypatch, caplog):
-    beaten = threading.Event()
-    heartbeat = Heartbeat(ledger, "a", lambda: beaten.set() or "capturing")
-    assert beaten.wait(5)
-    report, left = ledger.report, [FAULTS[0]]
-
-    def fail_once(*arguments, failed=False, **options):
-        if failed and left:
-            raise left.pop()
-        report(*arguments, failed=failed, **options)
-
-    monkeypatch.setattr(ledger, "report", fail_once)
-    heartbeat.stop("it broke", failed=True)
-    assert ledger.failures() == ["a: it broke"]
-    assert left == []
-    assert caplog.text == ""
-
-
 def test_clocks_of_other_hosts_do_not_matter(redis_run, monkeypatch):
     """Leases, ends and signs of life are told by the server's clock."""
     here = RedisMetadataStore(redis_run)

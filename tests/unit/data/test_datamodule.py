@@ -7,13 +7,11 @@ from lightning_dataflow.contracts import NotFiniteError, UserError
 from lightning_dataflow.data import DataFlowDataModule, OfflineSource, PassOrder, SampleRows
 from lightning_dataflow.producers import OnlineSource, capture_to_folder
 from lightning_dataflow.targets import HFTargetEngine
+from tests.streams import read_batches
 
 
 def take(data: DataFlowDataModule, count: int) -> list[dict]:
-    stream = iter(data.train_dataloader())
-    batches = [next(stream) for _ in range(count)]
-    stream.close()
-    return batches
+    return read_batches(data, count, SampleRows.stack)
 
 
 @pytest.fixture
@@ -22,9 +20,7 @@ def online(prompts, target) -> OnlineSource:
 
 
 def make(source, **options) -> DataFlowDataModule:
-    return DataFlowDataModule(
-        source, **{"global_batch_size": 4, "micro_batch_size": 2, "collate": SampleRows.stack} | options
-    )
+    return DataFlowDataModule(source, **{"global_batch_size": 4, "micro_batch_size": 2} | options)
 
 
 def test_batches_of_a_window(online):

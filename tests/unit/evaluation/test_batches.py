@@ -34,7 +34,7 @@ def drafters(target, target_path, questions):
 @pytest.mark.parametrize("kind", ["eagle3", "dflash", "none"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_batch_is_its_sequences(target, questions, drafters, kind, temperature, monkeypatch):
-    monkeypatch.setattr(target.model.generation_config, "eos_token_id", list(range(24)))
+    monkeypatch.setattr(target, "eos_token_ids", tuple(range(24)))
     decoder = SpeculativeDecoder(target, drafters[kind], temperature=temperature)
 
     def generators(count):

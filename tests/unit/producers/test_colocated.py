@@ -2,6 +2,7 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,6 +75,7 @@ def test_through_the_data_module(prompts, target, tmp_path, threaded, positions)
     class Fit:  # what `start` and `batches` ask of a Trainer
         checkpoint_callbacks = ()
         global_rank, world_size, max_steps, global_step = 0, 1, 3, 0
+        lightning_module = SimpleNamespace(collate=SampleRows.stack)
 
         class strategy:
             root_device = torch.device("cpu")
@@ -81,9 +83,7 @@ def test_through_the_data_module(prompts, target, tmp_path, threaded, positions)
 
     batches = []
     for source in (OnlineSource(prompts[0], target), make(prompts, target, tmp_path, threaded)):
-        data = DataFlowDataModule(
-            source, global_batch_size=8, micro_batch_size=4, collate=SampleRows.stack, skip_ids=skip_ids
-        )
+        data = DataFlowDataModule(source, global_batch_size=8, micro_batch_size=4, skip_ids=skip_ids)
         data.trainer = Fit
         data.start(resumed=False)
         mine = []

@@ -175,23 +175,14 @@ def damaged(place: str, error: Exception) -> UserError:
     return UserError(f"{place} is damaged: {error}; put back an undamaged copy, or start again under another run_name")
 
 
-def check_card(found: Mapping[str, Any], mine: Mapping[str, Any], where: str) -> None:
+def check_card(found: Mapping[str, Any], mine: Mapping[str, Any], where: str, path: str = "") -> None:
     """Raise UserError naming the first field in which an announced card differs from `mine`."""
-    difference = _difference(found, mine)
-    if difference is not None:
-        name, theirs, ours = difference
-        raise UserError(
-            f"{where} belongs to a run with another {name} ({str(theirs)[:60]}, here {str(ours)[:60]}): give all processes "
-            "of a run the same settings, or choose another run_name"
-        )
-
-
-def _difference(found: Mapping[str, Any], mine: Mapping[str, Any], path: str = "") -> tuple[str, Any, Any] | None:
     for name in sorted(found.keys() | mine.keys()):
         theirs, ours = found.get(name), mine.get(name)
         if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
-            if (inner := _difference(theirs, ours, f"{path}{name}.")) is not None:
-                return inner
+            check_card(theirs, ours, where, f"{path}{name}.")
         elif theirs != ours:
-            return f"{path}{name}", theirs, ours
-    return None
+            raise UserError(
+                f"{where} belongs to a run with another {path}{name} ({str(theirs)[:60]}, here {str(ours)[:60]}): give all "
+                "processes of a run the same settings, or choose another run_name"
+            )

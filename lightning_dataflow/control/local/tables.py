@@ -86,11 +86,6 @@ class LedgerTables:
         """All that is known of the run, by name."""
         return dict(self.rows("SELECT key, value FROM run WHERE value IS NOT NULL"))
 
-    def get(self, key: str) -> Any:
-        """A value of the run; None where there is none."""
-        rows = self.rows("SELECT value FROM run WHERE key = ?", key)
-        return rows[0][0] if rows else None
-
     def set(self, **values: Any) -> None:
         """Write values of the run."""
         self.db.executemany("INSERT OR REPLACE INTO run VALUES (?, ?)", list(values.items()))
@@ -104,12 +99,6 @@ class LedgerTables:
         """Keep what a process says of itself now."""
         text = json.dumps({**part, "seen": time.time()})
         self.db.execute("INSERT OR REPLACE INTO parts VALUES (?, ?)", (name, text))
-
-    def forget_parts(self, before: float) -> None:
-        """Forget processes that failed, or were last seen before that time."""
-        self.db.execute(
-            "DELETE FROM parts WHERE json_extract(part, '$.failed') OR json_extract(part, '$.seen') < ?", (before,)
-        )
 
     def first_open(self, now: float) -> int | None:
         """The lowest seq that is wanted again, or whose lease expired."""

@@ -74,7 +74,7 @@ local function must_wait(seq, bytes, num_new, window, marks)
 end
 
 -- first, sizes: the group that the caller expects to be next, and the bytes of its samples. Those of another are asked for.
-ops.lease = function(worker, group, lease_s, marks, first, sizes)
+function ops.lease(worker, group, lease_s, marks, first, sizes)
   local totals = redis.call('HMGET', TOTALS, 'plan', 'finished_at', 'frontier')
   local text, finished_at = totals[1] or nil, totals[2] or nil
   if finished_at or not text then
@@ -122,7 +122,7 @@ ops.lease = function(worker, group, lease_s, marks, first, sizes)
   return {plan = text, first = low, stop = stop, wanted = wanted, attempt = attempt, tries = tries}
 end
 
-ops.renew = function(worker, lease_s)
+function ops.renew(worker, lease_s)
   local ends = now() + lease_s
   for _, seq in ipairs(redis.call('ZRANGE', OPEN, 0, -1)) do
     if get(seq).worker == worker then
@@ -133,7 +133,7 @@ ops.renew = function(worker, lease_s)
 end
 
 -- skips: lists of a seq of the lease, and the record that skips it
-ops.give_back = function(nonce, worker, attempt, counts, most, skips)
+function ops.give_back(nonce, worker, attempt, counts, most, skips)
   local lost, lines = {}, {}
   for _, skip in ipairs(skips) do
     local seq, row = skip[1], get(skip[1])
@@ -147,12 +147,12 @@ ops.give_back = function(nonce, worker, attempt, counts, most, skips)
     end
   end
   give_up(lost)
-  append(nonce, lines)
+  ops.append(nonce, lines)
   return lost
 end
 
 -- entries: lists of seq, generation, bytes and record
-ops.commit = function(nonce, worker, attempt, entries)
+function ops.commit(nonce, worker, attempt, entries)
   local accepted, lines, change = {}, {}, 0
   for _, entry in ipairs(finished() and {} or entries) do
     local seq, generation, bytes, line = unpack(entry)
@@ -163,14 +163,14 @@ ops.commit = function(nonce, worker, attempt, entries)
       accepted[#accepted + 1], lines[#lines + 1] = seq, line
     end
   end
-  append(nonce, lines)
+  ops.append(nonce, lines)
   redis.call('HINCRBY', TOTALS, 'bytes_in_flight', change)
   redis.call('HINCRBY', TOTALS, 'published', #accepted)
   redis.call('HINCRBY', TOTALS, 'recaptured', attempt > 0 and #accepted or 0)
   return accepted
 end
 
-ops.want = function(seq, generation, most)
+function ops.want(seq, generation, most)
   if finished() then
     return true
   end
@@ -190,7 +190,7 @@ ops.want = function(seq, generation, most)
   return true
 end
 
-ops.update = function(totals, freed)
+function ops.update(totals, freed)
   for name, value in pairs(totals) do
     redis.call('HSET', TOTALS, name, value)
   end

@@ -11,20 +11,16 @@ end
 
 -- Entries are called number-nonce. Numbers count up from 1; the nonce tells apart what two histories of one server, which lost
 -- some of the first, wrote under one number.
-local function append(nonce, lines)
+function ops.append(nonce, lines)
   local last = redis.call('HINCRBY', TOTALS, 'records', #lines) - #lines
   for i, line in ipairs(lines) do
     redis.call('XADD', LOG, string.format('%d-%s', last + i, nonce), 'record', line)
   end
-end
-
-ops.append = function(nonce, lines)
-  append(nonce, lines)
   return true
 end
 
 -- Drops entries before `position` up to the first that concerns `seq` or a later one, of at most SLICE; returns whether to go on.
-ops.trim = function(seq, position)
+function ops.trim(seq, position)
   local entries = redis.call('XRANGE', LOG, '-', position, 'COUNT', SLICE + 1)
   for i, entry in ipairs(entries) do
     if i == #entries or tonumber(string.match(entry[2][2], '"seq":(%d+)')) >= seq then

@@ -14,7 +14,7 @@ local function forget_samples()
   redis.call('DEL', SAMPLES, OPEN)
 end
 
-ops.fence = function()
+function ops.fence()
   redis.call('HDEL', TOTALS, 'plan')
   local wanted = redis.call('ZRANGE', OPEN, 0, -1)
   for i, seq in ipairs(wanted) do
@@ -28,7 +28,7 @@ ops.fence = function()
 end
 
 -- samples: lists of seq and row
-ops.begin = function(plan, start, step, frontier, silent_s, samples)
+function ops.begin(plan, start, step, frontier, silent_s, samples)
   forget_samples()
   local bytes = 0
   for _, sample in ipairs(samples) do
@@ -46,19 +46,19 @@ ops.begin = function(plan, start, step, frontier, silent_s, samples)
   return true
 end
 
-ops.count_wait = function()
+function ops.count_wait()
   redis.call('HINCRBY', TOTALS, 'train_waits', 1)
   return true
 end
 
-ops.finish = function(status)
+function ops.finish(status)
   forget_samples()
   redis.call('HSET', TOTALS, 'finished', status, 'finished_at', string.format('%.6f', now()), 'bytes_in_flight', 0)
   return true
 end
 
 -- part: host, pid, pids, state, failed and fatal
-ops.report = function(name, part)
+function ops.report(name, part)
   part.seen = now()
   if redis.call('HSET', PARTS, name, cjson.encode(part)) == 1 then
     forget_parts(KEEP_S)
@@ -67,7 +67,7 @@ ops.report = function(name, part)
 end
 
 -- host, pid: of the process that last reported that name; '' and 0 for none
-ops.claim = function(name, part, host, pid)
+function ops.claim(name, part, host, pid)
   local text = redis.call('HGET', PARTS, name)
   local last = text and cjson.decode(text) or {host = '', pid = 0}
   if last.host ~= host or last.pid ~= pid then

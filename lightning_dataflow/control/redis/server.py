@@ -100,15 +100,14 @@ class RedisServer:
         """Raise UserError unless this is a Redis that can be used, PermissionError if it refuses us."""
         errors = self._errors
         try:
-            text = self._send("INFO")
+            lines = self._send("INFO").decode().splitlines()
         except (*self._refusals, errors.ResponseError) as error:
             raise self._explained(error) from error
-        except (errors.ConnectionError, errors.TimeoutError, errors.InvalidResponse, OSError, UnicodeDecodeError) as error:
+        except (errors.ConnectionError, errors.TimeoutError, errors.InvalidResponse, OSError, ValueError) as error:
             raise UserError(
                 f"no Redis answers at {self.where.address} ({_first_line(error)}): start one there, or correct "
                 f"channel.address or channel.tls (now {str(self.where.tls).lower()}); see docs/redis.md"
             ) from error
-        lines = text.decode(errors="replace").splitlines() if isinstance(text, bytes) else []
         self._check_info(dict(line.split(":", 1) for line in lines if ":" in line))
 
     def lost(self, what: str) -> PeerFailedError:

@@ -10,7 +10,7 @@ from lightning_dataflow.control.leases import CommitEntry
 from lightning_dataflow.control.redis.log import RedisChannel
 from lightning_dataflow.control.redis.server import RedisServer
 from lightning_dataflow.services.redis import LocalRedis
-from tests.records import WIDE
+from tests.records import WIDE, failures
 from tests.unit.control.redis.calls import begun, channel, refs
 
 pytestmark = pytest.mark.skipif(
@@ -113,7 +113,7 @@ def test_who_died_long_ago_is_forgotten(own):
     assert asks.ask("HLEN", asks.key("clients")) == 2
     ledger.report("producer-new", "capturing")
     assert [part["name"] for part in ledger.status()["parts"]] == ["producer-new"]
-    assert ledger.failures() == []
+    assert failures(ledger) == []
     assert asks.ask("ZCARD", asks.key("open")) == 4
     asks.ask("HSET", asks.key("clients"), "dead", "3 1000 true")
     ledger.finish("completed")

@@ -4,7 +4,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
@@ -49,11 +50,18 @@ class Heartbeat:
         except Exception as error:  # raising it would hide the error that ended the process
             log.warning("%s could not leave its last words (%r): %s", self._name, error, last_words)
 
-    def stop_after(self, error: BaseException) -> None:
-        """End the thread after an error, and report it, unless it is an interrupt. One in the settings is fatal."""
-        if isinstance(error, KeyboardInterrupt):
-            return self.stop("interrupted")
-        self.stop(str(error) or type(error).__name__, failed=True, fatal=isinstance(error, UserError))
+    @contextmanager
+    def until(self, last_words: str) -> Iterator[None]:
+        """End the thread with the block. An error, unless it is an interrupt, is reported; one in the settings is fatal."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.stop("interrupted")
+            raise
+        except BaseException as error:
+            self.stop(str(error) or type(error).__name__, failed=True, fatal=isinstance(error, UserError))
+            raise
+        self.stop(last_words)
 
     def _run(self) -> None:
         while True:

@@ -106,11 +106,11 @@ def token_digest(token_ids: Sequence[int]) -> str:
     return hashlib.sha256(numbers).hexdigest()[:32]
 
 
-def check_version(version: str) -> None:
-    """Raise UserError unless this release of SGLang is supported."""
+def check_version(version: str, whose: str = "") -> None:
+    """Raise UserError, which begins with `whose`, unless this release of SGLang is supported."""
     numbers = tuple(int(number) for number in re.findall(r"\d+", version.partition("+")[0])[:3])
     if not OLDEST <= numbers < BELOW:
-        raise UserError(f"SGLang {version} is not supported, capture needs sglang{SUPPORTED}: install one of those")
+        raise UserError(f"{whose}SGLang {version} is not supported, capture needs sglang{SUPPORTED}: install one of those")
 
 
 def flag_problems(args: Mapping[str, Any]) -> list[str]:

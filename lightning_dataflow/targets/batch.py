@@ -37,8 +37,6 @@ class TargetBatch:
         self.logits: list[Tensor] = []
         self.aux: list[Tensor] = []
         self.lengths = [len(prompt) for prompt in prompts]
-        self._single: TargetSession | None = None
-        self._layers: list[_Rows] = []
         sessions = []
         for prompt in prompts:
             session = TargetSession(target)
@@ -47,10 +45,9 @@ class TargetBatch:
             self.logits.append(logits[-1])
             self.aux.append(aux)
             sessions.append(session)
-        if len(prompts) == 1:
-            self._single = sessions[0]
-        else:
-            self._layers = _stack([session.cache for session in sessions], max(self.lengths) + room)
+        self._single = sessions[0] if len(sessions) == 1 else None
+        caches = [] if self._single else [session.cache for session in sessions]
+        self._layers = _stack(caches, max(self.lengths) + room)
 
     def extend(self, token_ids: Sequence[Sequence[int]]) -> list[tuple[Tensor, Tensor]]:
         """Read n more tokens of every row. Returns each one's logits [n, V], in float32, and aux states [n, n_layers·H]."""

@@ -15,13 +15,7 @@ from lightning_dataflow.targets.base import HIDDEN_STATES, TargetEngine
 from lightning_dataflow.targets.hardware import default_device, multiplies_bfloat16
 from lightning_dataflow.targets.info import read_eos_token_ids, read_target_info
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def check_dtype(dtype: str, setting: str) -> None:
-    """Raise UserError naming the `setting` when a target cannot be loaded so."""
-    if dtype != "auto" and dtype not in DTYPES:
-        raise UserError(f"{setting}={dtype} is unknown: use auto, {', '.join(DTYPES)}")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class HFTargetEngine(TargetEngine):
@@ -52,12 +46,11 @@ class HFTargetEngine(TargetEngine):
         device: str = "auto",
         attention: str = "sdpa",
     ):
-        check_dtype(dtype, "target.dtype")
+        if dtype not in DTYPES:
+            raise UserError(f"target.dtype={dtype} is unknown: use {', '.join(DTYPES)}")
         self.info = read_target_info(path)
         self.device = default_device() if device == "auto" else torch.device(device)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype="auto" if dtype == "auto" else DTYPES[dtype], attn_implementation=attention
-        )
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
         if dtype == "auto" and model.dtype == torch.bfloat16 and not multiplies_bfloat16(self.device):
             model = model.float()
         self.model = model.to(self.device).eval()  # type: ignore[arg-type]

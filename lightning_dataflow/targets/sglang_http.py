@@ -85,10 +85,7 @@ class CaptureServer:
             UserError: it cannot capture; the message says what to change, with the whole command line.
         """
         settings = self._request("GET", "/server_info")
-        try:
-            check_version(str(settings.get("version")))
-        except UserError as error:
-            raise UserError(f"{self._name}: {error}") from None
+        check_version(str(settings.get("version")), f"{self._name}: ")
         problems = flag_problems(settings)
         if problems:
             raise UserError(f"{self._name} runs without {', '.join(problems)}: {start_advice(model_path, layer_ids)}")

@@ -68,8 +68,6 @@ class SGLangServerTarget(TargetEngine):
     ):
         if not urls:
             raise UserError("target.engine=sglang_server needs target.urls=[http://HOST:PORT,...] or target.server_python")
-        if in_flight < 1:
-            raise UserError(f"target.requests_in_flight={in_flight}: a server needs at least one")
         self.store_id = store_id
         self.num_requests = len(urls) * in_flight
         self.info = read_target_info(path)
@@ -98,19 +96,16 @@ class SGLangServerTarget(TargetEngine):
             CapacityError: the store is full; nothing was stored.
             CaptureMismatchError: the features are not what this run was announced with.
         """
-        member = self._pool.take()
+        member, lost = self._pool.take(), None
         try:
-            ref = self._ask(member.server, token_ids, origin, loss_mask=loss_mask)
+            return self._ask(member.server, token_ids, origin, loss_mask=loss_mask)
         except (PeerGoneError, ServerRefusalError) as error:
-            self._pool.give_back(member, lost=str(error))
+            lost = str(error)
             if origin.attempt >= MAX_LOST_SERVERS:
                 raise CaptureFailedError(f"{origin.sample_id} lost {origin.attempt} servers in a row: {error}") from error
-            raise PeerGoneError(str(error)) from error
-        except BaseException:
-            self._pool.give_back(member)
-            raise
-        self._pool.give_back(member)
-        return ref
+            raise PeerGoneError(lost) from error
+        finally:
+            self._pool.give_back(member, lost=lost)
 
     def stop_waiting(self) -> None:
         """The run is ending: all calls, running and later ones, raise PeerGoneError at once."""

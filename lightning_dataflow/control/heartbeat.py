@@ -4,7 +4,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
@@ -18,7 +19,6 @@ FRESH_S = 10.0
 CLOSE_S = 0.5
 SUPERVISOR = "supervisor"
 TRAINER = "trainer-0"
-CLAIM_TRIES = 10
 
 
 class Heartbeat:
@@ -50,11 +50,18 @@ class Heartbeat:
         except Exception as error:  # raising it would hide the error that ended the process
             log.warning("%s could not leave its last words (%r): %s", self._name, error, last_words)
 
-    def stop_after(self, error: BaseException) -> None:
-        """End the thread after an error, and report it, unless it is an interrupt. One in the settings is fatal."""
-        if isinstance(error, KeyboardInterrupt):
-            return self.stop("interrupted")
-        self.stop(str(error) or type(error).__name__, failed=True, fatal=isinstance(error, UserError))
+    @contextmanager
+    def until(self, last_words: str) -> Iterator[None]:
+        """End the thread with the block. An error, unless it is an interrupt, is reported; one in the settings is fatal."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.stop("interrupted")
+            raise
+        except BaseException as error:
+            self.stop(str(error) or type(error).__name__, failed=True, fatal=isinstance(error, UserError))
+            raise
+        self.stop(last_words)
 
     def _run(self) -> None:
         while True:
@@ -128,12 +135,11 @@ def claim_trainer(ledger: MetadataStore, run_id: str) -> None:
     Raises:
         UserError: see check_no_other_trainer.
     """
-    for _ in range(CLAIM_TRIES):
+    while True:
         last = _last_trainer(ledger)
         check_no_other_trainer(ledger, run_id)
         if ledger.claim(TRAINER, "beginning", None if last is None else (last["host"], last["pid"])):
             return
-    raise UserError(f"trainers of run {run_id} begin and end again and again: start only one, or choose another run_name")
 
 
 def _trainer(ledger: MetadataStore) -> Mapping[str, Any] | None:

@@ -109,12 +109,11 @@ def make_workers(
         load: returns the feed and the store.
         resources: closes the control planes of all workers but the first.
     """
-    heartbeat = Heartbeat(plane.ledger, f"{name}-0", lambda: "loading")
-    try:
+    with Heartbeat(plane.ledger, f"{name}-0", lambda: "loading").until("loaded"):
         feed, store = load()
         num_workers = feed.target.num_requests if isinstance(feed, ServedFeed) else 1
         others = [resources.enter_context(closing(control_plane(config))) for _ in range(1, num_workers)]
-        workers = [
+        return [
             RolloutWorker(
                 f"{name}-{index}",
                 feed,
@@ -127,8 +126,3 @@ def make_workers(
             )
             for index, own_plane in enumerate([plane, *others])
         ]
-    except BaseException as error:
-        heartbeat.stop_after(error)
-        raise
-    heartbeat.stop("loaded")
-    return workers

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning as L
 import orjson
@@ -31,8 +31,6 @@ PACKAGES = (
     "mooncake-transfer-engine",
     "mooncake-transfer-engine-non-cuda",
 )
-
-Kind = TypeVar("Kind", bound=L.Callback)
 
 
 class ResultWriter(L.Callback):
@@ -105,7 +103,7 @@ class ResultWriter(L.Callback):
         }
 
 
-def _callback(trainer: L.Trainer, kind: type[Kind]) -> Kind | None:
+def _callback(trainer: L.Trainer, kind: type[L.Callback]) -> Any:
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return next((callback for callback in callbacks if isinstance(callback, kind)), None)
 
@@ -120,7 +118,8 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
     """Write `result` to `path` atomically; numbers that are not finite become null."""
     part = path.with_name(f".{path.name}.part")
     try:
-        part.write_bytes(orjson.dumps(result, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+        options = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS
+        part.write_bytes(orjson.dumps(result, dict, options))  # `dict`: of a mapping that is none, as OmegaConf's are
         part.replace(path)
     except OSError:
         part.unlink(missing_ok=True)

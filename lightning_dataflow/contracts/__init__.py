@@ -20,8 +20,8 @@ from lightning_dataflow.contracts.records import (
     PromptTask,
     SampleOrigin,
     SampleRef,
+    StepContext,
 )
-from lightning_dataflow.contracts.step import StepContext
 from lightning_dataflow.contracts.validation import ref_from_json, ref_to_json
 
 __all__ = [

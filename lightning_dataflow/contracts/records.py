@@ -119,3 +119,12 @@ class FeatureHandle:
     sample_id: str
     generation: str
     lease_token: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepContext:
+    """Where a run stands, in optimizer steps; all micro-batches of one accumulation window see the same value."""
+
+    global_step: int
+    total_steps: int | None = None
+    """The trainer's max_steps; None when the run has no such limit."""

@@ -167,10 +167,6 @@ class MetadataStore(ABC):
         now, parts = self.now(), {name: json.loads(text) for name, text in self._part_texts().items()}
         return [{"name": name, "seen_s_ago": now - part.pop("seen"), **part} for name, part in sorted(parts.items())]
 
-    def failures(self) -> list[str]:
-        """What failed processes reported since the latest `begin`. Others may go on: see `heartbeat.producer_failures`."""
-        return [f"{part['name']}: {part['state']}" for part in self.parts() if part["failed"]]
-
     @abstractmethod
     def in_flight(self) -> tuple[int, int]:
         """References and bytes that are reserved by a lease or published, and not freed. Cheap."""

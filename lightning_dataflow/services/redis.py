@@ -1,14 +1,13 @@
 """A Redis server of one run."""
 
-import fcntl
 import secrets
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import IO
 
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts.waiting import try_lock, wait_until
 from lightning_dataflow.control.redis.address import RedisAddress
 from lightning_dataflow.control.redis.server import RedisServer
 from lightning_dataflow.services.server import HOST, POLL_S, LocalServer, open_private, start_together
@@ -113,16 +112,9 @@ class LocalRedis(LocalServer):
 def _lock(path: Path) -> IO[str]:
     """Two servers must not write the same append-only file."""
     file = path.open("a")
-    deadline = time.monotonic() + LOCK_TIMEOUT_S
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                file.close()
-                raise UserError(
-                    f"another process runs a Redis in {path.parent}: the run goes on, so end it first, or choose another "
-                    "run_name"
-                ) from None
-        time.sleep(POLL_S)
+    if not wait_until(lambda: try_lock(file.fileno()), LOCK_TIMEOUT_S, POLL_S):
+        file.close()
+        raise UserError(
+            f"another process runs a Redis in {path.parent}: the run goes on, so end it first, or choose another run_name"
+        )
+    return file

@@ -29,16 +29,14 @@ from lightning_dataflow.sglang_plugin.wire import (
     PARAM,
     CaptureRequest,
     ErrorKind,
-    ServerDescription,
     check_version,
-    description_to_json,
     flag_problems,
     request_from_text,
     start_advice,
     token_digest,
 )
 from lightning_dataflow.stores import FeatureStore, StoreUnavailableError
-from lightning_dataflow.stores.base import dtype_name
+from lightning_dataflow.stores.base import new_ref
 
 APPEND = (
     "sglang.srt.managers.scheduler_components.batch_result_processor."
@@ -127,7 +125,7 @@ def append_prefill_hidden_states(original: Callable[..., int], processor: Any, *
 
 
 def _answer(text: Any, req: Any, output: Any, rows: range, processor: Any) -> str:
-    """A reference, a description, or an error. No exception may end the scheduler."""
+    """A reference, or an error. No exception may end the scheduler."""
     try:
         return json.dumps(_serve(text, req, output, rows, processor), separators=(",", ":"))
     except Exception as error:
@@ -159,14 +157,6 @@ def _capture(
     server: "Server", store: FeatureStore, request: CaptureRequest, req: Any, output: Any, rows: range
 ) -> dict[str, Any]:
     token_ids = list(req.origin_input_ids)
-    if request.loss_mask is None:
-        description = ServerDescription(
-            capture=server.capture,
-            dtype=dtype_name(output.last_hidden_states.dtype),
-            model_version=server.model_version,
-            uri=store.uri,
-        )
-        return {"server": description_to_json(description)}
     if len(rows) != len(token_ids):
         raise RuntimeError(
             f"the server computed {len(rows)} of the {len(token_ids)} tokens of {request.sample_id} in this pass (prefix "
@@ -180,7 +170,8 @@ def _capture(
         "loss_mask": torch.tensor(request.loss_mask, dtype=torch.uint8),
         **{name: computed[name][rows.start : rows.stop] for name in request.features},
     }
-    ref = store.put(tensors, server.origin(request, len(token_ids)))
+    origin = server.origin(request, len(token_ids))
+    ref = new_ref(tensors, origin, store.uri) if request.dry_run else store.put(tensors, origin)
     return {"ref": ref_to_json(ref), "tokens": token_digest(token_ids)}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from lightning_dataflow.contracts import UserError
@@ -15,13 +16,7 @@ from lightning_dataflow.targets.base import HIDDEN_STATES, TargetEngine
 from lightning_dataflow.targets.hardware import default_device, multiplies_bfloat16
 from lightning_dataflow.targets.info import read_eos_token_ids, read_target_info
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def check_dtype(dtype: str, setting: str) -> None:
-    """Raise UserError naming the `setting` when a target cannot be loaded so."""
-    if dtype != "auto" and dtype not in DTYPES:
-        raise UserError(f"{setting}={dtype} is unknown: use auto, {', '.join(DTYPES)}")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class HFTargetEngine(TargetEngine):
@@ -52,12 +47,11 @@ class HFTargetEngine(TargetEngine):
         device: str = "auto",
         attention: str = "sdpa",
     ):
-        check_dtype(dtype, "target.dtype")
+        if dtype not in DTYPES:
+            raise UserError(f"target.dtype={dtype} is unknown: use {', '.join(DTYPES)}")
         self.info = read_target_info(path)
         self.device = default_device() if device == "auto" else torch.device(device)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype="auto" if dtype == "auto" else DTYPES[dtype], attn_implementation=attention
-        )
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
         if dtype == "auto" and model.dtype == torch.bfloat16 and not multiplies_bfloat16(self.device):
             model = model.float()
         self.model = model.to(self.device).eval()  # type: ignore[arg-type]
@@ -75,11 +69,8 @@ class HFTargetEngine(TargetEngine):
         """Run one forward pass. An autocast context around it has no effect."""
         assert self.layer_ids, "set_capture_layers comes first"
         lengths = [len(ids) for ids in batch]
-        input_ids = torch.zeros(len(batch), max(lengths), dtype=torch.int64)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, ids in enumerate(batch):
-            input_ids[row, : len(ids)] = torch.tensor(ids)
-            attention_mask[row, : len(ids)] = 1
+        input_ids = pad_sequence([torch.tensor(ids) for ids in batch], batch_first=True)
+        attention_mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
         with torch.autocast(self.device.type, enabled=False), self.recorded() as states:
             last = self._decoder(
                 input_ids=input_ids.to(self.device),

@@ -22,9 +22,7 @@ from lightning_dataflow.contracts import (
 from lightning_dataflow.sglang_plugin.wire import (
     PARAM,
     CaptureRequest,
-    ServerDescription,
     check_version,
-    description_from_json,
     flag_problems,
     longest_prompt,
     request_to_text,
@@ -79,24 +77,19 @@ class CaptureServer:
         self._connections: weakref.WeakSet[http.client.HTTPConnection] = weakref.WeakSet()
         self._stopping = False
 
-    def check(self, store_id: str, model_path: str, layer_ids: Sequence[int]) -> ServerDescription:
-        """Ask what the server captures, and whether it reaches its store.
+    def check(self, model_path: str, layer_ids: Sequence[int]) -> None:
+        """Ask for the server's settings.
 
         Raises:
             PeerGoneError: the server does not answer.
             UserError: it cannot capture; the message says what to change, with the whole command line.
         """
         settings = self._request("GET", "/server_info")
-        try:
-            check_version(str(settings.get("version")))
-        except UserError as error:
-            raise UserError(f"{self._name}: {error}") from None
+        check_version(str(settings.get("version")), f"{self._name}: ")
         problems = flag_problems(settings)
         if problems:
             raise UserError(f"{self._name} runs without {', '.join(problems)}: {start_advice(model_path, layer_ids)}")
         self.max_tokens = longest_prompt(settings, self._name)
-        answer = self._generate([0], CaptureRequest(store_id=store_id, sample_id="describe"))
-        return description_from_json(answer.get("server"))
 
     def capture(self, token_ids: Sequence[int], request: CaptureRequest) -> SampleRef:
         """Have the features of a prompt stored; returns the server's reference.

@@ -17,6 +17,8 @@ from lightning_dataflow.control.local.tables import LedgerTables
 from lightning_dataflow.control.log import StreamingRefChannel
 from lightning_dataflow.control.processes import this_process
 
+FORGET_PARTS = "DELETE FROM parts WHERE json_extract(part, '$.failed') OR json_extract(part, '$.seen') < ?"
+
 
 class SqliteMetadataStore(MetadataStore):
     """The ledger in SQLite.
@@ -36,7 +38,7 @@ class SqliteMetadataStore(MetadataStore):
         here = socket.gethostname()
         with self._tables.transaction():
             self._tables.db.execute("INSERT OR IGNORE INTO run VALUES ('host', ?)", (here,))
-        host = self._tables.get("host")
+        host = self._tables.run()["host"]
         if host != here:
             raise UserError(
                 f"the ledger {path} belongs to {host}, and this is {here}: run all processes on {host}; or, if that "
@@ -46,7 +48,7 @@ class SqliteMetadataStore(MetadataStore):
     def fence(self) -> dict[int, int]:
         with self._change():
             self._tables.db.execute(
-                "UPDATE samples SET state = 'wanted', attempt = attempt + 1, worker = NULL WHERE state = 'leased'"
+                "UPDATE samples SET state = 'wanted', attempt = attempt + 1, expires = 0 WHERE state = 'leased'"
             )
             self._tables.set(plan=None)
             return dict(self._tables.db.execute("SELECT seq, attempt FROM samples WHERE state = 'wanted'").fetchall())
@@ -55,7 +57,7 @@ class SqliteMetadataStore(MetadataStore):
         with self._change():
             self._tables.db.execute("DELETE FROM samples")
             self._tables.put(samples)
-            self._tables.forget_parts(time.time() - SILENT_S)
+            self._tables.db.execute(FORGET_PARTS, (time.time() - SILENT_S,))
             self._tables.set(
                 plan=json.dumps(asdict(plan)),
                 finished=None,
@@ -72,12 +74,11 @@ class SqliteMetadataStore(MetadataStore):
         self, worker: str, *, group: int, num_bytes: Callable[[int], int], watermarks: Watermarks, lease_s: float
     ) -> Lease | NoLease:
         with self._change():
-            plan, finished_at = self.plan(), self._tables.get("finished_at")
-            if finished_at is not None:
-                return NoLease("finished", plan, finished_at)
+            now, plan, totals = time.time(), self.plan(), self._tables.run()
+            if "finished_at" in totals:
+                return NoLease("finished", plan, totals["finished_at"])
             if plan is None:
                 return NoLease("not begun")
-            now, totals = time.time(), self._tables.run()
             seq = self._tables.first_open(now)
             if seq is None:
                 seq = totals["frontier"]
@@ -87,7 +88,7 @@ class SqliteMetadataStore(MetadataStore):
             new = {number: Sample("wanted", 0) for number in seqs if number >= totals["frontier"]}
             others = {number: row for number, row in self._tables.samples(seqs).items() if row.state != "published"} | new
             attempt = max(row.attempt + (row.state == "leased") for row in others.values())
-            taken = {number: row for number, row in others.items() if row.state == "wanted" or row.expires < now}
+            taken = {number: row for number, row in others.items() if row.expires < now}
             sizes = {number: num_bytes(number) for number, row in taken.items() if not row.bytes}
             if sizes and self._update_pause(seq, sum(sizes.values()), len(new), totals, plan, watermarks):
                 return NoLease("paused", plan)
@@ -166,14 +167,15 @@ class SqliteMetadataStore(MetadataStore):
             if before != (None if last is None else (last["host"], last["pid"])):
                 return False
             me = this_process(state)
-            self.term = str(int(self._tables.get("term") or 0) + 1)
+            self.term = str(int(self._tables.run().get("term", 0)) + 1)
             claimed_by = f"process {me['pid']} on {me['host']}"
             self._tables.set(term=self.term, claimed_by=claimed_by, plan=None, finished=None, finished_at=None)
             self._tables.report(name, me)
             return True
 
     def in_flight(self) -> tuple[int, int]:
-        return self._tables.get("refs_in_flight"), self._tables.get("bytes_in_flight")
+        totals = self._tables.run()
+        return totals["refs_in_flight"], totals["bytes_in_flight"]
 
     def close(self) -> None:
         self._tables.close()
@@ -182,7 +184,7 @@ class SqliteMetadataStore(MetadataStore):
     def _change(self) -> Iterator[None]:
         with self._tables.transaction():
             if not self.is_ours():
-                raise PeerFailedError(TAKEN_OVER.format(self._tables.get("claimed_by")))
+                raise PeerFailedError(TAKEN_OVER.format(self._tables.run().get("claimed_by")))
             yield
 
     def _update_pause(

@@ -33,7 +33,6 @@ CREATE TABLE IF NOT EXISTS samples (
 CREATE INDEX IF NOT EXISTS samples_by_state ON samples (state, seq);
 CREATE TABLE IF NOT EXISTS parts (name TEXT PRIMARY KEY, part TEXT);
 """
-IN_LIST = "seq IN (SELECT value FROM json_each(?))"
 
 
 COLUMNS = ", ".join(Sample._fields)
@@ -87,11 +86,6 @@ class LedgerTables:
         """All that is known of the run, by name."""
         return dict(self.rows("SELECT key, value FROM run WHERE value IS NOT NULL"))
 
-    def get(self, key: str) -> Any:
-        """A value of the run; None where there is none."""
-        rows = self.rows("SELECT value FROM run WHERE key = ?", key)
-        return rows[0][0] if rows else None
-
     def set(self, **values: Any) -> None:
         """Write values of the run."""
         self.db.executemany("INSERT OR REPLACE INTO run VALUES (?, ?)", list(values.items()))
@@ -106,20 +100,11 @@ class LedgerTables:
         text = json.dumps({**part, "seen": time.time()})
         self.db.execute("INSERT OR REPLACE INTO parts VALUES (?, ?)", (name, text))
 
-    def forget_parts(self, before: float) -> None:
-        """Forget processes that failed, or were last seen before that time."""
-        self.db.execute(
-            "DELETE FROM parts WHERE json_extract(part, '$.failed') OR json_extract(part, '$.seen') < ?", (before,)
-        )
-
     def first_open(self, now: float) -> int | None:
         """The lowest seq that is wanted again, or whose lease expired."""
-        row = self.db.execute(
-            "SELECT MIN(seq) FROM (SELECT MIN(seq) AS seq FROM samples WHERE state = 'wanted' UNION ALL "
-            "SELECT MIN(seq) FROM samples WHERE state = 'leased' AND expires < ?)",
-            (now,),
-        ).fetchone()
-        return row[0]
+        return self.db.execute(
+            "SELECT MIN(seq) FROM samples WHERE state IN ('wanted', 'leased') AND expires < ?", (now,)
+        ).fetchone()[0]
 
     def samples(self, seqs: Sequence[int]) -> dict[int, Sample]:
         """The rows of consecutive seqs, where there are any."""
@@ -136,7 +121,7 @@ class LedgerTables:
     def drop(self, seqs: Iterable[int]) -> None:
         """Remove rows and what they reserved."""
         freed = self.db.execute(
-            f"DELETE FROM samples WHERE {IN_LIST} RETURNING bytes", (json.dumps(list(seqs)),)
+            "DELETE FROM samples WHERE seq IN (SELECT value FROM json_each(?)) RETURNING bytes", (json.dumps(list(seqs)),)
         ).fetchall()
         if freed:
             self.add(bytes_in_flight=-sum(size for (size,) in freed), refs_in_flight=-len(freed))

@@ -11,23 +11,24 @@ local function forget_parts(silent_s, and_failed)
 end
 
 local function forget_samples()
-  redis.call('DEL', SAMPLES, WANTED, LEASED)
+  redis.call('DEL', SAMPLES, OPEN)
 end
 
-ops.fence = function()
-  for _, seq in ipairs(redis.call('ZRANGE', LEASED, 0, -1)) do
-    want(seq, get(seq))
-  end
+function ops.fence()
   redis.call('HDEL', TOTALS, 'plan')
-  local wanted = redis.call('ZRANGE', WANTED, 0, -1)
+  local wanted = redis.call('ZRANGE', OPEN, 0, -1)
   for i, seq in ipairs(wanted) do
+    local row = get(seq)
+    if row.state == 'leased' then
+      want(seq, row)
+    end
     wanted[i] = {seq, get(seq).attempt}
   end
   return wanted
 end
 
 -- samples: lists of seq and row
-ops.begin = function(plan, start, step, frontier, silent_s, samples)
+function ops.begin(plan, start, step, frontier, silent_s, samples)
   forget_samples()
   local bytes = 0
   for _, sample in ipairs(samples) do
@@ -45,19 +46,19 @@ ops.begin = function(plan, start, step, frontier, silent_s, samples)
   return true
 end
 
-ops.count_wait = function()
+function ops.count_wait()
   redis.call('HINCRBY', TOTALS, 'train_waits', 1)
   return true
 end
 
-ops.finish = function(status)
+function ops.finish(status)
   forget_samples()
   redis.call('HSET', TOTALS, 'finished', status, 'finished_at', string.format('%.6f', now()), 'bytes_in_flight', 0)
   return true
 end
 
 -- part: host, pid, pids, state, failed and fatal
-ops.report = function(name, part)
+function ops.report(name, part)
   part.seen = now()
   if redis.call('HSET', PARTS, name, cjson.encode(part)) == 1 then
     forget_parts(KEEP_S)
@@ -66,7 +67,7 @@ ops.report = function(name, part)
 end
 
 -- host, pid: of the process that last reported that name; '' and 0 for none
-ops.claim = function(name, part, host, pid)
+function ops.claim(name, part, host, pid)
   local text = redis.call('HGET', PARTS, name)
   local last = text and cjson.decode(text) or {host = '', pid = 0}
   if last.host ~= host or last.pid ~= pid then

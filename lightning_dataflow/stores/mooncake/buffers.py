@@ -11,6 +11,7 @@ from typing import NamedTuple
 ALIGNMENT = 64
 SMALLEST_STEP = 1 << 16
 MAX_IDLE_BYTES = 2 << 30
+"""Kept for reuse; beyond it, the blocks that were unused for longest are freed."""
 
 
 class Block(NamedTuple):
@@ -30,18 +31,10 @@ class BufferPool:
 
     Args:
         allocate, free: get a block of exactly this size, aligned to pages; and give it back.
-        max_idle_bytes: kept for reuse; beyond it, the blocks that were unused for longest are freed.
     """
 
-    def __init__(
-        self,
-        allocate: Callable[[int], Block],
-        free: Callable[[Block], None],
-        *,
-        max_idle_bytes: int = MAX_IDLE_BYTES,
-    ):
+    def __init__(self, allocate: Callable[[int], Block], free: Callable[[Block], None]):
         self._allocate, self._free = allocate, free
-        self._max_idle_bytes = max_idle_bytes
         self._idle: list[Block] = []  # unused for longest first
         self._returned: deque[Block] = deque()
         self._lock = threading.Lock()
@@ -53,7 +46,7 @@ class BufferPool:
         A tensor made of it by `torch.frombuffer` keeps it alive. Its memory is reused once nothing references it.
         """
         with self._lock:
-            self._collect()
+            self._collect(MAX_IDLE_BYTES)
             block = self._take(num_bytes)
         if block is None:
             block = self._allocate(size_class(num_bytes))
@@ -66,8 +59,7 @@ class BufferPool:
         """Free idle memory. Buffers that are still referenced stay valid, and are freed once they no longer are."""
         self._closed = True
         with self._lock:
-            self._collect()
-            self._free_beyond(0)
+            self._collect(0)
 
     def _give_back(self, block: Block) -> None:
         # The last reference may go during a garbage collection while this thread holds the lock: do not take it here.
@@ -76,12 +68,10 @@ class BufferPool:
         else:
             self._returned.append(block)
 
-    def _collect(self) -> None:
+    def _collect(self, max_idle_bytes: int) -> None:
+        """Take in what was given back, and free what is too much."""
         while self._returned:
             self._idle.append(self._returned.popleft())
-        self._free_beyond(self._max_idle_bytes)
-
-    def _free_beyond(self, max_idle_bytes: int) -> None:
         idle_bytes = sum(block.num_bytes for block in self._idle)
         while idle_bytes > max_idle_bytes:
             block = self._idle.pop(0)

@@ -140,16 +140,14 @@ class MooncakeFeatureStore(FeatureStore):
     def release_many(self, handles: Sequence[FeatureHandle]) -> None:
         """End leases in one round trip. They are counted in this process: the last one frees the sample for all."""
         last = [ref for handle in handles if (ref := self._leases.end(handle)) is not None]
-        if self.retain:
-            return
-        self._generations.remove(last)
+        if not self.retain:
+            self._generations.remove(last)
 
     def free(self, ref: SampleRef) -> None:
         """Free one generation, even with `retain`."""
-        if ref.uri != self.uri:
-            return
-        self._leases.forget(ref.sample_id, ref.generation)
-        self._generations.remove([ref])
+        if ref.uri == self.uri:
+            self._leases.forget(ref.sample_id, ref.generation)
+            self._generations.remove([ref])
 
     def abort(self, sample_id: str) -> None:
         """Free every generation of a sample. The master scans all its keys: about 1 ms for a thousand."""

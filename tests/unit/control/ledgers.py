@@ -4,7 +4,8 @@ import socket
 from collections.abc import Mapping, Sequence
 
 from lightning_dataflow.contracts import LogRecord
-from lightning_dataflow.control import CommitEntry, Lease, MetadataStore, RunPlan, Sample, Watermarks
+from lightning_dataflow.control import Lease, MetadataStore, RunPlan, Watermarks
+from lightning_dataflow.control.leases import CommitEntry, Sample
 from tests.records import WIDE, leased, log_of, make_ref
 
 SIZE = 10

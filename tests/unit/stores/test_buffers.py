@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 
+from lightning_dataflow.stores.mooncake import buffers
 from lightning_dataflow.stores.mooncake.buffers import Block, BufferPool, offsets, size_class
 
 
@@ -76,8 +77,8 @@ def test_a_small_sample_does_not_take_a_big_block(pool):
     assert len(small) < 1 << 20
 
 
-def test_idle_memory_is_bounded(memory):
-    pool = BufferPool(memory.allocate, memory.free, max_idle_bytes=3 << 20)
+def test_idle_memory_is_bounded(pool, memory, monkeypatch):
+    monkeypatch.setattr(buffers, "MAX_IDLE_BYTES", 3 << 20)
     held = [pool.lease(1 << 20) for _ in range(8)]
     assert sum(block.num_bytes for block in memory.blocks.values()) == 8 << 20
     del held

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from lightning_dataflow.contracts import PeerTimeoutError, UserError
-from lightning_dataflow.control import MAX_ATTEMPTS, CommitEntry, SqliteMetadataStore
+from lightning_dataflow.control import MAX_ATTEMPTS, SqliteMetadataStore
+from lightning_dataflow.control.leases import CommitEntry
 from lightning_dataflow.control.local import waiting
 from lightning_dataflow.control.local.log import FileChannel
 from tests.records import forked

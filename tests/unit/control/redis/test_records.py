@@ -115,7 +115,7 @@ def num_bytes_sent(server: RedisServer) -> int:
 
 
 def num_leased(redis_run) -> int:
-    return redis_run.ask("ZCARD", redis_run.key("leased"))
+    return redis_run.ask("ZCARD", redis_run.key("open"))
 
 
 def test_a_lease_whose_samples_are_gone_is_over(plane, redis_run):

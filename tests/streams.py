@@ -8,9 +8,9 @@ import torch
 
 from lightning_dataflow.control import ControlPlane
 from lightning_dataflow.data import DataFlowDataModule, FeatureCard, PassOrder, StreamingSource
-from lightning_dataflow.producers import Feed, RolloutWorker
+from lightning_dataflow.producers import RolloutWorker
 from lightning_dataflow.producers.capture import FROM_PROMPT
-from lightning_dataflow.producers.feeds import CapturedSample, to_put
+from lightning_dataflow.producers.feeds import CapturedSample, Feed, to_put
 from lightning_dataflow.stores import FeatureStore
 from lightning_dataflow.stores.base import Tensors
 from lightning_dataflow.targets.base import HIDDEN_STATES

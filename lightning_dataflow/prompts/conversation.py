@@ -9,18 +9,13 @@ from typing import Any
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.prompts.unread import check_record, check_turn
 
-SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bard": "assistant",
-    "bing": "assistant",
-    "tool": "tool",
-    "observation": "tool",
+SHAREGPT_NAMES = {
+    "system": ("system",),
+    "user": ("human", "user"),
+    "assistant": ("gpt", "assistant", "chatgpt", "bard", "bing"),
+    "tool": ("tool", "observation"),
 }
+SHAREGPT_ROLES = {name: role for role, names in SHAREGPT_NAMES.items() for name in names}
 
 LARGEST_ID = 2**31 - 1
 

@@ -24,7 +24,8 @@ from lightning_dataflow.contracts import UserError
 from lightning_dataflow.control import ControlPlane
 from lightning_dataflow.data import DataFlowDataModule, FeatureCard, OfflineSource, RefSource
 from lightning_dataflow.data.offline import is_captured
-from lightning_dataflow.producers import Feed, FolderFeed, PromptFeed, RolloutWorker, ServedFeed, capture_to_folder
+from lightning_dataflow.producers import RolloutWorker, capture_to_folder
+from lightning_dataflow.producers.feeds import Feed, FolderFeed, PromptFeed, ServedFeed
 from lightning_dataflow.prompts import PromptDataset, load_prompts
 from lightning_dataflow.run.claim import claim
 from lightning_dataflow.run.ranks import first_rank_does, num_processes

@@ -13,7 +13,8 @@ from lightning_dataflow.control import ControlPlane, resolve_control_plane
 from lightning_dataflow.control.heartbeat import Heartbeat
 from lightning_dataflow.control.plane import PATIENCE_S, DeploymentMode
 from lightning_dataflow.data import ManifestSource, StreamingSource
-from lightning_dataflow.producers import ColocatedSource, Feed, OnlineSource, RolloutWorker, ServedFeed
+from lightning_dataflow.producers import ColocatedSource, OnlineSource, RolloutWorker
+from lightning_dataflow.producers.feeds import Feed, ServedFeed
 from lightning_dataflow.prompts import PromptDataset
 from lightning_dataflow.run.ranks import num_devices, rank_from_environment
 from lightning_dataflow.sglang_plugin.settings import ARGUMENTS, KNOWN

@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from lightning_dataflow.producers import ServedFeed, rollout
+from lightning_dataflow.producers import rollout
+from lightning_dataflow.producers.feeds import ServedFeed
 from lightning_dataflow.run import producer
 from lightning_dataflow.run.producer import run_all
 from tests.records import begin, failures, memory_plane

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -28,7 +28,9 @@ from lightning_dataflow.targets.base import check_layer_ids
 from lightning_dataflow.targets.info import read_target_info
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-LAYER_SIZES = (
+TARGET_SIZES = (
+    "hidden_size",
+    "vocab_size",
     "intermediate_size",
     "num_attention_heads",
     "num_key_value_heads",
@@ -36,7 +38,7 @@ LAYER_SIZES = (
     "rms_norm_eps",
     "rope_theta",
 )
-"""Sizes of the draft's decoder layers, by default those of the target's."""
+"""Sizes that a draft has from its target, unless it is told otherwise."""
 Draft = TypeVar("Draft", bound=nn.Module)
 
 
@@ -137,14 +139,15 @@ class DraftModule(SumsModule):
     def initialise_draft(self, data: DataFlowDataModule) -> None:
         """Set what depends on the target's tensors or on the data, once before a new draft trains."""
 
-    def network_sizes(self, settings: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
-        """Sizes of the draft's network: those of the draft to start from, else settings that are not None, else defaults,
-        else the target's. Raises UserError when settings and the draft to start from differ."""
+    def network_sizes(self, config: type[Any], **defaults: Any) -> dict[str, Any]:
+        """Fields of `config`, a dataclass: those of the draft to start from, else the constructor's arguments that are not
+        None, else defaults, else the target's. Raises UserError when arguments and the draft to start from differ."""
+        names = [field.name for field in fields(config)]
+        settings = {name: value for name in names if (value := self.hparams.get(name)) is not None}
         if self._start is not None:
             check_settings(self._start, settings)
-        of_target = {name: getattr(self.target_info, name) for name in LAYER_SIZES}
-        chosen = {name: value for name, value in settings.items() if value is not None}
-        return {**of_target, **defaults, **chosen, **(self.hparams["network"] or {})}
+        sizes = {name: getattr(self.target_info, name) for name in TARGET_SIZES} | {"num_aux_layers": len(self.layer_ids)}
+        return {**sizes, **defaults, **settings, **(self.hparams["network"] or {})}
 
     def new_draft(self, draft: Callable[[Any], Draft], config: Any) -> Draft:
         """A draft of `config`, whose weights depend on the seed alone."""

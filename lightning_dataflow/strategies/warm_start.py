@@ -55,7 +55,7 @@ def choose_layers(start: PublishedDraft, chosen: list[int] | None) -> list[int] 
 def check_settings(start: PublishedDraft, settings: Mapping[str, Any]) -> None:
     """Raise UserError naming the settings that ask for other sizes than the published draft has."""
     network = start.network
-    differing = [name for name, value in settings.items() if value is not None and network.get(name, value) != value]
+    differing = [name for name, value in settings.items() if network.get(name, value) != value]
     if differing:
         have = ", ".join(f"{name}={settings[name]}" for name in differing)
         want = " ".join(f"strategy.{name}={network[name]}" for name in differing)

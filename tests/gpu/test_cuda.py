@@ -68,7 +68,6 @@ def test_a_training_step_is_the_cpus():
         head_dim=32,
         vocab_size=500,
         draft_vocab_size=200,
-        target_hidden_size=128,
     )
     draft, length = Eagle3Draft(config), 256
     ids, mask = torch.randint(500, (2, length)), (torch.rand(2, length) > 0.3).float()

@@ -130,7 +130,7 @@ def test_it_computes_what_is_trained(cases, kind):
 def rollout(module, hidden):
     """The greedy tokens of one block, one by one."""
     draft, target = module.draft, module.frozen_target
-    tokens, state, first = [7], None, 0 if module.shift_label else 1
+    tokens, state, first = [7], None, module.draft.config.first_offset
     for index in range(draft.config.block_size - 1):
         logits = target.head @ hidden[first + index]
         correction, state = draft.decode_correction(index, hidden[first + index], tokens[-1], target.embedding, state)

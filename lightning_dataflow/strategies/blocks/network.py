@@ -1,7 +1,8 @@
 """The network that block drafts share. Weight names are those of the serving engines."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from lightning_dataflow.strategies.common.cache import DraftCache
 from lightning_dataflow.strategies.common.layers import Attention, DecoderLayer, RMSNorm, Rotary, SwiGLU, rotate
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+Score = TypeVar("Score")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,11 @@ class BlockConfig:
                 f"goes with {SLIDING} layers, and only with them"
             )
 
+    @property
+    def first_offset(self) -> int:
+        """Offset that drafts the token after the anchor."""
+        return 1
+
     def window(self, layer: int) -> int | None:
         """Sliding window of a layer; None for full attention."""
         return self.sliding_window if self.layer_types and self.layer_types[layer] == SLIDING else None
@@ -100,7 +107,7 @@ class BlockLayer(DecoderLayer):
 class BlockDraft(nn.Module):
     """`fc` folds n captured layers into a context. A few layers turn blocks of mask tokens into hidden states.
 
-    Subclasses define `forward`, which scores the hidden states of all blocks.
+    DFlash is no more than this; subclasses add a `head`.
     """
 
     def __init__(self, config: BlockConfig):
@@ -117,14 +124,22 @@ class BlockDraft(nn.Module):
         """In order."""
         return cast("list[BlockLayer]", list(self.layers))
 
-    def hidden_states(
-        self, aux_hidden_states: Tensor, embedding: Tensor, blocks: Blocks, position: Tensor | None = None
-    ) -> Tensor:
-        """Hidden states [M, B, H] of every block, after the final norm.
+    def forward(
+        self,
+        aux_hidden_states: Tensor,
+        embedding: Tensor,
+        blocks: Blocks,
+        score: Callable[..., Score],
+        position: Tensor | None = None,
+    ) -> Score:
+        """Draft every block and score it.
+
+        Everything that touches a parameter happens in here, so that sharding sees one forward pass.
 
         Args:
             aux_hidden_states: [batch, S, n·H].
             embedding: the target's frozen table [V, H].
+            score: called once with the hidden states [M, B, H] after the final norm, and with what `head` returns.
             position: int64 [batch, S] of each token in its sample, for packed rows; by default each row is one sample.
         """
         context = self.context(aux_hidden_states)
@@ -140,7 +155,12 @@ class BlockDraft(nn.Module):
             keys = ContextKeys(*attention.key_value(context, *context_tables), *attention.key_value(x, *block_tables))
             attended = block_attention(attention.query(x, *block_tables), keys, blocks, self.config.window(index))
             hidden = layer.finish(hidden, attended)
-        return self.norm(hidden)
+        hidden = self.norm(hidden)
+        return score(hidden, *self.head(hidden, blocks, embedding))
+
+    def head(self, hidden: Tensor, blocks: Blocks, embedding: Tensor) -> tuple[Tensor, ...]:
+        """What the draft's own head, if it has one, makes of the hidden states [M, B, H] for the objective."""
+        return ()
 
     def context(self, aux_hidden_states: Tensor) -> Tensor:
         """[..., n·H] → [..., H]."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_dataflow.contracts import StepContext
 from lightning_dataflow.strategies.blocks.blocks import Blocks
 from lightning_dataflow.strategies.blocks.labels import BlockLabels
 from lightning_dataflow.strategies.common.gradients import with_gradients
@@ -27,12 +28,20 @@ class DFlashObjective:
     dpace: bool = False
     dpace_alpha: float = 0.5
 
-    def __call__(self, hidden: Tensor, head: Tensor, blocks: Blocks, rows: Tensor | None = None) -> ObjectiveSums:
+    def __call__(
+        self,
+        hidden: Tensor,
+        head: Tensor,
+        blocks: Blocks,
+        context: StepContext | None = None,
+        rows: Tensor | None = None,
+    ) -> ObjectiveSums:
         """Score blocks.
 
         Args:
             hidden: of the draft after its final norm, [M, B, H].
             head: the target's frozen head [V, H].
+            context: not needed here.
             rows: see BlockLabels.
 
         Metrics: `accuracy`, `accuracy_per_position` (a vector over the B − 1 drafted tokens), `acceptance_length`.

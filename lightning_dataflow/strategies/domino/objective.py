@@ -22,13 +22,13 @@ class DominoObjective:
 
     Attributes:
         gamma: see DFlashObjective.
-        shift_label: see DominoConfig.
+        first_offset: see BlockConfig.
         lambda_start: λ at step 0.
         lambda_decay_ratio: λ falls linearly to 0 over this share of the run's steps.
     """
 
     gamma: float = 7.0
-    shift_label: bool = False
+    first_offset: int = 1
     lambda_start: float = 1.0
     lambda_decay_ratio: float = 0.5
 
@@ -59,7 +59,7 @@ class DominoObjective:
         Metrics: those of DFlashObjective on the corrected logits, the same on the base logits with the prefix `base_`, and
         `final_loss`, `base_loss`, `base_share` (λ).
         """
-        labels, share = BlockLabels.of(blocks, shift=self.shift_label, rows=rows), self.base_share(context)
+        labels, share = BlockLabels.of(blocks, first=self.first_offset, rows=rows), self.base_share(context)
         row_weight = labels.decay(self.gamma)
         row_hidden, row_features = (x.flatten(0, 1).index_select(0, labels.rows) for x in (hidden, features))
         inputs = row_hidden, row_features, weight

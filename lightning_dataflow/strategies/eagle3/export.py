@@ -65,7 +65,7 @@ class Eagle3Export(DraftExport):
             "architectures": [self.architectures[0]],
             **layers,
             "draft_vocab_size": network.draft_vocab_size,
-            "target_hidden_size": network.target_hidden_size,
+            "target_hidden_size": network.hidden_size,  # a draft is as wide as its target here
             "num_aux_hidden_states": network.num_aux_layers,
             self.section: {"use_aux_hidden_state": True, LAYER_IDS: ids, "norm_before_fc": False},
         }

@@ -11,11 +11,11 @@ from lightning_dataflow.contracts import StepContext, UserError
 from lightning_dataflow.data.collate import Batch, SampleRows
 from lightning_dataflow.data.datamodule import DataFlowDataModule
 from lightning_dataflow.strategies.common.sums import ObjectiveSums
-from lightning_dataflow.strategies.eagle3.draft_vocab import DraftVocab, build_draft_vocab, check_draft_vocab_size
+from lightning_dataflow.strategies.eagle3.draft_vocab import DraftVocab, build_draft_vocab
 from lightning_dataflow.strategies.eagle3.drafter import ChainDrafter
 from lightning_dataflow.strategies.eagle3.export import Eagle3Export
 from lightning_dataflow.strategies.eagle3.network import Eagle3Config, Eagle3Draft
-from lightning_dataflow.strategies.eagle3.objective import Eagle3Objective, TargetRows, supervised_positions
+from lightning_dataflow.strategies.eagle3.objective import Eagle3Objective, supervised_positions
 from lightning_dataflow.strategies.module import DraftModule
 from lightning_dataflow.strategies.spec import StrategySpec
 
@@ -59,19 +59,8 @@ class Eagle3Module(DraftModule):
             raise UserError(f"lk_loss={lk_loss} is unknown: use alpha, lambda, or leave it out")
         if num_steps < 1:
             raise UserError(f"num_steps={num_steps}: the draft needs at least one step")
-        info = self.target_info
-        if draft_vocab_size is not None:
-            check_draft_vocab_size(draft_vocab_size, info.vocab_size)
-        settings = {"intermediate_size": intermediate_size, "draft_vocab_size": draft_vocab_size}
-        config = Eagle3Config(
-            hidden_size=info.hidden_size,
-            vocab_size=info.vocab_size,
-            target_hidden_size=info.hidden_size,
-            num_aux_layers=len(self.layer_ids),
-            train_embeddings=train_embeddings,
-            **self.network_sizes(settings, draft_vocab_size=info.vocab_size),
-        )
-        self.draft = self.new_draft(Eagle3Draft, config)
+        sizes = self.network_sizes(Eagle3Config, draft_vocab_size=self.target_info.vocab_size)
+        self.draft = self.new_draft(Eagle3Draft, Eagle3Config(**sizes))
         self._vocab_prompts = ""  # version of the prompts that the draft vocabulary was cut from
         self._objective = Eagle3Objective(
             step_weight_base=step_weight_base,
@@ -122,7 +111,7 @@ class Eagle3Module(DraftModule):
     def collate(self, rows: SampleRows) -> Batch:
         """Features, and which rows supervise which; computed on the CPU, so that a step need not wait for the device."""
         batch = rows.stack(self.features)
-        batch["target_rows"] = tuple(supervised_positions(batch["loss_mask"], batch["position"]))
+        batch["target_rows"] = supervised_positions(batch["loss_mask"], batch["position"])
         return batch
 
     def objective(self, batch: Batch, context: StepContext) -> ObjectiveSums:
@@ -138,7 +127,7 @@ class Eagle3Module(DraftModule):
                 target_head=target.head,
                 target_ids=d2t + torch.arange(len(d2t), device=d2t.device),
                 t2d=t2d,
-                rows=TargetRows(*batch["target_rows"]),
+                rows=batch["target_rows"],
             )
 
         next_ids = F.pad(batch["input_ids"][:, 1:], (0, 1))

@@ -35,7 +35,6 @@ class Eagle3Config:
     head_dim: int
     vocab_size: int
     draft_vocab_size: int
-    target_hidden_size: int
     num_aux_layers: int = 3
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
@@ -96,7 +95,7 @@ class Eagle3Draft(nn.Module):
     def __init__(self, config: Eagle3Config, vocab: DraftVocab | None = None):
         super().__init__()
         self.config = config
-        self.fc = nn.Linear(config.num_aux_layers * config.target_hidden_size, config.hidden_size, bias=False)
+        self.fc = nn.Linear(config.num_aux_layers * config.hidden_size, config.hidden_size, bias=False)
         self.midlayer = Eagle3Layer(config)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)

@@ -136,7 +136,6 @@ def test_sampling_over_a_tiny_vocabulary_is_the_targets(tmp_path):
         head_dim=16,
         vocab_size=SYMBOLS,
         draft_vocab_size=3,  # some symbols are never proposed
-        target_hidden_size=16,
     )
     drafter = ChainDrafter(Eagle3Draft(config), FrozenTarget.load(tmp_path).embedding, num_draft_tokens=3)
     prompt, temperature, trials, batch_size = [1, 2, 3], 1.2, 4000, 500

@@ -29,7 +29,6 @@ def make_drafter(target, target_path, draft_vocab_size=64, num_draft_tokens=3):
         head_dim=info.head_dim,
         vocab_size=info.vocab_size,
         draft_vocab_size=draft_vocab_size,
-        target_hidden_size=info.hidden_size,
     )
     draft = Eagle3Draft(config, build_draft_vocab(torch.arange(info.vocab_size), draft_vocab_size))
     return ChainDrafter(draft, FrozenTarget.load(target_path).embedding, num_draft_tokens=num_draft_tokens)

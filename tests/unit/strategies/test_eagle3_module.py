@@ -12,6 +12,7 @@ from lightning_dataflow.data import DataFlowDataModule
 from lightning_dataflow.producers import OnlineSource
 from lightning_dataflow.strategies.checkpoint import load_module
 from lightning_dataflow.strategies.eagle3.module import Eagle3Module
+from lightning_dataflow.strategies.eagle3.objective import TargetRows
 
 GLOBAL_BATCH = 4
 
@@ -95,7 +96,7 @@ def test_a_window_without_supervision_is_a_step_with_zero_gradient(target_path, 
 
     def unsupervised(samples):
         batch = collate(samples)
-        batch["target_rows"] = tuple(part[:0] for part in batch["target_rows"])
+        batch["target_rows"] = TargetRows(*(part[:0] for part in batch["target_rows"]))
         return batch
 
     data.collate = unsupervised

@@ -184,7 +184,6 @@ def test_decoding_is_step_0_of_training():
         head_dim=8,
         vocab_size=50,
         draft_vocab_size=20,
-        target_hidden_size=32,
     )
     draft, embedding = Eagle3Draft(config), torch.randn(50, 32)
     ids, aux = torch.randint(50, (1, 12)), torch.randn(1, 12, 96)
@@ -210,5 +209,4 @@ def test_heads_that_do_not_divide():
             head_dim=4,
             vocab_size=8,
             draft_vocab_size=8,
-            target_hidden_size=8,
         )

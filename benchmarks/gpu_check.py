@@ -80,7 +80,7 @@ def step(draft: nn.Module, x: dict[str, Any], precision: str) -> dict[str, Tenso
     def score(*scored: Tensor) -> Any:
         if isinstance(draft, Eagle3Draft):
             teacher = {"last_hidden_state": x["last"], "target_head": x["head"], "rows": x["target_rows"]}
-            return Eagle3Objective()(*scored, target_ids=draft.vocab.target_ids, t2d=draft.t2d, **teacher)
+            return Eagle3Objective()(*scored, target_ids=draft.target_ids, t2d=draft.t2d, **teacher)
         if isinstance(draft, DominoDraft):
             half_way = StepContext(global_step=25, total_steps=100)
             return DominoObjective()(*scored, x["head"], x["blocks"], half_way, x["label_rows"])

@@ -40,7 +40,7 @@ def naive_eagle3(
     layer, attention = draft.midlayer, draft.midlayer.self_attn
     ids, mask = shift_left(input_ids, 1), shift_left(loss_mask, 2)
     target_logits = shift_left(last_hidden_state, 1) @ target_head.T
-    target_argmax, target_ids = target_logits.argmax(-1), draft.vocab.target_ids
+    target_argmax, target_ids = target_logits.argmax(-1), draft.target_ids
     p = torch.softmax(target_logits[..., target_ids], -1)
     p_full = torch.softmax(target_logits, -1)[..., target_ids]
     supervised = mask * draft.t2d[target_argmax]

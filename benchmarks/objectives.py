@@ -25,7 +25,6 @@ from lightning_dataflow.strategies.blocks.network import BlockConfig, BlockDraft
 from lightning_dataflow.strategies.dflash.objective import DFlashObjective
 from lightning_dataflow.strategies.domino.network import DominoConfig, DominoDraft
 from lightning_dataflow.strategies.domino.objective import DominoObjective
-from lightning_dataflow.strategies.eagle3.draft_vocab import DraftVocab
 from lightning_dataflow.strategies.eagle3.network import Eagle3Config, Eagle3Draft
 from lightning_dataflow.strategies.eagle3.objective import Eagle3Objective, supervised_positions
 
@@ -47,7 +46,8 @@ def eagle3_steps(length: int, _: int) -> dict[str, Step]:
     config = Eagle3Config(**SIZES, draft_vocab_size=DRAFT_VOCAB)
     target_ids = torch.randperm(VOCAB)[:DRAFT_VOCAB].sort().values
     t2d = torch.zeros(VOCAB, dtype=torch.bool).index_fill_(0, target_ids, True)
-    draft = Eagle3Draft(config, DraftVocab(d2t=target_ids - torch.arange(DRAFT_VOCAB), t2d=t2d))
+    draft = Eagle3Draft(config)
+    draft.set_target_ids(target_ids)
     embedding = torch.randn(VOCAB, HIDDEN) * 0.05
     # Rows outside the draft vocabulary are scaled down, so that the target's argmax is always inside it.
     head = torch.randn(VOCAB, HIDDEN) * torch.where(t2d, 0.05, 0.005)[:, None]

@@ -16,7 +16,6 @@ from lightning_dataflow.data.collate import Batch, SampleRows
 from lightning_dataflow.data.finite import first_not_finite
 from lightning_dataflow.evaluation import Drafter
 from lightning_dataflow.strategies.common.target_tensors import FrozenTarget
-from lightning_dataflow.strategies.features import check_features, check_packing
 from lightning_dataflow.strategies.published.reading import read_draft
 from lightning_dataflow.strategies.registry import resolve_strategy
 from lightning_dataflow.strategies.sharding import fsdp1_root, full_state_dict, shard_draft
@@ -172,7 +171,7 @@ class DraftModule(SumsModule):
         """Refuse data that does not fit, then initialise the draft."""
         self.load_frozen_target(self.trainer.strategy.root_device)
         if stage == "fit" and isinstance(data := self._data(), DataFlowDataModule):
-            check_packing(data, self.strategy_name, self.packs)
+            self.check_packing(data)
             self.check_features(data.source.card)
             self.check_data(data)
             if not self._initialised and self._start is not None:
@@ -184,7 +183,37 @@ class DraftModule(SumsModule):
 
     def check_features(self, card: FeatureCard) -> None:
         """Raise UserError naming the first way in which captured features do not fit this draft."""
-        check_features(card, self.strategy_name, self.features, self.target_info, self.layer_ids)
+        strategy, target = self.strategy_name, self.target_info
+        if missing := set(self.features) - set(card.features):
+            raise UserError(f"the features lack {', '.join(sorted(missing))}, which {strategy} needs: capture again")
+        for what, actual, wanted in (
+            ("hidden size", card.capture.hidden_size, target.hidden_size),
+            ("norm of the last hidden state", card.capture.norm, "post"),
+            ("tokenizer", card.tokenizer_version, target.tokenizer_version),
+            ("target weights", card.target_model_version, target.model_version),
+        ):
+            if actual != wanted:
+                raise UserError(
+                    f"the features were captured with another {what} ({actual}, this draft's target {target.path} has "
+                    f"{wanted}): capture again with this target, or train with the one they came from"
+                )
+        if card.capture.layer_ids != self.layer_ids:
+            layers = list(card.capture.layer_ids)
+            raise UserError(
+                f"the features hold the target's layers {layers}, this {strategy} draft reads {list(self.layer_ids)}: "
+                f"capture again with strategy={strategy}, or set 'strategy.layer_ids={layers}'"
+            )
+
+    def check_packing(self, data: DataFlowDataModule) -> None:
+        """Raise UserError when samples are packed for a draft that cannot tell them apart, or do not fit into a row."""
+        row_tokens, longest = data.batching.row_tokens, data.source.card.max_num_tokens
+        if data.batching.packed and not self.packs:
+            raise UserError(f"{self.strategy_name} does not pack samples: leave row_tokens and rows_per_step out")
+        if row_tokens is not None and row_tokens < longest:
+            raise UserError(
+                f"row_tokens={row_tokens} is less than the {longest} tokens of the longest sample: raise it, or cut "
+                "samples to a smaller max_length"
+            )
 
     def configure_model(self) -> None:
         """Shard under ModelParallelStrategy; other strategies wrap the module themselves."""

@@ -68,7 +68,7 @@ def run_eagle3(golden: Golden) -> Result:
             lm_head,
             last_hidden_state=tensors["in.last_hidden_state"],
             target_head=tensors["in.target_lm_head"],
-            target_ids=draft.vocab.target_ids,
+            target_ids=draft.target_ids,
             t2d=draft.t2d,
             rows=TargetRows(teacher=index, student=index, room=index % length),
             normaliser=normaliser,

@@ -85,7 +85,7 @@ def test_a_training_step_is_the_cpus():
                 lm_head,
                 last_hidden_state=last,
                 target_head=head,
-                target_ids=draft.vocab.target_ids,
+                target_ids=draft.target_ids,
                 t2d=draft.t2d,
                 rows=supervised_positions(mask.to(device)),
             ),

@@ -39,7 +39,7 @@ def make_drafter(target, target_path, kind, num_draft_tokens=4):
         "num_aux_layers": 3,
         "block_size": 6,
     }
-    frozen = FrozenTarget.load(target_path)
+    frozen = FrozenTarget.of(info, torch.float32)
     if kind in ("domino", "shifted"):
         draft = DominoDraft(DominoConfig(**sizes, gru_hidden_dim=8, emb_dim=8, shift_label=kind == "shifted"))
         torch.nn.init.normal_(draft.correction_weight)

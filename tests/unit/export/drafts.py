@@ -4,7 +4,7 @@ import torch
 
 from lightning_dataflow.strategies.blocks.network import BlockConfig, BlockDraft
 from lightning_dataflow.strategies.domino.network import DominoConfig, DominoDraft
-from lightning_dataflow.strategies.eagle3.draft_vocab import build_draft_vocab
+from lightning_dataflow.strategies.eagle3.draft_vocab import most_frequent
 from lightning_dataflow.strategies.eagle3.network import Eagle3Config, Eagle3Draft
 from lightning_dataflow.strategies.published.contract import DraftDescription
 
@@ -56,5 +56,5 @@ def make_draft(kind: str) -> torch.nn.Module:
     for parameter in draft.parameters():
         torch.nn.init.normal_(parameter)
     if isinstance(network, Eagle3Config):
-        draft.set_vocab(build_draft_vocab(torch.randint(0, 9, (40,)), network.draft_vocab_size))
+        draft.set_target_ids(most_frequent(torch.randint(0, 9, (40,)), network.draft_vocab_size))
     return draft

@@ -111,7 +111,7 @@ def test_a_new_draft_takes_vocabulary_and_head_from_data_and_target(target_path,
     data, module = make_data(prompts, target), make_module(target_path, lr=0.0)
     make_trainer(tmp_path, data, max_steps=1).fit(module, data)
     counts = data.source.token_counts(320)
-    kept = module.draft.vocab.target_ids
+    kept = module.draft.target_ids
     assert counts[kept].min() >= counts[~module.draft.t2d].max()
     assert torch.equal(module.draft.lm_head.weight, target.model.lm_head.weight[kept])
 

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_dataflow.strategies.blocks.network import BlockDraft
-from lightning_dataflow.strategies.common.layers import RMSNorm, rotate
+from lightning_dataflow.strategies.common.layers import RMSNorm, rotary_tables, rotate
 from lightning_dataflow.strategies.domino.network import DominoDraft
 
 
@@ -40,7 +40,7 @@ def hidden_states(draft: BlockDraft, tokens: Tensor, aux: Tensor, embedding: Ten
     visible = block_mask(anchors, length, block_size)
     own = (anchors[..., None] + torch.arange(block_size)).view(batch, -1)
     positions = torch.cat((torch.arange(length).expand(batch, -1), own), dim=1)
-    cos, sin = (table[:, None] for table in draft.rotary.tables(positions))
+    cos, sin = (table[:, None] for table in rotary_tables(positions, draft.config))
     for layer in draft.layers:
         attention, x = layer.self_attn, norm(hidden, layer.input_layernorm)
         both = torch.cat((context, x), dim=1)

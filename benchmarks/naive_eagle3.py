@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_dataflow.strategies.common.layers import rotate
+from lightning_dataflow.strategies.common.layers import rotary_tables, rotate
 from lightning_dataflow.strategies.eagle3.network import Eagle3Draft
 
 
@@ -54,7 +54,7 @@ def naive_eagle3(
         query = attention.split_heads(attention.q_proj(normed))
         key = attention.split_heads(attention.k_proj(normed))
         value = attention.split_heads(attention.v_proj(normed))
-        cos, sin = draft.rotary.tables(torch.arange(ids.shape[1]) + step)
+        cos, sin = rotary_tables(torch.arange(ids.shape[1]) + step, draft.config)
         keys.append(rotate(key, cos, sin))
         values.append(value)
         hidden = hidden + attention.output(dense_attention(rotate(query, cos, sin), keys, values))

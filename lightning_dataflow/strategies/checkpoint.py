@@ -65,9 +65,8 @@ def load_published(folder: str | Path, *, target: str | None) -> DraftModule:
 def _rebuild(path: Path, checkpoint: Mapping[str, Any], target: str | None) -> DraftModule:
     """The module of a checkpoint's settings, for the target that it was trained for."""
     name = checkpoint["strategy"]
-    hparams = {
-        key: value for key, value in checkpoint["hyper_parameters"].items() if key != "_instantiator"
-    }  # `_instantiator` is LightningCLI's
+    hparams = dict(checkpoint["hyper_parameters"])
+    hparams.pop("_instantiator", None)  # LightningCLI's
     if "target" not in hparams or "target_model_version" not in checkpoint:
         raise _incomplete(path, "the name of its target")
     hparams |= {"target": target or hparams["target"], "init_from": None}  # its sizes are in `network`

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lightning_dataflow.callbacks.averaging import complete_average, follow_buffers
 from lightning_dataflow.checkpoints.paths import forget_foreign_paths
@@ -18,7 +19,7 @@ from lightning_dataflow.evaluation import Drafter
 from lightning_dataflow.strategies.common.target_tensors import FrozenTarget
 from lightning_dataflow.strategies.published.reading import read_draft
 from lightning_dataflow.strategies.registry import resolve_strategy
-from lightning_dataflow.strategies.sharding import fsdp1_root, full_state_dict, shard_draft
+from lightning_dataflow.strategies.sharding import fsdp1_root, full_state_dict
 from lightning_dataflow.strategies.spec import StrategySpec
 from lightning_dataflow.strategies.streaming import align_loops
 from lightning_dataflow.strategies.training import SumsModule
@@ -216,9 +217,10 @@ class DraftModule(SumsModule):
             )
 
     def configure_model(self) -> None:
-        """Shard under ModelParallelStrategy; other strategies wrap the module themselves."""
-        if self.device_mesh is not None:
-            shard_draft(self.draft, self.device_mesh["data_parallel"])
+        """Shard under ModelParallelStrategy (FSDP2), the draft as one unit, since its unrolled steps reuse one layer. Other
+        strategies wrap the module themselves."""
+        if self.device_mesh is not None and not isinstance(self.draft, FSDPModule):
+            fully_shard(self.draft, mesh=self.device_mesh["data_parallel"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the losses so far with the weights. Raises NotFiniteError; see `check_weights`."""

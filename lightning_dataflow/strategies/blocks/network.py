@@ -12,7 +12,7 @@ from lightning_dataflow.contracts import UserError
 from lightning_dataflow.strategies.blocks.attention import ContextKeys, block_attention, decode_attention
 from lightning_dataflow.strategies.blocks.blocks import Blocks
 from lightning_dataflow.strategies.common.cache import DraftCache
-from lightning_dataflow.strategies.common.layers import Attention, DecoderLayer, RMSNorm, Rotary, SwiGLU, rotate
+from lightning_dataflow.strategies.common.layers import Attention, DecoderLayer, RMSNorm, SwiGLU, rotary_tables, rotate
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 Score = TypeVar("Score")
@@ -117,7 +117,6 @@ class BlockDraft(nn.Module):
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.layers = nn.ModuleList(BlockLayer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary = Rotary(config.head_dim, config.rope_theta)
 
     @property
     def decoder_layers(self) -> list[BlockLayer]:
@@ -145,10 +144,10 @@ class BlockDraft(nn.Module):
         context = self.context(aux_hidden_states)
         if position is None:
             position = torch.arange(context.shape[1], device=context.device).unsqueeze(0)
-        context_tables = [table[:, None] for table in self.rotary.tables(position)]
+        context_tables = [table[:, None] for table in rotary_tables(position, self.config)]
         offsets = torch.arange(self.config.block_size, device=context.device)
         block_position = (blocks.anchor - blocks.start)[:, None] + offsets
-        block_tables = [table[:, None] for table in self.rotary.tables(block_position)]
+        block_tables = [table[:, None] for table in rotary_tables(block_position, self.config)]
         hidden = self.noise(blocks.tokens[:, 0], embedding)
         for index, layer in enumerate(self.decoder_layers):
             attention, x = layer.self_attn, layer.input_layernorm(hidden)
@@ -181,7 +180,7 @@ class BlockDraft(nn.Module):
         """Add the states [n, n_layers·H] of n verified tokens of one sequence."""
         context = self.context(aux_hidden_states.to(self.fc.weight.device)).unsqueeze(0)
         start = caches[0].length
-        tables = self.rotary.tables(torch.arange(start, start + context.shape[1], device=context.device))
+        tables = rotary_tables(torch.arange(start, start + context.shape[1], device=context.device), self.config)
         for layer, cache in zip(self.decoder_layers, caches, strict=True):
             cache.append(*layer.self_attn.key_value(context, *tables))
 
@@ -189,7 +188,7 @@ class BlockDraft(nn.Module):
     def decode(self, anchor_token: int, embedding: Tensor, caches: list[DraftCache], length: int) -> Tensor:
         """d [length, H] of the block that follows the context, whose offset 0 is `anchor_token`; at most B offsets."""
         start, device = caches[0].length, embedding.device
-        tables = self.rotary.tables(torch.arange(start, start + length, device=device))
+        tables = rotary_tables(torch.arange(start, start + length, device=device), self.config)
         hidden = self.noise(torch.tensor([anchor_token], device=device), embedding)[:, :length]
         for index, (layer, cache) in enumerate(zip(self.decoder_layers, caches, strict=True)):
             attention, x = layer.self_attn, layer.input_layernorm(hidden)

@@ -76,14 +76,9 @@ class DominoDraft(BlockDraft):
 
     def prefix_states(self, tokens: Tensor, embedding: Tensor) -> Tensor:
         """g [M, B, G] from the blocks' real tokens [M, B + 1]: the state after the tokens before each label."""
-        block_size = self.config.block_size
-        if self.config.shift_label:
-            return self._read(tokens[:, :block_size], embedding)
-        return F.pad(self._read(tokens[:, : block_size - 1], embedding), (0, 0, 1, 0))
-
-    def _read(self, tokens: Tensor, embedding: Tensor) -> Tensor:
-        states, _ = self._run_gru(tokens, embedding, None)
-        return states
+        first = self.config.first_offset
+        states, _ = self._run_gru(tokens[:, : self.config.block_size - first], embedding, None)
+        return F.pad(states, (0, 0, first, 0))
 
     def _run_gru(self, tokens: Tensor, embedding: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """States [M, L, G] after each of the tokens [M, L], and the last one; from `state`, zeros by default."""

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.strategies.common.cache import DraftCache
-from lightning_dataflow.strategies.common.layers import Attention, DecoderLayer, RMSNorm, Rotary, SwiGLU, rotate
+from lightning_dataflow.strategies.common.layers import Attention, DecoderLayer, RMSNorm, SwiGLU, rotary_tables, rotate
 from lightning_dataflow.strategies.eagle3.attention import PackedRows, causal_attention, unrolled_attention
 from lightning_dataflow.strategies.eagle3.draft_vocab import to_offsets
 
@@ -103,7 +103,6 @@ class Eagle3Draft(nn.Module):
         self.midlayer = Eagle3Layer(config)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
-        self.rotary = Rotary(config.head_dim, config.rope_theta)
         self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
         self.register_buffer("t2d", torch.arange(config.vocab_size) < config.draft_vocab_size)
         if config.train_embeddings:
@@ -158,7 +157,7 @@ class Eagle3Draft(nn.Module):
                 attention.split_heads(part + share[:, window])
                 for part, share in zip(attention.project(layer.hidden_norm(hidden), of_hidden), shares, strict=True)
             )
-            cos, sin = self.rotary.tables(first + step)
+            cos, sin = rotary_tables(first + step, self.config)
             keys.append(rotate(key, cos, sin))
             values.append(value)
             attended = unrolled_attention(rotate(query, cos, sin), keys, values, rows)
@@ -183,7 +182,8 @@ class Eagle3Draft(nn.Module):
         layer, attention = self.midlayer, self.midlayer.self_attn
         embedded = layer.input_layernorm(self.embed(input_ids, embedding).to(hidden.dtype))
         start = cache.length
-        cos, sin = self.rotary.tables(torch.arange(start, start + input_ids.shape[1], device=hidden.device))
+        positions = torch.arange(start, start + input_ids.shape[1], device=hidden.device)
+        cos, sin = rotary_tables(positions, self.config)
         of_embedding, of_hidden = attention.halves()
         shares = attention.project(embedded, of_embedding), attention.project(layer.hidden_norm(hidden), of_hidden)
         query, key, value = (attention.split_heads(first + second) for first, second in zip(*shares, strict=True))

@@ -112,10 +112,6 @@ class DraftExport(ABC):
         """Further options of the engine's command."""
         return {}
 
-    def block_tokens(self, network: Any) -> int | None:
-        """How many tokens a block drafts; None for drafts that go token by token."""
-        return None
-
     def cpu_caveat(self, sizes: Mapping[str, Any]) -> str | None:
         """A warning for those who measure a draft of such sizes with vLLM on a CPU."""
         return None

@@ -1,7 +1,7 @@
 """Reading a draft's folder, ours or another tool's: its strategy, and its tensors by our names. Nothing is unpickled."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def _flatten(config: Mapping[str, Any]) -> Config:
 
 def _claimant(path: Path, values: Config) -> tuple[str, DraftExport]:
     """The strategy that trains such drafts, by the most specific of the marks that fit."""
-    exports = dict(_exports())
+    exports = {name: export for name in available_strategies() if (export := resolve_strategy(name).export) is not None}
     if MODEL_TYPE in values:
         types = {kind: name for name, export in exports.items() if (kind := export.served_as.get(SPECULATORS.name))}
         if (kind := str(values[MODEL_TYPE])) not in types:
@@ -98,13 +98,6 @@ def _claimant(path: Path, values: Config) -> tuple[str, DraftExport]:
                 return name, export
     known = sorted({name for export in exports.values() for name in export.architectures})
     raise UserError(f"{path.parent} holds a {classes[0]}, not a draft that can be trained on: {', '.join(known)} can")
-
-
-def _exports() -> Iterator[tuple[str, DraftExport]]:
-    for name in available_strategies():
-        export = resolve_strategy(name).export
-        if export is not None:
-            yield name, export
 
 
 def _find_tensors(folder: Path, export: DraftExport) -> dict[str, tuple[Path, str]]:

@@ -11,6 +11,7 @@ from lightning_dataflow.contracts import UserError
 from lightning_dataflow.data import DataFlowDataModule
 from lightning_dataflow.producers import OnlineSource
 from lightning_dataflow.strategies.checkpoint import load_module
+from lightning_dataflow.strategies.common.layers import rotary_tables
 from lightning_dataflow.strategies.eagle3.module import Eagle3Module
 from lightning_dataflow.strategies.eagle3.objective import TargetRows
 
@@ -342,8 +343,8 @@ def test_bf16_true_counts_exactly(target_path, prompts, target, tmp_path):
     assert float(exact.step_losses[0]) == pytest.approx(
         float(_loss_in_float32(target_path, prompts, target, tmp_path)), rel=0.02
     )
-    cos, _ = exact.draft.rotary.tables(torch.arange(500))
-    expected, _ = make_module(target_path).draft.rotary.tables(torch.arange(500))
+    cos, _ = rotary_tables(torch.arange(500), exact.draft.config)
+    expected, _ = rotary_tables(torch.arange(500), make_module(target_path).draft.config)
     assert torch.equal(cos, expected)
 
 

@@ -18,7 +18,6 @@ from lightning_dataflow.export.serve import check_draft
 from lightning_dataflow.strategies.published.contract import DraftDescription
 from lightning_dataflow.strategies.published.engines import MARK, Engine
 from lightning_dataflow.strategies.published.reading import CONFIG
-from lightning_dataflow.strategies.warm_start import check_finite
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 WEIGHTS, CARD = "model.safetensors", "README.md"
@@ -46,18 +45,11 @@ def write_draft(
 
     Raises:
         UserError: the folder exists, or the engine does not serve such a draft.
-        NotFiniteError: a tensor holds NaN or infinity in `draft.dtype`.
     """
     if draft.dtype not in DTYPES:
         raise UserError(f"dtype={draft.dtype} is unknown: use {', '.join(DTYPES)}")
     dtype, export = DTYPES[draft.dtype], check_draft(draft, engine)
     check_destination(folder)
-    stored = {
-        stored_name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu().contiguous()
-        for name, tensor in tensors.items()
-        if (stored_name := export.stored_name(name, draft, engine)) is not None
-    }
-    check_finite(folder, stored, f"dtype={draft.dtype} is too narrow for it, use bfloat16 or float32")
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
     part.mkdir()
@@ -65,6 +57,11 @@ def write_draft(
         mark = {"format": engine.name, "version": version("lightning-dataflow")}
         config = export.fields(draft, engine) | {"dtype": draft.dtype, MARK: mark}
         (part / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        stored = {
+            stored_name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).cpu().contiguous()
+            for name, tensor in tensors.items()
+            if (stored_name := export.stored_name(name, draft, engine)) is not None
+        }
         save_file(stored, part / WEIGHTS, metadata={"format": "pt"})
         (part / WEIGHTS).chmod(0o666 & ~_umask())  # safetensors makes it readable by its owner only
         (part / CARD).write_text(card)

@@ -107,7 +107,7 @@ class BlockLayer(DecoderLayer):
 class BlockDraft(nn.Module):
     """`fc` folds n captured layers into a context. A few layers turn blocks of mask tokens into hidden states.
 
-    DFlash is no more than this; subclasses add a `head`.
+    The target's head reads its hidden states; subclasses may add a `head` of their own.
     """
 
     def __init__(self, config: BlockConfig):

@@ -61,8 +61,9 @@ class BlockDraftModule(DraftModule):
         super().__init__(target, layer_ids, **options)
         if not 1 <= num_anchors <= MAX_ANCHORS:
             raise UserError(f"num_anchors={num_anchors}: choose 1 to {MAX_ANCHORS} blocks a sample")
-        if self._start is not None and layer_types == [FULL] * self._start.network["num_layers"]:
-            self.hparams["layer_types"] = self._start.network["layer_types"] or layer_types  # empty says the same
+        start = {} if self._start is None else self._start.network
+        if not start.get("layer_types") and list(layer_types or ()) == [FULL] * start.get("num_layers", 0):
+            self.hparams["layer_types"] = None  # the same as in the draft to start from, spelt out
         sizes = self.network_sizes(self.config_type, num_layers=5)
         if "mask_token_id" not in sizes:
             sizes["mask_token_id"] = choose_mask_token(load_tokenizer(target), self.target_info.vocab_size)

@@ -160,7 +160,7 @@ def new_ref(tensors: Mapping[str, torch.Tensor], origin: SampleOrigin, uri: str)
         uri=uri,
         generation=new_generation(origin.attempt),
         features=features,
-        num_bytes=num_bytes(tensors),
+        num_bytes=sum(tensor.nbytes for tensor in tensors.values()),
     )
 
 
@@ -177,11 +177,6 @@ def attempt_of(generation: str) -> int:
 def dtype_name(dtype: torch.dtype) -> str:
     """`bfloat16` for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")
-
-
-def num_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
-    """Payload of all tensors."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def check_room(ref: SampleRef, taken: int, capacity: int | None) -> None:

@@ -46,13 +46,9 @@ class MemoryFeatureStore(FeatureStore):
         if ref.uri != self.uri:
             raise of_another_store(ref, self.uri)
         with self._lock:
-            entry = self._entries.get(ref.sample_id)
-            if entry is None or entry.ref.generation != ref.generation:
-                state = (
-                    "not here (freed, or never stored)" if entry is None else f"now at generation {entry.ref.generation}"
-                )
-                raise KeyError(f"features of {ref.sample_id} generation {ref.generation} are {state}")
-            return dict(entry.tensors), self._leases.grant(ref)
+            if not self._holds(ref):
+                raise KeyError(f"features of {ref.sample_id} generation {ref.generation} were freed or superseded")
+            return dict(self._entries[ref.sample_id].tensors), self._leases.grant(ref)
 
     def release(self, handle: FeatureHandle) -> None:
         with self._lock:

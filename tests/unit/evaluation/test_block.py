@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from lightning_dataflow.contracts import StepContext, UserError
-from lightning_dataflow.evaluation import Decoding, SpeculativeDecoder, evaluate_acceptance
+from lightning_dataflow.evaluation.acceptance import Decoding, evaluate_acceptance
+from lightning_dataflow.evaluation.loop import SpeculativeDecoder
 from lightning_dataflow.strategies.blocks.blocks import cut_blocks
 from lightning_dataflow.strategies.blocks.drafter import BlockDrafter
 from lightning_dataflow.strategies.blocks.network import BlockConfig, BlockDraft

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from lightning_dataflow.contracts import NotFiniteError
-from lightning_dataflow.evaluation import Decoding, Drafter, SpeculativeDecoder, evaluate_acceptance
-from lightning_dataflow.evaluation.loop import Proposal, rejection_sample
+from lightning_dataflow.evaluation.acceptance import Decoding, evaluate_acceptance
+from lightning_dataflow.evaluation.loop import Drafter, Proposal, SpeculativeDecoder, rejection_sample
 from lightning_dataflow.strategies.common.target_tensors import FrozenTarget
 from lightning_dataflow.strategies.eagle3.draft_vocab import most_frequent
 from lightning_dataflow.strategies.eagle3.drafter import ChainDrafter
@@ -97,7 +97,7 @@ def test_a_target_without_finite_logits_is_refused(target_path, questions, tempe
 
 def test_it_stops_at_an_end_token(target, target_path, questions, monkeypatch):
     plain = greedy_decode(target, questions[0], 20)
-    monkeypatch.setattr(target.model.generation_config, "eos_token_id", plain[7])
+    monkeypatch.setattr(target, "eos_token_ids", (plain[7],))
     stop = plain.index(plain[7]) + 1
     assert greedy_decode(target, questions[0], 20) == plain[:stop]
     oracle = Oracle(target, questions[0])

@@ -18,6 +18,7 @@ from lightning_dataflow.strategies.domino.module import DominoModule
 from lightning_dataflow.strategies.domino.objective import DominoObjective
 from lightning_dataflow.strategies.registry import resolve_strategy
 from lightning_dataflow.targets import HFTargetEngine
+from tests.streams import read_batches
 
 GLOBAL_BATCH, NUM_STEPS = 4, 2
 SMALL = {"num_layers": 1, "block_size": 6, "num_anchors": 12, "lr": 1e-2}
@@ -114,14 +115,11 @@ def test_anchors_depend_on_seed_prompt_and_pass_alone():
 
 def blocks_by_sample(module, data, num_batches, rank_of=lambda sample: 0):
     """Anchors of every sample of the first micro-batches, in order."""
-    data.collate = module.collate
-    stream, found = iter(data.train_dataloader()), []
-    for _ in range(num_batches):
-        batch = next(stream)
+    found = []
+    for batch in read_batches(data, num_batches, module.collate):
         for row, length in enumerate(batch["sample_ids"]):
             found.append(batch["blocks"].anchor[batch["blocks"].row == row].tolist())
             assert length
-    stream.close()
     return found
 
 
@@ -134,7 +132,7 @@ def test_anchors_are_those_of_any_batch_and_topology_and_new_in_every_pass(targe
     assert runs[0] == runs[1] == runs[2] == runs[3]
     data = DataFlowDataModule(OfflineSource(tmp_path), global_batch_size=GLOBAL_BATCH)  # the same order of prompts
     assert blocks_by_sample(make_module(target_path, seed=1), data, 4) != runs[0][:4]
-    order = [make_data(few, block_target).order.locate(seq) for seq in range(16)]
+    order = [make_data(few, block_target).source.order.locate(seq) for seq in range(16)]
     passes = [dict(sorted((index, runs[0][seq]) for seq, (index, one) in enumerate(order) if one == p)) for p in (0, 1)]
     assert all(passes[0][index] != passes[1][index] for index in range(8))
 
@@ -171,8 +169,7 @@ def test_a_module_has_the_objective_that_its_arguments_name(target_path, prompts
     if kind in ("domino", "shifted"):  # a new draft corrects nothing
         torch.nn.init.normal_(module.draft.correction_weight)
     module.load_frozen_target(torch.device("cpu"))
-    data.collate = module.collate
-    batch, now = next(iter(data.train_dataloader())), StepContext(global_step=1, total_steps=8)
+    (batch,), now = read_batches(data, 1, module.collate), StepContext(global_step=1, total_steps=8)
     blocks, target = batch["blocks"], module.frozen_target
     scored = module.draft(batch["aux_hidden_states"], target.embedding, blocks, lambda *scored: scored)
     expected, found = objective(*scored, target.head, blocks, now), module.objective(batch, now)
@@ -241,9 +238,8 @@ def test_a_sample_without_neighbouring_supervised_tokens_weighs_nothing(target_p
     assert sorted(len(one) for one in anchors)[:2] == [0, 12]
     module = make_module(target_path, "dpace")
     data = make_data(mixed, block_target, micro_batch_size=4)
-    data.collate = module.collate
     module.load_frozen_target(torch.device("cpu"))
-    sums = module.objective(next(iter(data.train_dataloader())), None)
+    sums = module.objective(*read_batches(data, 1, module.collate), None)
     assert sums.loss.denominator == 3
 
 

@@ -14,6 +14,7 @@ from lightning_dataflow.strategies.checkpoint import load_module
 from lightning_dataflow.strategies.common.layers import rotary_tables
 from lightning_dataflow.strategies.eagle3.module import Eagle3Module
 from lightning_dataflow.strategies.eagle3.objective import TargetRows
+from tests.streams import read_batches
 
 GLOBAL_BATCH = 4
 
@@ -82,8 +83,7 @@ def test_the_gradient_is_that_of_the_global_quotient(target_path, prompts, targe
     module = make_module(target_path)
     module.load_frozen_target(torch.device("cpu"))
     module.initialise_draft(whole)
-    whole.collate = module.collate
-    sums = module.objective(next(iter(whole.train_dataloader())), None)
+    sums = module.objective(*read_batches(whole, 1, module.collate), None)
     (sums.loss.numerator / sums.loss.denominator).backward()
     assert float(trained.step_losses[0]) == pytest.approx((sums.loss.numerator / sums.loss.denominator).item(), rel=1e-6)
     for name, parameter in module.named_parameters():
@@ -100,7 +100,7 @@ def test_a_window_without_supervision_is_a_step_with_zero_gradient(target_path, 
         batch["target_rows"] = TargetRows(*(part[:0] for part in batch["target_rows"]))
         return batch
 
-    data.collate = unsupervised
+    module.collate = unsupervised
     trainer = make_trainer(tmp_path, data, max_steps=2)
     trainer.fit(module, data)
     assert trainer.global_step == 2
@@ -184,8 +184,8 @@ def test_a_second_fit_goes_on_from_the_draft_as_it_is(target_path, prompts, targ
     make_trainer(tmp_path, data, max_steps=2).fit(module, data)
     trained = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     module.hparams["lr"] = 0.0
-    fresh = make_data(prompts, target, collate=module.collate)
-    module._window.add(module.objective(next(iter(fresh.train_dataloader())), None))  # as an interrupted fit leaves it
+    fresh = make_data(prompts, target)
+    module._window.add(module.objective(*read_batches(fresh, 1, module.collate), None))  # as an interrupted fit leaves it
     make_trainer(tmp_path, data, max_steps=1).fit(module, data)
     assert data.next_seq == GLOBAL_BATCH
     for name, tensor in module.state_dict().items():

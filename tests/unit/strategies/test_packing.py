@@ -17,6 +17,7 @@ from lightning_dataflow.strategies.eagle3.module import Eagle3Module
 from lightning_dataflow.strategies.eagle3.objective import TargetRows
 from lightning_dataflow.strategies.module import DraftModule
 from lightning_dataflow.targets import HFTargetEngine
+from tests.streams import read_batches
 
 BLOCKS = {"num_layers": 2, "block_size": 6, "num_anchors": 12}
 KINDS = {
@@ -48,10 +49,7 @@ def sums_and_gradients(module, data):
     """Of one window: the sums over its micro-batches."""
     torch.manual_seed(0)
     module.load_frozen_target(torch.device("cpu"))
-    data.collate = module.collate
-    stream = iter(data.train_dataloader())
-    batches = [next(stream) for _ in range(data.accumulate_grad_batches(1))]
-    stream.close()
+    batches = read_batches(data, data.accumulate_grad_batches(1), module.collate)
     sums = [module.objective(batch, StepContext(global_step=0, total_steps=10)) for batch in batches]
     loss = sum(one.loss.numerator for one in sums)
     module.zero_grad()
@@ -140,7 +138,7 @@ def test_resume_at_a_cursor_that_the_lengths_decide(target_path, targets, prompt
     whole = [float(loss) for loss in module.step_losses]
     result = json.loads((tmp_path / "whole" / "result.json").read_text())
     assert (result["samples_trained"], result["row_tokens"], result["rows_per_step"]) == (data.next_seq, 160, 2)
-    order, lengths = data.order, [len(prompt.input_ids) for prompt in prompts[0]]
+    order, lengths = data.source.order, [len(prompt.input_ids) for prompt in prompts[0]]
     num_tokens = sum(lengths[order.locate(seq)[0]] for seq in range(data.next_seq))
     assert result["throughput"]["padding_fraction"] == pytest.approx(1 - num_tokens / (4 * 2 * 160))
 

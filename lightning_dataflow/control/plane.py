@@ -113,9 +113,8 @@ def resolve_control_plane(
     if path is None:
         raise UserError(f"{mode} keeps a log of references: give the path of its folder (channel.path)")
     channel = FileChannel(path)
-    if mode == "dataflow_colocated":
-        return ControlPlane(run_id=run_id, ledger=SqliteMetadataStore(), channel=channel)
-    return ControlPlane(run_id=run_id, ledger=SqliteMetadataStore(Path(path) / LEDGER), channel=channel)
+    ledger = SqliteMetadataStore(Path(path) / LEDGER if mode == "disaggregated" else None)
+    return ControlPlane(run_id=run_id, ledger=ledger, channel=channel)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -124,12 +125,9 @@ def _stack(caches: Sequence[DynamicCache], capacity: int) -> list[_Rows]:
                 f"several sequences at a time need full attention, and this target has a {type(layers[0]).__name__}: set "
                 "evaluate.batch_size=1"
             )
-        buffers = []
-        for tensors in ([layer.keys for layer in layers], [layer.values for layer in layers]):
-            heads, _, width = tensors[0].shape[1:]
-            buffer = tensors[0].new_zeros(len(tensors), heads, capacity, width)
-            for row, tensor in enumerate(tensors):
-                buffer[row, :, : tensor.shape[2]] = tensor[0]
-            buffers.append(buffer)
-        rows.append(_Rows(*buffers))
+        keys, values = (
+            torch.cat([pad(tensor, (0, 0, 0, capacity - tensor.shape[2])) for tensor in tensors])
+            for tensors in ([layer.keys for layer in layers], [layer.values for layer in layers])
+        )
+        rows.append(_Rows(keys, values))
     return rows

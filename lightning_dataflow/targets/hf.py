@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from lightning_dataflow.contracts import UserError
@@ -68,11 +69,8 @@ class HFTargetEngine(TargetEngine):
         """Run one forward pass. An autocast context around it has no effect."""
         assert self.layer_ids, "set_capture_layers comes first"
         lengths = [len(ids) for ids in batch]
-        input_ids = torch.zeros(len(batch), max(lengths), dtype=torch.int64)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, ids in enumerate(batch):
-            input_ids[row, : len(ids)] = torch.tensor(ids)
-            attention_mask[row, : len(ids)] = 1
+        input_ids = pad_sequence([torch.tensor(ids) for ids in batch], batch_first=True)
+        attention_mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
         with torch.autocast(self.device.type, enabled=False), self.recorded() as states:
             last = self._decoder(
                 input_ids=input_ids.to(self.device),

@@ -48,7 +48,7 @@ class SqliteMetadataStore(MetadataStore):
     def fence(self) -> dict[int, int]:
         with self._change():
             self._tables.db.execute(
-                "UPDATE samples SET state = 'wanted', attempt = attempt + 1, worker = NULL WHERE state = 'leased'"
+                "UPDATE samples SET state = 'wanted', attempt = attempt + 1, expires = 0 WHERE state = 'leased'"
             )
             self._tables.set(plan=None)
             return dict(self._tables.db.execute("SELECT seq, attempt FROM samples WHERE state = 'wanted'").fetchall())

@@ -133,7 +133,7 @@ function ops.renew(worker, lease_s)
 end
 
 -- skips: lists of a seq of the lease, and the record that skips it
-function ops.give_back(nonce, worker, attempt, counts, most, skips)
+function ops.give_back(worker, attempt, counts, most, skips)
   local lost, lines = {}, {}
   for _, skip in ipairs(skips) do
     local seq, row = skip[1], get(skip[1])
@@ -147,12 +147,12 @@ function ops.give_back(nonce, worker, attempt, counts, most, skips)
     end
   end
   give_up(lost)
-  ops.append(nonce, lines)
+  ops.append(lines)
   return lost
 end
 
 -- entries: lists of seq, generation, bytes and record
-function ops.commit(nonce, worker, attempt, entries)
+function ops.commit(worker, attempt, entries)
   local accepted, lines, change = {}, {}, 0
   for _, entry in ipairs(finished() and {} or entries) do
     local seq, generation, bytes, line = unpack(entry)
@@ -163,7 +163,7 @@ function ops.commit(nonce, worker, attempt, entries)
       accepted[#accepted + 1], lines[#lines + 1] = seq, line
     end
   end
-  ops.append(nonce, lines)
+  ops.append(lines)
   redis.call('HINCRBY', TOTALS, 'bytes_in_flight', change)
   redis.call('HINCRBY', TOTALS, 'published', #accepted)
   redis.call('HINCRBY', TOTALS, 'recaptured', attempt > 0 and #accepted or 0)

@@ -9,7 +9,6 @@ from lightning_dataflow.control.leases import MAX_ATTEMPTS, CommitEntry, Lease, 
 from lightning_dataflow.control.ledger import SILENT_S, MetadataStore
 from lightning_dataflow.control.log import StreamingRefChannel
 from lightning_dataflow.control.processes import this_process
-from lightning_dataflow.control.redis.log import new_nonce
 from lightning_dataflow.control.redis.scripts import ALWAYS, GROWING
 from lightning_dataflow.control.redis.server import RedisServer
 
@@ -66,11 +65,11 @@ class RedisMetadataStore(MetadataStore):
 
     def give_back(self, lease: Lease, skips: Mapping[int, bytes], log: StreamingRefChannel, counts: bool) -> list[int]:
         lines = [(seq, line.decode()) for seq, line in skips.items()]
-        return list(self._change("give_back", new_nonce(), lease.worker, lease.attempt, int(counts), MAX_ATTEMPTS, lines))
+        return list(self._change("give_back", lease.worker, lease.attempt, int(counts), MAX_ATTEMPTS, lines))
 
     def commit(self, lease: Lease, captured: Mapping[int, CommitEntry], log: StreamingRefChannel) -> list[int]:
         entries = [(seq, entry.generation, entry.num_bytes, entry.line.decode()) for seq, entry in captured.items()]
-        return list(self.server.change(GROWING, "commit", new_nonce(), lease.worker, lease.attempt, entries))
+        return list(self.server.change(GROWING, "commit", lease.worker, lease.attempt, entries))
 
     def want(self, seq: int, generation: str) -> bool:
         return bool(self._change("want", seq, generation, MAX_ATTEMPTS))

@@ -9,12 +9,12 @@ local function now()
   return tonumber(time[1]) + tonumber(time[2]) / 1e6
 end
 
--- Entries are called number-nonce. Numbers count up from 1; the nonce tells apart what two histories of one server, which lost
--- some of the first, wrote under one number.
-function ops.append(nonce, lines)
+-- Entries are called number-client. Numbers count up from 1; the client tells apart what two histories of one server, which lost
+-- some of the first, wrote under one number: a client of the first that was answered then does not write to the second.
+function ops.append(lines)
   local last = redis.call('HINCRBY', TOTALS, 'records', #lines) - #lines
   for i, line in ipairs(lines) do
-    redis.call('XADD', LOG, string.format('%d-%s', last + i, nonce), 'record', line)
+    redis.call('XADD', LOG, string.format('%d-%s', last + i, ARGV[1]), 'record', line)
   end
   return true
 end

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_dataflow.callbacks.averaging import averaged_weights
 from lightning_dataflow.callbacks.steps import StepCallback
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.evaluation import AcceptanceReport, Decoding, evaluate_acceptance
+from lightning_dataflow.evaluation.acceptance import AcceptanceReport, Decoding, evaluate_acceptance
 from lightning_dataflow.targets.hf import HFTargetEngine
 
 log = logging.getLogger(__name__)

@@ -45,7 +45,7 @@ def evaluate(config: TrainConfig) -> None:
     """
     from lightning_dataflow.cli.figure import draw_measurements
     from lightning_dataflow.cli.judges import JUDGES
-    from lightning_dataflow.evaluation import Decoding
+    from lightning_dataflow.evaluation.acceptance import Decoding
     from lightning_dataflow.run.builder import Builder
 
     options = config.evaluate

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from lightning_dataflow.config.files import read_api_key
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.evaluation import AcceptanceReport, Decoding, evaluate_acceptance
-from lightning_dataflow.evaluation.acceptance import Decoded
+from lightning_dataflow.evaluation.acceptance import AcceptanceReport, Decoded, Decoding, evaluate_acceptance
 from lightning_dataflow.evaluation.judges.sglang_server import SGLangDecoder
 from lightning_dataflow.evaluation.judges.vllm_process import VLLMDecoder, find_python, room_for
 from lightning_dataflow.evaluation.loop import check_num_draft_tokens
@@ -99,14 +98,10 @@ class VLLMJudge(Judge):
                 check_num_draft_tokens(num_draft_tokens, block_size)
             if self.config.evaluate.baseline and self.plain is None:
                 self.plain = self.decoder.decode(prompts)
-            return self.decoder.evaluate(
-                str(folder.absolute()),
-                export.served_as["vllm"],
-                prompts,
-                num_draft_tokens=num_draft_tokens,
-                cpu_caveat=export.cpu_caveat(published.network),
-                plain=self.plain,
-            )
+            method, model = export.served_as["vllm"], str(folder.absolute())
+            speculation = {"method": method, "model": model, "num_speculative_tokens": num_draft_tokens}
+            drafted = self.decoder.decode(prompts, speculation, cpu_caveat=export.cpu_caveat(published.network))
+            return drafted.report("vllm", self.plain, temperature=self.decoder.decoding.temperature)
 
     @contextmanager
     def _folder(self, draft: Path) -> Iterator[Path]:

@@ -32,7 +32,6 @@ class StreamingRefQueue:
         skip_ids: source ids of samples that are not trained: they keep their places with zero loss weight.
         idle_timeout_s: wait this long for a record at most.
         pump: where this process captures by itself, called instead of waiting; returns whether it captured something.
-        frees: whether unwanted refs are kept for their features to be freed; one rank does that for all.
     """
 
     def __init__(
@@ -43,14 +42,12 @@ class StreamingRefQueue:
         skip_ids: Collection[str] = (),
         idle_timeout_s: float = 600.0,
         pump: Callable[[], bool] | None = None,
-        frees: bool = True,
     ):
         self._plane = plane
         self._start = start
         self._skip_ids = frozenset(skip_ids)
         self._idle_timeout_s = idle_timeout_s
         self._pump = pump
-        self._frees = frees
         self._records: dict[int, LogRecord] = {}  # those that count, by seq from `start` on
         self._first: dict[int, LogRecord] = {}  # where another counts now: its sizes do, so that all ranks count alike
         self._handed_out: set[int] = set()  # seqs whose current record was
@@ -184,7 +181,7 @@ class StreamingRefQueue:
             self._discard(record)
 
     def _discard(self, record: LogRecord) -> None:
-        if self._frees and record.ref is not None:
+        if record.ref is not None:
             self._unwanted.append((record.seq, record.ref))
 
     def _wait(self, seqs: Sequence[int]) -> None:

@@ -93,7 +93,7 @@ class StreamingSource(RefSource):
                 largest_bytes=self._announced.largest_bytes,
             )
         self.plane.log.rewind()
-        self.queue = self._make_queue(plan.start, frees=rank == 0)
+        self.queue = self._make_queue(plan.start)
         self._heartbeat = Heartbeat(self.plane.ledger, f"trainer-{rank}", self._describe)
         if rank == 0:
             self.reconciliation = reconcile_on_restart(self.plane, self.store, plan, self.queue.catch_up)
@@ -179,14 +179,13 @@ class StreamingSource(RefSource):
     def recaptured(self) -> Sequence[int]:
         return self.queue.recaptured
 
-    def _make_queue(self, start: int, *, frees: bool = True) -> StreamingRefQueue:
+    def _make_queue(self, start: int) -> StreamingRefQueue:
         return StreamingRefQueue(
             self.plane,
             start=start,
             skip_ids=self.skip_ids,
             idle_timeout_s=self._idle_timeout_s,
             pump=self._pump,
-            frees=frees,
         )
 
     def _describe(self) -> str:

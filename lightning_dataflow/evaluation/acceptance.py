@@ -172,53 +172,43 @@ def evaluate_acceptance(
     Args:
         baseline: also decode with the target alone, by the same code, for the speed-up; and at temperature 0 compare token
             for token.
+        progress: called with (prompts decoded, prompts in all), first for the target alone, if it is asked for.
 
     Raises:
         UserError: several prompts at a time for a target that cannot decode them together.
     """
-    runs = [_Run(SpeculativeDecoder(target, drafter, temperature=decoding.temperature), decoding)]
+    plain = None
     if baseline:
         alone = SpeculativeDecoder(target, NoDrafter(), temperature=decoding.temperature)
         alone.generate(prompts[0], min(2, decoding.max_new_tokens))  # warm-up; not timed
-        runs.append(_Run(alone, decoding))
+        plain = _decode(alone, prompts, decoding, progress)
+    drafted = _decode(SpeculativeDecoder(target, drafter, temperature=decoding.temperature), prompts, decoding, progress)
+    return drafted.report("hf", plain, temperature=decoding.temperature)
+
+
+def _decode(
+    decoder: SpeculativeDecoder,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    progress: Callable[[int, int], None],
+) -> Decoded:
+    generations: list[Generation] = []
+    start = time.perf_counter()
     for first in range(0, len(prompts), decoding.batch_size):
         batch = prompts[first : first + decoding.batch_size]
-        for run in runs:
-            run.decode(batch)
-        progress(first + len(batch), len(prompts))
-    plain = runs[1].decoded() if baseline else None
-    return runs[0].decoded().report("hf", plain, temperature=decoding.temperature)
+        generators = [_generator(decoder.target, prompt, decoding.seed) for prompt in batch]
+        generations += decoder.generate_batch(batch, decoding.max_new_tokens, generators)
+        progress(len(generations), len(prompts))
+    positions = range(decoder.drafter.num_draft_tokens)
+    return Decoded(
+        tokens=[generation.tokens for generation in generations],
+        seconds=time.perf_counter() - start,
+        num_drafts=sum(generation.num_drafts for generation in generations),
+        accepted_per_position=[sum(each.accepted_per_position[i] for each in generations) for i in positions],
+    )
 
 
-class _Run:
-    """What a decoder has generated so far, and how long that took."""
-
-    def __init__(self, decoder: SpeculativeDecoder, decoding: Decoding):
-        self.decoder = decoder
-        self.decoding = decoding
-        self.generations: list[Generation] = []
-        self.seconds = 0.0
-
-    def decode(self, prompts: Sequence[Sequence[int]]) -> None:
-        start = time.perf_counter()
-        generators = _generators(self.decoder.target, prompts, self.decoding.seed)
-        self.generations += self.decoder.generate_batch(prompts, self.decoding.max_new_tokens, generators)
-        self.seconds += time.perf_counter() - start
-
-    def decoded(self) -> Decoded:
-        positions = range(self.decoder.drafter.num_draft_tokens)
-        return Decoded(
-            tokens=[generation.tokens for generation in self.generations],
-            seconds=self.seconds,
-            num_drafts=sum(generation.num_drafts for generation in self.generations),
-            accepted_per_position=[sum(each.accepted_per_position[i] for each in self.generations) for i in positions],
-        )
-
-
-def _generators(target: HFTargetEngine, prompts: Sequence[Sequence[int]], seed: int) -> list[torch.Generator]:
-    generators = []
-    for prompt in prompts:
-        digest = hashlib.sha256(repr((seed, list(prompt))).encode()).digest()
-        own_seed = int.from_bytes(digest[:4], "little")  # torch's CPU generator reads 32 bits
-        generators.append(torch.Generator(device=target.device).manual_seed(own_seed))
-    return generators
+def _generator(target: HFTargetEngine, prompt: Sequence[int], seed: int) -> torch.Generator:
+    digest = hashlib.sha256(repr((seed, list(prompt))).encode()).digest()
+    own_seed = int.from_bytes(digest[:4], "little")  # torch's CPU generator reads 32 bits
+    return torch.Generator(device=target.device).manual_seed(own_seed)

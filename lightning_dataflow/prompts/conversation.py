@@ -25,20 +25,7 @@ SHAREGPT_ROLES = {
 LARGEST_ID = 2**31 - 1
 
 Message = dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conversation:
-    """Messages to render with the chat template; the assistant's tokens are supervised."""
-
-    messages: tuple[Message, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlainText:
-    """Text without roles; every token is supervised."""
-
-    text: str
+Messages = tuple[Message, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +42,8 @@ def detect_format(record: Mapping[str, Any]) -> str | None:
     return next((name for name, (required, _) in READERS.items() if required <= keys), None)
 
 
-def normalise(record: Mapping[str, Any], format: str, where: str) -> Conversation | PlainText | Tokens:
-    """Read one record.
+def normalise(record: Mapping[str, Any], format: str, where: str) -> Messages | str | Tokens:
+    """Read one record: messages to render with the chat template, text without roles, or token ids.
 
     Raises:
         UserError: keys are missing, a value has the wrong type, or a key is not supported; the message begins with `where`.
@@ -80,13 +67,13 @@ def normalise(record: Mapping[str, Any], format: str, where: str) -> Conversatio
         ) from error
 
 
-def _system(read: Conversation | PlainText | Tokens) -> Any:
+def _system(read: Messages | str | Tokens) -> Any:
     """The content of the first turn if that is a system prompt, else None."""
-    first = read.messages[0] if isinstance(read, Conversation) and read.messages else {}
+    first = read[0] if isinstance(read, tuple) and read else {}
     return first.get("content") if first.get("role") == "system" else None
 
 
-def _sharegpt(record: Mapping[str, Any]) -> Conversation:
+def _sharegpt(record: Mapping[str, Any]) -> Messages:
     messages = []
     for number, turn in enumerate(record["conversations"], start=1):
         role = turn["role"] if turn.get("from") is None else SHAREGPT_ROLES[turn["from"]]
@@ -94,10 +81,10 @@ def _sharegpt(record: Mapping[str, Any]) -> Conversation:
         messages.append(
             {"role": role, "content": _text(turn.get("content") if turn.get("value") is None else turn["value"])}
         )
-    return Conversation(messages=tuple(messages))
+    return tuple(messages)
 
 
-def _messages(record: Mapping[str, Any]) -> Conversation:
+def _messages(record: Mapping[str, Any]) -> Messages:
     messages = []
     for number, message in enumerate(record["messages"], start=1):
         check_turn(message, number, message["role"], in_messages=True)
@@ -105,21 +92,21 @@ def _messages(record: Mapping[str, Any]) -> Conversation:
         if "tool_calls" not in kept:
             kept["content"] = _text(kept["content"])
         messages.append({"role": kept.pop("role"), **kept})
-    return Conversation(messages=tuple(messages))
+    return tuple(messages)
 
 
-def _alpaca(record: Mapping[str, Any]) -> Conversation:
+def _alpaca(record: Mapping[str, Any]) -> Messages:
     question = _text(record["instruction"])
     if record.get("input"):
         question = f"{question}\n\n{_text(record['input'])}"
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": _text(record["output"])}]
     if record.get("system"):
         messages.insert(0, {"role": "system", "content": _text(record["system"])})
-    return Conversation(messages=tuple(messages))
+    return tuple(messages)
 
 
-def _plain_text(record: Mapping[str, Any]) -> PlainText:
-    return PlainText(text=_text(record["text"]))
+def _plain_text(record: Mapping[str, Any]) -> str:
+    return _text(record["text"])
 
 
 def _tokens(record: Mapping[str, Any]) -> Tokens:
@@ -162,7 +149,7 @@ def _text(value: Any) -> str:
     return value
 
 
-READERS: dict[str, tuple[set[str], Callable[[Mapping[str, Any]], Conversation | PlainText | Tokens]]] = {
+READERS: dict[str, tuple[set[str], Callable[[Mapping[str, Any]], Messages | str | Tokens]]] = {
     "tokens": ({"input_ids"}, _tokens),
     "sharegpt": ({"conversations"}, _sharegpt),
     "messages": ({"messages"}, _messages),

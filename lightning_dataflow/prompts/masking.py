@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.prompts.conversation import Conversation, Message, PlainText, Tokens
+from lightning_dataflow.prompts.conversation import Message, Messages, Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,20 +38,23 @@ class Encoder:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
 
-    def encode(self, record: Conversation | PlainText | Tokens) -> tuple[list[int], list[int]]:
-        """Raises Unusable when the template refuses the conversation, UserError when there is no template."""
+    def encode(self, record: Messages | str | Tokens) -> tuple[list[int], list[int]]:
+        """Of messages, the assistant's tokens are supervised; of text, all are.
+
+        Raises Unusable when the template refuses the conversation, UserError when there is no template.
+        """
         if isinstance(record, Tokens):
             return list(record.input_ids), list(record.loss_mask)
-        if isinstance(record, PlainText):
-            ids = self.tokenizer(record.text)["input_ids"]
+        if isinstance(record, str):
+            ids = self.tokenizer(record)["input_ids"]
             return ids, [1] * len(ids)
-        if not any(message["role"] == "assistant" for message in record.messages):
+        if not any(message["role"] == "assistant" for message in record):
             raise Unusable("no assistant turn")
-        if record.messages[0]["role"] == "assistant":
+        if record[0]["role"] == "assistant":
             raise Unusable("begins with an assistant turn")
         if _GENERATION_TAG.search(self._template()):
-            return self._encode_tagged(record.messages)
-        return self._encode_by_prefixes(record.messages)
+            return self._encode_tagged(record)
+        return self._encode_by_prefixes(record)
 
     def encode_question(self, text: str) -> list[int]:
         """Token ids of a user's message and the generation prompt; of the text alone where there is no chat template."""
@@ -120,10 +123,8 @@ class Encoder:
         return start, start + len(self._without_trailing_space(text[start:end]))
 
     def _after_end_of_turn(self, text: str, end: int) -> int:
-        for token in self.tokenizer.all_special_tokens:
-            if text.startswith(token, end):
-                return end + len(token)
-        return end
+        tokens = (token for token in self.tokenizer.all_special_tokens if text.startswith(token, end))
+        return end + len(next(tokens, ""))
 
     def _without_trailing_space(self, turn: str) -> str:
         stripped = turn.rstrip()

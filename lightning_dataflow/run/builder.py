@@ -22,7 +22,7 @@ from lightning_dataflow.config.run_id import run_id
 from lightning_dataflow.config.schema import TrainConfig
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.control import ControlPlane
-from lightning_dataflow.data import DataFlowDataModule, FeatureCard, OfflineSource, PassOrder, RefSource
+from lightning_dataflow.data import DataFlowDataModule, FeatureCard, OfflineSource, RefSource
 from lightning_dataflow.data.offline import is_captured
 from lightning_dataflow.producers import Feed, FolderFeed, PromptFeed, RolloutWorker, ServedFeed, capture_to_folder
 from lightning_dataflow.prompts import PromptDataset, load_prompts
@@ -177,13 +177,11 @@ class Builder:
 
         def capture() -> None:
             claim(folder, "wait for it, or choose another store.root")
-            prompts = self.prompts[0]
-            order = PassOrder(len(prompts), config.seed)
             capture_to_folder(
-                prompts,
+                self.prompts[0],
                 self.target,
                 folder,
-                order=[order.locate(seq)[0] for seq in range(len(prompts))],  # the groups that `online` captures
+                seed=config.seed,  # then groups are those that `online` captures
                 capture_batch_size=config.target.capture_batch_size,
                 capacity_bytes=config.store.capacity_bytes if guarded else None,
                 secret=read_secret(config.store) if guarded else None,

@@ -17,7 +17,7 @@ import torch
 
 from lightning_dataflow.contracts import CapacityError, PeerFailedError, PeerGoneError, SampleOrigin, UserError
 from lightning_dataflow.control import RunPlan, resolve_control_plane
-from lightning_dataflow.evaluation import Decoding
+from lightning_dataflow.evaluation.acceptance import Decoding
 from lightning_dataflow.evaluation.judges.sglang_server import SGLangDecoder, read_counts, sampling_params
 from lightning_dataflow.run.target import SHARED_MEMORY
 from lightning_dataflow.services.mooncake import LocalMooncake

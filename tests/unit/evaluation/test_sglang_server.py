@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from lightning_dataflow.contracts import PeerFailedError, UserError
-from lightning_dataflow.evaluation import Decoding
+from lightning_dataflow.evaluation.acceptance import Decoding
 from lightning_dataflow.evaluation.judges.sglang_server import SGLangDecoder, read_counts
 from tests.sglang.speculating import INFO, SpeculatingServer
 

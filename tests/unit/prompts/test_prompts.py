@@ -5,7 +5,7 @@ import pytest
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.prompts import load_prompts
-from lightning_dataflow.prompts.conversation import Conversation, normalise
+from lightning_dataflow.prompts.conversation import normalise
 from lightning_dataflow.prompts.masking import Encoder, Unusable
 from lightning_dataflow.prompts.preview import render_mask
 
@@ -62,33 +62,33 @@ QUESTION_AND_ANSWER = [{"role": "user", "content": "q"}, {"role": "assistant", "
     ],
 )
 def test_three_shapes_become_one(record):
-    assert normalise(record, "auto", "here") == Conversation(messages=tuple(QUESTION_AND_ANSWER))
+    assert normalise(record, "auto", "here") == tuple(QUESTION_AND_ANSWER)
 
 
 def test_alpaca_input_and_system():
     record = {"instruction": "add", "input": "1 2", "output": "3", "system": "count"}
-    assert [m["content"] for m in normalise(record, "alpaca", "here").messages] == ["count", "add\n\n1 2", "3"]
+    assert [m["content"] for m in normalise(record, "alpaca", "here")] == ["count", "add\n\n1 2", "3"]
 
 
 @pytest.mark.parametrize("template", [None, PLAIN_CHATML], ids=["generation tag", "growing prefixes"])
 def test_exactly_the_assistants_tokens(tokenizer, template):
-    encoded = Encoder(tokenizer, template).encode(Conversation(messages=TURNS))
+    encoded = Encoder(tokenizer, template).encode(TURNS)
     assert supervised(tokenizer, encoded) == ["two cats<|im_end|>", "three<|im_end|>"]
 
 
 def test_both_ways_agree_token_by_token(tokenizer):
-    conversation = Conversation(messages=TURNS)
+    conversation = TURNS
     assert Encoder(tokenizer).encode(conversation) == Encoder(tokenizer, PLAIN_CHATML).encode(conversation)
 
 
 def test_a_template_that_renders_the_last_turn_otherwise(tokenizer):
-    encoded = Encoder(tokenizer, THINKING).encode(Conversation(messages=TURNS))
+    encoded = Encoder(tokenizer, THINKING).encode(TURNS)
     assert supervised(tokenizer, encoded) == ["two cats<|im_end|>", "<think></think>three<|im_end|>"]
 
 
 def test_a_generation_prompt_that_opens_a_thought(tokenizer):
     opening = PLAIN_CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
-    encoded = Encoder(tokenizer, opening).encode(Conversation(messages=TURNS))
+    encoded = Encoder(tokenizer, opening).encode(TURNS)
     assert supervised(tokenizer, encoded) == ["two cats<|im_end|>", "three<|im_end|>"]
 
 
@@ -105,16 +105,14 @@ def test_a_tool_call_without_content(tokenizer):
     turns = ({"role": "user", "content": "q"}, call, {"role": "tool", "content": "r"}, TURNS[-1])
     shown = "{% for m in messages %}<|im_start|>{{ m['role'] }}{{ m.get('content', 'call') }}{% endfor %}"
     with pytest.raises(Unusable, match="rewrites earlier turns"):
-        Encoder(tokenizer, THINKING.replace("{{ message['content'] }}", "{{ message.content }}")).encode(
-            Conversation(messages=turns)
-        )
-    assert Encoder(tokenizer, shown).encode(Conversation(messages=turns))
+        Encoder(tokenizer, THINKING.replace("{{ message['content'] }}", "{{ message.content }}")).encode(turns)
+    assert Encoder(tokenizer, shown).encode(turns)
 
 
 def test_a_template_that_drops_earlier_turns_is_noticed(tokenizer):
     dropping = "{% for m in messages[-1:] %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
     with pytest.raises(Unusable, match="rewrites earlier turns"):
-        Encoder(tokenizer, dropping).encode(Conversation(messages=TURNS))
+        Encoder(tokenizer, dropping).encode(TURNS)
 
 
 def test_text_and_tokens(tokenizer, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.prompts import load_prompts
-from lightning_dataflow.prompts.conversation import Conversation, Tokens, normalise
+from lightning_dataflow.prompts.conversation import Tokens, normalise
 
 TURNS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -214,7 +214,7 @@ def test_keys_of_a_shape_that_was_not_chosen_are_passed_over():
 def test_what_a_chat_template_reads_of_a_message_goes_to_it():
     answer = {"role": "assistant", "content": "a", "reasoning_content": "Hm.", "tool_calls": [{"function": {"name": "f"}}]}
     record = {"messages": [MESSAGES[0], answer]}
-    assert normalise(record, "auto", "here") == Conversation(messages=(MESSAGES[0], answer))
+    assert normalise(record, "auto", "here") == (MESSAGES[0], answer)
 
 
 @pytest.mark.parametrize(

@@ -67,11 +67,8 @@ def measure(store: MetadataStore, interval_s: float) -> dict[str, Any]:
         after, elapsed = store.status(), max(time.monotonic() - start, 1e-9)
     finally:
         store.close()
-    rates = {
-        "published_per_s": (after["published"] - before["published"]) / elapsed,
-        "trained_per_s": (after["trained_seq"] - before["trained_seq"]) / elapsed,
-    }
-    return after | rates
+    counts = {"published_per_s": "published", "trained_per_s": "trained_seq"}
+    return after | {rate: (after[count] - before[count]) / elapsed for rate, count in counts.items()}
 
 
 def describe(status: dict[str, Any]) -> list[str]:

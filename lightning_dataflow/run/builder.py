@@ -28,7 +28,7 @@ from lightning_dataflow.producers import RolloutWorker, capture_to_folder
 from lightning_dataflow.producers.feeds import Feed, FolderFeed, PromptFeed, ServedFeed
 from lightning_dataflow.prompts import PromptDataset, load_prompts
 from lightning_dataflow.run.claim import claim
-from lightning_dataflow.run.ranks import first_rank_does, num_processes
+from lightning_dataflow.run.ranks import num_processes, rank_from_environment, wait_for_first_rank
 from lightning_dataflow.run.streams import (
     colocated_source,
     control_plane,
@@ -173,23 +173,23 @@ class Builder:
 
     def capture_once(self, folder: Path) -> None:
         """Capture into `folder`, unless that is done; every rank but the first waits for it."""
+        if is_captured(folder):
+            return
+        if rank_from_environment() > 0:
+            return wait_for_first_rank(lambda: is_captured(folder), f"features in {folder}")
+        claim(folder, "wait for it, or choose another store.root")
         config = self.config
         guarded = not config.topology.is_disaggregated  # otherwise the settings of the store are those of the shared one
-
-        def capture() -> None:
-            claim(folder, "wait for it, or choose another store.root")
-            capture_to_folder(
-                self.prompts[0],
-                self.target,
-                folder,
-                seed=config.seed,  # then groups are those that `online` captures
-                capture_batch_size=config.target.capture_batch_size,
-                capacity_bytes=config.store.capacity_bytes if guarded else None,
-                secret=read_secret(config.store) if guarded else None,
-                progress=_log_progress(),
-            )
-
-        first_rank_does(capture, lambda: is_captured(folder), f"features in {folder}")
+        capture_to_folder(
+            self.prompts[0],
+            self.target,
+            folder,
+            seed=config.seed,  # then groups are those that `online` captures
+            capture_batch_size=config.target.capture_batch_size,
+            capacity_bytes=config.store.capacity_bytes if guarded else None,
+            secret=read_secret(config.store) if guarded else None,
+            progress=_log_progress(),
+        )
 
     def _check_prompts(self, card: FeatureCard, where: str) -> None:
         """Held-out prompts are told from trained ones by the settings of the capture, so they must be the same now."""

@@ -111,7 +111,7 @@ class FeatureStore(ABC):
 
 
 class Leases:
-    """The read leases that this process holds. Thread-safe."""
+    """The read leases that this process holds, also of generations that were freed meanwhile. Thread-safe."""
 
     def __init__(self) -> None:
         self._refs: dict[tuple[str, str], tuple[SampleRef, set[str]]] = {}
@@ -134,12 +134,6 @@ class Leases:
                 return None
             del self._refs[key]
             return ref
-
-    def forget(self, sample_id: str, generation: str | None = None) -> None:
-        """Drop the leases of a generation, or of all generations of a sample, that was freed."""
-        with self._lock:
-            for key in [key for key in self._refs if key[0] == sample_id and generation in (None, key[1])]:
-                del self._refs[key]
 
 
 def new_ref(tensors: Mapping[str, torch.Tensor], origin: SampleOrigin, uri: str) -> SampleRef:

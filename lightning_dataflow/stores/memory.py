@@ -59,11 +59,11 @@ class MemoryFeatureStore(FeatureStore):
     def free(self, ref: SampleRef) -> None:
         with self._lock:
             if self._holds(ref):
-                self._remove(ref.sample_id)
+                del self._entries[ref.sample_id]
 
     def abort(self, sample_id: str) -> None:
         with self._lock:
-            self._remove(sample_id)
+            self._entries.pop(sample_id, None)
 
     def exists(self, refs: Sequence[SampleRef]) -> list[bool]:
         with self._lock:
@@ -83,7 +83,7 @@ class MemoryFeatureStore(FeatureStore):
         with self._lock:
             orphans = [name for name, entry in self._entries.items() if not is_live(name, entry.ref.generation)]
             for sample_id in orphans:
-                self._remove(sample_id)
+                del self._entries[sample_id]
         return {"orphans": len(orphans)}
 
     def _num_bytes(self) -> int:
@@ -92,7 +92,3 @@ class MemoryFeatureStore(FeatureStore):
     def _holds(self, ref: SampleRef) -> bool:
         entry = self._entries.get(ref.sample_id)
         return entry is not None and (entry.ref.uri, entry.ref.generation) == (ref.uri, ref.generation)
-
-    def _remove(self, sample_id: str) -> None:
-        self._entries.pop(sample_id, None)
-        self._leases.forget(sample_id)

@@ -118,12 +118,10 @@ class SharedDirFeatureStore(FeatureStore):
         """Free one generation, even with `retain`."""
         self._card.check()
         if ref.uri == self.uri:
-            self._leases.forget(ref.sample_id, ref.generation)
             _remove(self._path(ref))
 
     def abort(self, sample_id: str) -> None:
         self._card.check()
-        self._leases.forget(sample_id)
         for path in _generations(self._folder(sample_id)):
             _remove(path)
 

@@ -146,14 +146,12 @@ class MooncakeFeatureStore(FeatureStore):
     def free(self, ref: SampleRef) -> None:
         """Free one generation, even with `retain`."""
         if ref.uri == self.uri:
-            self._leases.forget(ref.sample_id, ref.generation)
             self._generations.remove([ref])
 
     def abort(self, sample_id: str) -> None:
         """Free every generation of a sample. The master scans all its keys: about 1 ms for a thousand."""
         check_id(sample_id, "sample_id")
         self._puts.pop(sample_id, None)
-        self._leases.forget(sample_id)
         self._generations.remove_sample(sample_id)
 
     def exists(self, refs: Sequence[SampleRef]) -> list[bool]:
@@ -191,7 +189,6 @@ class MooncakeFeatureStore(FeatureStore):
     def clear(self) -> None:
         """Remove everything under this store_id, for every process: the end of a run."""
         self._puts.clear()
-        self._leases = Leases()
         self._generations.remove_store()
 
     def stop_waiting(self) -> None:

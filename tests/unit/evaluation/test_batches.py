@@ -137,9 +137,8 @@ def test_sampling_over_a_tiny_vocabulary_is_the_targets(tmp_path):
         head_dim=16,
         vocab_size=SYMBOLS,
         draft_vocab_size=3,  # some symbols are never proposed
-        target_hidden_size=16,
     )
-    drafter = ChainDrafter(Eagle3Draft(config), FrozenTarget.load(tmp_path).embedding, num_draft_tokens=3)
+    drafter = ChainDrafter(Eagle3Draft(config), FrozenTarget.of(target.info, torch.float32).embedding, num_draft_tokens=3)
     prompt, temperature, trials, batch_size = [1, 2, 3], 1.2, 4000, 500
     decoder = SpeculativeDecoder(target, drafter, temperature=temperature)
     counts, num_accepted = torch.zeros(SYMBOLS, SYMBOLS, SYMBOLS), 0

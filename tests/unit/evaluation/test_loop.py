@@ -5,7 +5,7 @@ from lightning_dataflow.contracts import NotFiniteError
 from lightning_dataflow.evaluation.acceptance import Decoding, evaluate_acceptance
 from lightning_dataflow.evaluation.loop import Drafter, Proposal, SpeculativeDecoder, rejection_sample
 from lightning_dataflow.strategies.common.target_tensors import FrozenTarget
-from lightning_dataflow.strategies.eagle3.draft_vocab import build_draft_vocab
+from lightning_dataflow.strategies.eagle3.draft_vocab import most_frequent
 from lightning_dataflow.strategies.eagle3.drafter import ChainDrafter
 from lightning_dataflow.strategies.eagle3.network import Eagle3Config, Eagle3Draft
 from lightning_dataflow.targets import HFTargetEngine
@@ -29,10 +29,10 @@ def make_drafter(target, target_path, draft_vocab_size=64, num_draft_tokens=3):
         head_dim=info.head_dim,
         vocab_size=info.vocab_size,
         draft_vocab_size=draft_vocab_size,
-        target_hidden_size=info.hidden_size,
     )
-    draft = Eagle3Draft(config, build_draft_vocab(torch.arange(info.vocab_size), draft_vocab_size))
-    return ChainDrafter(draft, FrozenTarget.load(target_path).embedding, num_draft_tokens=num_draft_tokens)
+    draft = Eagle3Draft(config)
+    draft.set_target_ids(most_frequent(torch.arange(info.vocab_size), draft_vocab_size))
+    return ChainDrafter(draft, FrozenTarget.of(info, torch.float32).embedding, num_draft_tokens=num_draft_tokens)
 
 
 class Oracle(Drafter):

@@ -118,7 +118,7 @@ def blocks_by_sample(module, data, num_batches, rank_of=lambda sample: 0):
     found = []
     for batch in read_batches(data, num_batches, module.collate):
         for row, length in enumerate(batch["sample_ids"]):
-            found.append(batch["block_anchor"][batch["block_row"] == row].tolist())
+            found.append(batch["blocks"].anchor[batch["blocks"].row == row].tolist())
             assert length
     return found
 
@@ -147,9 +147,9 @@ def test_a_batch_by_hand(target_path):
     )  # fmt: skip
     batch = module.collate(SampleRows([[one]]))
     assert "last_hidden_state" not in batch
-    assert batch["block_anchor"].tolist() == [2]
-    assert batch["block_tokens"].tolist() == [[9, 10, 11, 0]]
-    assert batch["block_supervised"].tolist() == [[True, True, False, False]]
+    assert batch["blocks"].anchor.tolist() == [2]
+    assert batch["blocks"].tokens.tolist() == [[9, 10, 11, 0]]
+    assert batch["blocks"].supervised.tolist() == [[True, True, False, False]]
     assert batch["label_rows"].tolist() == [1]
 
 
@@ -159,7 +159,7 @@ def test_a_batch_by_hand(target_path):
         ("decay", DFlashObjective(gamma=3.0)),
         ("dpace", DFlashObjective(dpace=True, dpace_alpha=0.2)),
         ("domino", DominoObjective(gamma=3.0, lambda_start=0.8, lambda_decay_ratio=0.25)),
-        ("shifted", DominoObjective(gamma=3.0, lambda_start=0.8, lambda_decay_ratio=0.25, shift_label=True)),
+        ("shifted", DominoObjective(gamma=3.0, lambda_start=0.8, lambda_decay_ratio=0.25, first_offset=0)),
     ],
 )
 def test_a_module_has_the_objective_that_its_arguments_name(target_path, prompts, block_target, kind, objective):
@@ -170,10 +170,9 @@ def test_a_module_has_the_objective_that_its_arguments_name(target_path, prompts
         torch.nn.init.normal_(module.draft.correction_weight)
     module.load_frozen_target(torch.device("cpu"))
     (batch,), now = read_batches(data, 1, module.collate), StepContext(global_step=1, total_steps=8)
-    blocks, target = module.blocks(batch), module.frozen_target
+    blocks, target = batch["blocks"], module.frozen_target
     scored = module.draft(batch["aux_hidden_states"], target.embedding, blocks, lambda *scored: scored)
-    context = (now,) if lambdas else ()
-    expected, found = objective(*scored, target.head, blocks, *context), module.objective(batch, now)
+    expected, found = objective(*scored, target.head, blocks, now), module.objective(batch, now)
     assert torch.allclose(found.loss.numerator, expected.loss.numerator)
     assert torch.equal(found.loss.denominator, expected.loss.denominator)
     if lambdas:  # λ = 0.8 · (1 − 1/2)

@@ -11,7 +11,9 @@ from lightning_dataflow.contracts import UserError
 from lightning_dataflow.data import DataFlowDataModule
 from lightning_dataflow.producers import OnlineSource
 from lightning_dataflow.strategies.checkpoint import load_module
+from lightning_dataflow.strategies.common.layers import rotary_tables
 from lightning_dataflow.strategies.eagle3.module import Eagle3Module
+from lightning_dataflow.strategies.eagle3.objective import TargetRows
 from tests.streams import read_batches
 
 GLOBAL_BATCH = 4
@@ -95,7 +97,7 @@ def test_a_window_without_supervision_is_a_step_with_zero_gradient(target_path, 
 
     def unsupervised(samples):
         batch = collate(samples)
-        batch["target_rows"] = tuple(part[:0] for part in batch["target_rows"])
+        batch["target_rows"] = TargetRows(*(part[:0] for part in batch["target_rows"]))
         return batch
 
     module.collate = unsupervised
@@ -110,7 +112,7 @@ def test_a_new_draft_takes_vocabulary_and_head_from_data_and_target(target_path,
     data, module = make_data(prompts, target), make_module(target_path, lr=0.0)
     make_trainer(tmp_path, data, max_steps=1).fit(module, data)
     counts = data.source.token_counts(320)
-    kept = module.draft.vocab.target_ids
+    kept = module.draft.target_ids
     assert counts[kept].min() >= counts[~module.draft.t2d].max()
     assert torch.equal(module.draft.lm_head.weight, target.model.lm_head.weight[kept])
 
@@ -341,8 +343,8 @@ def test_bf16_true_counts_exactly(target_path, prompts, target, tmp_path):
     assert float(exact.step_losses[0]) == pytest.approx(
         float(_loss_in_float32(target_path, prompts, target, tmp_path)), rel=0.02
     )
-    cos, _ = exact.draft.rotary.tables(torch.arange(500))
-    expected, _ = make_module(target_path).draft.rotary.tables(torch.arange(500))
+    cos, _ = rotary_tables(torch.arange(500), exact.draft.config)
+    expected, _ = rotary_tables(torch.arange(500), make_module(target_path).draft.config)
     assert torch.equal(cos, expected)
 
 

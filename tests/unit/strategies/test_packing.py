@@ -10,9 +10,11 @@ from lightning_dataflow.callbacks import ResultWriter
 from lightning_dataflow.contracts import StepContext, UserError
 from lightning_dataflow.data import DataFlowDataModule
 from lightning_dataflow.producers import OnlineSource
+from lightning_dataflow.strategies.blocks.blocks import Blocks
 from lightning_dataflow.strategies.dflash.module import DFlashModule
 from lightning_dataflow.strategies.domino.module import DominoModule
 from lightning_dataflow.strategies.eagle3.module import Eagle3Module
+from lightning_dataflow.strategies.eagle3.objective import TargetRows
 from lightning_dataflow.strategies.module import DraftModule
 from lightning_dataflow.targets import HFTargetEngine
 from tests.streams import read_batches
@@ -88,11 +90,11 @@ def test_a_packed_sample_sees_nothing_of_its_neighbours(target_path, targets, pr
         if kind == "eagle3":
             rows = batch["target_rows"]
             keep = (rows[0] < middle.start) | (rows[0] >= middle.stop)
-            changed = {**batch, "target_rows": tuple(part[keep] for part in rows)}
+            changed = {**batch, "target_rows": TargetRows(*(part[keep] for part in rows))}
         else:
-            keep = (batch["block_anchor"] < middle.start) | (batch["block_anchor"] >= middle.stop)
-            changed = {**batch, **{name: batch[name][keep] for name in batch if name.startswith("block_")}}
-            changed["label_rows"] = None
+            blocks = batch["blocks"]
+            keep = (blocks.anchor < middle.start) | (blocks.anchor >= middle.stop)
+            changed = {**batch, "blocks": Blocks(*(part[keep] for part in blocks)), "label_rows": None}
         loss = module.objective({**changed, "aux_hidden_states": aux}, StepContext(global_step=0, total_steps=10)).loss
         (gradient,) = torch.autograd.grad(loss.numerator, aux)
         assert gradient[:, middle].abs().max() == 0, kind

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.evaluation.loop import Drafter, Generation, NoDrafter, SpeculativeDecoder
+from lightning_dataflow.evaluation.loop import Drafter, NoDrafter, SpeculativeDecoder
 from lightning_dataflow.targets.hf import HFTargetEngine
 
 LEAST_TEMPERATURE = 1e-5
@@ -172,39 +172,44 @@ def evaluate_acceptance(
     Args:
         baseline: also decode with the target alone, by the same code, for the speed-up; and at temperature 0 compare token
             for token.
-        progress: called with (prompts decoded, prompts in all), first for the target alone, if it is asked for.
+        progress: called with (prompts decoded, prompts in all).
 
     Raises:
         UserError: several prompts at a time for a target that cannot decode them together.
     """
-    plain = None
+    decoders = [SpeculativeDecoder(target, drafter, temperature=decoding.temperature)]
     if baseline:
         alone = SpeculativeDecoder(target, NoDrafter(), temperature=decoding.temperature)
         alone.generate(prompts[0], min(2, decoding.max_new_tokens))  # warm-up; not timed
-        plain = _decode(alone, prompts, decoding, progress)
-    drafted = _decode(SpeculativeDecoder(target, drafter, temperature=decoding.temperature), prompts, decoding, progress)
-    return drafted.report("hf", plain, temperature=decoding.temperature)
-
-
-def _decode(
-    decoder: SpeculativeDecoder,
-    prompts: Sequence[Sequence[int]],
-    decoding: Decoding,
-    progress: Callable[[int, int], None],
-) -> Decoded:
-    generations: list[Generation] = []
-    start = time.perf_counter()
+        decoders.append(alone)
+    batches: list[list[Decoded]] = []
     for first in range(0, len(prompts), decoding.batch_size):
         batch = prompts[first : first + decoding.batch_size]
-        generators = [_generator(decoder.target, prompt, decoding.seed) for prompt in batch]
-        generations += decoder.generate_batch(batch, decoding.max_new_tokens, generators)
-        progress(len(generations), len(prompts))
+        batches.append([_decode(decoder, batch, decoding) for decoder in decoders])  # in turn: the machine's speed drifts
+        progress(first + len(batch), len(prompts))
+    drafted, *plain = [_sum(parts) for parts in zip(*batches, strict=True)]
+    return drafted.report("hf", plain[0] if plain else None, temperature=decoding.temperature)
+
+
+def _decode(decoder: SpeculativeDecoder, batch: Sequence[Sequence[int]], decoding: Decoding) -> Decoded:
+    start = time.perf_counter()
+    generators = [_generator(decoder.target, prompt, decoding.seed) for prompt in batch]
+    generations = decoder.generate_batch(batch, decoding.max_new_tokens, generators)
     positions = range(decoder.drafter.num_draft_tokens)
     return Decoded(
         tokens=[generation.tokens for generation in generations],
         seconds=time.perf_counter() - start,
         num_drafts=sum(generation.num_drafts for generation in generations),
         accepted_per_position=[sum(each.accepted_per_position[i] for each in generations) for i in positions],
+    )
+
+
+def _sum(parts: Sequence[Decoded]) -> Decoded:
+    return Decoded(
+        tokens=[tokens for part in parts for tokens in part.tokens],
+        seconds=sum(part.seconds for part in parts),
+        num_drafts=sum(part.num_drafts for part in parts),
+        accepted_per_position=[sum(column) for column in zip(*(part.accepted_per_position for part in parts), strict=True)],
     )
 
 

@@ -87,7 +87,6 @@ def measure(target: SGLangServerTarget, store: MooncakeFeatureStore, vocab_size:
     for name, values in seconds.items():
         print(f"{name:10}{rates[name]:8.0f}   {' '.join(f'{value:.2f}' for value in values)}")
     print(f"overhead, median of {ROUNDS} pairs: {100 * (median(pairs) - 1):.1f} %")
-    print(f"bytes over HTTP a sample: {http.num_bytes_received / http.num_captures:.0f} back")
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def read(place: Place, rank: int, options: argparse.Namespace, meeting: Meeting,
     """A rank: every window, and of it the refs of its share, which it frees."""
     plane = place.open()
     plane.log.wait_for_card(60.0, "the producer")
-    queue = StreamingRefQueue(plane, frees=rank == 0)
+    queue = StreamingRefQueue(plane)
     if rank == 0:
         plan = RunPlan(start=0, stop=options.refs, window=options.window)
         reconcile_on_restart(plane, MemoryFeatureStore(), plan, queue.catch_up)
@@ -123,7 +123,7 @@ def read(place: Place, rank: int, options: argparse.Namespace, meeting: Meeting,
     for seq in range(0, options.refs // options.window * options.window, options.window):
         mine = range(seq + rank * share, seq + (rank + 1) * share)
         found = queue.get(range(seq, seq + options.window), mine)
-        assert len(found.entries) == share
+        assert len(found.refs) == share
         meeting.wait(rank)
         queue.ack(seq + options.window)
         if rank == 0:

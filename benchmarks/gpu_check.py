@@ -22,8 +22,7 @@ from torch.utils._pytree import tree_map
 from lightning_dataflow.contracts import StepContext
 from lightning_dataflow.strategies.blocks.blocks import Span, cut_blocks
 from lightning_dataflow.strategies.blocks.labels import BlockLabels
-from lightning_dataflow.strategies.blocks.network import BlockConfig
-from lightning_dataflow.strategies.dflash.network import DFlashDraft
+from lightning_dataflow.strategies.blocks.network import BlockConfig, BlockDraft
 from lightning_dataflow.strategies.dflash.objective import DFlashObjective
 from lightning_dataflow.strategies.domino.network import DominoConfig, DominoDraft
 from lightning_dataflow.strategies.domino.objective import DominoObjective
@@ -47,10 +46,8 @@ def corrected(draft: DominoDraft) -> DominoDraft:
 
 
 DRAFTS = {
-    "eagle3": lambda sizes: Eagle3Draft(
-        Eagle3Config(**sizes, draft_vocab_size=sizes["vocab_size"] // 4, target_hidden_size=sizes["hidden_size"])
-    ),
-    "dflash": lambda sizes: DFlashDraft(BlockConfig(**sizes, num_layers=2, mask_token_id=3)),
+    "eagle3": lambda sizes: Eagle3Draft(Eagle3Config(**sizes, draft_vocab_size=sizes["vocab_size"] // 4)),
+    "dflash": lambda sizes: BlockDraft(BlockConfig(**sizes, num_layers=2, mask_token_id=3)),
     "domino": lambda sizes: corrected(DominoDraft(DominoConfig(**sizes, num_layers=2, mask_token_id=3))),
 }
 
@@ -83,11 +80,11 @@ def step(draft: nn.Module, x: dict[str, Any], precision: str) -> dict[str, Tenso
     def score(*scored: Tensor) -> Any:
         if isinstance(draft, Eagle3Draft):
             teacher = {"last_hidden_state": x["last"], "target_head": x["head"], "rows": x["target_rows"]}
-            return Eagle3Objective()(*scored, target_ids=draft.vocab.target_ids, t2d=draft.t2d, **teacher)
+            return Eagle3Objective()(*scored, target_ids=draft.target_ids, t2d=draft.t2d, **teacher)
         if isinstance(draft, DominoDraft):
             half_way = StepContext(global_step=25, total_steps=100)
             return DominoObjective()(*scored, x["head"], x["blocks"], half_way, x["label_rows"])
-        return DFlashObjective()(*scored, x["head"], x["blocks"], x["label_rows"])
+        return DFlashObjective()(*scored, x["head"], x["blocks"], rows=x["label_rows"])
 
     draft.zero_grad()
     with torch.autocast(x["ids"].device.type, dtype=torch.bfloat16, enabled=precision == "bf16-mixed"):

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_dataflow.strategies.common.layers import RMSNorm, rotate
-from lightning_dataflow.strategies.dflash.network import DFlashDraft
+from lightning_dataflow.strategies.blocks.network import BlockDraft
+from lightning_dataflow.strategies.common.layers import RMSNorm, rotary_tables, rotate
 from lightning_dataflow.strategies.domino.network import DominoDraft
 
 
@@ -29,7 +29,7 @@ def block_mask(anchors: Tensor, length: int, block_size: int) -> Tensor:
     return torch.cat((context, (block[:, None] == block).expand(len(anchors), -1, -1)), dim=2)
 
 
-def hidden_states(draft: DFlashDraft, tokens: Tensor, aux: Tensor, embedding: Tensor, anchors: Tensor) -> Tensor:
+def hidden_states(draft: BlockDraft, tokens: Tensor, aux: Tensor, embedding: Tensor, anchors: Tensor) -> Tensor:
     """d [batch, N·B, H]; tokens [batch, N, B]."""
     batch, _, block_size = tokens.shape
     length = aux.shape[1]
@@ -40,7 +40,7 @@ def hidden_states(draft: DFlashDraft, tokens: Tensor, aux: Tensor, embedding: Te
     visible = block_mask(anchors, length, block_size)
     own = (anchors[..., None] + torch.arange(block_size)).view(batch, -1)
     positions = torch.cat((torch.arange(length).expand(batch, -1), own), dim=1)
-    cos, sin = (table[:, None] for table in draft.rotary.tables(positions))
+    cos, sin = (table[:, None] for table in rotary_tables(positions, draft.config))
     for layer in draft.layers:
         attention, x = layer.self_attn, norm(hidden, layer.input_layernorm)
         both = torch.cat((context, x), dim=1)
@@ -75,7 +75,7 @@ def weighted_loss(logits: Tensor, tokens: Tensor, weight: Tensor) -> Tensor:
 
 
 def naive_dflash(
-    draft: DFlashDraft, input_ids: Tensor, aux: Tensor, loss_mask: Tensor, anchors: Tensor, embedding: Tensor, head: Tensor
+    draft: BlockDraft, input_ids: Tensor, aux: Tensor, loss_mask: Tensor, anchors: Tensor, embedding: Tensor, head: Tensor
 ) -> Tensor:
     """Loss, with the draft's own weights."""
     tokens, weight = blocks_of(input_ids, loss_mask, anchors, draft.config.block_size)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_dataflow.strategies.common.layers import rotate
+from lightning_dataflow.strategies.common.layers import rotary_tables, rotate
 from lightning_dataflow.strategies.eagle3.network import Eagle3Draft
 
 
@@ -40,7 +40,7 @@ def naive_eagle3(
     layer, attention = draft.midlayer, draft.midlayer.self_attn
     ids, mask = shift_left(input_ids, 1), shift_left(loss_mask, 2)
     target_logits = shift_left(last_hidden_state, 1) @ target_head.T
-    target_argmax, target_ids = target_logits.argmax(-1), draft.vocab.target_ids
+    target_argmax, target_ids = target_logits.argmax(-1), draft.target_ids
     p = torch.softmax(target_logits[..., target_ids], -1)
     p_full = torch.softmax(target_logits, -1)[..., target_ids]
     supervised = mask * draft.t2d[target_argmax]
@@ -54,7 +54,7 @@ def naive_eagle3(
         query = attention.split_heads(attention.q_proj(normed))
         key = attention.split_heads(attention.k_proj(normed))
         value = attention.split_heads(attention.v_proj(normed))
-        cos, sin = draft.rotary.tables(torch.arange(ids.shape[1]) + step)
+        cos, sin = rotary_tables(torch.arange(ids.shape[1]) + step, draft.config)
         keys.append(rotate(key, cos, sin))
         values.append(value)
         hidden = hidden + attention.output(dense_attention(rotate(query, cos, sin), keys, values))

@@ -21,12 +21,10 @@ from benchmarks.naive_blocks import naive_dflash, naive_domino
 from benchmarks.naive_eagle3 import naive_eagle3
 from lightning_dataflow.contracts import StepContext
 from lightning_dataflow.strategies.blocks.blocks import cut_blocks
-from lightning_dataflow.strategies.blocks.network import BlockConfig
-from lightning_dataflow.strategies.dflash.network import DFlashDraft
+from lightning_dataflow.strategies.blocks.network import BlockConfig, BlockDraft
 from lightning_dataflow.strategies.dflash.objective import DFlashObjective
 from lightning_dataflow.strategies.domino.network import DominoConfig, DominoDraft
 from lightning_dataflow.strategies.domino.objective import DominoObjective
-from lightning_dataflow.strategies.eagle3.draft_vocab import DraftVocab
 from lightning_dataflow.strategies.eagle3.network import Eagle3Config, Eagle3Draft
 from lightning_dataflow.strategies.eagle3.objective import Eagle3Objective, supervised_positions
 
@@ -45,10 +43,11 @@ Step = Callable[[], Tensor]
 
 def eagle3_steps(length: int, _: int) -> dict[str, Step]:
     """One forward and backward pass by name; both use the same weights and inputs."""
-    config = Eagle3Config(**SIZES, draft_vocab_size=DRAFT_VOCAB, target_hidden_size=HIDDEN)
+    config = Eagle3Config(**SIZES, draft_vocab_size=DRAFT_VOCAB)
     target_ids = torch.randperm(VOCAB)[:DRAFT_VOCAB].sort().values
     t2d = torch.zeros(VOCAB, dtype=torch.bool).index_fill_(0, target_ids, True)
-    draft = Eagle3Draft(config, DraftVocab(d2t=target_ids - torch.arange(DRAFT_VOCAB), t2d=t2d))
+    draft = Eagle3Draft(config)
+    draft.set_target_ids(target_ids)
     embedding = torch.randn(VOCAB, HIDDEN) * 0.05
     # Rows outside the draft vocabulary are scaled down, so that the target's argmax is always inside it.
     head = torch.randn(VOCAB, HIDDEN) * torch.where(t2d, 0.05, 0.005)[:, None]
@@ -97,7 +96,7 @@ def block_inputs(length: int, num_anchors: int) -> tuple[Tensor, ...]:
 
 def dflash_steps(length: int, num_anchors: int) -> dict[str, Step]:
     """As `eagle3_steps`."""
-    draft = DFlashDraft(BlockConfig(**SIZES, num_layers=3, mask_token_id=VOCAB - 1))
+    draft = BlockDraft(BlockConfig(**SIZES, num_layers=3, mask_token_id=VOCAB - 1))
     ids, aux, loss_mask, anchors, embedding, head = inputs = block_inputs(length, num_anchors)
     objective = DFlashObjective()
 

@@ -103,11 +103,11 @@ class Pickle:
         buffer = io.BytesIO()
         torch.save(sample, buffer)
         key = f"pickle/{next(self.numbers)}"
-        assert self.client.put_bytes(key, buffer.getvalue()) == 0
+        assert self.client._put_plain(key, buffer.getvalue()) == 0
         announce(key)
 
     def receive(self, keys: list[str]) -> list[Sample]:
-        samples = [torch.load(io.BytesIO(self.client.get_bytes(key)), weights_only=True) for key in keys]
+        samples = [torch.load(io.BytesIO(self.client._store.get(key)), weights_only=True) for key in keys]
         self.client.remove(keys)
         return samples
 

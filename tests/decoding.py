@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lightning_dataflow.evaluation import NoDrafter, SpeculativeDecoder
+from lightning_dataflow.evaluation.loop import NoDrafter, SpeculativeDecoder
 from lightning_dataflow.targets import HFTargetEngine
 
 

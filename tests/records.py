@@ -83,8 +83,13 @@ def leased(answer: Lease | NoLease) -> Lease | None:
     return answer if isinstance(answer, Lease) else None
 
 
+def failures(ledger: MetadataStore) -> list[str]:
+    """What failed processes reported since the latest `begin`."""
+    return [f"{part['name']}: {part['state']}" for part in ledger.parts() if part["failed"]]
+
+
 def begin(plane: ControlPlane, start: int = 0, stop: int = 100, window: int = 4) -> None:
-    plane.ledger.begin(RunPlan(start=start, stop=stop, window=window), published={}, wanted={}, frontier=start)
+    plane.ledger.begin(RunPlan(start=start, stop=stop, window=window), {}, frontier=start)
 
 
 def forked(function: Callable[..., None], *arguments: Any) -> Any:

@@ -1,17 +1,18 @@
 """Small real parts of a stream: a feed whose features tell which sample they are, a worker and a source."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from lightning_dataflow.control import ControlPlane
-from lightning_dataflow.data import FeatureCard, PassOrder, StreamingSource
-from lightning_dataflow.producers import Feed, RolloutWorker
+from lightning_dataflow.data import DataFlowDataModule, FeatureCard, PassOrder, StreamingSource
+from lightning_dataflow.producers import RolloutWorker
 from lightning_dataflow.producers.capture import FROM_PROMPT
-from lightning_dataflow.producers.feeds import CapturedSample, to_put
+from lightning_dataflow.producers.feeds import CapturedSample, Feed, to_put
 from lightning_dataflow.stores import FeatureStore
-from lightning_dataflow.stores.base import Tensors, num_bytes
+from lightning_dataflow.stores.base import Tensors
 from lightning_dataflow.targets.base import HIDDEN_STATES
 from tests.records import CAPTURE, WIDE, make_origin
 
@@ -53,7 +54,7 @@ class SeqFeed(Feed):
         self.captured: list[tuple[tuple[int, ...], int]] = []
 
     def num_bytes(self, seq: int) -> int:
-        return num_bytes(make_tensors(seq))
+        return sum(tensor.nbytes for tensor in make_tensors(seq).values())
 
     def capture(self, seqs: Sequence[int], attempt: int, wanted: Collection[int]) -> Iterator[CapturedSample]:
         self.before(seqs, attempt)
@@ -70,4 +71,17 @@ def make_worker(plane: ControlPlane, store: FeatureStore, feed: Feed | None = No
 
 
 def make_source(plane: ControlPlane, store: FeatureStore, **options: Any) -> StreamingSource:
-    return StreamingSource(plane, store, **{"start_timeout_s": 1.0, "idle_timeout_s": 5.0} | options)
+    source = StreamingSource(plane, store, **{"start_timeout_s": 1.0, "idle_timeout_s": 5.0} | options)
+    source.order = ORDER
+    return source
+
+
+def read_batches(data: DataFlowDataModule, count: int, collate: Callable[[Any], dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first micro-batches, without a Trainer; what else was read is freed."""
+    place = {"global_rank": 0, "world_size": 1, "global_step": 0, "max_steps": 1000}
+    strategy, module = SimpleNamespace(root_device=torch.device("cpu")), SimpleNamespace(collate=collate)
+    data.trainer = SimpleNamespace(**place, strategy=strategy, lightning_module=module)
+    stream = iter(data.train_dataloader())
+    batches = [next(stream) for _ in range(count)]
+    data.close("ended")
+    return batches

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 import lightning as L
@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_dataflow.callbacks.averaging import averaged_weights
 from lightning_dataflow.callbacks.steps import StepCallback
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.evaluation import AcceptanceReport, Decoding, evaluate_acceptance
+from lightning_dataflow.evaluation.acceptance import AcceptanceReport, Decoding, evaluate_acceptance
 from lightning_dataflow.targets.hf import HFTargetEngine
 
 log = logging.getLogger(__name__)
@@ -120,11 +120,6 @@ class AcceptanceEvaluation(StepCallback):
 def _over_ranks(mine: AcceptanceReport, trainer: L.Trainer) -> AcceptanceReport:
     counts = [mine.num_prompts, mine.num_tokens, mine.num_drafts, *mine.accepted_per_position]
     device = trainer.strategy.root_device
-    total = trainer.strategy.reduce(torch.tensor(counts, dtype=torch.int64, device=device), reduce_op="sum").tolist()
-    return AcceptanceReport(
-        num_prompts=total[0],
-        num_tokens=total[1],
-        num_drafts=total[2],
-        accepted_per_position=tuple(total[3:]),
-        seconds=mine.seconds,
-    )
+    total = trainer.strategy.reduce(torch.tensor(counts, dtype=torch.int64, device=device), reduce_op="sum")
+    prompts, tokens, drafts, *accepted = total.tolist()
+    return replace(mine, num_prompts=prompts, num_tokens=tokens, num_drafts=drafts, accepted_per_position=tuple(accepted))

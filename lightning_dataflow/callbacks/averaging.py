@@ -13,8 +13,8 @@ from torch.optim.swa_utils import AveragedModel
 def follow_buffers(trainer: L.Trainer) -> None:
     """Make every update copy the draft's buffers, whatever `use_buffers` says: the maps of a reduced vocabulary are ids,
     which have no mean."""
-    for average in _averages(trainer):
-        average.use_buffers = False
+    for callback in _callbacks(trainer):
+        callback._average_model.use_buffers = False
 
 
 def end_averages(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Tensor] | None:
@@ -23,7 +23,7 @@ def end_averages(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Ten
     If the average was never updated, it would be the draft before training; replace it with the trained draft. Returns a
     copy of the trained weights on the CPU, so that a later checkpoint can resume from them; None if nothing is averaged.
     """
-    averages = _averages(trainer)
+    averages: list[AveragedModel] = [callback._average_model for callback in _callbacks(trainer)]
     for average in averages:
         if average.n_averaged == 0:
             average.module.load_state_dict(module.state_dict())
@@ -56,10 +56,6 @@ def averaged_weights(trainer: L.Trainer, module: L.LightningModule) -> Iterator[
     finally:
         for callback in reversed(callbacks):
             callback.on_validation_epoch_end(trainer, module)
-
-
-def _averages(trainer: L.Trainer) -> list[AveragedModel]:
-    return [callback._average_model for callback in _callbacks(trainer)]
 
 
 def _callbacks(trainer: L.Trainer) -> list[Any]:

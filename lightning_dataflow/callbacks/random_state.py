@@ -10,6 +10,8 @@ from torch import distributed
 
 from lightning_dataflow.callbacks.steps import StepCallback
 
+NUMPY_STATE = ("words", "pos", "has_gauss", "gauss")
+
 
 class RandomState(StepCallback):
     """Saves the random state of torch (CPU, and the rank's GPU), python and numpy with every checkpoint, and restores it.
@@ -54,16 +56,11 @@ class RandomState(StepCallback):
 def _capture(device: torch.device) -> dict[str, Any]:
     """Plain data and tensors, which load without unpickling."""
     version, words, gauss = random.getstate()
-    legacy: dict[str, Any] = np.random.get_state(legacy=False)
+    numpy: Any = np.random.get_state()
     state = {
         "torch": torch.get_rng_state(),
         "python": [version, list(words), gauss],
-        "numpy": {
-            "words": legacy["state"]["key"].tolist(),
-            "pos": int(legacy["state"]["pos"]),
-            "has_gauss": int(legacy["has_gauss"]),
-            "gauss": float(legacy["gauss"]),
-        },
+        "numpy": dict(zip(NUMPY_STATE, (numpy[1].tolist(), *numpy[2:]), strict=True)),
     }
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -74,9 +71,6 @@ def _restore(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"].cpu())
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
-    legacy = state["numpy"]
-    np.random.set_state(
-        ("MT19937", np.array(legacy["words"], dtype=np.uint32), legacy["pos"], legacy["has_gauss"], legacy["gauss"])
-    )
+    np.random.set_state(("MT19937", *(state["numpy"][name] for name in NUMPY_STATE)))
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)

@@ -8,15 +8,16 @@ from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning as L
+import orjson
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_dataflow.callbacks.acceptance import AcceptanceEvaluation
 from lightning_dataflow.callbacks.early import EarlyCheckpoints
 from lightning_dataflow.callbacks.metrics import RunMetrics
-from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError, strict_json
+from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +31,6 @@ PACKAGES = (
     "mooncake-transfer-engine",
     "mooncake-transfer-engine-non-cuda",
 )
-
-Kind = TypeVar("Kind", bound=L.Callback)
 
 
 class ResultWriter(L.Callback):
@@ -104,7 +103,7 @@ class ResultWriter(L.Callback):
         }
 
 
-def _callback(trainer: L.Trainer, kind: type[Kind]) -> Kind | None:
+def _callback(trainer: L.Trainer, kind: type[L.Callback]) -> Any:
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return next((callback for callback in callbacks if isinstance(callback, kind)), None)
 
@@ -119,7 +118,8 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
     """Write `result` to `path` atomically; numbers that are not finite become null."""
     part = path.with_name(f".{path.name}.part")
     try:
-        part.write_text(strict_json(result, indent=1) + "\n")
+        options = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS
+        part.write_bytes(orjson.dumps(result, dict, options))  # `dict`: of a mapping that is none, as OmegaConf's are
         part.replace(path)
     except OSError:
         part.unlink(missing_ok=True)

@@ -30,22 +30,18 @@ class CheckpointFiles(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         local = local_path(path)
         if local is None or storage_options is not None:
-            super().save_checkpoint(checkpoint, path, storage_options)
-        else:
-            self._save(checkpoint, local)
-
-    def _save(self, checkpoint: dict[str, Any], path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = hidden_part(path)
+            return super().save_checkpoint(checkpoint, path, storage_options)
+        local.parent.mkdir(parents=True, exist_ok=True)
+        part = hidden_part(local)
         try:
             with part.open("wb") as file:
                 torch.save(checkpoint, file)
-            part.replace(path)
+            part.replace(local)
         except (OSError, RuntimeError) as error:  # torch hides the disk's error in a RuntimeError
             part.unlink(missing_ok=True)
             cause = error if isinstance(error, OSError) else error.__context__
             if isinstance(cause, OSError) and cause.errno is not None:
-                raise OSError(cause.errno, os.strerror(cause.errno), str(path)) from error
+                raise OSError(cause.errno, os.strerror(cause.errno), str(local)) from error
             raise
 
     def load_checkpoint(

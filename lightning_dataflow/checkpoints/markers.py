@@ -78,7 +78,7 @@ def has_marker(path: Path) -> bool:
 def mark_complete(path: Path, global_step: int) -> None:
     """Every rank has written its part: sync all files to the disk, then write the marker."""
     files = {"": path} if path.is_file() else {file.name: file for file in sorted(path.iterdir()) if file.is_file()}
-    for file in (*files.values(), *(() if path.is_file() else (path,)), path.parent):
+    for file in (*files.values(), path, path.parent):
         _sync(file)
     recorded = {name: [file.stat().st_size, _digest(file)] for name, file in files.items()}
     part = hidden_part(_marker(path))

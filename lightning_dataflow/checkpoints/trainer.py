@@ -35,7 +35,6 @@ class DataFlowTrainer(L.Trainer):
         if any(isinstance(plugin, CheckpointIO) for plugin in given):
             raise UserError("Trainer(plugins=…): a DataFlowTrainer writes checkpoints itself, leave CheckpointIO out")
         self._checkpoint_files = CheckpointFiles()
-        self._is_fitting = False
         super().__init__(plugins=[*given, self._checkpoint_files], **kwargs)
 
     def fit(
@@ -53,14 +52,7 @@ class DataFlowTrainer(L.Trainer):
             check, local = getattr(model, "check_checkpoint", None), local_path(ckpt_path)
             if check is not None and local is not None:
                 check(read_header(local), data)
-        for callback in self.checkpoint_callbacks:
-            if folder := getattr(callback, "dirpath", None):
-                self._checkpoint_files.admit(folder)
-        self._is_fitting = True
-        try:
-            super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
-        finally:
-            self._is_fitting = False
+        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
 
     def save_checkpoint(
         self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any | None = None
@@ -70,7 +62,7 @@ class DataFlowTrainer(L.Trainer):
         Raises NotFiniteError, before anything is written or voided, if the weights are not finite or such an error has
         ended the fit. While such an error is ending the fit, this does nothing, whichever callback calls it.
         """
-        if self._is_fitting and getattr(self.lightning_module, "failure", None) is not None:
+        if self.training and getattr(self.lightning_module, "failure", None) is not None:
             return
         check = getattr(self.lightning_module, "check_weights", None)
         if check is not None:

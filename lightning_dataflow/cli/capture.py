@@ -2,18 +2,17 @@
 
 import shlex
 from pathlib import Path
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
 from lightning_dataflow.cli.hydra_command import command
+from lightning_dataflow.config.files import read_secret
 from lightning_dataflow.config.parsing import quoted
 from lightning_dataflow.config.schema import TrainConfig
-from lightning_dataflow.config.secrets import read_secret
 from lightning_dataflow.contracts import UserError
 
 
-def capture(config: TrainConfig, settings: dict[str, Any]) -> None:
+def capture(config: TrainConfig) -> None:
     """Write features to `store.root`, for `topology=offline`."""
     from lightning_dataflow.data import OfflineSource
     from lightning_dataflow.data.offline import is_captured
@@ -24,7 +23,7 @@ def capture(config: TrainConfig, settings: dict[str, Any]) -> None:
     folder = Path(config.store.root)
     if is_captured(folder):
         raise UserError(f"{folder} already holds a finished capture: choose another store.root, or remove the folder")
-    Builder(config, settings).capture_once(folder)
+    Builder(config).capture_once(folder)
     source = OfflineSource(folder, secret=read_secret(config.store))
     skipped = ", ".join(f"{count} {reason}" for reason, count in source.card.skipped.items()) or "none"
     print(f"{len(source)} samples in {folder}, {source.num_bytes / 1e9:.2f} GB; records left out: {skipped}")

@@ -1,11 +1,10 @@
 """The `clean` command: remove from Redis what an abandoned run left there."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 
-from lightning_dataflow.cli.redis_runs import add_arguments, address, in_arguments, open_run
-from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
+from lightning_dataflow.cli.redis_runs import add_arguments, address, errors_in_one_line, open_run
+from lightning_dataflow.contracts import UserError
 from lightning_dataflow.control import RedisMetadataStore
 from lightning_dataflow.control.heartbeat import FRESH_S
 
@@ -16,13 +15,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("run", help="name of the run; `lightning-dataflow status --redis HOST:PORT` lists them")
     add_arguments(parser)
     options = parser.parse_args(arguments)
-    if options.redis is None:
+    if options.address is None:
         parser.error("--redis HOST:PORT is missing; a run with a Redis of its own has all in its folder: delete the folder")
-    try:
+    with errors_in_one_line():
         print(clean(options))
-    except (UserError, PermissionError, PeerTimeoutError, PeerFailedError) as error:
-        print(f"error: {in_arguments(str(error))}", file=sys.stderr)
-        sys.exit(1)
 
 
 def clean(options: argparse.Namespace) -> str:

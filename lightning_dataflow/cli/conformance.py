@@ -1,14 +1,12 @@
 """The `conformance` command: whether target.engine captures what transformers does."""
 
-from typing import Any
-
 from lightning_dataflow.cli.hydra_command import command
 from lightning_dataflow.config.rules import check_topology
 from lightning_dataflow.config.schema import TrainConfig
 from lightning_dataflow.contracts import CaptureMismatchError, UserError
 
 
-def conformance(config: TrainConfig, settings: dict[str, Any]) -> None:
+def conformance(config: TrainConfig) -> None:
     """Print the differences of `target.engine` and `hf`, in float32. Raises CaptureMismatchError where they matter."""
     from lightning_dataflow.run.builder import Builder
     from lightning_dataflow.targets import HFTargetEngine
@@ -17,7 +15,7 @@ def conformance(config: TrainConfig, settings: dict[str, Any]) -> None:
     check_topology(config)
     if config.target.engine == "hf":
         raise UserError("conformance compares another engine with hf: set target.engine")
-    builder = Builder(config, settings)
+    builder = Builder(config)
     with builder.resources:
         other = builder.target
         info = other.info

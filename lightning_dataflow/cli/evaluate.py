@@ -3,19 +3,20 @@
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import orjson
 
 from lightning_dataflow.checkpoints.markers import has_marker, incomplete
 from lightning_dataflow.cli.hydra_command import command
 from lightning_dataflow.config.schema import TrainConfig
-from lightning_dataflow.contracts import UserError, strict_json
+from lightning_dataflow.contracts import UserError
 
 if TYPE_CHECKING:
     from lightning_dataflow.run.builder import Builder
 
-OF_TRAINING = ("every_n_steps",)
 SHARES, WIDTH = "acceptance_per_position", 28
 
 
@@ -25,22 +26,26 @@ class Draft:
 
     Attributes:
         name: for the table.
-        step: of its training; None if not known.
     """
 
     name: str
     path: Path
-    step: int | None
+
+    @property
+    def step(self) -> int | None:
+        """Of its training, if its path tells."""
+        match = re.search(r"step[-=](\d+)", self.path.name)
+        return int(match[1]) if match else None
 
 
-def evaluate(config: TrainConfig, settings: dict[str, Any]) -> None:
+def evaluate(config: TrainConfig) -> None:
     """Decode prompts with every draft, print a table, and write JSON and a figure if asked to.
 
     If a draft fails, the table and the JSON hold what was measured before.
     """
     from lightning_dataflow.cli.figure import draw_measurements
     from lightning_dataflow.cli.judges import JUDGES
-    from lightning_dataflow.evaluation import Decoding
+    from lightning_dataflow.evaluation.acceptance import Decoding
     from lightning_dataflow.run.builder import Builder
 
     options = config.evaluate
@@ -52,19 +57,20 @@ def evaluate(config: TrainConfig, settings: dict[str, Any]) -> None:
     )
     drafts = find_drafts(config)
     output = None if options.output is None else _output_file(options.output)
-    parts = Builder(config, settings)
+    parts = Builder(config)
     measurements: list[dict[str, Any]] = []
     try:
         with parts.resources:
             judge = JUDGES[options.backend](parts, decoding)
             prompts = _read_prompts(parts, judge.room)
-            used = settings["evaluate"] | {"seed": config.seed}
-            used = {name: value for name, value in used.items() if name not in (*judge.unused, *OF_TRAINING)}
+            used = asdict(options) | {"seed": config.seed}
+            used = {name: value for name, value in used.items() if name not in ("every_n_steps", *judge.unused)}
             for number, draft in enumerate(drafts, start=1):
                 report = judge.measure(draft.path, prompts)
                 measurements.append({"name": draft.name, "step": draft.step, **report.to_json()})
                 if output is not None:
-                    output.write_text(strict_json({"measurements": measurements, "settings": used}, indent=1) + "\n")
+                    content = {"measurements": measurements, "settings": used}
+                    output.write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
                 if len(drafts) > 1:
                     length = f"acceptance length {report.acceptance_length:.3f}"
                     print(f"{draft.name}: {length}, {number} of {len(drafts)} drafts", flush=True)
@@ -83,7 +89,7 @@ def find_drafts(config: TrainConfig) -> list[Draft]:
             raise UserError(
                 "evaluate.checkpoint with backend sglang_server: the server was started with its draft, leave it out"
             )
-        return [Draft(name=str(options.url), path=Path(), step=None)]
+        return [Draft(name=str(options.url), path=Path())]
     if options.checkpoint is None:
         raise UserError(
             "evaluate needs a draft: set evaluate.checkpoint to a checkpoint, a run's folder, or an exported folder"
@@ -94,14 +100,14 @@ def find_drafts(config: TrainConfig) -> list[Draft]:
     if not path.exists():
         raise UserError(f"evaluate.checkpoint={path} does not exist: give a checkpoint, a run's folder, or an exported one")
     name = Path(os.path.abspath(path)).name.removesuffix(".ckpt")  # `.` has no name of its own
-    return [Draft(name=name, path=path, step=_step(path))]
+    return [Draft(name=name, path=path)]
 
 
 def _drafts_of_run(folder: Path) -> list[Draft]:
     complete = sorted(path for path in folder.glob("*.ckpt") if has_marker(path) and incomplete(path) is None)
     if not complete:
         raise UserError(f"no complete checkpoint in {folder}: name one by its own path")
-    drafts = [Draft(name=path.stem, path=path, step=_step(path)) for path in complete]
+    drafts = [Draft(name=path.stem, path=path) for path in complete]
     by_step = {draft.step or draft.name: draft for draft in drafts}  # the best one may be there twice
     return sorted(by_step.values(), key=lambda draft: (draft.step or 0, draft.name))
 
@@ -144,13 +150,13 @@ def _read_prompts(parts: "Builder", room: int) -> list[list[int]]:
     Raises UserError if one does not fit the target, with `room` for proposals.
     """
     from lightning_dataflow.prompts import load_questions
-    from lightning_dataflow.run.prompts import read_chat_template
     from lightning_dataflow.targets import read_target_info
 
     config, options = parts.config, parts.config.evaluate
     if options.data is not None:
-        template = read_chat_template(config.data)
-        prompts = load_questions(options.data, parts.tokenizer, num_prompts=options.num_prompts, chat_template=template)
+        prompts = load_questions(
+            options.data, parts.tokenizer, num_prompts=options.num_prompts, chat_template=parts.chat_template
+        )
     else:
         prompts = [list(prompt.question) for prompt in parts.prompts[1]]
         if not prompts:
@@ -172,11 +178,6 @@ def _read_prompts(parts: "Builder", room: int) -> list[list[int]]:
                 f"{room} of proposals that is {needed}, and the target reads {info.max_position_embeddings}; generate fewer"
             )
     return prompts
-
-
-def _step(path: Path) -> int | None:
-    match = re.search(r"step[-=](\d+)", path.name)
-    return int(match[1]) if match else None
 
 
 def _shown(value: Any) -> str:

@@ -16,29 +16,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--engine", required=True, choices=("sglang", "vllm"), help="who will serve it")
     parser.add_argument("--format", default="plain", choices=("plain", "speculators"), help="speculators: for vLLM only")
-    parser.add_argument("--out", required=True, type=Path, help="folder to write, which must not exist")
+    parser.add_argument(
+        "--out", dest="folder", metavar="OUT", required=True, type=Path, help="folder to write, which must not exist"
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="of the weights")
     parser.add_argument("--target", help="folder of the target; by default where it was when the draft was trained")
     parser.add_argument("--tokenizer", action="store_true", help="copy the target's tokenizer files along")
     options = parser.parse_args(arguments)
-    try:
-        print(_export(options))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-
-
-def _export(options: argparse.Namespace) -> str:
-    from lightning_dataflow.export.export import export_draft
+    from lightning_dataflow.export.export import export_draft  # here, so that --help does not load torch
     from lightning_dataflow.export.folder import CARD
 
-    folder = export_draft(
-        options.source,
-        options.out,
-        engine=options.engine,
-        format=options.format,
-        dtype=options.dtype,
-        target=options.target,
-        tokenizer=options.tokenizer,
-    )
-    return f"{folder} is written; {folder / CARD} says how to serve it"
+    try:
+        folder = export_draft(**vars(options))
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{folder} is written; {folder / CARD} says how to serve it")

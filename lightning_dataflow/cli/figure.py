@@ -1,6 +1,5 @@
 """Figures of a run and of measured drafts. They need matplotlib, which is an extra."""
 
-import json
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,17 +14,16 @@ def can_draw() -> bool:
     return False
 
 
-def draw_result(result_file: Path, figure_file: Path) -> bool:
+def draw_result(result: dict[str, Any], figure_file: Path) -> bool:
     """Draw the loss by step, and the share of drafts accepted: by position for the first and last evaluation, and by step
     if there are more. Returns whether it was drawn."""
     if not can_draw():
         return False
-    result = json.loads(result_file.read_text())
     evaluations = result.get("acceptance", [])
     figure, (loss_axes, *axes) = _panels(1 + bool(evaluations) + (len(evaluations) > 2))
     loss_axes.plot(range(1, len(result["losses"]) + 1), result["losses"])
     loss_axes.set(xlabel="optimizer step", ylabel="loss", title=f"{result['strategy']} training loss")
-    _whole_steps(loss_axes)
+    loss_axes.xaxis.get_major_locator().set_params(integer=True)
     if evaluations:
         shown = [evaluations[0], evaluations[-1]] if len(evaluations) > 1 else evaluations
         _by_position(axes[0], shown, "held-out prompts, real decoding")
@@ -76,12 +74,6 @@ def _by_step(axes: Any, evaluations: Sequence[dict[str, Any]]) -> None:
         shares = [evaluation["acceptance_per_position"][position] for evaluation in evaluations]
         axes.plot(steps, shares, marker="o", markersize=3, label=f"position {position + 1}")
     axes.set(xlabel="optimizer step", ylabel="share of drafts accepted", title="by checkpoint")
-    _whole_steps(axes)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylim(0, 1)
     axes.legend(fontsize="small")
-
-
-def _whole_steps(axes: Any) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -12,29 +12,59 @@ from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, read_write
 
-from lightning_dataflow.cli.claim_run import ClaimRun
 from lightning_dataflow.config.conditions import drop_conditions
-from lightning_dataflow.config.derived import is_disaggregated
-from lightning_dataflow.config.parsing import check_choices, parse_config, plain_settings, register_settings
+from lightning_dataflow.config.parsing import check_choices, parse_config, register_settings
 from lightning_dataflow.config.schema import TrainConfig
 from lightning_dataflow.contracts import CapacityError, NotFiniteError, PeerFailedError, PeerTimeoutError, UserError
 from lightning_dataflow.contracts.errors import BAD_SETTINGS, INTERRUPTED, RETRYABLE, TERMINATED
+from lightning_dataflow.run.claim import claim
 from lightning_dataflow.run.ranks import rank_from_environment
 from lightning_dataflow.run.signals import Terminated, signals_interrupt
 
-EXPLAINED_ERRORS = (UserError, CapacityError, PermissionError, PeerFailedError, PeerTimeoutError)
-"""Their messages say all there is to say; other errors show a traceback."""
 MISCONFIGURATION = "MisconfigurationException"
 """Lightning's error for wrong settings."""
 
-Command = Callable[[TrainConfig, dict[str, Any]], Any]
+Command = Callable[[TrainConfig], Any]
+
+
+class ClaimRun(Callback):
+    """Claims the run's folder before Hydra writes its settings there.
+
+    Rank 0 claims for all ranks. Producers have folders of their own, and any number of them may join a run.
+
+    Attributes:
+        wanted: whether the command of this process owns the folder of its run.
+    """
+
+    wanted = False
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Exits with one line where another process owns the folder: Hydra drops exceptions of its hooks."""
+        if not self.wanted or config.role == "producer":
+            return
+        if rank_from_environment() > 0:
+            with read_write(config.hydra):
+                config.hydra.output_subdir = None  # else it would write the settings before rank 0 has the claim
+            return
+        with read_write(config.hydra):  # Hydra does the same later; `run_dir` refers to it
+            config.hydra.runtime.output_dir = str(Path(config.hydra.run.dir).absolute())
+        HydraConfig.instance().set_config(config)
+        try:
+            for folder in dict.fromkeys((config.hydra.run.dir, config.run_dir)):
+                claim(
+                    Path(folder),
+                    "choose another run_name; or end that process, or wait for it, and resume with ckpt_path=last",
+                )
+        except UserError as error:
+            _exit(error, config.role)
 
 
 def command(function: Command, *, keeps_folder: bool = True, owns_folder: bool = False) -> Callable[[], None]:
-    """Make a Hydra command of `function(config, settings)`: typed configuration, and the same as plain containers.
+    """Make a Hydra command of a function that takes the typed configuration.
 
     Args:
         keeps_folder: keep Hydra's output folder even if nothing was written into it.
@@ -48,7 +78,7 @@ def command(function: Command, *, keeps_folder: bool = True, owns_folder: bool =
             drop_conditions(config)
             parsed = parse_config(config)
             _check_run_name(parsed)
-            return function(parsed, plain_settings(config))
+            return function(parsed)
         except BaseException as error:
             _exit(error, config.role)
         finally:
@@ -63,11 +93,8 @@ def command(function: Command, *, keeps_folder: bool = True, owns_folder: bool =
                 check_choices(sys.argv[1:])
                 register_settings(sys.argv[1:])
                 run()
-            except UserError as error:
-                print(f"error: {error}", file=sys.stderr)
-                sys.exit(BAD_SETTINGS)
-            except KeyboardInterrupt as interrupt:  # before the command began, or a second one
-                sys.exit(_status(interrupt))
+            except (UserError, KeyboardInterrupt) as error:  # before the command began, or a second Ctrl-C
+                _exit(error, "auto")
 
     return main
 
@@ -76,8 +103,9 @@ def _exit(error: BaseException, role: str) -> NoReturn:
     """Exit with one line; an error that needs more is raised again."""
     cause = error.__context__ if isinstance(error, SystemExit) else error  # Lightning catches interrupts, and exits
     if isinstance(cause, KeyboardInterrupt):
-        print("terminated" if isinstance(cause, Terminated) else "interrupted", file=sys.stderr, flush=True)
-        sys.exit(_status(cause))
+        ended, status = ("terminated", TERMINATED) if isinstance(cause, Terminated) else ("interrupted", INTERRUPTED)
+        print(ended, file=sys.stderr, flush=True)
+        sys.exit(status)
     if not _is_explained(error):
         raise error
     if not isinstance(error, NotFiniteError) or rank_from_environment() == 0:  # every rank raises the same
@@ -85,13 +113,9 @@ def _exit(error: BaseException, role: str) -> NoReturn:
     sys.exit(RETRYABLE if role != "auto" and _is_retryable(error) else BAD_SETTINGS)
 
 
-def _status(interrupt: KeyboardInterrupt) -> int:
-    return TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED
-
-
 def _is_explained(error: BaseException) -> bool:
-    """Whether the message says all there is to say."""
-    if isinstance(error, EXPLAINED_ERRORS):
+    """Whether the message says all there is to say; other errors show a traceback."""
+    if isinstance(error, UserError | CapacityError | PermissionError | PeerFailedError | PeerTimeoutError):
         return True
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
@@ -135,7 +159,7 @@ def _check_run_name(config: TrainConfig) -> None:
         raise UserError(f"ranks started {launcher} need one name for their run: add run_name=…")
     if not named and config.role != "auto":
         raise UserError(f"role={config.role} runs one process of a larger run: add run_name=…, the same for every process")
-    if launched and config.role == "auto" and is_disaggregated(config):
+    if launched and config.role == "auto" and config.topology.is_disaggregated:
         raise UserError(
             "torchrun or SLURM starts trainers, each of which would start a run of its own: add role=trainer, and start "
             "producers with role=producer"

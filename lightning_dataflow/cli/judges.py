@@ -6,10 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from lightning_dataflow.config.secrets import read_api_key
+from lightning_dataflow.config.files import read_api_key
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.evaluation import AcceptanceReport, Decoding, evaluate_acceptance
-from lightning_dataflow.evaluation.acceptance import Decoded
+from lightning_dataflow.evaluation.acceptance import AcceptanceReport, Decoded, Decoding, evaluate_acceptance
 from lightning_dataflow.evaluation.judges.sglang_server import SGLangDecoder
 from lightning_dataflow.evaluation.judges.vllm_process import VLLMDecoder, find_python, room_for
 from lightning_dataflow.evaluation.loop import check_num_draft_tokens
@@ -18,13 +17,10 @@ from lightning_dataflow.export.serve import check_engine
 from lightning_dataflow.strategies.checkpoint import load_module
 from lightning_dataflow.strategies.published.engines import VLLM
 from lightning_dataflow.strategies.published.reading import is_published, read_draft
-from lightning_dataflow.targets import HFTargetEngine
 from lightning_dataflow.targets.info import read_eos_token_ids
 
 if TYPE_CHECKING:
     from lightning_dataflow.run.builder import Builder
-
-VLLM_FORMATS = ("vllm", "speculators")
 
 
 class Judge(Protocol):
@@ -51,19 +47,16 @@ class HFJudge(Judge):
         self.parts = parts
         self.decoding = decoding
         self.room = parts.config.evaluate.num_draft_tokens
-        self.target: HFTargetEngine | None = None
 
     def measure(self, draft: Path, prompts: Sequence[Sequence[int]]) -> AcceptanceReport:
         config, options = self.parts.config, self.parts.config.evaluate
         module = load_module(draft, target=config.target.path)
-        self.parts.layer_ids = module.layer_ids
-        if self.target is None:
-            self.target = self.parts.evaluation_target()
-        self.target.set_capture_layers(module.layer_ids)
-        module.load_frozen_target(self.target.device)
+        target = self.parts.evaluation_target
+        target.set_capture_layers(module.layer_ids)
+        module.load_frozen_target(target.device)
         return evaluate_acceptance(
-            self.target,
-            module.to(self.target.device).drafter(num_draft_tokens=options.num_draft_tokens),
+            target,
+            module.to(target.device).drafter(num_draft_tokens=options.num_draft_tokens),
             prompts,
             self.decoding,
             baseline=options.baseline,
@@ -105,20 +98,16 @@ class VLLMJudge(Judge):
                 check_num_draft_tokens(num_draft_tokens, block_size)
             if self.config.evaluate.baseline and self.plain is None:
                 self.plain = self.decoder.decode(prompts)
-            return self.decoder.evaluate(
-                str(folder.absolute()),
-                export.served_as["vllm"],
-                prompts,
-                num_draft_tokens=num_draft_tokens,
-                cpu_caveat=export.cpu_caveat(published.network),
-                plain=self.plain,
-            )
+            method, model = export.served_as["vllm"], str(folder.absolute())
+            speculation = {"method": method, "model": model, "num_speculative_tokens": num_draft_tokens}
+            drafted = self.decoder.decode(prompts, speculation, cpu_caveat=export.cpu_caveat(published.network))
+            return drafted.report("vllm", self.plain, temperature=self.decoder.decoding.temperature)
 
     @contextmanager
     def _folder(self, draft: Path) -> Iterator[Path]:
         """A folder that vLLM reads. Raises UserError for a damaged draft, or one of another target: vLLM may not notice."""
         target = self.config.target.path
-        if is_published(draft) and read_draft(draft).format in VLLM_FORMATS:
+        if is_published(draft) and read_draft(draft).format in ("vllm", "speculators"):
             load_module(draft, target=target)
             yield draft
             return
@@ -144,7 +133,7 @@ class SGLangJudge(Judge):
         if options.baseline_url is not None:
             self.plain = SGLangDecoder(url=options.baseline_url, api_key=key, timeout_s=options.timeout_s)
         self.stop_token_ids = read_eos_token_ids(config.target.path)
-        self.room = self.decoder.num_draft_tokens() or 0  # `measure` refuses a server without a draft
+        self.room = self.decoder.num_draft_tokens()  # `measure` refuses a server without a draft
 
     def measure(self, draft: Path, prompts: Sequence[Sequence[int]]) -> AcceptanceReport:
         return self.decoder.evaluate(prompts, self.decoding, stop_token_ids=self.stop_token_ids, plain=self.plain)

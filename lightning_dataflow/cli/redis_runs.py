@@ -2,11 +2,14 @@
 
 import argparse
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from lightning_dataflow.config.files import redis_address
 from lightning_dataflow.config.run_id import run_id
-from lightning_dataflow.config.secrets import read_secret_file
-from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
 from lightning_dataflow.control.redis.address import RedisAddress
 from lightning_dataflow.control.redis.server import KEYS, PREFIX, RedisServer
 from lightning_dataflow.services.redis import ADDRESS, SECRET
@@ -16,32 +19,28 @@ _KEY = re.compile(rf"{PREFIX}:\{{(.*)\}}:(?:{'|'.join(KEYS)})")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that say how to reach a Redis."""
-    parser.add_argument("--redis", metavar="HOST:PORT", help="address of the Redis that holds the run")
-    parser.add_argument("--redis-username", metavar="NAME", help="Redis user; the default one if left out")
-    parser.add_argument("--redis-secret-file", metavar="FILE", help="file with the password")
-    parser.add_argument("--redis-tls", action="store_true", help="connect with TLS")
+    """Add the arguments that say how to reach a Redis; in the code they are named as the settings of `channel`."""
+    parser.add_argument("--redis", dest="address", metavar="HOST:PORT", help="address of the Redis that holds the run")
+    parser.add_argument("--redis-username", dest="username", metavar="NAME", help="Redis user; the default one if left out")
+    parser.add_argument("--redis-secret-file", dest="secret_file", metavar="FILE", help="file with the password")
+    parser.add_argument("--redis-tls", dest="tls", action="store_true", help="connect with TLS")
     for what, text in (("ca", "authorities that signed its certificate"), ("cert", "own certificate"), ("key", "own key")):
-        parser.add_argument(f"--redis-{what}-file", metavar="FILE", help=f"with TLS: {text}")
+        parser.add_argument(f"--redis-{what}-file", dest=f"{what}_file", metavar="FILE", help=f"with TLS: {text}")
 
 
 def address(options: argparse.Namespace) -> RedisAddress:
     """The Redis that these arguments name."""
-    return RedisAddress(
-        address=options.redis,
-        username=options.redis_username,
-        password=read_secret_file(options.redis_secret_file, "--redis-secret-file"),
-        tls=options.redis_tls,
-        ca_file=options.redis_ca_file,
-        cert_file=options.redis_cert_file,
-        key_file=options.redis_key_file,
-    )
+    return redis_address(options, "--redis-secret-file")
 
 
-def in_arguments(text: str) -> str:
-    """A message about settings of `channel`, with the arguments of the same meaning."""
-    names = re.sub(r"channel\.(\w+)", lambda match: f"--redis-{match[1].replace('_', '-')}", text)
-    return names.replace("--redis-address", "--redis")
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Exit with the message of an error, in which settings of `channel` become the arguments of the same meaning."""
+    try:
+        yield
+    except (UserError, PermissionError, PeerTimeoutError, PeerFailedError) as error:
+        names = re.sub(r"channel\.(\w+)", lambda match: f"--redis-{match[1].replace('_', '-')}", str(error))
+        sys.exit(f"error: {names.replace('--redis-address', '--redis')}")
 
 
 def local_address(folder: Path) -> RedisAddress | None:

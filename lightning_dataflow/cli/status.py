@@ -1,22 +1,23 @@
 """The `status` command: a run as seen from outside, from its ledger."""
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from lightning_dataflow.cli.redis_runs import (
     add_arguments,
     address,
-    in_arguments,
+    errors_in_one_line,
     local_address,
     open_local_run,
     open_run,
     runs_at,
 )
-from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError, strict_json
+from lightning_dataflow.contracts import UserError
 from lightning_dataflow.control import MetadataStore, RedisMetadataStore, SqliteMetadataStore
 from lightning_dataflow.control.heartbeat import FRESH_S
 from lightning_dataflow.control.plane import LEDGER
@@ -30,22 +31,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--interval", type=float, default=1.0, metavar="S", help="seconds over which rates are measured")
     add_arguments(parser)
     options = parser.parse_args(arguments)
-    if options.run is None and options.redis is None:
+    if options.run is None and options.address is None:
         parser.error("say which run: its folder, or --redis HOST:PORT and its name")
-    try:
+    with errors_in_one_line():
         if options.run is None:
-            print("\n".join(runs_at(address(options))))
-            return
+            return print("\n".join(runs_at(address(options))))
         status = measure(open_ledger(options), options.interval)
-    except (UserError, PermissionError, PeerTimeoutError, PeerFailedError) as error:
-        print(f"error: {in_arguments(str(error))}", file=sys.stderr)
-        sys.exit(1)
-    print(strict_json(status, indent=1) if options.json else "\n".join(describe(status)))
+    text = orjson.dumps(status, option=orjson.OPT_INDENT_2).decode() if options.json else "\n".join(describe(status))
+    print(text)
 
 
 def open_ledger(options: argparse.Namespace) -> MetadataStore:
     """The ledger of a run. Raises UserError where there is none."""
-    if options.redis is not None:
+    if options.address is not None:
         return RedisMetadataStore(open_run(address(options), options.run))
     run = Path(options.run)
     for folder in (run, run / "control"):
@@ -69,11 +67,8 @@ def measure(store: MetadataStore, interval_s: float) -> dict[str, Any]:
         after, elapsed = store.status(), max(time.monotonic() - start, 1e-9)
     finally:
         store.close()
-    rates = {
-        "published_per_s": (after["published"] - before["published"]) / elapsed,
-        "trained_per_s": (after["trained_seq"] - before["trained_seq"]) / elapsed,
-    }
-    return after | rates
+    counts = {"published_per_s": "published", "trained_per_s": "trained_seq"}
+    return after | {rate: (after[count] - before[count]) / elapsed for rate, count in counts.items()}
 
 
 def describe(status: dict[str, Any]) -> list[str]:

@@ -4,11 +4,10 @@ import json
 import os
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lightning_dataflow.cli.hydra_command import command, is_multirun, job_arguments
 from lightning_dataflow.cli.sweep import run_job
-from lightning_dataflow.config.derived import is_disaggregated
 from lightning_dataflow.config.rules import check_topology, check_training
 from lightning_dataflow.config.schema import TrainConfig
 from lightning_dataflow.contracts import NotFiniteError, UserError
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from lightning_dataflow.run.builder import Builder
 
 
-def run(config: TrainConfig, settings: dict[str, Any]) -> float | None:
+def run(config: TrainConfig) -> float | None:
     """The part of a run that this process is: all of it, a supervisor, a producer, or a trainer.
 
     In a multirun, a job of its own; returns what a sweeper optimises.
@@ -35,33 +34,33 @@ def run(config: TrainConfig, settings: dict[str, Any]) -> float | None:
     if is_multirun():
         return run_job(job_arguments(), Path(config.run_dir), config.sweep_metric)
     if config.role == "producer":
-        produce(config, settings)
+        produce(config)
         return None
     from lightning_dataflow.run.trainer import check_arguments
 
     check_training(config)
     check_arguments(config.trainer)
-    if config.role == "auto" and is_disaggregated(config):
+    if config.role == "auto" and config.topology.is_disaggregated:
         from lightning_dataflow.supervise.supervisor import supervise
 
         resolve_checkpoint(config.ckpt_path, Path(config.run_dir), quiet=True)  # the trainer logs what it skips
         supervise(config, job_arguments())
     else:
-        train(config, settings)
+        train(config)
     return None
 
 
-def produce(config: TrainConfig, settings: dict[str, Any]) -> None:
+def produce(config: TrainConfig) -> None:
     """Capture for a trainer elsewhere."""
     from lightning_dataflow.run import producer
     from lightning_dataflow.run.builder import Builder
 
-    builder = Builder(config, settings)
+    builder = Builder(config)
     with builder.resources:
         producer.produce(builder.workers(f"producer-{socket.gethostname()}-{os.getpid()}"))
 
 
-def train(config: TrainConfig, settings: dict[str, Any]) -> None:
+def train(config: TrainConfig) -> None:
     """Train a draft, write `result.json`, a figure and a last checkpoint to the run folder."""
     from lightning import seed_everything
 
@@ -72,7 +71,7 @@ def train(config: TrainConfig, settings: dict[str, Any]) -> None:
     checkpoint = resolve_checkpoint(config.ckpt_path, run_dir)
     if checkpoint is not None:
         invalidate_later_checkpoints(Path(checkpoint), run_dir)
-    builder = Builder(config, settings)
+    builder = Builder(config)
     with builder.resources:
         _train(builder, checkpoint, run_dir)
 
@@ -117,24 +116,19 @@ def _conclude(builder: "Builder", trainer: "L.Trainer", run_dir: Path) -> None:
     """End a run that was killed between its last checkpoint and its end: with nothing to train, Lightning calls no hook."""
     builder.data.start(resumed=True)
     builder.data.close("completed")
-    if not _is_complete(run_dir / "result.json", trainer.global_step):
+    path = run_dir / "result.json"
+    result = json.loads(path.read_text()) if path.is_file() else {"status": None}
+    if result["status"] != "completed" or result["optimizer_steps"] != trainer.global_step:
         builder.result_writer.on_train_start(trainer, builder.module)
         builder.result_writer.on_fit_end(trainer, builder.module)
-
-
-def _is_complete(path: Path, num_steps: int) -> bool:
-    """Whether `path` is the result of a run that came to its end at this step."""
-    if not path.is_file():
-        return False
-    result = json.loads(path.read_text())
-    return (result["status"], result["optimizer_steps"]) == ("completed", num_steps)
 
 
 def _show_result(run_dir: Path) -> None:
     from lightning_dataflow.cli.figure import draw_result
 
-    figure = "figure.png, " if draw_result(run_dir / "result.json", run_dir / "figure.png") else ""
-    history = json.loads((run_dir / "result.json").read_text()).get("acceptance", [])
+    result = json.loads((run_dir / "result.json").read_text())
+    figure = "figure.png, " if draw_result(result, run_dir / "figure.png") else ""
+    history = result.get("acceptance", [])
     if len(history) > 1:
         first, last = (measurement["acceptance_length"] for measurement in (history[0], history[-1]))
         print(f"acceptance length {first:.3f} → {last:.3f}", flush=True)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf
@@ -37,11 +36,6 @@ def parse_config(config: DictConfig) -> TrainConfig:
     parsed: TrainConfig = OmegaConf.to_object(config)  # type: ignore[assignment]
     check_fields(parsed)
     return parsed
-
-
-def plain_settings(config: DictConfig) -> dict[str, Any]:
-    """The resolved configuration, for `result.json`. It holds no secrets, only the names of files that do."""
-    return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
 
 
 def check_choices(arguments: Sequence[str]) -> None:

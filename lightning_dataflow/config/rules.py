@@ -4,9 +4,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_dataflow.config.derived import is_disaggregated, watermarks
 from lightning_dataflow.config.schema import TOPOLOGIES, DataConfig, TrainConfig
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.control.leases import Watermarks
 
 TRAINER = re.compile(r"lightning\.(pytorch\.)?(trainer\.)*Trainer|lightning_dataflow\.DataFlowTrainer")
 """What `trainer._target_` may say; a DataFlowTrainer is built for each."""
@@ -18,6 +18,26 @@ DERIVED_ARGUMENTS = {
     "default_root_dir": "run_name",
 }
 """Arguments of the Trainer that follow from settings, and from which."""
+
+SHARE_OF_CAPACITY = 0.8
+"""What may be in flight: a store that is nearly full has room, but not in one piece."""
+UNLIMITED_BYTES = 1 << 40
+
+
+def watermarks(config: TrainConfig) -> Watermarks:
+    """Bounds on what is in flight. Raises UserError when they contradict each other or the store."""
+    topology, capacity = config.topology, config.store.capacity_bytes or UNLIMITED_BYTES
+    high = int(SHARE_OF_CAPACITY * capacity) if topology.high_bytes is None else topology.high_bytes
+    if high > capacity:
+        raise UserError(
+            f"topology.high_bytes={high} is more than store.capacity_bytes={capacity}: lower it, or raise the capacity"
+        )
+    return Watermarks(
+        high_bytes=high,
+        high_refs=topology.high_refs,
+        low_bytes=high * 3 // 4 if topology.low_bytes is None else topology.low_bytes,
+        low_refs=topology.high_refs * 3 // 4 if topology.low_refs is None else topology.low_refs,
+    )
 
 
 def check_topology(config: TrainConfig) -> None:
@@ -37,7 +57,7 @@ def check_topology(config: TrainConfig) -> None:
             "does not have: use target.engine=sglang or hf, or that topology"
         )
     _check_release(config)
-    if is_disaggregated(config):
+    if config.topology.is_disaggregated:
         _check_services(config)
     elif config.role != "auto":
         raise UserError(
@@ -62,7 +82,7 @@ def _check_release(config: TrainConfig) -> None:
 
 def _check_services(config: TrainConfig) -> None:
     """A supervisor starts the services that are not given; a process started by hand needs their addresses."""
-    watermarks(config.topology, config.store).check_window(config.data.global_batch_size, 0)
+    watermarks(config).check_window(config.data.global_batch_size, 0)
     needs_redis = config.channel.kind == "redis" and config.channel.address is None
     if needs_redis and config.role != "auto":
         raise UserError(

@@ -177,6 +177,11 @@ class TopologyConfig:
     start_timeout_s: float = number(1800.0, at_least=0)
     idle_timeout_s: float = number(600.0, at_least=0)
 
+    @property
+    def is_disaggregated(self) -> bool:
+        """Whether producers and trainers are processes of their own."""
+        return self.name.startswith("disagg_")
+
 
 @dataclass
 class OptimizerConfig:

@@ -20,9 +20,8 @@ from lightning_dataflow.contracts.records import (
     PromptTask,
     SampleOrigin,
     SampleRef,
+    StepContext,
 )
-from lightning_dataflow.contracts.step import StepContext
-from lightning_dataflow.contracts.strict_json import strict_json
 from lightning_dataflow.contracts.validation import ref_from_json, ref_to_json
 
 __all__ = [
@@ -46,5 +45,4 @@ __all__ = [
     "assert_no_tensors",
     "ref_from_json",
     "ref_to_json",
-    "strict_json",
 ]

@@ -15,9 +15,6 @@ def assert_no_tensors(record: Any, path: str = "record") -> None:
     if is_dataclass(record) and not isinstance(record, type):
         for field in fields(record):
             assert_no_tensors(getattr(record, field.name), f"{path}.{field.name}")
-    elif isinstance(record, tuple) and hasattr(record, "_fields"):  # a NamedTuple
-        for name, value in zip(record._fields, record, strict=True):
-            assert_no_tensors(value, f"{path}.{name}")
     elif isinstance(record, Mapping):
         for key, value in record.items():
             assert_no_tensors(value, f"{path}[{key!r}]")

@@ -60,8 +60,6 @@ class LogRecord:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LogRecord) and self._fields() == other._fields()
 
-    __hash__ = None  # type: ignore[assignment]
-
     def __repr__(self) -> str:
         return f"LogRecord{self._fields()}"
 

@@ -7,8 +7,6 @@ from lightning_dataflow.contracts.errors import UserError
 from lightning_dataflow.contracts.records import SCHEMA_VERSION, SampleRef
 from lightning_dataflow.contracts.validation import ref_from_json
 
-OLD_SCHEMA_VERSION = 2
-
 
 def ref_from_old_json(data: Any) -> SampleRef:
     """As `ref_from_json`, of release 0.1. Raises UserError for anything malformed.

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 SCHEMA_VERSION = 3
+OLD_SCHEMA_VERSION = 2
+"""Of release 0.1."""
 
 TargetRepr = Literal["logits", "pruned_logits", "hidden_state"]
 
@@ -27,7 +29,6 @@ class PromptTask:
     payload: Mapping[str, Any]
     max_length: int
     chat_template: str | None = None
-    loss_mask_policy: str = "assistant"
     target_model_version: str = "unknown"
     attempt: int = 0
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -118,3 +119,12 @@ class FeatureHandle:
     sample_id: str
     generation: str
     lease_token: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepContext:
+    """Where a run stands, in optimizer steps; all micro-batches of one accumulation window see the same value."""
+
+    global_step: int
+    total_steps: int | None = None
+    """The trainer's max_steps; None when the run has no such limit."""

@@ -2,12 +2,12 @@
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, get_args
 
 from lightning_dataflow.contracts.errors import UserError
 from lightning_dataflow.contracts.records import (
+    OLD_SCHEMA_VERSION,
     SCHEMA_VERSION,
     CaptureSpec,
     FeatureSpec,
@@ -36,8 +36,6 @@ MAX_ATTEMPT = 10**9 - 1
 MAX_RANK = 8
 MAX_TEXT = 1024
 MAX_FEATURES = 64
-RELEASES = {2: "0.1"}
-"""Earlier releases by the schema version that they write."""
 _TARGET_REPRS = (None, *get_args(TargetRepr))
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:#-]{0,254}")
 _GENERATION = re.compile(r"[0-9]{1,9}-[0-9a-f]{16,64}")
@@ -56,38 +54,11 @@ def check_id(value: Any, what: str) -> str:
 def check_schema(version: Any, what: str, remedy: str) -> None:
     """Raise UserError, with the release that wrote it, where `what` has another schema version than this release."""
     if version != SCHEMA_VERSION:
-        release = RELEASES.get(version, "another release") if isinstance(version, int) else "another release"
+        release = "0.1" if version == OLD_SCHEMA_VERSION else "another release"
         raise UserError(
             f"{what} has schema version {_short(version)} (of lightning_dataflow {release}), this release reads "
             f"{SCHEMA_VERSION}: {remedy}"
         )
-
-
-def validate_ref(ref: SampleRef) -> SampleRef:
-    """Return `ref` if every field is within bounds; raise UserError naming the field otherwise."""
-    origin, sample_id = ref.origin, check_id(ref.origin.sample_id, "sample_id")
-    check_id(origin.source_task_id, "source_task_id")
-    check_id(origin.source_id, "source_id")
-    check_id(origin.run_id, "run_id")
-    _check_text(ref.uri, "uri", sample_id)
-    _check_text(origin.target_model_version, "target_model_version", sample_id)
-    _check_text(origin.tokenizer_version, "tokenizer_version", sample_id)
-    check_schema(ref.schema_version, f"ref {sample_id}", "capture again with this release")
-    if not isinstance(ref.generation, str) or not _GENERATION.fullmatch(ref.generation):
-        raise UserError(f"ref {sample_id} has generation {_short(ref.generation)}, expected attempt-nonce")
-    if not isinstance(origin.attempt, int) or not 0 <= origin.attempt <= MAX_ATTEMPT:
-        raise UserError(f"attempt of {sample_id} is {_short(origin.attempt)}, expected a whole number from 0")
-    _check_count(origin.num_tokens, MAX_TOKENS, "num_tokens", sample_id)
-    _check_capture(origin.capture, sample_id)
-    if not 0 < len(ref.features) <= MAX_FEATURES:
-        raise UserError(f"ref {sample_id} has {len(ref.features)} features, expected 1 to {MAX_FEATURES}")
-    total = sum(_feature_bytes(name, spec, ref) for name, spec in ref.features.items())
-    if total != ref.num_bytes or total > MAX_SAMPLE_BYTES:
-        raise UserError(
-            f"ref {sample_id} says {_short(ref.num_bytes)} bytes but its features hold {total} "
-            f"(at most {MAX_SAMPLE_BYTES}): the ref is damaged, capture the sample again"
-        )
-    return ref
 
 
 def ref_to_json(ref: SampleRef) -> dict[str, Any]:
@@ -96,27 +67,49 @@ def ref_to_json(ref: SampleRef) -> dict[str, Any]:
 
 
 def ref_from_json(data: Any) -> SampleRef:
-    """Rebuild and validate a ref from `json.loads` output. Raises UserError for anything malformed."""
+    """Rebuild and validate a ref from `json.loads` output. Raises UserError, which names the field, for anything else."""
     try:
         check_schema(data["schema_version"], "a sample reference", "capture again with this release")
         origin, features = data["origin"], data["features"]
         capture = origin["capture"]
         capture = CaptureSpec(**{**capture, "layer_ids": tuple(capture["layer_ids"])})
         features = {name: FeatureSpec(**spec | {"shape": tuple(spec["shape"])}) for name, spec in features.items()}
-        return validate_ref(
-            SampleRef(**data | {"origin": SampleOrigin(**origin | {"capture": capture}), "features": features})
-        )
+        ref = SampleRef(**data | {"origin": SampleOrigin(**origin | {"capture": capture}), "features": features})
+        _check_origin(ref.origin)
+        _check_features(ref)
     except UserError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"not a sample reference ({error!r}): {_short(data)}") from error
+    return ref
 
 
-def _check_capture(spec: CaptureSpec, sample_id: str) -> None:
-    _check_count(spec.hidden_size, MAX_TOKENS, "hidden_size", f"the capture of {sample_id}")
-    are_ids = 0 < len(spec.layer_ids) <= MAX_FEATURES and all(isinstance(layer_id, int) for layer_id in spec.layer_ids)
-    if spec.norm not in ("post", "pre") or not are_ids:
-        raise UserError(f"ref {sample_id} has capture {_short(spec)}: it needs layer ids and norm post or pre")
+def _check_origin(origin: SampleOrigin) -> None:
+    for name in ("sample_id", "source_task_id", "source_id", "run_id"):
+        check_id(getattr(origin, name), name)
+    whose, capture = f"of ref {origin.sample_id}", origin.capture
+    _check_text(origin.target_model_version, f"target_model_version {whose}")
+    _check_text(origin.tokenizer_version, f"tokenizer_version {whose}")
+    _check_count(origin.attempt, 0, MAX_ATTEMPT, f"attempt {whose}")
+    _check_count(origin.num_tokens, 1, MAX_TOKENS, f"num_tokens {whose}")
+    _check_count(capture.hidden_size, 1, MAX_TOKENS, f"hidden_size {whose}")
+    are_ids = 0 < len(capture.layer_ids) <= MAX_FEATURES and all(isinstance(layer, int) for layer in capture.layer_ids)
+    if capture.norm not in ("post", "pre") or not are_ids:
+        raise UserError(f"capture {whose} is {_short(capture)}: it needs layer ids and norm post or pre")
+
+
+def _check_features(ref: SampleRef) -> None:
+    _check_text(ref.uri, f"uri of ref {ref.sample_id}")
+    if not _GENERATION.fullmatch(ref.generation):
+        raise UserError(f"ref {ref.sample_id} has generation {_short(ref.generation)}, expected attempt-nonce")
+    if not 0 < len(ref.features) <= MAX_FEATURES:
+        raise UserError(f"ref {ref.sample_id} has {len(ref.features)} features, expected 1 to {MAX_FEATURES}")
+    total = sum(_feature_bytes(name, spec, ref) for name, spec in ref.features.items())
+    if total != ref.num_bytes or total > MAX_SAMPLE_BYTES:
+        raise UserError(
+            f"ref {ref.sample_id} says {_short(ref.num_bytes)} bytes but its features hold {total} "
+            f"(at most {MAX_SAMPLE_BYTES}): the ref is damaged, capture the sample again"
+        )
 
 
 def _feature_bytes(name: str, spec: FeatureSpec, ref: SampleRef) -> int:
@@ -137,18 +130,16 @@ def _feature_bytes(name: str, spec: FeatureSpec, ref: SampleRef) -> int:
     return math.prod(shape) * DTYPE_BYTES[spec.dtype]
 
 
-def _check_text(value: Any, what: str, sample_id: str) -> None:
+def _check_text(value: Any, what: str) -> None:
     if not isinstance(value, str) or not 0 < len(value) <= MAX_TEXT:
-        raise UserError(f"ref {sample_id}: its {what} is {_short(value)}, expected up to {MAX_TEXT} characters")
+        raise UserError(f"{what} is {_short(value)}, expected up to {MAX_TEXT} characters")
 
 
-def _check_count(value: Any, limit: int, what: str, whose: str) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= limit:
-        raise UserError(f"{what} of {whose} is {_short(value)}, expected a whole number from 1 to {limit}")
+def _check_count(value: Any, lowest: int, highest: int, what: str) -> None:
+    if type(value) is not int or not lowest <= value <= highest:
+        raise UserError(f"{what} is {_short(value)}, expected a whole number from {lowest} to {highest}")
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, Mapping):
-        value = dict(value)
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

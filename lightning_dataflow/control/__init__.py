@@ -1,6 +1,6 @@
 """The control plane: leases, commits, acknowledgements and backpressure. Nothing here carries a tensor."""
 
-from lightning_dataflow.control.leases import MAX_ATTEMPTS, CommitEntry, Lease, NoLease, RunPlan, Watermarks
+from lightning_dataflow.control.leases import MAX_ATTEMPTS, Lease, NoLease, RunPlan, Watermarks
 from lightning_dataflow.control.ledger import MetadataStore
 from lightning_dataflow.control.local.ledger import SqliteMetadataStore
 from lightning_dataflow.control.noop import NoOpMetadataStore
@@ -9,7 +9,6 @@ from lightning_dataflow.control.redis.ledger import RedisMetadataStore
 
 __all__ = [
     "MAX_ATTEMPTS",
-    "CommitEntry",
     "ControlPlane",
     "Lease",
     "MetadataStore",

@@ -4,8 +4,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
@@ -17,11 +17,8 @@ log = logging.getLogger(__name__)
 EVERY_S = 2.0
 FRESH_S = 10.0
 CLOSE_S = 0.5
-RETRY_S = 0.2
 SUPERVISOR = "supervisor"
 TRAINER = "trainer-0"
-CLAIM_TRIES = 10
-NO_ANSWER = (PeerTimeoutError, PeerFailedError)
 
 
 class Heartbeat:
@@ -49,47 +46,40 @@ class Heartbeat:
         self._stop.set()
         self._thread.join()
         try:
-            _try_twice(partial(self._ledger.report, self._name, last_words, failed=failed, fatal=fatal))
+            self._ledger.report(self._name, last_words, failed=failed, fatal=fatal)
         except Exception as error:  # raising it would hide the error that ended the process
             log.warning("%s could not leave its last words (%r): %s", self._name, error, last_words)
 
-    def stop_after(self, error: BaseException) -> None:
-        """End the thread after an error, and report it, unless it is an interrupt. One in the settings is fatal."""
-        if isinstance(error, KeyboardInterrupt):
-            return self.stop("interrupted")
-        self.stop(str(error) or type(error).__name__, failed=True, fatal=isinstance(error, UserError))
+    @contextmanager
+    def until(self, last_words: str) -> Iterator[None]:
+        """End the thread with the block. An error, unless it is an interrupt, is reported; one in the settings is fatal."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.stop("interrupted")
+            raise
+        except BaseException as error:
+            self.stop(str(error) or type(error).__name__, failed=True, fatal=isinstance(error, UserError))
+            raise
+        self.stop(last_words)
 
     def _run(self) -> None:
         while True:
-            if self._survive(self._report) and self._renew_s is not None:
-                self._survive(partial(self._ledger.renew, self._name, self._renew_s))
+            self._beat()
             if self._stop.wait(EVERY_S):
                 return
 
-    def _report(self) -> None:
-        self._ledger.report(self._name, self._describe())
-
-    def _survive(self, act: Callable[[], None]) -> bool:
-        """False when the ledger does not answer. The process itself reports that when it needs the ledger."""
+    def _beat(self) -> None:
         try:
-            act()
+            if self._renew_s is not None:
+                self._ledger.renew(self._name, self._renew_s)
+            self._ledger.report(self._name, self._describe())
+        except (PeerTimeoutError, PeerFailedError):
+            pass  # the process itself reports that the ledger does not answer, when it needs it
         except Exception as error:
-            if isinstance(error, NO_ANSWER):
-                return False
             if type(error) not in self._logged:
                 self._logged.add(type(error))
                 log.warning("%s could not give a sign of life (%r); it goes on and tries again", self._name, error)
-        return True
-
-
-def _try_twice(act: Callable[[], None]) -> None:
-    try:
-        act()
-    except NO_ANSWER:  # it has waited long enough already
-        raise
-    except Exception:
-        time.sleep(RETRY_S)
-        act()
 
 
 def end_leases(ledger: MetadataStore, pid: int) -> None:
@@ -145,12 +135,11 @@ def claim_trainer(ledger: MetadataStore, run_id: str) -> None:
     Raises:
         UserError: see check_no_other_trainer.
     """
-    for _ in range(CLAIM_TRIES):
+    while True:
         last = _last_trainer(ledger)
         check_no_other_trainer(ledger, run_id)
         if ledger.claim(TRAINER, "beginning", None if last is None else (last["host"], last["pid"])):
             return
-    raise UserError(f"trainers of run {run_id} begin and end again and again: start only one, or choose another run_name")
 
 
 def _trainer(ledger: MetadataStore) -> Mapping[str, Any] | None:

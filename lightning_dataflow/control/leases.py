@@ -86,6 +86,25 @@ class NoLease(NamedTuple):
     finished_at: float = 0.0
 
 
+class Sample(NamedTuple):
+    """A sample in flight.
+
+    Attributes:
+        tries: failures in this run; attempts also count those of earlier ones.
+        bytes: reserved, or published.
+        worker, expires: of a lease; what is wanted can be leased at any time, as an expired one.
+        generation: of what is published.
+    """
+
+    state: Literal["leased", "wanted", "published"]
+    attempt: int
+    bytes: int = 0
+    tries: int = 0
+    worker: str | None = None
+    expires: float = 0.0
+    generation: str | None = None
+
+
 class CommitEntry(NamedTuple):
     """What the ledger and the log are told of a captured sample.
 

@@ -5,9 +5,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from lightning_dataflow.control.leases import CommitEntry, Lease, NoLease, RunPlan, Watermarks
+from lightning_dataflow.control.leases import CommitEntry, Lease, NoLease, RunPlan, Sample, Watermarks
 from lightning_dataflow.control.log import StreamingRefChannel
-from lightning_dataflow.control.processes import part_status
 
 SILENT_S = 60.0
 """A process elsewhere that said nothing for so long has died."""
@@ -49,14 +48,11 @@ class MetadataStore(ABC):
         """
 
     @abstractmethod
-    def begin(
-        self, plan: RunPlan, *, published: Mapping[int, tuple[str, int]], wanted: Mapping[int, int], frontier: int
-    ) -> None:
+    def begin(self, plan: RunPlan, samples: Mapping[int, Sample], frontier: int) -> None:
         """A trainer starts or resumes. Replaces what was known of samples; leases from before are void.
 
         Args:
-            published: seq → (generation, bytes) of samples whose features are there.
-            wanted: seq → attempt of samples below `frontier` that must be captured again.
+            samples: by seq: published ones, whose features are there, and those below `frontier` that are wanted again.
             frontier: the first seq that was never leased.
         """
 
@@ -83,14 +79,7 @@ class MetadataStore(ABC):
         """All leases of `worker` end `lease_s` from now; with 0, at once: it is known to be dead."""
 
     @abstractmethod
-    def give_back(
-        self,
-        lease: Lease,
-        skips: Mapping[int, bytes],
-        log: StreamingRefChannel,
-        *,
-        counts: bool = True,
-    ) -> list[int]:
+    def give_back(self, lease: Lease, skips: Mapping[int, bytes], log: StreamingRefChannel, counts: bool) -> list[int]:
         """Return a lease whose capture failed, and append to `log` the skips of those seqs that have failed too often. One
         transaction. Returns those seqs.
 
@@ -113,20 +102,20 @@ class MetadataStore(ABC):
         False when its attempts are used up: the sample is given up. A finished run gives up nothing.
         """
 
-    @abstractmethod
     def free(self, seqs: Iterable[int]) -> None:
         """The features of these seqs were freed, or will never come."""
+        self._update({}, seqs)
 
-    @abstractmethod
     def ack(self, next_seq: int, global_step: int, freed: Iterable[int] = ()) -> None:
         """The optimizer step that used everything before `next_seq` has been applied, and this rank has freed `freed`.
 
         One transaction.
         """
+        self._update({"trained_seq": next_seq, "trained_step": global_step}, freed)
 
-    @abstractmethod
     def ack_durable(self, next_seq: int, global_step: int) -> None:
         """A complete checkpoint holds that step."""
+        self._update({"durable_seq": next_seq, "durable_step": global_step}, ())
 
     @abstractmethod
     def count_wait(self) -> None:
@@ -175,12 +164,8 @@ class MetadataStore(ABC):
         """The last sign of life of each process of the run: name, host, pid, pids (whose process ids these are, see
         `pid_space`), state, seen_s_ago, failed, fatal.
         """
-        now, texts = self.now(), self._part_texts()
-        return [part_status(name, json.loads(text), now) for name, text in sorted(texts.items())]
-
-    def failures(self) -> list[str]:
-        """What failed processes reported since the latest `begin`. Others may go on: see `heartbeat.producer_failures`."""
-        return [f"{part['name']}: {part['state']}" for part in self.parts() if part["failed"]]
+        now, parts = self.now(), {name: json.loads(text) for name, text in self._part_texts().items()}
+        return [{"name": name, "seen_s_ago": now - part.pop("seen"), **part} for name, part in sorted(parts.items())]
 
     @abstractmethod
     def in_flight(self) -> tuple[int, int]:
@@ -206,6 +191,10 @@ class MetadataStore(ABC):
 
     def close(self) -> None:  # noqa: B027
         """Give up connections."""
+
+    @abstractmethod
+    def _update(self, totals: Mapping[str, int], freed: Iterable[int]) -> None:
+        """Set these of TOTALS, and forget samples that were freed. One transaction."""
 
     @abstractmethod
     def _run_values(self) -> Mapping[str, Any]:

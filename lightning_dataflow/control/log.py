@@ -81,10 +81,10 @@ class StreamingRefChannel(ABC):
         """
         reason = record.reason and record.reason[:MAX_REASON]
         try:
-            line = orjson.dumps({"kind": record.kind, "seq": record.seq, "ref": record.ref, "reason": reason}, _refuse)
-        except TypeError as error:
+            line = orjson.dumps({"kind": record.kind, "seq": record.seq, "ref": record.ref, "reason": reason})
+        except TypeError:
             assert_no_tensors(record.ref, "record.ref")
-            raise (error.__cause__ or error) from None
+            raise
         if len(line) > MAX_LINE_BYTES:
             raise UserError(
                 f"the record of seq {record.seq} has {len(line)} bytes, the limit is {MAX_LINE_BYTES}: give its sample "
@@ -163,10 +163,6 @@ class StreamingRefChannel(ABC):
                 wait = min(2 * wait, POLL_S[1])
 
 
-def _refuse(value: Any) -> Any:
-    raise TypeError(f"a {type(value).__name__} cannot be logged: records hold plain data")
-
-
 def _read_ref(line: bytes, place: str) -> SampleRef:
     try:
         return ref_from_json(orjson.loads(line).get("ref"))
@@ -179,23 +175,14 @@ def damaged(place: str, error: Exception) -> UserError:
     return UserError(f"{place} is damaged: {error}; put back an undamaged copy, or start again under another run_name")
 
 
-def check_card(found: Mapping[str, Any], mine: Mapping[str, Any], where: str) -> None:
+def check_card(found: Mapping[str, Any], mine: Mapping[str, Any], where: str, path: str = "") -> None:
     """Raise UserError naming the first field in which an announced card differs from `mine`."""
-    difference = _difference(found, mine)
-    if difference is not None:
-        name, theirs, ours = difference
-        raise UserError(
-            f"{where} belongs to a run with another {name} ({str(theirs)[:60]}, here {str(ours)[:60]}): give all processes "
-            "of a run the same settings, or choose another run_name"
-        )
-
-
-def _difference(found: Mapping[str, Any], mine: Mapping[str, Any], path: str = "") -> tuple[str, Any, Any] | None:
     for name in sorted(found.keys() | mine.keys()):
         theirs, ours = found.get(name), mine.get(name)
         if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
-            if (inner := _difference(theirs, ours, f"{path}{name}.")) is not None:
-                return inner
+            check_card(theirs, ours, where, f"{path}{name}.")
         elif theirs != ours:
-            return f"{path}{name}", theirs, ours
-    return None
+            raise UserError(
+                f"{where} belongs to a run with another {path}{name} ({str(theirs)[:60]}, here {str(ours)[:60]}): give all "
+                "processes of a run the same settings, or choose another run_name"
+            )

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from lightning_dataflow.control.leases import CommitEntry, Lease, NoLease, RunPlan, Watermarks
+from lightning_dataflow.control.leases import CommitEntry, Lease, NoLease, RunPlan, Sample, Watermarks
 from lightning_dataflow.control.ledger import MetadataStore
 from lightning_dataflow.control.log import StreamingRefChannel
 
@@ -15,9 +15,7 @@ class NoOpMetadataStore(MetadataStore):
     def fence(self) -> dict[int, int]:
         return {}
 
-    def begin(
-        self, plan: RunPlan, *, published: Mapping[int, tuple[str, int]], wanted: Mapping[int, int], frontier: int
-    ) -> None:
+    def begin(self, plan: RunPlan, samples: Mapping[int, Sample], frontier: int) -> None:
         pass
 
     def lease(
@@ -28,14 +26,7 @@ class NoOpMetadataStore(MetadataStore):
     def renew(self, worker: str, lease_s: float) -> None:
         pass
 
-    def give_back(
-        self,
-        lease: Lease,
-        skips: Mapping[int, bytes],
-        log: StreamingRefChannel,
-        *,
-        counts: bool = True,
-    ) -> list[int]:
+    def give_back(self, lease: Lease, skips: Mapping[int, bytes], log: StreamingRefChannel, counts: bool) -> list[int]:
         return []
 
     def commit(self, lease: Lease, captured: Mapping[int, CommitEntry], log: StreamingRefChannel) -> list[int]:
@@ -43,15 +34,6 @@ class NoOpMetadataStore(MetadataStore):
 
     def want(self, seq: int, generation: str) -> bool:
         return False
-
-    def free(self, seqs: Iterable[int]) -> None:
-        pass
-
-    def ack(self, next_seq: int, global_step: int, freed: Iterable[int] = ()) -> None:
-        pass
-
-    def ack_durable(self, next_seq: int, global_step: int) -> None:
-        pass
 
     def count_wait(self) -> None:
         pass
@@ -70,6 +52,9 @@ class NoOpMetadataStore(MetadataStore):
 
     def in_flight(self) -> tuple[int, int]:
         return 0, 0
+
+    def _update(self, totals: Mapping[str, int], freed: Iterable[int]) -> None:
+        pass
 
     def _run_values(self) -> Mapping[str, Any]:
         return {}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from lightning_dataflow.contracts import LogRecord, SampleRef, UnknownNameError, UserError
 from lightning_dataflow.contracts.log import replaces
-from lightning_dataflow.control.leases import MAX_ATTEMPTS, CommitEntry, Lease, NoLease, RunPlan, Watermarks
+from lightning_dataflow.control.leases import MAX_ATTEMPTS, CommitEntry, Lease, NoLease, RunPlan, Sample, Watermarks
 from lightning_dataflow.control.ledger import MetadataStore
 from lightning_dataflow.control.local.ledger import SqliteMetadataStore
 from lightning_dataflow.control.local.log import FileChannel
@@ -70,7 +70,7 @@ class ControlPlane:
     def give_back(self, lease: Lease, reason: str, *, counts: bool = True) -> None:
         """Return a lease whose capture failed, and publish what is given up with it in one transaction."""
         skips = {seq: self.log.encode(LogRecord(kind="skip", seq=seq, reason=reason)) for seq in lease.wanted}
-        self.ledger.give_back(lease, skips, self.log, counts=counts)
+        self.ledger.give_back(lease, skips, self.log, counts)
 
     def skip(self, seqs: Iterable[int], reason: str) -> None:
         """Publish that these seqs keep their places in their windows without features."""
@@ -113,9 +113,8 @@ def resolve_control_plane(
     if path is None:
         raise UserError(f"{mode} keeps a log of references: give the path of its folder (channel.path)")
     channel = FileChannel(path)
-    if mode == "dataflow_colocated":
-        return ControlPlane(run_id=run_id, ledger=SqliteMetadataStore(), channel=channel)
-    return ControlPlane(run_id=run_id, ledger=SqliteMetadataStore(Path(path) / LEDGER), channel=channel)
+    ledger = SqliteMetadataStore(Path(path) / LEDGER if mode == "disaggregated" else None)
+    return ControlPlane(run_id=run_id, ledger=ledger, channel=channel)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +154,10 @@ def reconcile_on_restart(
     frontier = max(plan.start, max((*latest, *attempts), default=-1) + 1)
     wanted = {seq: 0 for seq in range(plan.start, min(frontier, plan.stop)) if seq not in latest}
     wanted |= {seq: ref.origin.attempt + 1 for seq, ref in lost.items()}
-    wanted = {seq: max(attempt, attempts.get(seq, 0)) for seq, attempt in wanted.items()}
+    samples = {seq: Sample("wanted", max(attempt, attempts.get(seq, 0))) for seq, attempt in wanted.items()}
+    samples |= {
+        seq: Sample("published", ref.origin.attempt, ref.num_bytes, generation=ref.generation) for seq, ref in live.items()
+    }
     held = {(ref.sample_id, ref.generation) for ref in live.values()}
     swept = store.sweep(lambda sample_id, generation: (sample_id, generation) in held) if latest else {}
     # A store that cannot list what it holds has swept nothing.
@@ -163,12 +165,7 @@ def reconcile_on_restart(
     for ref, there in zip(dead, store.exists(dead), strict=True):
         if there:
             store.free(ref)
-    plane.ledger.begin(
-        plan,
-        published={seq: (ref.generation, ref.num_bytes) for seq, ref in live.items()},
-        wanted=wanted,
-        frontier=frontier,
-    )
+    plane.ledger.begin(plan, samples, frontier)
     plane.log.publish([LogRecord(kind="begin", seq=plan.start)])
     return Reconciliation(num_live=len(live), lost=frozenset(lost), swept=swept)
 

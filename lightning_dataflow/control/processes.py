@@ -2,13 +2,9 @@
 
 import os
 import socket
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
-
-ALIVE, FAILED, FATAL = 0, 1, 2
-"""What a process reports: FATAL is an error that every process of its kind would meet."""
 
 
 @cache
@@ -32,13 +28,7 @@ def is_running(pid: int) -> bool:
     return True
 
 
-def this_process(state: str, condition: int) -> dict[str, Any]:
+def this_process(state: str, *, failed: bool = False, fatal: bool = False) -> dict[str, Any]:
     """What this process reports of itself; the ledger adds `seen`, when it did."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "pids": pid_space(), "state": state, "failed": condition}
-
-
-def part_status(name: str, part: Mapping[str, Any], now: float) -> dict[str, Any]:
-    """A report as `MetadataStore.parts` gives it."""
-    fields = {key: part[key] for key in ("host", "pid", "pids", "state")}
-    condition = {"failed": part["failed"] != ALIVE, "fatal": part["failed"] == FATAL}
-    return {"name": name, **fields, "seen_s_ago": now - part["seen"], **condition}
+    origin = {"host": socket.gethostname(), "pid": os.getpid(), "pids": pid_space()}
+    return {**origin, "state": state, "failed": failed, "fatal": fatal}

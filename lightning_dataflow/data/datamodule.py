@@ -1,19 +1,17 @@
 """The LightningDataModule: windows of references in, micro-batches out."""
 
-import sys
 import time
 from collections.abc import Collection, Iterator
 from typing import Any, cast
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.control import RunPlan
-from lightning_dataflow.data.collate import Batch, SampleRows
+from lightning_dataflow.data.collate import Batch
 from lightning_dataflow.data.prefetch import Prefetcher
-from lightning_dataflow.data.reader import Collate, WindowReader
+from lightning_dataflow.data.reader import WindowReader
 from lightning_dataflow.data.source import RefSource
 from lightning_dataflow.data.windows import Batching, PassOrder
 
@@ -24,9 +22,9 @@ class DataFlowDataModule(L.LightningDataModule):
     Its state in a checkpoint is the cursor, which is the first seq that no applied optimizer step has used, and which
     samples before the cursor were skipped or captured again.
 
-    Batches are dicts. Beside what `collate` makes they hold: `window_num_tokens`, the tokens of the window over all ranks;
-    `next_seq`, the cursor after the window's optimizer step; the `source_ids` of their samples; and `broken`, the error
-    message if features hold NaN or infinity, otherwise None.
+    Batches are dicts. Beside what the module's `collate` makes they hold: `window_num_tokens`, the tokens of the window
+    over all ranks; `next_seq`, the cursor after the window's optimizer step; the `source_ids` of their samples; and
+    `broken`, the error message if features hold NaN or infinity, otherwise None.
 
     Args:
         source: where references come from, for example `OnlineSource` or `OfflineSource`.
@@ -35,7 +33,6 @@ class DataFlowDataModule(L.LightningDataModule):
         row_tokens: pack samples into rows of this many tokens.
         rows_per_step: with packing, rows per optimizer step, over all ranks.
         seed: of the order of samples.
-        collate: how samples become a batch; by default the `collate` of the trainer's module.
         prefetch_windows: windows that a thread reads ahead; 0 reads when asked, None is what the source suggests.
         skip_ids: source ids of samples that are not trained. They keep their places with zero loss weight.
         run_id: checkpoints of another run are refused.
@@ -53,7 +50,6 @@ class DataFlowDataModule(L.LightningDataModule):
         row_tokens: int | None = None,
         rows_per_step: int | None = None,
         seed: int = 0,
-        collate: Collate | None = None,
         prefetch_windows: int | None = None,
         skip_ids: Collection[str] = (),
         run_id: str | None = None,
@@ -67,8 +63,7 @@ class DataFlowDataModule(L.LightningDataModule):
             row_tokens=row_tokens,
             rows_per_step=rows_per_step,
         )
-        self.order = PassOrder(len(source), seed)
-        self.collate = collate
+        self.source.order = PassOrder(len(source), seed)
         self.prefetch_windows = prefetch_windows
         self.run_id = run_id
         self.next_seq = 0
@@ -96,7 +91,6 @@ class DataFlowDataModule(L.LightningDataModule):
         self.wait_seconds = 0.0
         trainer = self.trainer
         assert trainer is not None, "a fit has a trainer"
-        self.source.check_order(self.order)
         self.source.resumable = bool(trainer.checkpoint_callbacks)
         window = self.batching.global_batch_size
         stop = self.next_seq + (trainer.max_steps - trainer.global_step) * window
@@ -125,7 +119,7 @@ class DataFlowDataModule(L.LightningDataModule):
         A DataFlowTrainer calls this itself. For other Trainers, StreamCursor does at the next batch.
         """
         if self._saved_seq is not None:
-            frees_now = self._reader is not None and self.source.release_at == "durable"
+            frees_now = self.source.release_at == "durable" and self._reader is not None
             freed = self._reader.release(self._saved_seq) if frees_now and self._reader else []
             self.source.durable(self._saved_seq, global_step, freed)
             self._saved_seq = None
@@ -140,7 +134,7 @@ class DataFlowDataModule(L.LightningDataModule):
 
     def num_recaptured(self) -> int:
         """Samples that were captured again because their features were lost, since the run began."""
-        return self._recaptured_before + self.source.num_recaptured()
+        return self._recaptured_before + len(self.source.recaptured())
 
     def close(self, status: str) -> None:
         """End reading and free what was captured and not trained. Does nothing the second time."""
@@ -171,7 +165,7 @@ class DataFlowDataModule(L.LightningDataModule):
         return {
             "next_seq": self.next_seq,
             "skipped": {seq: reason for seq, reason in self.skipped().items() if seq < self.next_seq},
-            "recaptured": self._recaptured_before + self.source.num_recaptured(self.next_seq),
+            "recaptured": self._recaptured_before + sum(seq < self.next_seq for seq in self.source.recaptured()),
             "run_id": self.run_id,
             **self._identity(),
         }
@@ -199,7 +193,7 @@ class DataFlowDataModule(L.LightningDataModule):
     def _identity(self) -> dict[str, int | str | None]:
         return {
             "prompts": self.source.card.prompts_version,
-            "seed": self.order.seed,
+            "seed": self.source.order.seed,
             "global_batch_size": self.batching.global_batch_size,
             "row_tokens": self.batching.row_tokens,
             "rows_per_step": self.batching.rows_per_step,
@@ -208,45 +202,32 @@ class DataFlowDataModule(L.LightningDataModule):
     def batches(self) -> Iterator[Batch]:
         """Micro-batches of this rank from the cursor to the end of the fit."""
         trainer = self.trainer
-        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        reader = self._reader = WindowReader(
+        assert trainer is not None, "a fit has a trainer"
+        self._reader = WindowReader(
             source=self.source,
-            order=self.order,
-            collate=self._collate,
+            collate=cast(Any, trainer.lightning_module).collate,
             batching=self.batching,
             next_seq=self.next_seq,
-            num_windows=trainer.max_steps - trainer.global_step if trainer else sys.maxsize,
-            rank=rank,
-            world_size=world_size,
+            num_windows=trainer.max_steps - trainer.global_step,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
         )
-        self._closed = False
-        batches = self._prefetched(reader, world_size)
-        try:
-            while True:
-                start = time.perf_counter()
-                batch = next(batches, None)
-                self.wait_seconds += time.perf_counter() - start
-                if batch is None:
-                    return
-                yield batch
-        finally:
-            if trainer is None:
-                self.close("ended")
+        batches = self._prefetched(iter(self._reader), trainer)
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.wait_seconds += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
 
-    def _prefetched(self, reader: WindowReader, world_size: int) -> Iterator[Batch]:
+    def _prefetched(self, batches: Iterator[Batch], trainer: L.Trainer) -> Iterator[Batch]:
         windows = self.source.prefetch_windows if self.prefetch_windows is None else self.prefetch_windows
         if windows == 0:
-            return iter(reader)
-        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
-        depth = windows * self.accumulate_grad_batches(world_size)
-        self._prefetcher = Prefetcher(iter(reader), depth=depth, device=device)
+            return batches
+        depth = windows * self.accumulate_grad_batches(trainer.world_size)
+        self._prefetcher = Prefetcher(batches, depth=depth, device=trainer.strategy.root_device)
         return iter(self._prefetcher)
-
-    def _collate(self, rows: SampleRows) -> Batch:
-        if self.collate is not None:
-            return self.collate(rows)
-        assert self.trainer is not None, "without a trainer, `collate` is an argument"
-        return cast(Any, self.trainer.lightning_module).collate(rows)
 
 
 class _Stream:

@@ -1,7 +1,5 @@
 """Counts trained samples that stay in the store until a checkpoint makes them durable."""
 
-from collections import deque
-
 from lightning_dataflow.control import Watermarks
 
 
@@ -23,23 +21,18 @@ class KeptSamples:
         next_refs = window + group - 1
         self._most_refs = min(marks.high_refs - next_refs, marks.high_refs // 2)
         self._most_bytes = min(marks.high_bytes - next_refs * largest_bytes, marks.high_bytes // 2)
-        self._windows: deque[tuple[int, int, int]] = deque()  # (next seq, refs, bytes)
-        self.num_refs = 0
-        self.num_bytes = 0
+        self._windows: list[tuple[int, int, int]] = []  # (next seq, refs, bytes)
 
     def add(self, next_seq: int, num_refs: int, num_bytes: int) -> None:
         """A window that ends before `next_seq` was trained."""
         self._windows.append((next_seq, num_refs, num_bytes))
-        self.num_refs += num_refs
-        self.num_bytes += num_bytes
 
     def durable(self, next_seq: int) -> None:
         """A complete checkpoint holds all steps before `next_seq`."""
-        while self._windows and self._windows[0][0] <= next_seq:
-            _, num_refs, num_bytes = self._windows.popleft()
-            self.num_refs -= num_refs
-            self.num_bytes -= num_bytes
+        self._windows = [window for window in self._windows if window[0] > next_seq]
 
     def must_save(self) -> bool:
         """Whether a checkpoint must be written before the next window is waited for."""
-        return self.num_refs > max(self._most_refs, 0) or self.num_bytes > max(self._most_bytes, 0)
+        num_refs = sum(refs for _, refs, _ in self._windows)
+        num_bytes = sum(size for _, _, size in self._windows)
+        return num_refs > max(self._most_refs, 0) or num_bytes > max(self._most_bytes, 0)

@@ -4,18 +4,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_dataflow.contracts import SCHEMA_VERSION, SampleRef, UserError, assert_no_tensors, ref_from_json, ref_to_json
-from lightning_dataflow.contracts.old_refs import OLD_SCHEMA_VERSION, ref_from_old_json
+from lightning_dataflow.contracts.old_refs import ref_from_old_json
+from lightning_dataflow.contracts.records import OLD_SCHEMA_VERSION
 from lightning_dataflow.contracts.validation import check_schema
 from lightning_dataflow.control import resolve_control_plane
 from lightning_dataflow.data.source import FeatureCard, IndexedSource, RefWindow
-from lightning_dataflow.data.windows import PassOrder
 from lightning_dataflow.stores import SharedDirFeatureStore
 
 MANIFEST, REFS, COUNTS = "manifest.json", "refs.jsonl", "token_counts.safetensors"
@@ -38,37 +37,37 @@ class OfflineSource(IndexedSource):
     def __init__(self, folder: str | Path, *, secret: str | None = None):
         self.folder = Path(folder)
         self.plane = resolve_control_plane("local_colocated", str(folder))
-        manifest = _read_manifest(self.folder)
-        self.store = SharedDirFeatureStore(self.folder, retain=True, secret=secret)
+        if not is_captured(folder):
+            raise UserError(
+                f"no finished capture in {folder} ({MANIFEST} is missing): run "
+                f"`lightning-dataflow capture store.root={folder}`"
+            )
         try:
+            manifest = json.loads((self.folder / MANIFEST).read_text())
+            if (version := manifest["schema_version"]) != OLD_SCHEMA_VERSION:
+                check_schema(version, str(folder), "capture again")
             self.card = FeatureCard.from_json(manifest["card"])
-            self.refs = _read_refs(self.folder / REFS, manifest["schema_version"])
+            self.refs = _read_refs(self.folder / REFS, version)
             num_samples = manifest["num_samples"]
-        except (KeyError, TypeError, AttributeError, OSError) as error:
+        except (KeyError, TypeError, AttributeError, OSError, json.JSONDecodeError) as error:
             raise UserError(f"the capture in {self.folder} is damaged ({error!r}): capture again") from error
+        self.store = SharedDirFeatureStore(self.folder, retain=True, secret=secret)
         if len(self.refs) != num_samples:
             raise UserError(
                 f"{self.folder}/{REFS} lists {len(self.refs)} samples, {MANIFEST} says {num_samples}: "
                 "the capture is damaged, run it again"
             )
-
-    def __len__(self) -> int:
-        return len(self.refs)
+        self.source_ids = [ref.origin.source_id for ref in self.refs]
+        self.lengths = [ref.num_tokens for ref in self.refs]
 
     @property
     def num_bytes(self) -> int:
         """Payload of all samples."""
         return sum(ref.num_bytes for ref in self.refs)
 
-    def source_id(self, index: int) -> str:
-        return self.refs[index].origin.source_id
-
-    def num_tokens_of(self, index: int) -> int:
-        return self.refs[index].num_tokens
-
-    def window(self, seqs: range, share: Sequence[int], order: PassOrder) -> RefWindow:
+    def window(self, seqs: range, share: Sequence[int]) -> RefWindow:
         """The same ref in every pass."""
-        return self.make_window(seqs, {seq: self.refs[order.locate(seq)[0]] for seq in share}, order)
+        return self.make_window(seqs, {seq: self.refs[self.order.locate(seq)[0]] for seq in share})
 
     def discard(self, refs: Sequence[SampleRef]) -> None:
         """Keep the files for the next pass."""
@@ -100,21 +99,6 @@ def write_manifest(folder: Path, refs: Sequence[SampleRef], card: FeatureCard, t
     part = folder / f".{MANIFEST}.part"
     part.write_text(json.dumps(manifest, indent=1))
     part.replace(folder / MANIFEST)
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        version = manifest["schema_version"]
-    except FileNotFoundError as error:
-        raise UserError(
-            f"no finished capture in {folder} ({MANIFEST} is missing): run `lightning-dataflow capture store.root={folder}`"
-        ) from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}/{MANIFEST} is damaged ({error!r}): capture again") from error
-    if version != OLD_SCHEMA_VERSION:
-        check_schema(version, str(folder), "capture again")
-    return manifest
 
 
 def _read_refs(path: Path, version: int) -> list[SampleRef]:

@@ -11,7 +11,6 @@ from lightning_utilities import apply_to_collection
 from lightning_dataflow.data.collate import Batch
 
 JOIN_TIMEOUT_S = 30.0
-_POLL_S = 0.1
 
 
 class Prefetcher:
@@ -29,7 +28,8 @@ class Prefetcher:
     def __init__(self, batches: Iterator[Batch], *, depth: int, device: torch.device):
         assert depth > 0, "reading nothing ahead needs no thread"
         self._batches = batches
-        self._ready: queue.Queue[tuple[Batch | None, Any]] = queue.Queue(maxsize=depth)
+        self._ready: queue.SimpleQueue[tuple[Batch | None, Any]] = queue.SimpleQueue()
+        self._room = threading.Semaphore(depth)
         self._stop = threading.Event()
         self._device = device
         self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
@@ -38,7 +38,10 @@ class Prefetcher:
     def __iter__(self) -> Iterator[Batch]:
         """Batches, on the device."""
         while True:
-            batch, event = self._take()
+            batch, event = self._ready.get()
+            if self._stop.is_set():
+                return
+            self._room.release()
             if batch is None:
                 if event is not None:
                     raise event
@@ -52,47 +55,30 @@ class Prefetcher:
     def close(self) -> None:
         """End the thread, and a reader's wait for it. Raises RuntimeError when it does not end in time."""
         self._stop.set()
+        self._room.release()
+        self._ready.put((None, None))
         self._thread.join(JOIN_TIMEOUT_S)
         if self._thread.is_alive():
             raise RuntimeError(f"the prefetch thread did not end within {JOIN_TIMEOUT_S:.0f} s: it hangs in a read")
 
-    def _take(self) -> tuple[Batch | None, Any]:
-        while not self._stop.is_set():
-            try:
-                return self._ready.get(timeout=_POLL_S)
-            except queue.Empty:
-                continue
-        return None, None
-
     def _run(self) -> None:
         try:
-            copier = _DeviceCopier(self._device) if self._device.type == "cuda" else None
+            stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
             for batch in self._batches:
-                if not self._offer((batch, None) if copier is None else copier.copy(batch)):
+                copied = (batch, None) if stream is None else _copy_on(stream, batch)
+                self._room.acquire()
+                if self._stop.is_set():
                     return
-            self._offer((None, None))
+                self._ready.put(copied)
+            self._ready.put((None, None))
         except BaseException as error:  # the reader raises it
-            self._offer((None, error))
-
-    def _offer(self, item: tuple[Batch | None, Any]) -> bool:
-        while not self._stop.is_set():
-            try:
-                self._ready.put(item, timeout=_POLL_S)
-                return True
-            except queue.Full:
-                continue
-        return False
+            self._ready.put((None, error))
 
 
-class _DeviceCopier:
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._stream = torch.cuda.Stream(device)
-
-    def copy(self, batch: Batch) -> tuple[Batch, torch.cuda.Event]:
-        """The batch on the device, complete once the event has passed."""
-        with torch.cuda.stream(self._stream):
-            return copy_to(self._device, batch), self._stream.record_event()
+def _copy_on(stream: torch.cuda.Stream, batch: Batch) -> tuple[Batch, torch.cuda.Event]:
+    """The batch on the stream's device, complete once the event has passed."""
+    with torch.cuda.stream(stream):
+        return copy_to(stream.device, batch), stream.record_event()
 
 
 def copy_to(device: torch.device, batch: Batch) -> Batch:

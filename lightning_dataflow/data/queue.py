@@ -2,15 +2,14 @@
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from lightning_dataflow.contracts import LogRecord, PeerFailedError, PeerTimeoutError, SampleRef, UserError
-from lightning_dataflow.contracts.log import replaces
+from lightning_dataflow.contracts.log import MAX_SEQ, replaces
 from lightning_dataflow.control import ControlPlane
 from lightning_dataflow.control.heartbeat import producer_failures
 from lightning_dataflow.control.log import POLL_S
-from lightning_dataflow.data.source import SKIP_REASON, RefWindow, WindowEntry
+from lightning_dataflow.data.source import SKIP_REASON, RefWindow
 
 CHECK_PEERS_S = 0.5
 
@@ -33,7 +32,6 @@ class StreamingRefQueue:
         skip_ids: source ids of samples that are not trained: they keep their places with zero loss weight.
         idle_timeout_s: wait this long for a record at most.
         pump: where this process captures by itself, called instead of waiting; returns whether it captured something.
-        frees: whether unwanted refs are kept for their features to be freed; one rank does that for all.
     """
 
     def __init__(
@@ -44,14 +42,12 @@ class StreamingRefQueue:
         skip_ids: Collection[str] = (),
         idle_timeout_s: float = 600.0,
         pump: Callable[[], bool] | None = None,
-        frees: bool = True,
     ):
         self._plane = plane
         self._start = start
         self._skip_ids = frozenset(skip_ids)
         self._idle_timeout_s = idle_timeout_s
         self._pump = pump
-        self._frees = frees
         self._records: dict[int, LogRecord] = {}  # those that count, by seq from `start` on
         self._first: dict[int, LogRecord] = {}  # where another counts now: its sizes do, so that all ranks count alike
         self._handed_out: set[int] = set()  # seqs whose current record was
@@ -61,8 +57,7 @@ class StreamingRefQueue:
         self._lock = threading.RLock()
         self._cancelled = threading.Event()
         self.skipped: dict[int, str] = {}
-        self.num_recaptured = 0
-        self._recaptured: Counter[int] = Counter()  # of what is in flight
+        self.recaptured: list[int] = []
         self.waiting_for = ""
 
     def catch_up(self) -> list[LogRecord]:
@@ -79,10 +74,10 @@ class StreamingRefQueue:
 
     def num_tokens(self, seq: int) -> int:
         """Length of the sample at `seq`, 0 where it was skipped, once it is there. Raises as `get` does."""
-        self._wait(range(seq, seq + 1))
-        return self._num_tokens(range(seq, seq + 1))
+        self._wait([seq])
+        return self._num_tokens([seq])
 
-    def get(self, seqs: range, share: Sequence[int]) -> RefWindow:
+    def get(self, seqs: Sequence[int], share: Sequence[int]) -> RefWindow:
         """The window `seqs`, and of it the refs of `share`, once it is complete.
 
         Raises:
@@ -93,16 +88,7 @@ class StreamingRefQueue:
         self._wait(seqs)
         with self._lock:
             self._handed_out.update(seqs)
-        return RefWindow(entries=self.entries(share), num_tokens=self._num_tokens(seqs))
-
-    def entries(self, seqs: Sequence[int]) -> list[WindowEntry]:
-        """What is known of seqs of complete windows."""
-        return [self.entry(seq) for seq in seqs]
-
-    def entry(self, seq: int) -> WindowEntry:
-        """As `entries`, of a single seq."""
-        ref = self._records[seq].ref
-        return WindowEntry(seq, None if ref is None or ref.origin.source_id in self._skip_ids else ref)
+        return RefWindow(refs=[self._ref(seq) for seq in share], num_tokens=self._num_tokens(seqs))
 
     def num_bytes(self, seqs: range) -> int:
         """Payload of a complete window, the same on every rank."""
@@ -116,59 +102,52 @@ class StreamingRefQueue:
                 if record is not None and seq not in self._handed_out:  # it came after its window was handed out
                     self._discard(record)
                 self._first.pop(seq, None)
-                self._recaptured.pop(seq, None)
                 self._handed_out.discard(seq)
             self._start = max(self._start, next_seq)
-            return self._take_unwanted(next_seq)
+            return self.take_unwanted(next_seq)
 
-    def fail(self, entry: WindowEntry, reason: str, *, retryable: bool = True) -> WindowEntry:
-        """The features of `entry` cannot be read: blocks until they are captured again or given up.
+    def fail(self, seq: int, ref: SampleRef, reason: str, *, retryable: bool = True) -> SampleRef | None:
+        """The features of `ref` cannot be read: blocks until they are captured again or given up.
 
         Not retryable, or after the bounded attempts, the sample is published as skipped.
         """
-        assert entry.ref is not None, "a skipped entry has no features to fail"
-        seq = entry.seq
-        if self.entry(seq) == entry:  # else it was captured again, or given up, meanwhile
-            if retryable and self._plane.ledger.want(seq, entry.ref.generation):
+        if self._ref(seq) == ref:  # else it was captured again, or given up, meanwhile
+            if retryable and self._plane.ledger.want(seq, ref.generation):
                 self._lost.add(seq)
-                self._wait(range(seq, seq + 1))
+                self._wait([seq])
             else:
                 self._plane.skip([seq], reason)
                 self._take_in([LogRecord(kind="skip", seq=seq, reason=reason)])
         with self._lock:
             self._handed_out.add(seq)
-        return self.entry(seq)
-
-    def num_recaptured_before(self, next_seq: int) -> int:
-        """`num_recaptured` without what a resume at `next_seq` would count again."""
-        with self._lock:
-            return self.num_recaptured - sum(count for seq, count in self._recaptured.items() if seq >= next_seq)
+        return self._ref(seq)
 
     def unread(self) -> list[SampleRef]:
         """Refs that were not acknowledged."""
         with self._lock:
             return [record.ref for record in self._records.values() if record.ref is not None] + self.take_unwanted()
 
-    def take_unwanted(self) -> list[SampleRef]:
-        """Refs so far that do not count."""
+    def take_unwanted(self, below: int = MAX_SEQ + 1) -> list[SampleRef]:
+        """Refs so far that do not count, of seqs below that."""
         with self._lock:
-            return self._take_unwanted(None)
+            taken = [ref for seq, ref in self._unwanted if seq < below]
+            self._unwanted = [(seq, ref) for seq, ref in self._unwanted if seq >= below]
+            return taken
 
     def cancel(self) -> None:
         """Make a call that blocks in another thread raise QueueCancelledError."""
         self._cancelled.set()
 
-    def _take_unwanted(self, below: int | None) -> list[SampleRef]:
-        taken = [ref for seq, ref in self._unwanted if below is None or seq < below]
-        self._unwanted = [(seq, ref) for seq, ref in self._unwanted if below is not None and seq >= below]
-        return taken
+    def _ref(self, seq: int) -> SampleRef | None:
+        ref = self._records[seq].ref
+        return None if ref is None or ref.origin.source_id in self._skip_ids else ref
 
-    def _first_records(self, seqs: range) -> list[LogRecord]:
+    def _first_records(self, seqs: Sequence[int]) -> list[LogRecord]:
         """Of a complete window."""
         with self._lock:
             return [self._first.get(seq, self._records[seq]) for seq in seqs]
 
-    def _num_tokens(self, seqs: range) -> int:
+    def _num_tokens(self, seqs: Sequence[int]) -> int:
         return sum(record.num_tokens for record in self._first_records(seqs))
 
     def _take_in(self, records: Iterable[LogRecord]) -> None:
@@ -191,8 +170,7 @@ class StreamingRefQueue:
             self._discard(known)
             self._first.setdefault(seq, known)
             if record.has_ref:
-                self.num_recaptured += 1
-                self._recaptured[seq] += 1
+                self.recaptured.append(seq)
         self._records[seq] = record
         self._handed_out.discard(seq)
         self._lost.discard(seq)
@@ -203,10 +181,10 @@ class StreamingRefQueue:
             self._discard(record)
 
     def _discard(self, record: LogRecord) -> None:
-        if self._frees and record.ref is not None:
+        if record.ref is not None:
             self._unwanted.append((record.seq, record.ref))
 
-    def _wait(self, seqs: range) -> None:
+    def _wait(self, seqs: Sequence[int]) -> None:
         """Until each of `seqs` has its record."""
         has_waited, last_news, last_check, pause = False, time.monotonic(), 0.0, POLL_S[0]
         while True:
@@ -223,7 +201,7 @@ class StreamingRefQueue:
                 last_news = now
             elif now - last_check > CHECK_PEERS_S:
                 last_check = now
-                self.waiting_for = f"{num_missing} of the {len(seqs)} samples of the window at seq {seqs.start}"
+                self.waiting_for = f"{num_missing} of the {len(seqs)} samples of the window at seq {min(seqs)}"
                 self._check_peers(seqs, now - last_news)
             if not records and not has_waited:
                 has_waited = True
@@ -232,18 +210,18 @@ class StreamingRefQueue:
                 time.sleep(pause)
                 pause = min(2 * pause, POLL_S[1])
 
-    def _num_missing(self, seqs: range) -> int:
+    def _num_missing(self, seqs: Sequence[int]) -> int:
         with self._lock:
             return sum(seq not in self._records or seq in self._lost for seq in seqs)
 
-    def _check_peers(self, seqs: range, idle_s: float) -> None:
+    def _check_peers(self, seqs: Sequence[int], idle_s: float) -> None:
         if failures := producer_failures(self._plane.ledger):
             raise PeerFailedError("; ".join(failures))
         if (status := self._plane.ledger.finished()) is not None:
             raise PeerFailedError(f"the run was ended ({status}) while this process waited for {self.waiting_for}")
-        if self._end is not None and self._end < seqs.stop:
+        if self._end is not None and self._end <= max(seqs):
             raise UserError(
-                f"{self._plane.log.name} ends at seq {self._end}, the next window needs seqs up to {seqs.stop}: lower "
+                f"{self._plane.log.name} ends at seq {self._end}, the next window needs seqs up to {max(seqs) + 1}: lower "
                 "trainer.max_steps, or start producers with the settings of this trainer"
             )
         if idle_s > self._idle_timeout_s:

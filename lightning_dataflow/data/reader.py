@@ -10,13 +10,13 @@ from lightning_dataflow.contracts import FeatureHandle, SampleRef
 from lightning_dataflow.contracts.log import MAX_SEQ
 from lightning_dataflow.data.collate import Batch, Sample, SampleRows
 from lightning_dataflow.data.finite import broken_features
-from lightning_dataflow.data.source import FeatureCard, RefSource, WindowEntry
-from lightning_dataflow.data.windows import MIN_ROW_TOKENS, Batching, PassOrder, share_of
+from lightning_dataflow.data.source import FeatureCard, RefSource
+from lightning_dataflow.data.windows import MIN_ROW_TOKENS, Batching, share_of
 from lightning_dataflow.stores.base import Tensors
 
 Collate = Callable[[SampleRows], Batch]
-MicroBatch = list[list[WindowEntry]]
-"""Rows of samples."""
+MicroBatch = list[list[tuple[int, SampleRef | None]]]
+"""Rows of samples: seqs and refs."""
 PLACEHOLDER_TOKENS = MIN_ROW_TOKENS
 SKIPPED = "skipped"
 READ_BYTES = 64 << 20
@@ -37,7 +37,6 @@ class WindowReader:
     """
 
     source: RefSource
-    order: PassOrder
     collate: Collate
     batching: Batching
     next_seq: int
@@ -50,15 +49,16 @@ class WindowReader:
     def __iter__(self) -> Iterator[Batch]:
         """Micro-batches, window by window."""
         for _ in range(self.num_windows):
-            window = self.batching.window(self.next_seq, lambda seq: self.source.num_tokens(seq, self.order))
+            window = self.batching.window(self.next_seq, self.source.num_tokens)
             self.next_seq = window.seqs.stop
             rows = share_of(window.rows, self.rank, self.world_size)
-            share = self.source.window(window.seqs, [seq for row in rows for seq in row], self.order)
-            entries = {entry.seq: entry for entry in share.entries}
-            laid_out = [[entries[seq] for seq in row] for row in rows]
+            share = [seq for row in rows for seq in row]
+            found = self.source.window(window.seqs, share)
+            refs = dict(zip(share, found.refs, strict=True))
+            laid_out = [[(seq, refs[seq]) for seq in row] for row in rows]
             size = self.batching.micro_batch_size
             self._pending.extend(laid_out[first : first + size] for first in range(0, len(laid_out), size))
-            of_window = {"window_num_tokens": max(share.num_tokens, 1), "next_seq": window.seqs.stop}
+            of_window = {"window_num_tokens": max(found.num_tokens, 1), "next_seq": window.seqs.stop}
             while self._pending:
                 for samples in self._read():
                     yield self.collate(samples) | of_window | _of_samples(samples)
@@ -84,14 +84,14 @@ class WindowReader:
         micro_batches = self._next_micro_batches()
         results = iter(self.source.store.get_many([ref for rows in micro_batches for ref in _refs(rows)]))
         samples = {
-            entry.seq: self._sample(entry, None if entry.ref is None else next(results))
+            seq: self._sample(seq, ref, None if ref is None else next(results))
             for rows in micro_batches
             for row in rows
-            for entry in row
+            for seq, ref in row
         }
         for _ in micro_batches:
             self._pending.popleft()
-        return [self._lay_out([[samples[entry.seq] for entry in row] for row in rows]) for rows in micro_batches]
+        return [self._lay_out([[samples[seq] for seq, _ in row] for row in rows]) for rows in micro_batches]
 
     def _next_micro_batches(self) -> list[MicroBatch]:
         """As many as READ_BYTES allows, at least one."""
@@ -109,21 +109,23 @@ class WindowReader:
         filled = [[sample for sample in row if sample is not None] or [placeholder] for row in rows]
         return SampleRows(filled, self.batching.row_tokens)
 
-    def _sample(self, entry: WindowEntry, result: tuple[Tensors, FeatureHandle] | KeyError | None) -> Sample | None:
+    def _sample(
+        self, seq: int, ref: SampleRef | None, result: tuple[Tensors, FeatureHandle] | KeyError | None
+    ) -> Sample | None:
         """What to train in this place; None if the sample was skipped."""
-        while isinstance(result, KeyError):
-            entry = self.source.replace(entry, str(result.args[0]))
-            (result,) = self.source.store.get_many([entry.ref]) if entry.ref is not None else [None]
-        if entry.ref is None or result is None:
-            self._held.append((entry.seq, None))
+        while ref is not None and isinstance(result, KeyError):
+            ref = self.source.replace(seq, ref, str(result.args[0]))
+            (result,) = self.source.store.get_many([ref]) if ref is not None else [None]
+        if ref is None or not isinstance(result, tuple):
+            self._held.append((seq, None))
             return None
         tensors, handle = result
-        self._held.append((entry.seq, handle))
-        origin = entry.ref.origin
+        self._held.append((seq, handle))
+        origin = ref.origin
         return Sample(
             sample_id=origin.sample_id,
             source_id=origin.source_id,
-            pass_index=self.order.locate(entry.seq)[1],
+            pass_index=self.source.order.locate(seq)[1],
             num_tokens=origin.num_tokens,
             tensors=tensors,
             broken=broken_features(tensors, origin.source_id, origin.sample_id),
@@ -131,7 +133,7 @@ class WindowReader:
 
 
 def _refs(rows: MicroBatch) -> list[SampleRef]:
-    return [entry.ref for row in rows for entry in row if entry.ref is not None]
+    return [ref for row in rows for _, ref in row if ref is not None]
 
 
 def _of_samples(samples: SampleRows) -> Batch:

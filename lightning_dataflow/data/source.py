@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -45,23 +45,16 @@ class FeatureCard:
         return cls(**{**data, "features": tuple(data["features"]), "capture": capture})
 
 
-class WindowEntry(NamedTuple):
-    """One seq of a window. `ref` is None if the sample was skipped; it keeps its place with zero loss weight."""
-
-    seq: int
-    ref: SampleRef | None
-
-
 @dataclass(frozen=True, kw_only=True)
 class RefWindow:
     """A rank's share of one window.
 
     Attributes:
-        entries: in the order of the share.
+        refs: in the order of the share. None stands for a skipped sample, which keeps its place with zero loss weight.
         num_tokens: tokens of the whole window, the same on every rank. Listed samples (`skip_ids`) count.
     """
 
-    entries: Sequence[WindowEntry]
+    refs: Sequence[SampleRef | None]
     num_tokens: int
 
 
@@ -72,6 +65,7 @@ class RefSource(ABC):
         card: what the features are.
         store: where they are.
         plane: where the run is coordinated; with a NoOpMetadataStore, nothing is.
+        order: which sample each seq is; set by the DataModule.
         prefetch_windows: how many windows are worth reading ahead.
         shares_any_seqs: whether a rank's share may be any seqs of a window; otherwise it must be the rank's slice of it.
         release_at: whether features are freed when their step is `applied`, or when a checkpoint made it `durable`.
@@ -82,22 +76,24 @@ class RefSource(ABC):
     card: FeatureCard
     store: FeatureStore
     plane: ControlPlane
+    order: PassOrder
     prefetch_windows: int = 1
     shares_any_seqs: bool = True
     release_at: ReleaseAt = "applied"
     resumable: bool = True
     skip_ids: frozenset[str] = frozenset()
+    _skipped: Mapping[int, str] = MappingProxyType({})
 
     @abstractmethod
     def __len__(self) -> int:
         """Samples in one pass."""
 
     @abstractmethod
-    def num_tokens(self, seq: int, order: PassOrder) -> int:
+    def num_tokens(self, seq: int) -> int:
         """Length of the sample at `seq`, the same on every rank; 0 if it was given up. Blocks until it is known."""
 
     @abstractmethod
-    def window(self, seqs: range, share: Sequence[int], order: PassOrder) -> RefWindow:
+    def window(self, seqs: range, share: Sequence[int]) -> RefWindow:
         """The refs of `share`, this rank's part of the window `seqs`. Blocks until the whole window is available."""
 
     @abstractmethod
@@ -109,14 +105,12 @@ class RefSource(ABC):
         num_refs, num_bytes = self.plane.ledger.in_flight()
         return {"refs_in_flight": num_refs, "bytes_in_flight": num_bytes}
 
-    def check_order(self, order: PassOrder) -> None:  # noqa: B027
-        """Raise UserError when this source counts seqs in another order."""
+    def begin(self, plan: RunPlan, rank: int, world_size: int) -> None:
+        """A fit starts. Rank 0 calls it first. Raises UserError when `order` is not that of the producers."""
+        self._skipped = {}
 
-    def begin(self, plan: RunPlan, rank: int, world_size: int) -> None:  # noqa: B027
-        """A fit starts. Rank 0 calls it first."""
-
-    def replace(self, entry: WindowEntry, reason: str) -> WindowEntry:
-        """What to train instead of a ref whose features are gone. Blocks while they are captured again.
+    def replace(self, seq: int, ref: SampleRef, reason: str) -> SampleRef | None:
+        """What to train instead of a ref whose features are gone, if anything. Blocks while they are captured again.
 
         Raises UserError if nobody can capture them again.
         """
@@ -160,39 +154,34 @@ class RefSource(ABC):
 
     def skipped(self) -> dict[int, str]:
         """A copy: seqs that kept their places without features, with the reasons."""
-        return {}
+        return dict(self._skipped)
 
-    def num_recaptured(self, below: int | None = None) -> int:
-        """Samples (with seqs below that) that were captured again because their features were lost."""
-        return 0
+    def recaptured(self) -> Sequence[int]:
+        """Seqs that were captured again because their features were lost."""
+        return ()
 
 
 class IndexedSource(RefSource):
-    """A source that knows its samples by index, so that it can tell without a log which ones are listed in `skip_ids`."""
+    """A source that knows its samples by index, so that it can tell without a log which ones are listed in `skip_ids`.
 
-    _skipped: Mapping[int, str] = MappingProxyType({})
+    Attributes:
+        source_ids: the name of each sample, the same in every topology.
+        lengths: of each sample, in tokens.
+    """
 
-    @abstractmethod
-    def source_id(self, index: int) -> str:
-        """The name of sample `index`, the same in every topology."""
+    source_ids: Sequence[str]
+    lengths: Sequence[int]
 
-    @abstractmethod
-    def num_tokens_of(self, index: int) -> int:
-        """Length of sample `index`."""
+    def __len__(self) -> int:
+        return len(self.lengths)
 
-    def begin(self, plan: RunPlan, rank: int, world_size: int) -> None:
-        self._skipped = {}
+    def num_tokens(self, seq: int) -> int:
+        return self.lengths[self.order.locate(seq)[0]]
 
-    def num_tokens(self, seq: int, order: PassOrder) -> int:
-        return self.num_tokens_of(order.locate(seq)[0])
-
-    def make_window(self, seqs: range, refs: Mapping[int, SampleRef], order: PassOrder) -> RefWindow:
+    def make_window(self, seqs: range, refs: Mapping[int, SampleRef]) -> RefWindow:
         """A rank's share, `refs` by seq, without those that are listed, which are freed."""
-        listed = {seq: SKIP_REASON for seq in seqs if self.source_id(order.locate(seq)[0]) in self.skip_ids}
+        listed = {seq: SKIP_REASON for seq in seqs if self.source_ids[self.order.locate(seq)[0]] in self.skip_ids}
         self._skipped = {**self._skipped, **listed}
         self.discard([ref for seq, ref in refs.items() if seq in listed])
-        entries = [WindowEntry(seq=seq, ref=None if seq in listed else ref) for seq, ref in refs.items()]
-        return RefWindow(entries=entries, num_tokens=sum(self.num_tokens(seq, order) for seq in seqs))
-
-    def skipped(self) -> dict[int, str]:
-        return dict(self._skipped)
+        kept = [None if seq in listed else ref for seq, ref in refs.items()]
+        return RefWindow(refs=kept, num_tokens=sum(map(self.num_tokens, seqs)))

@@ -2,19 +2,17 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import get_args
 
 import torch
 from torch import Tensor
 
-from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts import SampleRef, UserError
 from lightning_dataflow.control import ControlPlane, Reconciliation, RunPlan, Watermarks, reconcile_on_restart
 from lightning_dataflow.control.heartbeat import Heartbeat, claim_trainer
 from lightning_dataflow.data.announcement import Announcement
 from lightning_dataflow.data.kept import KeptSamples
 from lightning_dataflow.data.queue import StreamingRefQueue
-from lightning_dataflow.data.source import RefSource, RefWindow, ReleaseAt, WindowEntry
-from lightning_dataflow.data.windows import PassOrder
+from lightning_dataflow.data.source import RefSource, RefWindow
 from lightning_dataflow.stores import FeatureStore
 
 log = logging.getLogger(__name__)
@@ -27,17 +25,16 @@ class StreamingSource(RefSource):
     requests lost samples of a resumed run again.
 
     Args:
-        release_at: `applied` frees features once the optimizer step that used them has run; a resume then has the samples
-            after its checkpoint captured again. `durable` keeps features until a complete checkpoint holds that step, and
-            writes a checkpoint early when they near the watermarks.
-        watermarks: those of the producers; `durable` needs them.
+        durable_below: the watermarks of the producers, to keep features until a complete checkpoint holds the step that
+            used them; a checkpoint is written early when they near the marks. By default, features are freed once that
+            step has run; a resume then has the samples after its checkpoint captured again.
         start_timeout_s: how long to wait for a producer to announce the run.
         idle_timeout_s: how long to wait for a sample.
         pump: see StreamingRefQueue.
 
     Raises:
         PeerTimeoutError: no producer announced the run.
-        UserError: `durable` without watermarks; or the folder belongs to another run.
+        UserError: the folder belongs to another run.
     """
 
     prefetch_windows = 2
@@ -47,20 +44,12 @@ class StreamingSource(RefSource):
         plane: ControlPlane,
         store: FeatureStore,
         *,
-        release_at: ReleaseAt = "applied",
-        watermarks: Watermarks | None = None,
+        durable_below: Watermarks | None = None,
         start_timeout_s: float = 1800.0,
         idle_timeout_s: float = 600.0,
         pump: Callable[[], bool] | None = None,
     ):
-        if release_at not in get_args(ReleaseAt):
-            raise UserError(f"release_at={release_at} is unknown: use {' or '.join(get_args(ReleaseAt))}")
-        if release_at == "durable" and watermarks is None:
-            raise UserError(
-                "release_at=durable keeps trained features in the store: give the watermarks of the producers, or use "
-                "release_at=applied"
-            )
-        self.release_at = release_at
+        self.release_at = "applied" if durable_below is None else "durable"
         announced = Announcement.from_json(plane.log.wait_for_card(start_timeout_s, "a producer"), plane.log.name)
         if announced.run_id != plane.run_id:
             raise UserError(
@@ -69,7 +58,7 @@ class StreamingSource(RefSource):
             )
         self.card = announced.card
         self._announced = announced
-        self._watermarks = watermarks
+        self._durable_below = durable_below
         self._kept: KeptSamples | None = None
         self.store = store
         self.plane = plane
@@ -83,30 +72,28 @@ class StreamingSource(RefSource):
     def __len__(self) -> int:
         return self._announced.num_samples
 
-    def check_order(self, order: PassOrder) -> None:
-        if self._announced.seed not in (None, order.seed):
-            raise UserError(
-                f"the producers of {self.plane.log.name} count samples in the order of seed {self._announced.seed}, this "
-                f"trainer has seed {order.seed}: use one seed for all processes of a run"
-            )
-
     def begin(self, plan: RunPlan, rank: int, world_size: int) -> None:
         """Rank 0 rebuilds the ledger from what the log and the store hold."""
+        if self._announced.seed not in (None, self.order.seed):
+            raise UserError(
+                f"the producers of {self.plane.log.name} count samples in the order of seed {self._announced.seed}, this "
+                f"trainer has seed {self.order.seed}: use one seed for all processes of a run"
+            )
         if rank == 0:
             claim_trainer(self.plane.ledger, self.plane.run_id)
         else:
             self.plane.ledger.join()
         self._rank = rank
         self._applied_seq = self._durable_seq = plan.start
-        if self.release_at == "durable" and self._watermarks is not None:
+        if self._durable_below is not None:
             self._kept = KeptSamples(
-                self._watermarks,
+                self._durable_below,
                 window=plan.window,
                 group=self._announced.capture_batch_size,
                 largest_bytes=self._announced.largest_bytes,
             )
         self.plane.log.rewind()
-        self.queue = self._make_queue(plan.start, frees=rank == 0)
+        self.queue = self._make_queue(plan.start)
         self._heartbeat = Heartbeat(self.plane.ledger, f"trainer-{rank}", self._describe)
         if rank == 0:
             self.reconciliation = reconcile_on_restart(self.plane, self.store, plan, self.queue.catch_up)
@@ -118,16 +105,15 @@ class StreamingSource(RefSource):
             self.queue.catch_up()
         self.queue.take_unwanted()  # those of earlier fits are swept
 
-    def num_tokens(self, seq: int, order: PassOrder) -> int:
+    def num_tokens(self, seq: int) -> int:
         return self.queue.num_tokens(seq)
 
-    def window(self, seqs: range, share: Sequence[int], order: PassOrder) -> RefWindow:
+    def window(self, seqs: range, share: Sequence[int]) -> RefWindow:
         """Raises PeerTimeoutError, PeerFailedError or UserError; see StreamingRefQueue."""
         return self.queue.get(seqs, share)
 
-    def replace(self, entry: WindowEntry, reason: str) -> WindowEntry:
-        log_entry = WindowEntry(seq=self.log_seq(entry.seq), ref=entry.ref)
-        return WindowEntry(seq=entry.seq, ref=self.queue.fail(log_entry, reason).ref)
+    def replace(self, seq: int, ref: SampleRef, reason: str) -> SampleRef | None:
+        return self.queue.fail(self.log_seq(seq), ref, reason)
 
     def log_seq(self, seq: int) -> int:
         """The number of the sample in the log, which is not `seq` in all topologies."""
@@ -190,17 +176,16 @@ class StreamingSource(RefSource):
     def skipped(self) -> dict[int, str]:
         return dict(self.queue.skipped)  # which the prefetch thread changes
 
-    def num_recaptured(self, below: int | None = None) -> int:
-        return self.queue.num_recaptured if below is None else self.queue.num_recaptured_before(below)
+    def recaptured(self) -> Sequence[int]:
+        return self.queue.recaptured
 
-    def _make_queue(self, start: int, *, frees: bool = True) -> StreamingRefQueue:
+    def _make_queue(self, start: int) -> StreamingRefQueue:
         return StreamingRefQueue(
             self.plane,
             start=start,
             skip_ids=self.skip_ids,
             idle_timeout_s=self._idle_timeout_s,
             pump=self._pump,
-            frees=frees,
         )
 
     def _describe(self) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.evaluation.loop import Drafter, Generation, NoDrafter, SpeculativeDecoder
+from lightning_dataflow.evaluation.loop import Drafter, NoDrafter, SpeculativeDecoder
 from lightning_dataflow.targets.hf import HFTargetEngine
 
 LEAST_TEMPERATURE = 1e-5
@@ -172,53 +172,48 @@ def evaluate_acceptance(
     Args:
         baseline: also decode with the target alone, by the same code, for the speed-up; and at temperature 0 compare token
             for token.
+        progress: called with (prompts decoded, prompts in all).
 
     Raises:
         UserError: several prompts at a time for a target that cannot decode them together.
     """
-    runs = [_Run(SpeculativeDecoder(target, drafter, temperature=decoding.temperature), decoding)]
+    decoders = [SpeculativeDecoder(target, drafter, temperature=decoding.temperature)]
     if baseline:
         alone = SpeculativeDecoder(target, NoDrafter(), temperature=decoding.temperature)
         alone.generate(prompts[0], min(2, decoding.max_new_tokens))  # warm-up; not timed
-        runs.append(_Run(alone, decoding))
+        decoders.append(alone)
+    batches: list[list[Decoded]] = []
     for first in range(0, len(prompts), decoding.batch_size):
         batch = prompts[first : first + decoding.batch_size]
-        for run in runs:
-            run.decode(batch)
+        batches.append([_decode(decoder, batch, decoding) for decoder in decoders])  # in turn: the machine's speed drifts
         progress(first + len(batch), len(prompts))
-    plain = runs[1].decoded() if baseline else None
-    return runs[0].decoded().report("hf", plain, temperature=decoding.temperature)
+    drafted, *plain = [_sum(parts) for parts in zip(*batches, strict=True)]
+    return drafted.report("hf", plain[0] if plain else None, temperature=decoding.temperature)
 
 
-class _Run:
-    """What a decoder has generated so far, and how long that took."""
-
-    def __init__(self, decoder: SpeculativeDecoder, decoding: Decoding):
-        self.decoder = decoder
-        self.decoding = decoding
-        self.generations: list[Generation] = []
-        self.seconds = 0.0
-
-    def decode(self, prompts: Sequence[Sequence[int]]) -> None:
-        start = time.perf_counter()
-        generators = _generators(self.decoder.target, prompts, self.decoding.seed)
-        self.generations += self.decoder.generate_batch(prompts, self.decoding.max_new_tokens, generators)
-        self.seconds += time.perf_counter() - start
-
-    def decoded(self) -> Decoded:
-        positions = range(self.decoder.drafter.num_draft_tokens)
-        return Decoded(
-            tokens=[generation.tokens for generation in self.generations],
-            seconds=self.seconds,
-            num_drafts=sum(generation.num_drafts for generation in self.generations),
-            accepted_per_position=[sum(each.accepted_per_position[i] for each in self.generations) for i in positions],
-        )
+def _decode(decoder: SpeculativeDecoder, batch: Sequence[Sequence[int]], decoding: Decoding) -> Decoded:
+    start = time.perf_counter()
+    generators = [_generator(decoder.target, prompt, decoding.seed) for prompt in batch]
+    generations = decoder.generate_batch(batch, decoding.max_new_tokens, generators)
+    positions = range(decoder.drafter.num_draft_tokens)
+    return Decoded(
+        tokens=[generation.tokens for generation in generations],
+        seconds=time.perf_counter() - start,
+        num_drafts=sum(generation.num_drafts for generation in generations),
+        accepted_per_position=[sum(each.accepted_per_position[i] for each in generations) for i in positions],
+    )
 
 
-def _generators(target: HFTargetEngine, prompts: Sequence[Sequence[int]], seed: int) -> list[torch.Generator]:
-    generators = []
-    for prompt in prompts:
-        digest = hashlib.sha256(repr((seed, list(prompt))).encode()).digest()
-        own_seed = int.from_bytes(digest[:4], "little")  # torch's CPU generator reads 32 bits
-        generators.append(torch.Generator(device=target.device).manual_seed(own_seed))
-    return generators
+def _sum(parts: Sequence[Decoded]) -> Decoded:
+    return Decoded(
+        tokens=[tokens for part in parts for tokens in part.tokens],
+        seconds=sum(part.seconds for part in parts),
+        num_drafts=sum(part.num_drafts for part in parts),
+        accepted_per_position=[sum(column) for column in zip(*(part.accepted_per_position for part in parts), strict=True)],
+    )
+
+
+def _generator(target: HFTargetEngine, prompt: Sequence[int], seed: int) -> torch.Generator:
+    digest = hashlib.sha256(repr((seed, list(prompt))).encode()).digest()
+    own_seed = int.from_bytes(digest[:4], "little")  # torch's CPU generator reads 32 bits
+    return torch.Generator(device=target.device).manual_seed(own_seed)

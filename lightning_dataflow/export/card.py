@@ -32,7 +32,6 @@ def model_card(engine: Engine, draft: DraftDescription, training: Sequence[str],
 def conversion_section(draft: DraftDescription, *, assumed: bool) -> str:
     """On training, of a draft from another folder. `assumed`: that folder does not say how many tokens to draft."""
     text = "## Training\n\nConverted from another folder, which does not say how it was trained"
-    export = resolve_strategy(draft.strategy).export
-    if assumed and export is not None and export.block_tokens(draft.network) is None:
+    if assumed and not hasattr(draft.network, "block_size"):  # a block says how many it drafts
         text += f", nor how many tokens it is to draft at a time: {draft.num_draft_tokens} is lightning_dataflow's default"
     return f"{text}."

@@ -11,11 +11,12 @@ from lightning_dataflow.export.card import conversion_section, model_card
 from lightning_dataflow.export.folder import DTYPES, check_destination, write_draft
 from lightning_dataflow.export.serve import check_engine
 from lightning_dataflow.export.training import training_sections
-from lightning_dataflow.strategies.checkpoint import check_finite, load_module
+from lightning_dataflow.strategies.checkpoint import load_module
 from lightning_dataflow.strategies.module import DraftModule
 from lightning_dataflow.strategies.published.contract import DraftDescription
 from lightning_dataflow.strategies.published.engines import resolve_engine
 from lightning_dataflow.strategies.published.reading import is_published, read_draft
+from lightning_dataflow.strategies.warm_start import check_finite
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -78,6 +79,7 @@ def export_draft(
     if dtype in DTYPES:
         cast = {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items() if tensor.is_floating_point()}
         check_finite(checkpoint, cast, f"dtype={dtype} is too narrow for it, use bfloat16 or float32")
+        tensors |= cast
     return write_draft(folder, layout, draft, tensors, card=card, copies=copies)
 
 

@@ -2,8 +2,8 @@
 
 import json
 import os
-import secrets
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -51,9 +51,9 @@ def write_draft(
     dtype, export = DTYPES[draft.dtype], check_draft(draft, engine)
     check_destination(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    part = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
-    part.mkdir()
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as workspace:
+        part = Path(workspace) / folder.name
+        part.mkdir()
         mark = {"format": engine.name, "version": version("lightning-dataflow")}
         config = export.fields(draft, engine) | {"dtype": draft.dtype, MARK: mark}
         (part / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -62,22 +62,13 @@ def write_draft(
             for name, tensor in tensors.items()
             if (stored_name := export.stored_name(name, draft, engine)) is not None
         }
-        save_file(stored, part / WEIGHTS, metadata={"format": "pt"})
-        (part / WEIGHTS).chmod(0o666 & ~_umask())  # safetensors makes it readable by its owner only
+        try:
+            save_file(stored, part / WEIGHTS, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"cannot write {folder}: {error}") from error
+        shutil.copymode(part / CONFIG, part / WEIGHTS)  # safetensors makes it readable by its owner only
         (part / CARD).write_text(card)
         for file in copies:
             shutil.copyfile(file, part / file.name)
         os.rename(part, folder)
-    except SafetensorError as error:
-        shutil.rmtree(part, ignore_errors=True)
-        raise OSError(f"cannot write {folder}: {error}") from error
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
     return folder
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

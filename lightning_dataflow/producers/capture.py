@@ -26,33 +26,24 @@ def capture_prompts(
     captured = target.capture([task.payload["input_ids"] for task in tasks])
     if len(captured) != len(tasks):
         raise CaptureMismatchError(f"the {target.backend} target returned {len(captured)} samples for {len(tasks)} prompts")
-    return [_sample(task, features, target, card) for task, features in zip(tasks, captured, strict=True)]
+    samples = []
+    for task, features in zip(tasks, captured, strict=True):
+        _verify(task, features, target, card)
+        from_prompt = {
+            "input_ids": torch.tensor(task.payload["input_ids"], dtype=torch.int64),
+            "loss_mask": torch.tensor(task.payload["loss_mask"], dtype=torch.uint8),
+        }
+        samples.append((sample_origin(task, target), from_prompt | features))
+    return samples
 
 
 def verify_capture_spec(spec: CaptureSpec, card: FeatureCard) -> None:
     """Raise CaptureMismatchError if a target captures other layers, another width or another norm than was announced."""
-    for what, actual, expected in (
-        ("layers", spec.layer_ids, card.capture.layer_ids),
-        ("hidden size", spec.hidden_size, card.capture.hidden_size),
-        ("norm of the last hidden state", spec.norm, card.capture.norm),
-    ):
-        if actual != expected:
-            raise CaptureMismatchError(
-                f"the target captures another {what} ({actual}) than the run was announced with ({expected}): give the "
-                "producer the settings of the run"
-            )
-
-
-def _sample(
-    task: PromptTask, features: Mapping[str, torch.Tensor], target: TargetEngine, card: FeatureCard
-) -> tuple[SampleOrigin, Tensors]:
-    _verify(task, features, target, card)
-    tensors = {
-        "input_ids": torch.tensor(task.payload["input_ids"], dtype=torch.int64),
-        "loss_mask": torch.tensor(task.payload["loss_mask"], dtype=torch.uint8),
-        **features,
-    }
-    return sample_origin(task, target), tensors
+    if spec != card.capture:
+        raise CaptureMismatchError(
+            f"the target captures {spec}, the run was announced with {card.capture}: give the producer the settings of "
+            "the run"
+        )
 
 
 def sample_origin(task: PromptTask, target: TargetEngine) -> SampleOrigin:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from lightning_dataflow.contracts import PeerFailedError
 from lightning_dataflow.control import ControlPlane, RunPlan, Watermarks
 from lightning_dataflow.data import PassOrder, RefWindow
-from lightning_dataflow.data.source import WindowEntry
 from lightning_dataflow.data.streaming import StreamingSource
 from lightning_dataflow.data.windows import share_of
 from lightning_dataflow.producers.feeds import PromptFeed
@@ -43,7 +42,7 @@ class ColocatedSource(StreamingSource):
         idle_timeout_s: float = 600.0,
     ):
         self._prompts = prompts
-        self._passes = PassOrder(len(prompts), seed)
+        self.order = PassOrder(len(prompts), seed)
         self._window, self._share = 1, range(1)
         feed = PromptFeed(prompts, target, seed=seed, run_id=plane.run_id, locate=self._locate)
         self._worker = RolloutWorker("producer", feed, plane, store, watermarks, group=capture_batch_size)
@@ -66,20 +65,19 @@ class ColocatedSource(StreamingSource):
             self._thread = threading.Thread(target=self._produce, name="producer", daemon=True)
             self._thread.start()
 
-    def num_tokens(self, seq: int, order: PassOrder) -> int:
-        return len(self._prompts[order.locate(seq)[0]].input_ids)
+    def num_tokens(self, seq: int) -> int:
+        return len(self._prompts[self.order.locate(seq)[0]].input_ids)
 
-    def window(self, seqs: range, share: Sequence[int], order: PassOrder) -> RefWindow:
+    def window(self, seqs: range, share: Sequence[int]) -> RefWindow:
         """Raises what the producer thread raised."""
         mine = [self.log_seq(seq) for seq in share]
         try:
-            window = self.queue.get(range(min(mine), max(mine) + 1), mine)
+            window = self.queue.get(mine, mine)
         except PeerFailedError as error:
             assert self._thread is not None, "without a thread, the producer's error is raised where it happens"
             self._thread.join(JOIN_TIMEOUT_S)  # it has reported its error, and may not have stored it yet
             raise (self._error or error) from error
-        entries = [WindowEntry(seq=seq, ref=entry.ref) for seq, entry in zip(share, window.entries, strict=True)]
-        return RefWindow(entries=entries, num_tokens=sum(self.num_tokens(seq, order) for seq in seqs))
+        return RefWindow(refs=window.refs, num_tokens=sum(map(self.num_tokens, seqs)))
 
     def applied(self, seqs: Sequence[int], next_seq: int, global_step: int) -> None:
         super().applied([self.log_seq(seq) for seq in seqs], self.log_seq(next_seq), global_step)
@@ -91,9 +89,9 @@ class ColocatedSource(StreamingSource):
         """This rank's alone."""
         return {self._run_seq(seq): reason for seq, reason in super().skipped().items()}
 
-    def num_recaptured(self, below: int | None = None) -> int:
+    def recaptured(self) -> Sequence[int]:
         """This rank's alone."""
-        return super().num_recaptured(None if below is None else self.log_seq(below))
+        return [self._run_seq(seq) for seq in super().recaptured()]
 
     def finish(self, status: str) -> None:
         """Raises RuntimeError when the producer thread does not end."""
@@ -116,7 +114,7 @@ class ColocatedSource(StreamingSource):
         return window * self._window + self._share.start + position
 
     def _locate(self, log_seq: int) -> tuple[int, int]:
-        return self._passes.locate(self._run_seq(log_seq))
+        return self.order.locate(self._run_seq(log_seq))
 
     def _pump_once(self) -> bool:
         return self._worker.run_once() in ("captured", "failed")

@@ -1,6 +1,5 @@
 """What a RolloutWorker puts into the store: prompts that a target reads, or features captured earlier."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
@@ -16,7 +15,7 @@ from lightning_dataflow.producers.capture import capture_prompts, feature_card, 
 from lightning_dataflow.prompts import PromptDataset
 from lightning_dataflow.stores import FeatureStore
 from lightning_dataflow.stores.base import Tensors
-from lightning_dataflow.targets import ReferenceEngine, TargetEngine
+from lightning_dataflow.targets import SGLangServerTarget, TargetEngine
 
 
 class CapturedSample(NamedTuple):
@@ -132,7 +131,7 @@ class PromptFeed(Feed):
 class ServedFeed(PromptFeed):
     """Prompts whose features a server puts into the store: only references come here."""
 
-    target: ReferenceEngine
+    target: SGLangServerTarget
     longest_pause_s = 2.0  # for each try, the server reads the prompt again
 
     def capture(self, seqs: Sequence[int], attempt: int, wanted: Collection[int]) -> Iterator[CapturedSample]:
@@ -160,9 +159,7 @@ class FolderFeed(Feed):
         self.run_id = run_id
         self.card = source.card
         self._vocab_size = vocab_size
-        self.sizes = [
-            sum(math.prod(spec.shape) * DTYPE_BYTES[spec.dtype] for spec in ref.features.values()) for ref in source.refs
-        ]
+        self.sizes = [ref.num_bytes for ref in source.refs]
 
     def capture(self, seqs: Sequence[int], attempt: int, wanted: Collection[int]) -> Iterator[CapturedSample]:
         """Read the files of those that are wanted."""

@@ -1,12 +1,13 @@
 """Captures the features of all prompts to disk, for the `capture` command."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from lightning_dataflow.contracts import NotFiniteError, SampleRef, UserError
 from lightning_dataflow.data.finite import broken_features
 from lightning_dataflow.data.offline import is_captured, write_manifest
-from lightning_dataflow.producers.capture import capture_prompts, feature_card
+from lightning_dataflow.producers.capture import capture_prompts
+from lightning_dataflow.producers.feeds import PromptFeed
 from lightning_dataflow.prompts import PromptDataset
 from lightning_dataflow.stores import SharedDirFeatureStore
 from lightning_dataflow.targets import TargetEngine
@@ -19,7 +20,7 @@ def capture_to_folder(
     target: TargetEngine,
     folder: str | Path,
     *,
-    order: Sequence[int] | None = None,
+    seed: int = 0,
     capture_batch_size: int = 1,
     capacity_bytes: int | None = None,
     secret: str | None = None,
@@ -30,7 +31,7 @@ def capture_to_folder(
     An interrupted capture leaves no manifest. Running it again replaces its files.
 
     Args:
-        order: prompts are captured in this order, in groups of `capture_batch_size`; file order by default.
+        seed: of the order of seqs, in which groups of `capture_batch_size` prompts are captured.
         progress: called with (samples done, samples in all).
 
     Raises:
@@ -40,20 +41,18 @@ def capture_to_folder(
     """
     if is_captured(folder):
         raise UserError(f"{folder} already holds a finished capture: choose another store.root, or remove the folder")
-    prompts.check_target(target.info.vocab_size, target.info.max_position_embeddings)
+    feed, seqs = PromptFeed(prompts, target, seed=seed, run_id=RUN_ID), range(len(prompts))
     store = SharedDirFeatureStore(folder, retain=True, capacity_bytes=capacity_bytes, secret=secret)
-    order = range(len(prompts)) if order is None else order
-    version, card = target.info.model_version, feature_card(prompts, target)
     refs: dict[int, SampleRef] = {}
-    for start in range(0, len(order), capture_batch_size):
-        group = order[start : start + capture_batch_size]
-        tasks = [prompts.task(index, 0, run_id=RUN_ID, target_model_version=version) for index in group]
-        captured = capture_prompts(tasks, target, card)
+    for start in range(0, len(seqs), capture_batch_size):
+        group = seqs[start : start + capture_batch_size]
+        captured = capture_prompts(feed.tasks(group, 0), target, feed.card)
         for origin, tensors in captured:
             if broken := broken_features(tensors, origin.source_id, origin.sample_id):
                 raise NotFiniteError(broken)
-        refs |= {index: store.put(tensors, origin) for index, (origin, tensors) in zip(group, captured, strict=True)}
-        progress(len(refs), len(order))
-    in_order = [refs[index] for index in range(len(prompts))]
-    write_manifest(Path(folder), in_order, card, prompts.token_counts(target.info.vocab_size))
+        for seq, (origin, tensors) in zip(group, captured, strict=True):
+            refs[feed.locate(seq)[0]] = store.put(tensors, origin)
+        progress(len(refs), len(seqs))
+    in_order = [refs[index] for index in seqs]
+    write_manifest(Path(folder), in_order, feed.card, feed.token_counts())
     return sum(ref.num_bytes for ref in in_order)

@@ -8,7 +8,6 @@ from torch import Tensor
 from lightning_dataflow.contracts import SampleRef
 from lightning_dataflow.control import ControlPlane, resolve_control_plane
 from lightning_dataflow.data.source import IndexedSource, RefWindow
-from lightning_dataflow.data.windows import PassOrder
 from lightning_dataflow.producers.feeds import PromptFeed
 from lightning_dataflow.prompts import PromptDataset
 from lightning_dataflow.stores import FeatureStore, MemoryFeatureStore
@@ -40,31 +39,24 @@ class OnlineSource(IndexedSource):
         plane: ControlPlane | None = None,
         capture_batch_size: int = 1,
     ):
-        self._order = PassOrder(len(prompts), 0)
         self.prompts = prompts
         self.store = store or MemoryFeatureStore()
         self.capture_batch_size = capture_batch_size
         self.plane = plane or resolve_control_plane("local_colocated", secrets.token_hex(4))
-        self._feed = PromptFeed(prompts, target, seed=0, run_id=self.plane.run_id, locate=self._locate)
+        self._feed = PromptFeed(
+            prompts, target, seed=0, run_id=self.plane.run_id, locate=lambda seq: self.order.locate(seq)
+        )
         self.card = self._feed.card
+        self.source_ids = [prompt.source_id for prompt in prompts]
+        self.lengths = [len(prompt.input_ids) for prompt in prompts]
 
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def source_id(self, index: int) -> str:
-        return self.prompts[index].source_id
-
-    def num_tokens_of(self, index: int) -> int:
-        return len(self.prompts[index].input_ids)
-
-    def window(self, seqs: range, share: Sequence[int], order: PassOrder) -> RefWindow:
+    def window(self, seqs: range, share: Sequence[int]) -> RefWindow:
         """Captures the share now."""
-        self._order = order
         refs: dict[int, SampleRef] = {}
         for start in range(0, len(share), self.capture_batch_size):
             group = share[start : start + self.capture_batch_size]
             refs |= {sample.seq: sample.put(self.store) for sample in self._feed.capture(group, 0, group)}
-        return self.make_window(seqs, refs, order)
+        return self.make_window(seqs, refs)
 
     def in_flight(self) -> dict[str, int]:
         health = self.store.health()
@@ -72,6 +64,3 @@ class OnlineSource(IndexedSource):
 
     def token_counts(self, vocab_size: int) -> Tensor:
         return self.prompts.token_counts(vocab_size)
-
-    def _locate(self, seq: int) -> tuple[int, int]:
-        return self._order.locate(seq)

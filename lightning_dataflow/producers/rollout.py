@@ -85,13 +85,8 @@ class RolloutWorker:
             PeerFailedError: no capture server is left.
             UserError: a watermark is below a window.
         """
-        heartbeat = Heartbeat(self.plane.ledger, self.name, lambda: self.state, renew_s=self.lease_s)
-        try:
+        with Heartbeat(self.plane.ledger, self.name, lambda: self.state, renew_s=self.lease_s).until("finished"):
             self._drive(should_stop)
-        except BaseException as error:
-            heartbeat.stop_after(error)
-            raise
-        heartbeat.stop("finished")
 
     def stop_waiting(self) -> None:
         """Make `run`, in another thread, stop waiting for servers, the store, or room in it."""

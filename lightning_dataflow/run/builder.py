@@ -3,8 +3,10 @@
 import atexit
 import importlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,20 +17,18 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_dataflow.callbacks import ResultWriter, RunMetrics, StreamCursor
 from lightning_dataflow.callbacks.progress import PlainProgress
-from lightning_dataflow.config.derived import is_disaggregated
+from lightning_dataflow.config.files import read_file, read_secret, read_skip_ids
 from lightning_dataflow.config.run_id import run_id
 from lightning_dataflow.config.schema import TrainConfig
-from lightning_dataflow.config.secrets import read_secret
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.control import ControlPlane
-from lightning_dataflow.data import DataFlowDataModule, FeatureCard, OfflineSource, PassOrder, RefSource
+from lightning_dataflow.data import DataFlowDataModule, FeatureCard, OfflineSource, RefSource
 from lightning_dataflow.data.offline import is_captured
-from lightning_dataflow.producers import Feed, FolderFeed, PromptFeed, RolloutWorker, ServedFeed, capture_to_folder
-from lightning_dataflow.prompts import PromptDataset
+from lightning_dataflow.producers import RolloutWorker, capture_to_folder
+from lightning_dataflow.producers.feeds import Feed, FolderFeed, PromptFeed, ServedFeed
+from lightning_dataflow.prompts import PromptDataset, load_prompts
 from lightning_dataflow.run.claim import claim
-from lightning_dataflow.run.progress import log_progress
-from lightning_dataflow.run.prompts import read_prompts, read_skip_ids
-from lightning_dataflow.run.ranks import first_rank_does, num_processes
+from lightning_dataflow.run.ranks import num_processes, rank_from_environment, wait_for_first_rank
 from lightning_dataflow.run.streams import (
     colocated_source,
     control_plane,
@@ -42,10 +42,13 @@ from lightning_dataflow.run.trainer import EndAtSigterm, count_steps, make_callb
 from lightning_dataflow.stores import FeatureStore
 from lightning_dataflow.strategies.module import DraftModule
 from lightning_dataflow.strategies.registry import resolve_strategy
-from lightning_dataflow.strategies.spec import StrategySpec
-from lightning_dataflow.targets import HFTargetEngine, ReferenceEngine, TargetEngine, load_tokenizer
+from lightning_dataflow.targets import HFTargetEngine, TargetEngine, load_tokenizer
 from lightning_dataflow.targets.base import HIDDEN_STATES
 from lightning_dataflow.targets.tiny import write_tiny_conversations, write_tiny_target
+
+log = logging.getLogger(__name__)
+
+PROGRESS_S = 10.0
 
 
 class Builder:
@@ -53,15 +56,13 @@ class Builder:
 
     Args:
         config: checked.
-        settings: the same as plain containers, for `result.json`.
 
     Attributes:
         resources: what the process has to close when it ends.
     """
 
-    def __init__(self, config: TrainConfig, settings: Mapping[str, Any]):
+    def __init__(self, config: TrainConfig):
         self.config = config
-        self.settings = settings
         self.resources = ExitStack()
         atexit.register(self.resources.close)  # for commands that do not close them earlier
         if config.num_threads is not None:
@@ -81,34 +82,34 @@ class Builder:
     @cached_property
     def prompts(self) -> tuple[PromptDataset, PromptDataset]:
         """(training, held out)."""
-        return read_prompts(self.config.data, self.tokenizer)
+        data = self.config.data
+        return load_prompts(
+            data.path,
+            self.tokenizer,
+            max_length=data.max_length,
+            format=data.format,
+            split=data.split,
+            num_samples=data.num_samples,
+            num_eval_samples=data.num_eval_samples,
+            chat_template=self.chat_template,
+        )
 
-    @cached_property
-    def spec(self) -> StrategySpec:
-        """The strategy's entry in the registry."""
-        return resolve_strategy(str(self.config.strategy["name"]))
+    @property
+    def chat_template(self) -> str | None:
+        """What replaces the tokenizer's template, if anything does."""
+        return read_file(self.config.data.chat_template, "data.chat_template")
 
     @cached_property
     def module(self) -> DraftModule:
         """The LightningModule of the strategy."""
-        config = self.config
-        arguments = {key: value for key, value in config.strategy.items() if key != "name"}
+        config, arguments = self.config, dict(self.config.strategy)
+        spec = resolve_strategy(str(arguments.pop("name")))
         try:
-            return self.spec.module(target=config.target.path, seed=config.seed, **arguments, **vars(config.optimizer))
+            return spec.module(target=config.target.path, seed=config.seed, **arguments, **vars(config.optimizer))
         except TypeError as error:
             if "keyword argument" not in str(error):
                 raise
-            raise UserError(f"strategy={self.spec.name}: {str(error).split('() ')[-1]}; see conf/strategy") from error
-
-    @cached_property
-    def layer_ids(self) -> tuple[int, ...]:
-        """Layers to capture."""
-        return self.module.layer_ids
-
-    @property
-    def hidden_states(self) -> tuple[str, ...]:
-        """Hidden states to capture: those that the module, with its settings, reads."""
-        return tuple(name for name in HIDDEN_STATES if name in self.module.features)
+            raise UserError(f"strategy={spec.name}: {str(error).split('() ')[-1]}; see conf/strategy") from error
 
     @cached_property
     def plane(self) -> ControlPlane:
@@ -122,9 +123,10 @@ class Builder:
 
     @cached_property
     def target(self) -> TargetEngine:
-        """The target that captures features."""
-        target = self.config.target
-        capture: dict[str, Any] = {"layer_ids": self.layer_ids, "features": self.hidden_states}
+        """The target that captures what the module, with its settings, reads."""
+        target, module = self.config.target, self.module
+        features = tuple(name for name in HIDDEN_STATES if name in module.features)
+        capture: dict[str, Any] = {"layer_ids": module.layer_ids, "features": features}
         if target.engine == "sglang_server":
             return served_target(self.config, self.shared_store, store_id(self.plane), self.resources, **capture)
         if target.engine == "sglang":
@@ -137,19 +139,17 @@ class Builder:
 
     def _make_feed(self) -> Feed:
         """What producers put into the store."""
-        name = run_id(self.config.run_name)
-        if self.config.topology.name == "disagg_online":
-            if self.config.target.engine == "sglang_server":
-                assert isinstance(self.target, ReferenceEngine), "its servers put features into the run's store"
-                return ServedFeed(self.prompts[0], self.target, seed=self.config.seed, run_id=name)
-            return PromptFeed(self.prompts[0], self.target, seed=self.config.seed, run_id=name)
-        source = OfflineSource(self._offline_folder())
-        return FolderFeed(source, vocab_size=self.module.target_info.vocab_size, run_id=name)
+        config, name = self.config, run_id(self.config.run_name)
+        if config.topology.name == "disagg_offline":
+            source = OfflineSource(self._offline_folder())
+            return FolderFeed(source, vocab_size=self.module.target_info.vocab_size, run_id=name)
+        kind: Any = ServedFeed if config.target.engine == "sglang_server" else PromptFeed
+        return kind(self.prompts[0], self.target, seed=config.seed, run_id=name)
 
     @cached_property
     def source(self) -> RefSource:
         """Where the trainer's references come from, by topology."""
-        if is_disaggregated(self.config):
+        if self.config.topology.is_disaggregated:
             streaming = streaming_source(self.config, self.plane)
             self._check_prompts(streaming.card, streaming.plane.log.name)
             return streaming
@@ -169,29 +169,27 @@ class Builder:
         return folder
 
     def _captured_folder(self) -> str | None:
-        return self.config.topology.features if is_disaggregated(self.config) else self.config.store.root
+        return self.config.topology.features if self.config.topology.is_disaggregated else self.config.store.root
 
     def capture_once(self, folder: Path) -> None:
         """Capture into `folder`, unless that is done; every rank but the first waits for it."""
+        if is_captured(folder):
+            return
+        if rank_from_environment() > 0:
+            return wait_for_first_rank(lambda: is_captured(folder), f"features in {folder}")
+        claim(folder, "wait for it, or choose another store.root")
         config = self.config
-        guarded = not is_disaggregated(config)  # otherwise the settings of the store are those of the shared one
-
-        def capture() -> None:
-            claim(folder, "wait for it, or choose another store.root")
-            prompts = self.prompts[0]
-            order = PassOrder(len(prompts), config.seed)
-            capture_to_folder(
-                prompts,
-                self.target,
-                folder,
-                order=[order.locate(seq)[0] for seq in range(len(prompts))],  # the groups that `online` captures
-                capture_batch_size=config.target.capture_batch_size,
-                capacity_bytes=config.store.capacity_bytes if guarded else None,
-                secret=read_secret(config.store) if guarded else None,
-                progress=log_progress("captured"),
-            )
-
-        first_rank_does(capture, lambda: is_captured(folder), f"features in {folder}")
+        guarded = not config.topology.is_disaggregated  # otherwise the settings of the store are those of the shared one
+        capture_to_folder(
+            self.prompts[0],
+            self.target,
+            folder,
+            seed=config.seed,  # then groups are those that `online` captures
+            capture_batch_size=config.target.capture_batch_size,
+            capacity_bytes=config.store.capacity_bytes if guarded else None,
+            secret=read_secret(config.store) if guarded else None,
+            progress=_log_progress(),
+        )
 
     def _check_prompts(self, card: FeatureCard, where: str) -> None:
         """Held-out prompts are told from trained ones by the settings of the capture, so they must be the same now."""
@@ -223,8 +221,8 @@ class Builder:
 
     @cached_property
     def result_writer(self) -> ResultWriter:
-        """Writes `result.json` to the run's folder."""
-        return ResultWriter(self.config.run_dir, self.settings)
+        """Writes `result.json`, with the settings: they hold no secrets, only the names of files that do."""
+        return ResultWriter(self.config.run_dir, asdict(self.config))
 
     @cached_property
     def trainer(self) -> L.Trainer:
@@ -248,16 +246,30 @@ class Builder:
             callbacks=callbacks,
         )
 
-    def _acceptance_arguments(self) -> tuple[Callable[[], HFTargetEngine], list[Sequence[int]]]:
-        return self.evaluation_target, [prompt.question for prompt in self.prompts[1]]
-
+    @cached_property
     def evaluation_target(self) -> HFTargetEngine:
-        """The target that decodes; the one that captures, if it has the same dtype."""
+        """The target that decodes, once its capture layers are set; the one that captures, if it has the same dtype."""
         target, dtype = self.config.target, self.config.evaluate.dtype
         same = self.config.topology.name == "online" and target.dtype == dtype
         if same and isinstance(self.target, HFTargetEngine):
             return self.target
-        return HFTargetEngine(target.path, layer_ids=self.layer_ids, dtype=dtype, device=target.device)
+        return HFTargetEngine(target.path, dtype=dtype, device=target.device)
+
+    def _acceptance_arguments(self) -> tuple[Callable[[], HFTargetEngine], list[Sequence[int]]]:
+        return lambda: self.evaluation_target, [prompt.question for prompt in self.prompts[1]]
+
+
+def _log_progress() -> Callable[[int, int], None]:
+    """A callback for (done, total) that logs now and then, and at the end."""
+    last = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last > PROGRESS_S:
+            last = time.monotonic()
+            log.info("captured %d/%d", done, total)
+
+    return report
 
 
 def _import(modules: Sequence[str]) -> None:

@@ -1,17 +1,16 @@
 """One owner for each folder that a command writes to."""
 
-import fcntl
 import json
 import logging
 import os
 import socket
-import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.contracts.errors import NO_LOCKS
+from lightning_dataflow.contracts.waiting import try_lock, wait_until
 from lightning_dataflow.control.processes import pid_space
 
 log = logging.getLogger(__name__)
@@ -44,15 +43,15 @@ def claim(folder: Path, remedy: str) -> None:
         file = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)  # closed by exec: no daemon keeps the lock
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
-    deadline = time.monotonic() + PATIENCE_S
-    while not _lock(file, folder):
+    if not _lock(file, folder):
         owner = _read_owner(file)
         if (owner.get("pids"), owner.get("pid")) == (pid_space(), os.getppid()):
             return os.close(file)
-        if time.monotonic() > deadline:
+        if not wait_until(lambda: _lock(file, folder), PATIENCE_S, POLL_S):
+            owner = _read_owner(file)
             os.close(file)
-            raise UserError(f"{folder} is in use by {_describe(owner)}: {remedy}")
-        time.sleep(POLL_S)
+            whose = "process {pid} on {host} since {since}".format(**owner) if owner else "another process"
+            raise UserError(f"{folder} is in use by {whose}: {remedy}")
     _write_owner(file)
     _claims[path] = file
 
@@ -60,14 +59,12 @@ def claim(folder: Path, remedy: str) -> None:
 def _lock(file: int, folder: Path) -> bool:
     """False while another process has the lock."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        return try_lock(file)
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
         log.warning("%s cannot be locked (%s): do not start a second command that writes there", folder, error.strerror)
-    return True
+        return True
 
 
 def _write_owner(file: int) -> None:
@@ -88,10 +85,6 @@ def _read_owner(file: int) -> dict[str, Any]:
         return json.loads(os.pread(file, 4096, 0))
     except ValueError:
         return {}
-
-
-def _describe(owner: dict[str, Any]) -> str:
-    return "process {pid} on {host} since {since}".format(**owner) if owner else "another process"
 
 
 def _release_in_child() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts.waiting import wait_until
 
 log = logging.getLogger(__name__)
 
@@ -59,21 +60,11 @@ def num_processes(trainer: Mapping[str, Any]) -> int:
     return num_devices(trainer) * (trainer.get("num_nodes") or 1)
 
 
-def first_rank_does(
-    work: Callable[[], None], is_done: Callable[[], bool], what: str, *, timeout_s: float = TIMEOUT_S
-) -> None:
-    """Run `work` on rank 0 unless `is_done`; other ranks wait until it is, or raise UserError after `timeout_s`."""
-    if is_done():
-        return
-    if rank_from_environment() == 0:
-        work()
-        return
-    log.info("waiting for rank 0 to finish %s, at most %.0f s", what, timeout_s)
-    deadline = time.monotonic() + timeout_s
-    while not is_done():
-        if time.monotonic() > deadline:
-            raise UserError(f"waited {timeout_s:.0f} s for rank 0 to finish {what}: see rank 0's messages")
-        time.sleep(POLL_S)
+def wait_for_first_rank(is_done: Callable[[], bool], what: str) -> None:
+    """Wait until rank 0 has finished `what`. Raises UserError after TIMEOUT_S."""
+    log.info("waiting for rank 0 to finish %s, at most %.0f s", what, TIMEOUT_S)
+    if not wait_until(is_done, TIMEOUT_S, POLL_S):
+        raise UserError(f"waited {TIMEOUT_S:.0f} s for rank 0 to finish {what}: see rank 0's messages")
 
 
 def leave_process_group() -> None:

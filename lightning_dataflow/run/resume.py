@@ -25,7 +25,10 @@ def resolve_checkpoint(ckpt_path: str | None, run_dir: Path, *, quiet: bool = Fa
         UserError: there is none, or a new run would mix its checkpoints with an earlier run's.
     """
     if ckpt_path is None:
-        _check_new(run_dir)
+        if rank_from_environment() == 0 and _newest_silently(run_dir) is not None:
+            raise UserError(
+                f"{run_dir} holds checkpoints of an earlier run: resume it with ckpt_path=last, or choose another run_name"
+            )
         return None
     if ckpt_path in ("last", "auto"):
         return _newest(run_dir, required=ckpt_path == "last", quiet=quiet or rank_from_environment() > 0)
@@ -35,13 +38,6 @@ def resolve_checkpoint(ckpt_path: str | None, run_dir: Path, *, quiet: bool = Fa
     if has_marker(path) and (reason := incomplete(path)) is not None:
         raise UserError(f"{ckpt_path} is not a complete checkpoint: {reason}")
     return ckpt_path
-
-
-def _check_new(run_dir: Path) -> None:
-    if rank_from_environment() == 0 and latest_checkpoint(run_dir / "checkpoints", on_skip=_ignore) is not None:
-        raise UserError(
-            f"{run_dir} holds checkpoints of an earlier run: resume it with ckpt_path=last, or choose another run_name"
-        )
 
 
 def _newest(run_dir: Path, *, required: bool, quiet: bool) -> str | None:
@@ -67,8 +63,7 @@ def invalidate_later_checkpoints(checkpoint: Path, run_dir: Path) -> None:
 
 def resume_hint(step: int, run_dir: Path) -> str:
     """One line: how far the run got and how to resume it."""
-    newest = latest_checkpoint(run_dir / "checkpoints", on_skip=_ignore)
-    if newest is None:
+    if (newest := _newest_silently(run_dir)) is None:
         return f"ended at step {step} without a checkpoint, so the same run_name can start anew"
     return f"ended at step {step}; resume from {newest.name} with ckpt_path=last run_name={run_dir.name}"
 
@@ -80,5 +75,5 @@ def save_final_checkpoint(trainer: "L.Trainer", run_dir: Path) -> None:
         trainer.save_checkpoint(path)
 
 
-def _ignore(line: str) -> None:
-    """For checkpoints that are not complete, where nobody has to know."""
+def _newest_silently(run_dir: Path) -> Path | None:
+    return latest_checkpoint(run_dir / "checkpoints", on_skip=lambda line: None)

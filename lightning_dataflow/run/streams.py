@@ -5,28 +5,24 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-from lightning_dataflow.config.derived import shared_dir_root, watermarks
+from lightning_dataflow.config.files import read_secret, redis_address
+from lightning_dataflow.config.rules import watermarks
 from lightning_dataflow.config.run_id import run_id
-from lightning_dataflow.config.schema import ChannelConfig, TrainConfig
-from lightning_dataflow.config.secrets import read_secret, read_secret_file
+from lightning_dataflow.config.schema import TrainConfig
 from lightning_dataflow.control import ControlPlane, resolve_control_plane
 from lightning_dataflow.control.heartbeat import Heartbeat
 from lightning_dataflow.control.plane import PATIENCE_S, DeploymentMode
-from lightning_dataflow.control.redis.address import RedisAddress
 from lightning_dataflow.data import ManifestSource, StreamingSource
-from lightning_dataflow.producers import ColocatedSource, Feed, OnlineSource, RolloutWorker, ServedFeed
+from lightning_dataflow.producers import ColocatedSource, OnlineSource, RolloutWorker
+from lightning_dataflow.producers.feeds import Feed, ServedFeed
 from lightning_dataflow.prompts import PromptDataset
 from lightning_dataflow.run.ranks import num_devices, rank_from_environment
 from lightning_dataflow.sglang_plugin.settings import ARGUMENTS, KNOWN
 from lightning_dataflow.stores import FeatureStore, MemoryFeatureStore, MooncakeFeatureStore, SharedDirFeatureStore
 from lightning_dataflow.targets import TargetEngine
 
-MODES: dict[str, DeploymentMode] = {
-    "noop": "local_colocated",
-    "memory": "dataflow_colocated",
-    "sqlite": "disaggregated",
-    "redis": "disaggregated",
-}
+MODES: dict[str, DeploymentMode] = {"noop": "local_colocated", "memory": "dataflow_colocated"}
+"""Of ledgers that one process has for itself."""
 
 
 def control_plane(config: TrainConfig, *, patience_s: float = PATIENCE_S) -> ControlPlane:
@@ -35,27 +31,11 @@ def control_plane(config: TrainConfig, *, patience_s: float = PATIENCE_S) -> Con
     Args:
         patience_s: how long to wait for a Redis that does not answer.
     """
-    mode, name = MODES[config.control.kind], run_id(config.run_name)
-    path = Path(config.channel.path)
-    if config.channel.kind == "redis":
-        return resolve_control_plane(mode, name, redis=redis_address(config.channel), patience_s=patience_s)
+    mode, path = MODES.get(config.control.kind, "disaggregated"), Path(config.channel.path)
+    redis = redis_address(config.channel, "channel.secret_file") if config.channel.kind == "redis" else None
     if mode == "dataflow_colocated":
         path = path / f"rank-{rank_from_environment(num_devices(config.trainer))}"
-    return resolve_control_plane(mode, name, path=path)
-
-
-def redis_address(channel: ChannelConfig) -> RedisAddress:
-    """The Redis of channel=redis."""
-    assert channel.address is not None, "given by the user, or by the supervisor that started it"
-    return RedisAddress(
-        address=channel.address,
-        username=channel.username,
-        password=read_secret_file(channel.secret_file, "channel.secret_file"),
-        tls=channel.tls,
-        ca_file=channel.ca_file,
-        cert_file=channel.cert_file,
-        key_file=channel.key_file,
-    )
+    return resolve_control_plane(mode, run_id(config.run_name), path=path, redis=redis, patience_s=patience_s)
 
 
 def store_id(plane: ControlPlane) -> str:
@@ -65,34 +45,37 @@ def store_id(plane: ControlPlane) -> str:
 
 def shared_store(config: TrainConfig, plane: ControlPlane, *, retain: bool = False) -> FeatureStore:
     """The store that producers and trainers of a disaggregated run share."""
-    store = config.store
-    if store.kind == "shared_dir":
-        root = shared_dir_root(store, config.channel.path)
-        return SharedDirFeatureStore(root, retain=retain, capacity_bytes=store.capacity_bytes, secret=read_secret(store))
-    assert store.address is not None, "given by the user, or by the supervisor that started it"
-    arguments: dict[str, Any] = {ARGUMENTS.get(name, name): getattr(store, name) for name in KNOWN["mooncake"]}
+    settings = store_settings(config)
+    if settings.pop("store") == "shared_dir":
+        return SharedDirFeatureStore(retain=retain, **settings)
+    arguments = {ARGUMENTS.get(name, name): value for name, value in settings.items()}
     return MooncakeFeatureStore(store_id(plane), retain=retain, **arguments)
+
+
+def store_settings(config: TrainConfig) -> dict[str, Any]:
+    """The store that a disaggregated run shares, as the file of a capture server describes it; see ServerStores."""
+    store = config.store
+    settings = {name: getattr(store, name) for name in KNOWN["mooncake"]}
+    if store.kind == "shared_dir":
+        root = Path(store.root or Path(config.channel.path) / "features").absolute()
+        settings = {"root": str(root), "secret": read_secret(store), "capacity_bytes": store.capacity_bytes}
+    return {"store": store.kind, **{name: value for name, value in settings.items() if value is not None}}
 
 
 def colocated_source(config: TrainConfig, prompts: PromptDataset, target: TargetEngine) -> OnlineSource | ColocatedSource:
     """Samples that this process captures itself, for `online` and `interleaved`."""
-    store = MemoryFeatureStore(config.store.capacity_bytes)
-    if config.control.kind == "noop":
-        return OnlineSource(
-            prompts,
-            target,
-            store,
-            plane=control_plane(config),
-            capture_batch_size=config.target.capture_batch_size,
-        )
+    store, plane = MemoryFeatureStore(config.store.capacity_bytes), control_plane(config)
+    group = config.target.capture_batch_size
+    if plane.channel is None:
+        return OnlineSource(prompts, target, store, plane=plane, capture_batch_size=group)
     return ColocatedSource(
         prompts,
         target,
-        control_plane(config),
+        plane,
         store,
-        watermarks(config.topology, config.store),
+        watermarks(config),
         seed=config.seed,
-        capture_batch_size=config.target.capture_batch_size,
+        capture_batch_size=group,
         threaded=config.topology.name == "interleaved",
         idle_timeout_s=config.topology.idle_timeout_s,
     )
@@ -107,8 +90,7 @@ def streaming_source(config: TrainConfig, plane: ControlPlane) -> StreamingSourc
     return StreamingSource(
         plane,
         shared_store(config, plane),
-        release_at=topology.release_at,  # type: ignore[arg-type]  # its choices are in the schema
-        watermarks=watermarks(topology, config.store),
+        durable_below=watermarks(config) if topology.release_at == "durable" else None,
         **timeouts,
     )
 
@@ -128,26 +110,20 @@ def make_workers(
         load: returns the feed and the store.
         resources: closes the control planes of all workers but the first.
     """
-    heartbeat = Heartbeat(plane.ledger, f"{name}-0", lambda: "loading")
-    try:
+    with Heartbeat(plane.ledger, f"{name}-0", lambda: "loading").until("loaded"):
         feed, store = load()
         num_workers = feed.target.num_requests if isinstance(feed, ServedFeed) else 1
         others = [resources.enter_context(closing(control_plane(config))) for _ in range(1, num_workers)]
-        workers = [
+        return [
             RolloutWorker(
                 f"{name}-{index}",
                 feed,
                 own_plane,
                 store,
-                watermarks(config.topology, config.store),
+                watermarks(config),
                 group=config.target.capture_batch_size,
                 lease_s=config.topology.lease_s,
                 peer_timeout_s=config.topology.start_timeout_s,
             )
             for index, own_plane in enumerate([plane, *others])
         ]
-    except BaseException as error:
-        heartbeat.stop_after(error)
-        raise
-    heartbeat.stop("loaded")
-    return workers

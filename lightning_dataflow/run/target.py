@@ -5,18 +5,18 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning_dataflow.config.derived import is_disaggregated, shared_dir_root
-from lightning_dataflow.config.schema import StoreConfig, TargetConfig, TrainConfig
-from lightning_dataflow.config.secrets import read_api_key, read_secret
+from lightning_dataflow.config.files import read_api_key
+from lightning_dataflow.config.schema import StoreConfig, TrainConfig
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.run.ranks import num_devices
+from lightning_dataflow.run.streams import store_settings
 from lightning_dataflow.services.sglang import LocalSGLang
-from lightning_dataflow.sglang_plugin.settings import KNOWN
 from lightning_dataflow.stores import FeatureStore, SharedDirFeatureStore
 from lightning_dataflow.targets import SGLangServerTarget
 
@@ -28,31 +28,33 @@ SHARED_MEMORY = Path("/dev/shm")
 def served_target(
     config: TrainConfig, store: FeatureStore, store_id: str, resources: ExitStack, **capture: Any
 ) -> SGLangServerTarget:
-    """Connect to the servers of `target.urls`, or start one here; features go into the run's store.
+    """Connect to the servers of `target.urls`, or start one here; features go into `store`, the one of `config.store`.
 
     Args:
         capture: `layer_ids` and `features` of the target.
     """
-    urls, api_key = list(config.target.urls), read_api_key(config.target)
+    settings = config.target
+    urls, api_key = list(settings.urls), read_api_key(settings)
     if not urls:
-        settings = server_settings(config.store, config.channel.path)
-        server = start_server(config, capture["layer_ids"], settings, resources)
+        server = start_server(config, capture["layer_ids"], resources)
         urls, api_key = [server.url], server.api_key
-    return _connect(config.target, resources, store=store, store_id=store_id, urls=urls, api_key=api_key, **capture)
+    capture |= {"urls": urls, "api_key": api_key, "store": store, "store_id": store_id}
+    target = SGLangServerTarget(settings.path, in_flight=settings.requests_in_flight, **capture)
+    resources.callback(target.stop_waiting)
+    return target
 
 
 def local_target(config: TrainConfig, resources: ExitStack, **capture: Any) -> SGLangServerTarget:
-    """Start a server here, which hands features over through a folder in memory."""
-    folder = resources.enter_context(exchange_folder())
-    server = start_server(config, capture["layer_ids"], {"store": "shared_dir", "root": folder}, resources)
-    capture |= {"store": SharedDirFeatureStore(folder), "store_id": "exchange"}
-    return _connect(config.target, resources, urls=[server.url], api_key=server.api_key, **capture)
+    """Start a server here, which hands features over through a folder; in memory where the system has such a place."""
+    parent = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None
+    folder = resources.enter_context(tempfile.TemporaryDirectory(prefix="lightning-dataflow-", dir=parent))
+    target, store = replace(config.target, urls=[]), StoreConfig(kind="shared_dir", root=folder)
+    own = replace(config, target=target, store=store)
+    return served_target(own, SharedDirFeatureStore(folder), "exchange", resources, **capture)
 
 
-def start_server(
-    config: TrainConfig, layer_ids: Sequence[int], store: Mapping[str, Any], resources: ExitStack
-) -> LocalSGLang:
-    """Start an SGLang server that ends with `resources`; `store` says where it puts features."""
+def start_server(config: TrainConfig, layer_ids: Sequence[int], resources: ExitStack) -> LocalSGLang:
+    """Start an SGLang server that puts features into the store of `config`, and ends with `resources`."""
     target = config.target
     if target.server_python is None and importlib.util.find_spec("sglang") is None:
         raise UserError(
@@ -64,7 +66,7 @@ def start_server(
         target.path,
         layer_ids,
         python=target.server_python or sys.executable,
-        store=store,
+        store=store_settings(config),
         folder=config.run_dir,
         api_key=read_api_key(target),
         arguments=target.server_args,
@@ -74,34 +76,12 @@ def start_server(
     return server
 
 
-def exchange_folder() -> tempfile.TemporaryDirectory[str]:
-    """A folder that a server here hands features over in; in memory where the system has such a place."""
-    parent = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None
-    return tempfile.TemporaryDirectory(prefix="lightning-dataflow-", dir=parent)
-
-
-def _connect(settings: TargetConfig, resources: ExitStack, **arguments: Any) -> SGLangServerTarget:
-    target = SGLangServerTarget(settings.path, in_flight=settings.requests_in_flight, **arguments)
-    resources.callback(target.stop_waiting)
-    return target
-
-
 def check_one_engine(config: TrainConfig) -> None:
     """Raise UserError where ranks would share a server: the one that a trainer starts for itself takes the first GPUs, so a
     second rank would find them taken."""
     ranks = num_devices(config.trainer)
-    if config.target.engine == "sglang" and not is_disaggregated(config) and ranks > 1:
+    if config.target.engine == "sglang" and ranks > 1:
         raise UserError(
             f"target.engine=sglang shares a machine with one trainer process, not {ranks}: set trainer.devices=1, or use "
             "target.engine=sglang_server with topology=disagg_online"
         )
-
-
-def server_settings(store: StoreConfig, channel_path: str) -> dict[str, Any]:
-    """The server's file for the store of a run."""
-    if store.kind == "shared_dir":
-        root = str(Path(shared_dir_root(store, channel_path)).absolute())
-        settings = {"root": root, "secret": read_secret(store), "capacity_bytes": store.capacity_bytes}
-    else:
-        settings = {name: getattr(store, name) for name in KNOWN["mooncake"]}
-    return {"store": store.kind, **{name: value for name, value in settings.items() if value is not None}}

@@ -1,5 +1,6 @@
 """A Mooncake of one run: a master and a storage process."""
 
+import ctypes
 import importlib.util
 import os
 import shutil
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.services.server import HOST, START_TIMEOUT_S, LocalServer, free_port, start_together
+from lightning_dataflow.services.server import HOST, LocalServer, free_port, start_together
 from lightning_dataflow.stores.mooncake.admin import MooncakeAdmin
 from lightning_dataflow.stores.mooncake.client import (
     INSTALL,
@@ -96,17 +97,10 @@ class LocalMooncake:
         master, storage: the two servers. Restarted ones have lost their data; connections find them again within 3 s.
 
     Raises:
-        UserError: Mooncake is not installed, or a server was not ready in `start_timeout_s`.
+        UserError: Mooncake is not installed, or a server was not ready in time.
     """
 
-    def __init__(
-        self,
-        *,
-        capacity_bytes: int,
-        log_dir: str | Path,
-        start_timeout_s: float = START_TIMEOUT_S,
-        warm: bool = False,
-    ):
+    def __init__(self, *, capacity_bytes: int, log_dir: str | Path, warm: bool = False):
         if capacity_bytes < SMALLEST_CAPACITY:
             raise UserError(f"store.capacity_bytes is {capacity_bytes}, Mooncake needs at least {SMALLEST_CAPACITY}")
         self.capacity_bytes = capacity_bytes
@@ -114,7 +108,7 @@ class LocalMooncake:
         self.storage = MooncakeStorage(Path(log_dir) / "mooncake_client.log", capacity_bytes, self.master)
         self.servers = (self.master, self.storage)
         try:
-            start_together(self.servers, start_timeout_s)
+            start_together(self.servers)
             self.master_address, self.metrics_address = self.master.address, self.master.admin.address
             self.client_address = self.storage.address
             if warm:
@@ -136,15 +130,14 @@ class LocalMooncake:
 
     def _warm(self) -> None:
         client = MooncakeClient(master_address=self.master_address, client_address=self.client_address)
-        block = client.memory.allocate(WARM_BLOCK)
+        block = client.lease(WARM_BLOCK)
         keys: list[str] = []
         size = WARM_BLOCK
         while size >= 1 << 16:
             keys.append(f"warm/{len(keys)}")
-            if client.put([keys[-1]], [block.address], [size])[0]:
+            if client.put([keys[-1]], [ctypes.addressof(block)], [size])[0]:
                 size //= 2
         client.remove(keys)
-        client.memory.free(block)
         client.close()
 
 

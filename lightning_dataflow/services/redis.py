@@ -1,17 +1,16 @@
 """A Redis server of one run."""
 
-import fcntl
 import secrets
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import IO
 
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts.waiting import try_lock, wait_until
 from lightning_dataflow.control.redis.address import RedisAddress
 from lightning_dataflow.control.redis.server import RedisServer
-from lightning_dataflow.services.server import HOST, POLL_S, START_TIMEOUT_S, LocalServer, open_private, start_together
+from lightning_dataflow.services.server import HOST, POLL_S, LocalServer, open_private, start_together
 
 PROGRAM = "redis-server"
 INSTALL = (
@@ -40,7 +39,7 @@ class LocalRedis(LocalServer):
     stop_timeout_s = 5.0
     keeps_data = True
 
-    def __init__(self, folder: str | Path, *, settings: tuple[str, ...] = (), start_timeout_s: float = START_TIMEOUT_S):
+    def __init__(self, folder: str | Path, *, settings: tuple[str, ...] = ()):
         if shutil.which(PROGRAM) is None:
             raise UserError(f"{PROGRAM} is not installed: {INSTALL}")
         self.folder = Path(folder)
@@ -53,7 +52,7 @@ class LocalRedis(LocalServer):
             if not self.secret_file.exists():
                 with open_private(self.secret_file, "x") as file:
                     file.write(secrets.token_urlsafe(24))
-            start_together([self], start_timeout_s)
+            start_together([self])
             (self.folder / ADDRESS).write_text(self.address)
         except BaseException:
             self.stop()
@@ -113,16 +112,9 @@ class LocalRedis(LocalServer):
 def _lock(path: Path) -> IO[str]:
     """Two servers must not write the same append-only file."""
     file = path.open("a")
-    deadline = time.monotonic() + LOCK_TIMEOUT_S
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                file.close()
-                raise UserError(
-                    f"another process runs a Redis in {path.parent}: the run goes on, so end it first, or choose another "
-                    "run_name"
-                ) from None
-        time.sleep(POLL_S)
+    if not wait_until(lambda: try_lock(file.fileno()), LOCK_TIMEOUT_S, POLL_S):
+        file.close()
+        raise UserError(
+            f"another process runs a Redis in {path.parent}: the run goes on, so end it first, or choose another run_name"
+        )
+    return file

@@ -4,7 +4,6 @@ import os
 import signal
 import socket
 import subprocess
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts.waiting import wait_until
 from lightning_dataflow.services.leash import leashed_command
 
 HOST = "127.0.0.1"
@@ -105,11 +105,8 @@ class LocalServer(ABC):
         assert self.process.stdin is not None, "a pipe"
         with suppress(BrokenPipeError), self.process.stdin as pipe:  # it may have ended already
             pipe.write(self.standard_input().encode())
-        deadline = time.monotonic() + timeout_s
-        while not self._answers():
-            if time.monotonic() > deadline:
-                raise UserError(f"{self.name} was not ready within {timeout_s:g} s, {self._last_words()}")
-            time.sleep(POLL_S)
+        if not wait_until(self._answers, timeout_s, POLL_S):
+            raise UserError(f"{self.name} was not ready within {timeout_s:g} s, {self._last_words()}")
 
     def poll(self) -> int | None:
         """The exit status; None while it runs."""
@@ -142,7 +139,7 @@ class LocalServer(ABC):
         return f"see {self.log_path}: {' | '.join(errors[-1:] or lines[-4:] or ['empty'])[:400]}"
 
 
-def start_together(servers: Sequence[LocalServer], timeout_s: float) -> None:
+def start_together(servers: Sequence[LocalServer], timeout_s: float = START_TIMEOUT_S) -> None:
     """Start servers one after the other. If one ends, its port was probably taken: try again on other ports."""
     for attempts_left in reversed(range(START_ATTEMPTS)):
         try:

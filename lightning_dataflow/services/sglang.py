@@ -15,7 +15,7 @@ from lightning_dataflow.services.server import HOST, LocalServer, open_private
 from lightning_dataflow.sglang_plugin.wire import SERVER_FILE, server_command
 
 LAUNCHER = "lightning_dataflow.sglang_plugin.launch"
-HEALTH_TIMEOUT_S = 10.0
+START_TIMEOUT_S, HEALTH_TIMEOUT_S = 900.0, 10.0
 
 
 class LocalSGLang(LocalServer):
@@ -48,7 +48,6 @@ class LocalSGLang(LocalServer):
         folder: str | Path,
         api_key: str | None = None,
         arguments: Sequence[str] = (),
-        start_timeout_s: float = 900.0,
     ):
         if shutil.which(python) is None:
             raise UserError(f"target.server_python={python} is no program: name the Python of SGLang's environment")
@@ -64,7 +63,7 @@ class LocalSGLang(LocalServer):
             json.dump(dict(store), file)
         self.environment = os.environ | {SERVER_FILE: str(settings.absolute())}
         try:
-            self.start(start_timeout_s)
+            self.start(START_TIMEOUT_S)
         except BaseException:
             self.close()
             raise

@@ -17,7 +17,6 @@ import torch
 
 from lightning_dataflow.contracts import (
     CapacityError,
-    CaptureMismatchError,
     CaptureSpec,
     SampleOrigin,
     UserError,
@@ -30,16 +29,14 @@ from lightning_dataflow.sglang_plugin.wire import (
     PARAM,
     CaptureRequest,
     ErrorKind,
-    ServerDescription,
     check_version,
-    description_to_json,
     flag_problems,
     request_from_text,
     start_advice,
     token_digest,
 )
 from lightning_dataflow.stores import FeatureStore, StoreUnavailableError
-from lightning_dataflow.stores.base import dtype_name
+from lightning_dataflow.stores.base import new_ref
 
 APPEND = (
     "sglang.srt.managers.scheduler_components.batch_result_processor."
@@ -49,7 +46,6 @@ COPY = "sglang.srt.managers.utils.GenerationBatchResult.copy_to_cpu"
 MAX_NEW_TOKENS = 1
 KINDS: tuple[tuple[tuple[type[Exception], ...], ErrorKind], ...] = (
     ((CapacityError,), "full"),
-    ((CaptureMismatchError,), "mismatch"),  # a UserError too, so it comes first
     ((UserError, PermissionError), "refused"),
     ((StoreUnavailableError,), "store"),
 )
@@ -129,7 +125,7 @@ def append_prefill_hidden_states(original: Callable[..., int], processor: Any, *
 
 
 def _answer(text: Any, req: Any, output: Any, rows: range, processor: Any) -> str:
-    """A reference, a description, or an error. No exception may end the scheduler."""
+    """A reference, or an error. No exception may end the scheduler."""
     try:
         return json.dumps(_serve(text, req, output, rows, processor), separators=(",", ":"))
     except Exception as error:
@@ -161,8 +157,6 @@ def _capture(
     server: "Server", store: FeatureStore, request: CaptureRequest, req: Any, output: Any, rows: range
 ) -> dict[str, Any]:
     token_ids = list(req.origin_input_ids)
-    if request.loss_mask is None:
-        return {"server": description_to_json(server.describe(store.uri, dtype_name(output.last_hidden_states.dtype)))}
     if len(rows) != len(token_ids):
         raise RuntimeError(
             f"the server computed {len(rows)} of the {len(token_ids)} tokens of {request.sample_id} in this pass (prefix "
@@ -176,8 +170,8 @@ def _capture(
         "loss_mask": torch.tensor(request.loss_mask, dtype=torch.uint8),
         **{name: computed[name][rows.start : rows.stop] for name in request.features},
     }
-    server.check(tensors)
-    ref = store.put(tensors, server.origin(request, len(token_ids)))
+    origin = server.origin(request, len(token_ids))
+    ref = new_ref(tensors, origin, store.uri) if request.dry_run else store.put(tensors, origin)
     return {"ref": ref_to_json(ref), "tokens": token_digest(token_ids)}
 
 
@@ -204,20 +198,7 @@ class Server:
             )
         self.stores: ServerStores = read_settings()
         self.capture = CaptureSpec(layer_ids=tuple(sorted(layer_ids)), norm="post", hidden_size=model_config.hidden_size)
-        self.versions = model_fingerprint(folder), tokenizer_fingerprint(folder)
-
-    def describe(self, uri: str, dtype: str) -> ServerDescription:
-        """What clients are told about this server."""
-        import sglang
-
-        return ServerDescription(
-            capture=self.capture,
-            dtype=dtype,
-            model_version=self.versions[0],
-            tokenizer_version=self.versions[1],
-            uri=uri,
-            sglang=sglang.__version__,
-        )
+        self.model_version, self.tokenizer_version = model_fingerprint(folder), tokenizer_fingerprint(folder)
 
     def origin(self, request: CaptureRequest, num_tokens: int) -> SampleOrigin:
         """What the server knows about a sample; the client replaces the names by its own."""
@@ -227,19 +208,11 @@ class Server:
             source_task_id=request.sample_id,
             source_id=request.sample_id,
             capture=self.capture,
-            target_model_version=self.versions[0],
-            tokenizer_version=self.versions[1],
+            target_model_version=self.model_version,
+            tokenizer_version=self.tokenizer_version,
             num_tokens=num_tokens,
             attempt=request.attempt,
         )
-
-    def check(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Raise CaptureMismatchError unless the features have the shapes that the description promises."""
-        num_tokens = len(tensors["input_ids"])
-        size = self.capture.hidden_size
-        for name, width in (("aux_hidden_states", len(self.capture.layer_ids) * size), ("last_hidden_state", size)):
-            if name in tensors and tuple(tensors[name].shape) != (num_tokens, width):
-                raise CaptureMismatchError(f"{name} has shape {tuple(tensors[name].shape)}, expected {(num_tokens, width)}")
 
 
 @cache

@@ -16,11 +16,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lightning_dataflow.contracts import CaptureSpec, UserError
+from lightning_dataflow.contracts import UserError
 from lightning_dataflow.contracts.validation import MAX_TOKENS, check_id
 
 PARAM = "lightning_dataflow"
-PROTOCOL = 2
+PROTOCOL = 3
 HIDDEN_STATES = ("aux_hidden_states", "last_hidden_state")
 SERVER_FILE = "LIGHTNING_DATAFLOW_SERVER_FILE"
 """The environment variable that names the server's settings; worker processes are spawned, so nothing else reaches them."""
@@ -30,7 +30,7 @@ MAX_ANSWER_BYTES = 4096
 CONVENTION = "DFLASH"
 """SGLang's name of the convention in which it counts layers as we do. No draft is loaded."""
 
-ErrorKind = Literal["refused", "full", "store", "failed", "mismatch"]
+ErrorKind = Literal["refused", "full", "store", "failed"]
 """`store`: the store is gone, which is not the prompt's fault. `failed`: this prompt failed, and nothing was stored."""
 
 
@@ -40,41 +40,31 @@ class CaptureRequest:
 
     Attributes:
         store_id: of the run; the server's settings say in which Mooncake it is.
-        loss_mask: 0 or 1 for each token; None asks for the server's description and stores nothing.
+        loss_mask: 0 or 1 for each token.
         features: which of the hidden states to store.
+        dry_run: answer what would be stored where, and store nothing.
     """
 
     store_id: str
     sample_id: str
+    loss_mask: Sequence[int]
     attempt: int = 0
-    loss_mask: tuple[int, ...] | None = None
     features: tuple[str, ...] = HIDDEN_STATES
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerDescription:
-    """What a server captures, and where it puts the features.
-
-    Attributes:
-        uri: of the store for the asked store_id.
-    """
-
-    capture: CaptureSpec
-    dtype: str
-    model_version: str
-    tokenizer_version: str
-    uri: str
-    sglang: str
-    protocol: int = PROTOCOL
+    dry_run: bool = False
 
 
 def request_to_text(request: CaptureRequest) -> str:
     """One line of JSON. The mask becomes the lengths of alternating runs, starting with zeros."""
-    data: dict[str, Any] = {"protocol": PROTOCOL, "store": request.store_id, "sample": request.sample_id}
-    if request.loss_mask is not None:
-        runs = [(value, len(list(run))) for value, run in itertools.groupby(request.loss_mask)]
-        data["features"] = list(request.features)
-        data |= {"attempt": request.attempt, "mask": [0] * (runs[:1] != [] and runs[0][0] == 1) + [n for _, n in runs]}
+    runs = [(value, len(list(run))) for value, run in itertools.groupby(request.loss_mask)]
+    data = {
+        "protocol": PROTOCOL,
+        "store": request.store_id,
+        "sample": request.sample_id,
+        "attempt": request.attempt,
+        "features": request.features,
+        "mask": [0] * (runs[:1] != [] and runs[0][0] == 1) + [length for _, length in runs],
+        "dry_run": request.dry_run,
+    }
     return json.dumps(data, separators=(",", ":"))
 
 
@@ -82,44 +72,30 @@ def request_from_text(text: Any, num_tokens: int) -> CaptureRequest:
     """Raises UserError for anything malformed, or for a mask of another length than the prompt."""
     try:
         data = json.loads(text)
-        protocol, store_id, sample_id = data["protocol"], data["store"], data["sample"]
-        attempt, runs = data.get("attempt", 0), data.get("mask")
-        features = tuple(data.get("features", HIDDEN_STATES))
+        if data["protocol"] != PROTOCOL:
+            raise UserError(
+                f"the client speaks protocol {data['protocol']}, the server {PROTOCOL}: install one release on both sides"
+            )
+        store_id, sample_id, attempt, runs = data["store"], data["sample"], data["attempt"], data["mask"]
+        features, dry_run = tuple(data["features"]), bool(data["dry_run"])
         unknown = set(features) - set(HIDDEN_STATES)
-        well_formed = _is_count(attempt, 10**9) and (runs is None or all(_is_count(run, MAX_TOKENS) for run in runs))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        well_formed = _is_count(attempt, 10**9) and all(_is_count(run, MAX_TOKENS) for run in runs)
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"not a capture request ({type(error).__name__}): use the client of this package") from error
-    if protocol != PROTOCOL:
-        raise UserError(f"the client speaks protocol {protocol}, the server {PROTOCOL}: install one release on both sides")
     if not well_formed:
         raise UserError("attempt and mask of a capture request are whole numbers from 0: use the client of this package")
     check_id(store_id, "store")
     check_id(sample_id, "sample")
-    if runs is None:
-        return CaptureRequest(store_id=store_id, sample_id=sample_id)
     if sum(runs) != num_tokens:
         raise UserError(f"the loss mask of {sample_id} has {sum(runs)} entries, the server read {num_tokens} tokens")
     if not features or unknown:
         raise UserError(f"features={list(features)} of {sample_id}: a server captures {' and '.join(HIDDEN_STATES)}")
     mask = tuple(index % 2 for index, run in enumerate(runs) for _ in range(run))
-    return CaptureRequest(store_id=store_id, sample_id=sample_id, attempt=attempt, loss_mask=mask, features=features)
-
-
-def description_to_json(description: ServerDescription) -> dict[str, Any]:
-    """Plain containers."""
-    return {**vars(description), "capture": vars(description.capture)}
-
-
-def description_from_json(data: Any) -> ServerDescription:
-    """Raises UserError for anything malformed."""
-    try:
-        capture = dict(data["capture"])
-        spec = CaptureSpec(**{**capture, "layer_ids": tuple(map(int, capture["layer_ids"]))})
-        return ServerDescription(**{**data, "capture": spec})
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"not the description of a capture server ({error!r}): install one release on both sides"
-        ) from error
+    return CaptureRequest(
+        store_id=store_id, sample_id=sample_id, loss_mask=mask, attempt=attempt, features=features, dry_run=dry_run
+    )
 
 
 def token_digest(token_ids: Sequence[int]) -> str:
@@ -130,11 +106,11 @@ def token_digest(token_ids: Sequence[int]) -> str:
     return hashlib.sha256(numbers).hexdigest()[:32]
 
 
-def check_version(version: str) -> None:
-    """Raise UserError unless this release of SGLang is supported."""
+def check_version(version: str, whose: str = "") -> None:
+    """Raise UserError, which begins with `whose`, unless this release of SGLang is supported."""
     numbers = tuple(int(number) for number in re.findall(r"\d+", version.partition("+")[0])[:3])
     if not OLDEST <= numbers < BELOW:
-        raise UserError(f"SGLang {version} is not supported, capture needs sglang{SUPPORTED}: install one of those")
+        raise UserError(f"{whose}SGLang {version} is not supported, capture needs sglang{SUPPORTED}: install one of those")
 
 
 def flag_problems(args: Mapping[str, Any]) -> list[str]:

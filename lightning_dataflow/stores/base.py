@@ -111,7 +111,7 @@ class FeatureStore(ABC):
 
 
 class Leases:
-    """The read leases that this process holds. Thread-safe."""
+    """The read leases that this process holds, also of generations that were freed meanwhile. Thread-safe."""
 
     def __init__(self) -> None:
         self._refs: dict[tuple[str, str], tuple[SampleRef, set[str]]] = {}
@@ -135,12 +135,6 @@ class Leases:
             del self._refs[key]
             return ref
 
-    def forget(self, sample_id: str, generation: str | None = None) -> None:
-        """Drop the leases of a generation, or of all generations of a sample, that was freed."""
-        with self._lock:
-            for key in [key for key in self._refs if key[0] == sample_id and generation in (None, key[1])]:
-                del self._refs[key]
-
 
 def new_ref(tensors: Mapping[str, torch.Tensor], origin: SampleOrigin, uri: str) -> SampleRef:
     """The ref of a new generation of `tensors`. Raises ValueError when there are none."""
@@ -160,7 +154,7 @@ def new_ref(tensors: Mapping[str, torch.Tensor], origin: SampleOrigin, uri: str)
         uri=uri,
         generation=new_generation(origin.attempt),
         features=features,
-        num_bytes=num_bytes(tensors),
+        num_bytes=sum(tensor.nbytes for tensor in tensors.values()),
     )
 
 
@@ -177,11 +171,6 @@ def attempt_of(generation: str) -> int:
 def dtype_name(dtype: torch.dtype) -> str:
     """`bfloat16` for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")
-
-
-def num_bytes(tensors: Mapping[str, torch.Tensor]) -> int:
-    """Payload of all tensors."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def check_room(ref: SampleRef, taken: int, capacity: int | None) -> None:

@@ -46,13 +46,9 @@ class MemoryFeatureStore(FeatureStore):
         if ref.uri != self.uri:
             raise of_another_store(ref, self.uri)
         with self._lock:
-            entry = self._entries.get(ref.sample_id)
-            if entry is None or entry.ref.generation != ref.generation:
-                state = (
-                    "not here (freed, or never stored)" if entry is None else f"now at generation {entry.ref.generation}"
-                )
-                raise KeyError(f"features of {ref.sample_id} generation {ref.generation} are {state}")
-            return dict(entry.tensors), self._leases.grant(ref)
+            if not self._holds(ref):
+                raise KeyError(f"features of {ref.sample_id} generation {ref.generation} were freed or superseded")
+            return dict(self._entries[ref.sample_id].tensors), self._leases.grant(ref)
 
     def release(self, handle: FeatureHandle) -> None:
         with self._lock:
@@ -63,11 +59,11 @@ class MemoryFeatureStore(FeatureStore):
     def free(self, ref: SampleRef) -> None:
         with self._lock:
             if self._holds(ref):
-                self._remove(ref.sample_id)
+                del self._entries[ref.sample_id]
 
     def abort(self, sample_id: str) -> None:
         with self._lock:
-            self._remove(sample_id)
+            self._entries.pop(sample_id, None)
 
     def exists(self, refs: Sequence[SampleRef]) -> list[bool]:
         with self._lock:
@@ -87,7 +83,7 @@ class MemoryFeatureStore(FeatureStore):
         with self._lock:
             orphans = [name for name, entry in self._entries.items() if not is_live(name, entry.ref.generation)]
             for sample_id in orphans:
-                self._remove(sample_id)
+                del self._entries[sample_id]
         return {"orphans": len(orphans)}
 
     def _num_bytes(self) -> int:
@@ -96,7 +92,3 @@ class MemoryFeatureStore(FeatureStore):
     def _holds(self, ref: SampleRef) -> bool:
         entry = self._entries.get(ref.sample_id)
         return entry is not None and (entry.ref.uri, entry.ref.generation) == (ref.uri, ref.generation)
-
-    def _remove(self, sample_id: str) -> None:
-        self._entries.pop(sample_id, None)
-        self._leases.forget(sample_id)

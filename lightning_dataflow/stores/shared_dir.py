@@ -1,7 +1,6 @@
 """Features as safetensors files in a folder that several processes share."""
 
 import errno
-import fcntl
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from lightning_dataflow.contracts import CapacityError, FeatureHandle, SampleOrigin, SampleRef, UserError
 from lightning_dataflow.contracts.errors import NO_LOCKS
 from lightning_dataflow.contracts.validation import check_id
+from lightning_dataflow.contracts.waiting import try_lock, wait_until
 from lightning_dataflow.stores.base import (
     FeatureStore,
     IsLive,
@@ -118,12 +118,10 @@ class SharedDirFeatureStore(FeatureStore):
         """Free one generation, even with `retain`."""
         self._card.check()
         if ref.uri == self.uri:
-            self._leases.forget(ref.sample_id, ref.generation)
             _remove(self._path(ref))
 
     def abort(self, sample_id: str) -> None:
         self._card.check()
-        self._leases.forget(sample_id)
         for path in _generations(self._folder(sample_id)):
             _remove(path)
 
@@ -170,20 +168,16 @@ class SharedDirFeatureStore(FeatureStore):
             yield
 
     def _wait_for(self, lock: int) -> None:
-        deadline = time.monotonic() + LOCK_TIMEOUT_S
-        while True:
-            try:
-                return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise StoreUnavailableError(
-                        f"another process has been writing to {self.root} for {LOCK_TIMEOUT_S:.0f} s: end it if it hangs"
-                    ) from None
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
-                    raise
-                return  # each writer then checks the capacity by itself
-            time.sleep(LOCK_POLL_S)
+        try:
+            is_locked = wait_until(lambda: try_lock(lock), LOCK_TIMEOUT_S, LOCK_POLL_S)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            return  # each writer then checks the capacity by itself
+        if not is_locked:
+            raise StoreUnavailableError(
+                f"another process has been writing to {self.root} for {LOCK_TIMEOUT_S:.0f} s: end it if it hangs"
+            )
 
     def _write(self, ref: SampleRef, tensors: Tensors) -> None:
         path = self._path(ref)
@@ -231,8 +225,5 @@ def _remove(path: Path) -> None:
 
 
 def _remove_empty(folder: Path) -> None:
-    try:
+    with suppress(OSError):  # not empty, or gone already
         folder.rmdir()
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.ENOENT, errno.EEXIST):
-            raise

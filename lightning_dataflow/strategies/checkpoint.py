@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from lightning_dataflow.checkpoints.reading import HEADER, read_header
-from lightning_dataflow.contracts import NotFiniteError, UserError
-from lightning_dataflow.data.finite import first_not_finite
+from lightning_dataflow.contracts import UserError
 from lightning_dataflow.strategies.module import DraftModule
 from lightning_dataflow.strategies.published.reading import is_published, read_draft
 from lightning_dataflow.strategies.registry import resolve_strategy
-from lightning_dataflow.strategies.warm_start import check_tensors
+from lightning_dataflow.strategies.warm_start import check_finite, check_tensors
 
 REMEDY = "name another checkpoint of its run"
 
@@ -39,14 +38,8 @@ def load_module(path: str | Path, *, target: str | None = None) -> DraftModule:
         module.on_load_checkpoint(checkpoint)
     except KeyError as error:  # an entry that a strategy adds to its weights
         raise _incomplete(path, str(error.args[0])) from error
-    check_finite(path, module.state_dict())
+    check_finite(path, module.state_dict(), REMEDY)
     return module.eval()
-
-
-def check_finite(path: Path, tensors: Mapping[str, Tensor], remedy: str = REMEDY) -> None:
-    """Raise NotFiniteError naming the first of a draft's tensors that holds NaN or infinity."""
-    if name := first_not_finite(tensors):
-        raise NotFiniteError(f"{path}: {name} holds NaN or infinity, so it is no draft to use: {remedy}")
 
 
 def load_published(folder: str | Path, *, target: str | None) -> DraftModule:
@@ -66,16 +59,14 @@ def load_published(folder: str | Path, *, target: str | None) -> DraftModule:
         module = spec.module(target=target, init_from=str(folder), **settings)
         module.load_frozen_target(torch.device("cpu"))
     module.load_start()
-    check_finite(Path(folder), module.state_dict())
     return module.eval()
 
 
 def _rebuild(path: Path, checkpoint: Mapping[str, Any], target: str | None) -> DraftModule:
     """The module of a checkpoint's settings, for the target that it was trained for."""
     name = checkpoint["strategy"]
-    hparams = {
-        key: value for key, value in checkpoint["hyper_parameters"].items() if key != "_instantiator"
-    }  # `_instantiator` is LightningCLI's
+    hparams = dict(checkpoint["hyper_parameters"])
+    hparams.pop("_instantiator", None)  # LightningCLI's
     if "target" not in hparams or "target_model_version" not in checkpoint:
         raise _incomplete(path, "the name of its target")
     hparams |= {"target": target or hparams["target"], "init_from": None}  # its sizes are in `network`

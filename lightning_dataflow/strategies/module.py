@@ -2,11 +2,12 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lightning_dataflow.callbacks.averaging import complete_average, follow_buffers
 from lightning_dataflow.checkpoints.paths import forget_foreign_paths
@@ -16,10 +17,9 @@ from lightning_dataflow.data.collate import Batch, SampleRows
 from lightning_dataflow.data.finite import first_not_finite
 from lightning_dataflow.evaluation import Drafter
 from lightning_dataflow.strategies.common.target_tensors import FrozenTarget
-from lightning_dataflow.strategies.features import check_features, check_packing
 from lightning_dataflow.strategies.published.reading import read_draft
 from lightning_dataflow.strategies.registry import resolve_strategy
-from lightning_dataflow.strategies.sharding import fsdp1_root, full_state_dict, shard_draft
+from lightning_dataflow.strategies.sharding import fsdp1_root, full_state_dict
 from lightning_dataflow.strategies.spec import StrategySpec
 from lightning_dataflow.strategies.streaming import align_loops
 from lightning_dataflow.strategies.training import SumsModule
@@ -28,7 +28,9 @@ from lightning_dataflow.targets.base import check_layer_ids
 from lightning_dataflow.targets.info import read_target_info
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-LAYER_SIZES = (
+TARGET_SIZES = (
+    "hidden_size",
+    "vocab_size",
     "intermediate_size",
     "num_attention_heads",
     "num_key_value_heads",
@@ -36,7 +38,7 @@ LAYER_SIZES = (
     "rms_norm_eps",
     "rope_theta",
 )
-"""Sizes of the draft's decoder layers, by default those of the target's."""
+"""Sizes that a draft has from its target, unless it is told otherwise."""
 Draft = TypeVar("Draft", bound=nn.Module)
 
 
@@ -137,14 +139,15 @@ class DraftModule(SumsModule):
     def initialise_draft(self, data: DataFlowDataModule) -> None:
         """Set what depends on the target's tensors or on the data, once before a new draft trains."""
 
-    def network_sizes(self, settings: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
-        """Sizes of the draft's network: those of the draft to start from, else settings that are not None, else defaults,
-        else the target's. Raises UserError when settings and the draft to start from differ."""
+    def network_sizes(self, config: type[Any], **defaults: Any) -> dict[str, Any]:
+        """Fields of `config`, a dataclass: those of the draft to start from, else the constructor's arguments that are not
+        None, else defaults, else the target's. Raises UserError when arguments and the draft to start from differ."""
+        names = [field.name for field in fields(config)]
+        settings = {name: value for name in names if (value := self.hparams.get(name)) is not None}
         if self._start is not None:
             check_settings(self._start, settings)
-        of_target = {name: getattr(self.target_info, name) for name in LAYER_SIZES}
-        chosen = {name: value for name, value in settings.items() if value is not None}
-        return {**of_target, **defaults, **chosen, **(self.hparams["network"] or {})}
+        sizes = {name: getattr(self.target_info, name) for name in TARGET_SIZES} | {"num_aux_layers": len(self.layer_ids)}
+        return {**sizes, **defaults, **settings, **(self.hparams["network"] or {})}
 
     def new_draft(self, draft: Callable[[Any], Draft], config: Any) -> Draft:
         """A draft of `config`, whose weights depend on the seed alone."""
@@ -169,7 +172,7 @@ class DraftModule(SumsModule):
         """Refuse data that does not fit, then initialise the draft."""
         self.load_frozen_target(self.trainer.strategy.root_device)
         if stage == "fit" and isinstance(data := self._data(), DataFlowDataModule):
-            check_packing(data, self.strategy_name, self.packs)
+            self.check_packing(data)
             self.check_features(data.source.card)
             self.check_data(data)
             if not self._initialised and self._start is not None:
@@ -181,12 +184,43 @@ class DraftModule(SumsModule):
 
     def check_features(self, card: FeatureCard) -> None:
         """Raise UserError naming the first way in which captured features do not fit this draft."""
-        check_features(card, self.strategy_name, self.features, self.target_info, self.layer_ids)
+        strategy, target = self.strategy_name, self.target_info
+        if missing := set(self.features) - set(card.features):
+            raise UserError(f"the features lack {', '.join(sorted(missing))}, which {strategy} needs: capture again")
+        for what, actual, wanted in (
+            ("hidden size", card.capture.hidden_size, target.hidden_size),
+            ("norm of the last hidden state", card.capture.norm, "post"),
+            ("tokenizer", card.tokenizer_version, target.tokenizer_version),
+            ("target weights", card.target_model_version, target.model_version),
+        ):
+            if actual != wanted:
+                raise UserError(
+                    f"the features were captured with another {what} ({actual}, this draft's target {target.path} has "
+                    f"{wanted}): capture again with this target, or train with the one they came from"
+                )
+        if card.capture.layer_ids != self.layer_ids:
+            layers = list(card.capture.layer_ids)
+            raise UserError(
+                f"the features hold the target's layers {layers}, this {strategy} draft reads {list(self.layer_ids)}: "
+                f"capture again with strategy={strategy}, or set 'strategy.layer_ids={layers}'"
+            )
+
+    def check_packing(self, data: DataFlowDataModule) -> None:
+        """Raise UserError when samples are packed for a draft that cannot tell them apart, or do not fit into a row."""
+        row_tokens, longest = data.batching.row_tokens, data.source.card.max_num_tokens
+        if data.batching.packed and not self.packs:
+            raise UserError(f"{self.strategy_name} does not pack samples: leave row_tokens and rows_per_step out")
+        if row_tokens is not None and row_tokens < longest:
+            raise UserError(
+                f"row_tokens={row_tokens} is less than the {longest} tokens of the longest sample: raise it, or cut "
+                "samples to a smaller max_length"
+            )
 
     def configure_model(self) -> None:
-        """Shard under ModelParallelStrategy; other strategies wrap the module themselves."""
-        if self.device_mesh is not None:
-            shard_draft(self.draft, self.device_mesh["data_parallel"])
+        """Shard under ModelParallelStrategy (FSDP2), the draft as one unit, since its unrolled steps reuse one layer. Other
+        strategies wrap the module themselves."""
+        if self.device_mesh is not None and not isinstance(self.draft, FSDPModule):
+            fully_shard(self.draft, mesh=self.device_mesh["data_parallel"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the losses so far with the weights. Raises NotFiniteError; see `check_weights`."""

@@ -1,7 +1,7 @@
 """AdamW with linear warm-up and cosine decay."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -27,10 +27,6 @@ def adamw(
 
 def warmup_cosine(optimizer: Optimizer, *, warmup_ratio: float, min_lr_ratio: float, total_steps: int) -> LambdaLR:
     """Warm up over `warmup_ratio` of `total_steps`, then follow a cosine down to `min_lr_ratio` of the peak."""
-    return LambdaLR(optimizer, _factor(warmup_ratio, min_lr_ratio, total_steps))
-
-
-def _factor(warmup_ratio: float, min_lr_ratio: float, total_steps: int) -> Callable[[int], float]:
     if not 0 <= warmup_ratio < 1:
         raise UserError(f"warmup_ratio={warmup_ratio} is a share of max_steps: choose from 0 up to, not including, 1")
     warmup_steps = math.ceil(warmup_ratio * total_steps)
@@ -41,7 +37,7 @@ def _factor(warmup_ratio: float, min_lr_ratio: float, total_steps: int) -> Calla
         progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
         return min_lr_ratio + (1 - min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2
 
-    return factor
+    return LambdaLR(optimizer, factor)
 
 
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: torch.Tensor) -> None:

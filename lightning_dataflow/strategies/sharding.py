@@ -3,15 +3,7 @@
 from typing import Any
 
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-
-
-def shard_draft(draft: nn.Module, mesh: DeviceMesh) -> None:
-    """FSDP2 over the data-parallel mesh, the whole draft as one unit: its unrolled steps reuse one layer."""
-    from torch.distributed.fsdp import FSDPModule, fully_shard
-
-    if not isinstance(draft, FSDPModule):
-        fully_shard(draft, mesh=mesh)
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 
 def full_state_dict(module: nn.Module, prefix: str) -> dict[str, Any]:
@@ -22,8 +14,6 @@ def full_state_dict(module: nn.Module, prefix: str) -> dict[str, Any]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def fsdp1_root(model: Any) -> Any | None:
+def fsdp1_root(model: Any) -> FullyShardedDataParallel | None:
     """`model` when FSDPStrategy wrapped it: such a root clips its own gradients."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
     return model if isinstance(model, FullyShardedDataParallel) else None

@@ -10,8 +10,8 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_dataflow.callbacks import default_callbacks
 from lightning_dataflow.callbacks.averaging import end_averages
-from lightning_dataflow.callbacks.defaults import default_callbacks
 from lightning_dataflow.contracts import NotFiniteError, StepContext
 from lightning_dataflow.data.collate import Batch
 from lightning_dataflow.strategies.common.sums import ObjectiveSums

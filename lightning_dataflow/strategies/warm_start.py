@@ -55,7 +55,7 @@ def choose_layers(start: PublishedDraft, chosen: list[int] | None) -> list[int] 
 def check_settings(start: PublishedDraft, settings: Mapping[str, Any]) -> None:
     """Raise UserError naming the settings that ask for other sizes than the published draft has."""
     network = start.network
-    differing = [name for name, value in settings.items() if value is not None and network.get(name, value) != value]
+    differing = [name for name, value in settings.items() if network.get(name, value) != value]
     if differing:
         have = ", ".join(f"{name}={settings[name]}" for name in differing)
         want = " ".join(f"strategy.{name}={network[name]}" for name in differing)
@@ -80,6 +80,12 @@ def check_tensors(
             raise UserError(f"{path}: {name} is {list(shapes[name])}, any {draft} has {list(wanted[name].shape)}: {remedy}")
 
 
+def check_finite(path: Path, tensors: Mapping[str, Tensor], remedy: str) -> None:
+    """Raise NotFiniteError naming the first of a draft's tensors that holds NaN or infinity."""
+    if name := first_not_finite(tensors):
+        raise NotFiniteError(f"{path}: {name} holds NaN or infinity, so it is no draft to use: {remedy}")
+
+
 @torch.no_grad()
 def load_start(start: PublishedDraft, export: DraftExport, draft: nn.Module, target: FrozenTarget) -> None:
     """Copy a published draft's tensors into `draft`. Tensors that the folder leaves to the target come from the target.
@@ -89,22 +95,19 @@ def load_start(start: PublishedDraft, export: DraftExport, draft: nn.Module, tar
             target's; or its vocabulary map is invalid.
         NotFiniteError: it holds NaN or infinity.
     """
-    state = draft.state_dict()
+    stored, state = start.tensors(), draft.state_dict()
     optional = {EMBEDDING, HEAD, *VOCAB_MAPS} - state.keys() | export.implied(draft.config)
     kind = f"{start.strategy} draft with its config.json"
-    check_tensors(start.folder, start.shapes, state, kind, "it is another network", optional)
-    if broken := next((name for name in start.shapes if first_not_finite({name: start.tensor(name)})), None):
-        raise NotFiniteError(f"{start.folder}: {broken} holds NaN or infinity, so it is no draft to use: name another")
-    for name, ours in (EMBEDDING, target.embedding), (HEAD, target.head):
-        if name in start.shapes and name not in state and not same_tensor(start.tensor(name), ours):
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    check_tensors(start.folder, shapes, state, kind, "it is another network", optional)
+    check_finite(start.folder, stored, "name another")
+    of_target = {EMBEDDING: target.embedding, HEAD: target.head}
+    for name in of_target.keys() & stored.keys() - state.keys():
+        if not same_tensor(stored[name], of_target[name]):
             raise UserError(f"{start.folder} has a {name} of its own, unlike the target's: {export.own_tensor_remedy}")
-    for name, tensor in state.items():
-        if name in start.shapes:
-            tensor.copy_(start.tensor(name))
-        elif name == EMBEDDING:
-            tensor.copy_(target.embedding)
-        elif name == HEAD:
-            tensor.copy_(target.head)
+    for name, source in {**of_target, **stored}.items():
+        if name in state:
+            state[name].copy_(source)
     export.complete(start, draft)
 
 

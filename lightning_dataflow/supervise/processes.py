@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import IO
 
 from lightning_dataflow.contracts.errors import BAD_SETTINGS, TERMINATED
+from lightning_dataflow.run.signals import NUMBERS
 from lightning_dataflow.services.server import signal_group, start_process
 
 POLL_S = 0.05
@@ -60,10 +61,10 @@ class ManagedProcess:
         """Kill what is left of it, including ranks that it started."""
         signal_group(self.process, signal.SIGKILL)
         wait_for_end([self], KILL_S)
+        self.drain()
 
     def exit_reason(self) -> str:
-        """Its error message, or its exit status in words."""
-        self.drain()
+        """Its error message, or its exit status in words; complete once it is drained."""
         status = self.process.returncode
         if self.error is not None:
             return self.error
@@ -76,7 +77,6 @@ class ManagedProcess:
 
     def is_retryable(self) -> bool:
         """Whether another start could succeed: it did not fail because of its settings."""
-        self.drain()
         return self.process.returncode != BAD_SETTINGS or self.error is None
 
     def drain(self) -> None:
@@ -96,10 +96,7 @@ class ManagedProcess:
 def defer_interrupts() -> Iterator[None]:
     """Handle SIGINT and SIGTERM only after the block: a process that it starts is then known, and can be ended."""
     received: list[int] = []
-    handlers = {
-        number: signal.signal(number, lambda number, frame: received.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    handlers = {number: signal.signal(number, lambda number, frame: received.append(number)) for number in NUMBERS}
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,6 +27,7 @@ LEDGER_TIMEOUT_S = 60.0
 Answer = TypeVar("Answer")
 
 
+@dataclass
 class Restarts:
     """How often each process was restarted, and when the next restarts are due.
 
@@ -33,10 +35,9 @@ class Restarts:
         limit: for each process.
     """
 
-    def __init__(self, limit: int):
-        self.limit = limit
-        self.counts: dict[str, int] = {}
-        self._due: dict[str, float] = {}
+    limit: int
+    counts: dict[str, int] = field(default_factory=dict, init=False)
+    _due: dict[str, float] = field(default_factory=dict, init=False)
 
     def plan(self, name: str, exit_reason: str, *, least_pause_s: float = 0.0) -> bool:
         """Plan a restart; False when the process has used all of them."""
@@ -61,6 +62,7 @@ class Restarts:
         del self._due[name]
 
 
+@dataclass
 class Watch:
     """Watches all processes until the trainer and then the producers have ended, and restarts those that died.
 
@@ -74,50 +76,45 @@ class Watch:
         PeerFailedError: from `run`: the run cannot go on; names the process that failed, and why.
     """
 
-    def __init__(
-        self,
-        producers: Sequence[ManagedProcess],
-        trainer: ManagedProcess,
-        servers: Sequence[LocalServer],
-        ledger: MetadataStore,
-        run_dir: Path,
-        restarts: Restarts,
-    ):
-        self._producers = producers
-        self._trainer = trainer
-        self._servers = servers
-        self._ledger = ledger
-        self._run_dir = run_dir
-        self._restarts = restarts
-        self._trainer_started = self._ledger.now()
+    producers: Sequence[ManagedProcess]
+    trainer: ManagedProcess
+    servers: Sequence[LocalServer]
+    ledger: MetadataStore
+    run_dir: Path
+    restarts: Restarts
+
+    def __post_init__(self) -> None:
+        self._trainer_started = self.ledger.now()
         self._exhausted: dict[str, str] = {}  # producers without restarts left: exit reasons by name
         self._dead_pids: list[int] = []  # of producers, which may hold leases
         self._ledger_away_since: float | None = None
 
     def run(self) -> None:
         """Return when all have ended."""
-        while (status := self._trainer.process.poll()) != 0:
+        while (status := self.trainer.process.poll()) != 0:
             if self._keep_servers_running():
                 self._keep_producers_running()
                 if status is not None:
                     self._on_trainer_death()
             time.sleep(POLL_S)
-        self._wait_for_producers()
+        for producer in wait_for_end(self.producers, PRODUCERS_END_S):
+            log.warning("%s did not end within %.0f s of the trainer's end: killed", producer.name, PRODUCERS_END_S)
+            producer.kill()
 
     def describe(self) -> str:
         """Status text for the supervisor's heartbeat."""
-        counts = ", ".join(f"{name} ×{count}" for name, count in self._restarts.counts.items())
+        counts = ", ".join(f"{name} ×{count}" for name, count in self.restarts.counts.items())
         return f"watching; started again: {counts or 'none'}"
 
     def _keep_servers_running(self) -> bool:
-        return all(self._keep_running(server) for server in self._servers)
+        return all(self._keep_running(server) for server in self.servers)
 
     def _keep_running(self, server: LocalServer) -> bool:
         """Whether a server runs; restarts it when that is due."""
         if (status := server.poll()) is None:
             return True
-        if self._restarts.is_planned(server.name):
-            return self._restarts.is_due(server.name) and self._restart(server)
+        if self.restarts.is_planned(server.name):
+            return self.restarts.is_due(server.name) and self._restart(server)
         self._plan_restart(server, f"ended with status {status}")
         return False
 
@@ -128,29 +125,32 @@ class Watch:
             server.stop()  # it may run, and not be ready
             self._plan_restart(server, f"did not start again ({error})")
             return False
-        self._restarts.mark_started(server.name)
+        self.restarts.mark_started(server.name)
         kept = "its data was kept" if server.keeps_data else "its data was lost and will be captured again"
         log.warning("%s runs again; %s", server.name, kept)
         return True
 
     def _plan_restart(self, server: LocalServer, reason: str) -> None:
-        if not self._restarts.plan(server.name, reason, least_pause_s=server.restart_pause_s):
+        if not self.restarts.plan(server.name, reason, least_pause_s=server.restart_pause_s):
             raise PeerFailedError(f"{server.name} {reason}, see {server.log_path}")
 
     def _keep_producers_running(self) -> None:
-        for producer in self._producers:
+        for producer in self.producers:
             status = producer.process.poll()
             if status is None or producer.name in self._exhausted:
                 continue
-            if self._restarts.is_planned(producer.name):
-                if self._restarts.is_due(producer.name) and self._ask_ledger(self._ledger.now) is not None:
+            if self.restarts.is_planned(producer.name):
+                if self.restarts.is_due(producer.name) and self._ask_ledger(self.ledger.now) is not None:
                     producer.start()
-                    self._restarts.mark_started(producer.name)
+                    self.restarts.mark_started(producer.name)
             elif status != 0:
                 self._on_producer_death(producer)
-            elif self._ask_ledger(lambda: self._ledger.finished(since=self._trainer_started) is None):
+            elif self._ask_ledger(lambda: self.ledger.finished(since=self._trainer_started) is None):
                 producer.start()  # it ended with an earlier trainer
-        self._end_leases()
+        with suppress(PeerTimeoutError):  # later, if the ledger does not answer
+            while self._dead_pids:
+                end_leases(self.ledger, self._dead_pids[0])
+                self._dead_pids.pop(0)
 
     def _on_producer_death(self, producer: ManagedProcess) -> None:
         self._dead_pids.append(producer.process.pid)
@@ -158,29 +158,29 @@ class Watch:
         reason = producer.exit_reason()
         if not producer.is_retryable():
             raise PeerFailedError(f"{producer.name}: {reason}")
-        if self._restarts.plan(producer.name, reason):
+        if self.restarts.plan(producer.name, reason):
             return
         self._exhausted[producer.name] = reason
-        left = [each.name for each in self._producers if each.name not in self._exhausted]
+        left = [each.name for each in self.producers if each.name not in self._exhausted]
         if not left:
             raise PeerFailedError("; ".join(f"{name}: {reason}" for name, reason in self._exhausted.items()))
         log.warning("%s: %s; the run goes on with %s", producer.name, reason, ", ".join(left))
 
     def _on_trainer_death(self) -> None:
-        trainer = self._trainer
-        if self._restarts.is_planned(trainer.name):
-            if self._restarts.is_due(trainer.name) and (now := self._ask_ledger(self._ledger.now)) is not None:
+        trainer = self.trainer
+        if self.restarts.is_planned(trainer.name):
+            if self.restarts.is_due(trainer.name) and (now := self._ask_ledger(self.ledger.now)) is not None:
                 self._trainer_started = now
-                checkpoint = latest_checkpoint(self._run_dir / "checkpoints")
+                checkpoint = latest_checkpoint(self.run_dir / "checkpoints")
                 trainer.start(*([] if checkpoint is None else ["ckpt_path=auto"]))
-                self._restarts.mark_started(trainer.name)
+                self.restarts.mark_started(trainer.name)
             return
         trainer.kill()
         reason = trainer.exit_reason()
         time.sleep(FIRST_FAILURE_S)
         if self._keep_servers_running():
             self._keep_producers_running()  # raises if a producer is the cause
-        if not trainer.is_retryable() or not self._restarts.plan(trainer.name, reason):
+        if not trainer.is_retryable() or not self.restarts.plan(trainer.name, reason):
             raise PeerFailedError(f"{trainer.name}: {reason}")
 
     def _ask_ledger(self, question: Callable[[], Answer]) -> Answer | None:
@@ -195,18 +195,3 @@ class Watch:
             return None
         self._ledger_away_since = None
         return answer
-
-    def _end_leases(self) -> None:
-        """End those of dead producers; later, if the ledger does not answer."""
-        with suppress(PeerTimeoutError):
-            while self._dead_pids:
-                end_leases(self._ledger, self._dead_pids[0])
-                self._dead_pids.pop(0)
-
-    def _wait_for_producers(self) -> None:
-        """Wait for the producers to exit, and kill those that do not."""
-        for producer in wait_for_end(self._producers, PRODUCERS_END_S):
-            log.warning("%s did not end within %.0f s of the trainer's end: killed", producer.name, PRODUCERS_END_S)
-            producer.kill()
-        for process in (*self._producers, self._trainer):
-            process.drain()

@@ -1,13 +1,12 @@
 """Target engines: they read prompts and hand back the hidden states that drafts are trained on."""
 
-from lightning_dataflow.targets.base import ReferenceEngine, TargetEngine
+from lightning_dataflow.targets.base import TargetEngine
 from lightning_dataflow.targets.hf import HFTargetEngine
 from lightning_dataflow.targets.info import TargetInfo, load_tokenizer, read_target_info
 from lightning_dataflow.targets.sglang_server import SGLangServerTarget
 
 __all__ = [
     "HFTargetEngine",
-    "ReferenceEngine",
     "SGLangServerTarget",
     "TargetEngine",
     "TargetInfo",

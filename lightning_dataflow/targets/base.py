@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from lightning_dataflow.contracts import CaptureSpec, SampleOrigin, SampleRef, UserError
+from lightning_dataflow.contracts import CaptureSpec, UserError
 from lightning_dataflow.sglang_plugin.wire import HIDDEN_STATES
 from lightning_dataflow.targets.info import TargetInfo
 
@@ -21,17 +21,14 @@ class TargetEngine(ABC):
     backend: ClassVar[str]
     info: TargetInfo
     layer_ids: tuple[int, ...] = ()
+    dtype: str
+    """Of the features: torch's name, for example `bfloat16`."""
     features: tuple[str, ...] = HIDDEN_STATES
     """What `capture` returns; drafts need not read all of it."""
 
     def set_capture_layers(self, layer_ids: Sequence[int]) -> None:
         """Capture these layers from now on, in ascending order. Raises UserError for an id that does not exist."""
         self.layer_ids = check_layer_ids(layer_ids, self.info.num_layers)
-
-    @property
-    @abstractmethod
-    def dtype(self) -> str:
-        """Of the features: torch's name, for example `bfloat16`."""
 
     @property
     def capture_spec(self) -> CaptureSpec:
@@ -53,31 +50,6 @@ class TargetEngine(ABC):
         and `last_hidden_state` [S, H] after the final norm. Attention is causal and padding follows the tokens, so the
         rest of the batch has no effect, except that matrix kernels may round differently for another shape of the batch.
         """
-
-
-class ReferenceEngine(TargetEngine):
-    """An engine that can put features into a store itself and hand back references.
-
-    Attributes:
-        num_requests: prompts that it captures at a time.
-    """
-
-    num_requests: int
-
-    @abstractmethod
-    def capture_ref(self, token_ids: Sequence[int], loss_mask: Sequence[int], origin: SampleOrigin) -> SampleRef:
-        """Have one prompt captured and stored, and check the answer. Thread-safe.
-
-        Raises:
-            PeerGoneError: no answer. The features may be stored all the same: ask for the next attempt.
-            PeerFailedError: no server is left.
-            CapacityError: the store is full; nothing was stored.
-            CaptureMismatchError: the features are not what this run was announced with.
-        """
-
-    @abstractmethod
-    def stop_waiting(self) -> None:
-        """The run is ending: all calls, running and later ones, raise PeerGoneError at once."""
 
 
 def check_layer_ids(layer_ids: Sequence[int], num_layers: int) -> tuple[int, ...]:

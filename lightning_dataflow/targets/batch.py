@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -37,20 +38,17 @@ class TargetBatch:
         self.logits: list[Tensor] = []
         self.aux: list[Tensor] = []
         self.lengths = [len(prompt) for prompt in prompts]
-        self._single: TargetSession | None = None
-        self._layers: list[_Rows] = []
         sessions = []
         for prompt in prompts:
-            session = TargetSession(target, rollback=True)
+            session = TargetSession(target)
             logits, aux = session.extend(prompt)
             session.crop(len(prompt))
             self.logits.append(logits[-1])
             self.aux.append(aux)
             sessions.append(session)
-        if len(prompts) == 1:
-            self._single = sessions[0]
-        else:
-            self._layers = _stack([session.cache for session in sessions], max(self.lengths) + room)
+        self._single = sessions[0] if len(sessions) == 1 else None
+        caches = [] if self._single else [session.cache for session in sessions]
+        self._layers = _stack(caches, max(self.lengths) + room)
 
     def extend(self, token_ids: Sequence[Sequence[int]]) -> list[tuple[Tensor, Tensor]]:
         """Read n more tokens of every row. Returns each one's logits [n, V], in float32, and aux states [n, n_layers·H]."""
@@ -127,12 +125,9 @@ def _stack(caches: Sequence[DynamicCache], capacity: int) -> list[_Rows]:
                 f"several sequences at a time need full attention, and this target has a {type(layers[0]).__name__}: set "
                 "evaluate.batch_size=1"
             )
-        buffers = []
-        for tensors in ([layer.keys for layer in layers], [layer.values for layer in layers]):
-            heads, _, width = tensors[0].shape[1:]
-            buffer = tensors[0].new_zeros(len(tensors), heads, capacity, width)
-            for row, tensor in enumerate(tensors):
-                buffer[row, :, : tensor.shape[2]] = tensor[0]
-            buffers.append(buffer)
-        rows.append(_Rows(*buffers))
+        keys, values = (
+            torch.cat([pad(tensor, (0, 0, 0, capacity - tensor.shape[2])) for tensor in tensors])
+            for tensors in ([layer.keys for layer in layers], [layer.values for layer in layers])
+        )
+        rows.append(_Rows(keys, values))
     return rows

@@ -72,32 +72,32 @@ def table(comparisons: Sequence[Comparison]) -> str:
 
 def _compare(expected: Features, captured: Features, other: TargetEngine, together: bool) -> Comparison:
     size, tolerance = other.info.hidden_size, TOLERANCES[other.dtype]
-    layers = dict(enumerate(expected["aux_hidden_states"].float().split(size, dim=-1)))
-    pieces = captured["aux_hidden_states"].float().split(size, dim=-1)
-    last, last_piece = expected["last_hidden_state"].float(), captured["last_hidden_state"].float()
+    states, found = _states(expected, range(other.info.num_layers), size), _states(captured, other.layer_ids, size)
     problems: list[str] = []
     differences: dict[str, tuple[float, float]] = {}
-    if len(pieces) != len(other.layer_ids):
-        problems.append(f"{len(pieces)} layers instead of {len(other.layer_ids)}")
-    for layer, piece in zip(other.layer_ids, pieces, strict=False):
-        differences[f"layer {layer}"], problem = _difference(layers[layer], piece, tolerance)
-        closest = min(layers, key=lambda layer: _error(layers[layer], piece))
-        if not problem.startswith("lacks") and _error(layers[closest], piece) < _error(layers[layer], piece):
-            problem = f"is layer {closest}"
+    if len(found) != len(other.layer_ids) + 1:
+        problems.append(f"{len(found) - 1} layers instead of {len(other.layer_ids)}")
+    for name, state in found.items():
+        differences[name], problem = _difference(states[name], state, tolerance)
+        closest = min(states, key=lambda candidate: _error(states[candidate], state))
+        if _error(states[closest], state) < _error(states[name], state):
+            problem = f"is {closest}" if name != "last" else f"is {closest}, before the final norm"
         if problem:
-            problems.append(f"layer {layer} {problem}")
-    differences["last"], problem = _difference(last, last_piece, tolerance)
-    if _error(layers[max(layers)], last_piece) < _error(last, last_piece):
-        problem = "is before the final norm"
-    if problem:
-        problems.append(f"last {problem}")
+            problems.append(f"{name} {problem}")
     return Comparison(
-        num_tokens=len(last),
+        num_tokens=len(states["last"]),
         together=together,
         dtype=dtype_name(captured["last_hidden_state"].dtype),
         differences=differences,
         problems=tuple(problems),
     )
+
+
+def _states(features: Features, layer_ids: Sequence[int], size: int) -> Features:
+    """Each captured state by its name."""
+    pieces = features["aux_hidden_states"].float().split(size, dim=-1)
+    layers = {f"layer {layer}": piece for layer, piece in zip(layer_ids, pieces, strict=False)}
+    return layers | {"last": features["last_hidden_state"].float()}
 
 
 def _difference(expected: torch.Tensor, captured: torch.Tensor, tolerance: float) -> tuple[tuple[float, float], str]:

@@ -7,21 +7,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.stores.base import dtype_name
 from lightning_dataflow.targets.base import HIDDEN_STATES, TargetEngine
 from lightning_dataflow.targets.hardware import default_device, multiplies_bfloat16
-from lightning_dataflow.targets.info import eos_token_ids, read_target_info
+from lightning_dataflow.targets.info import read_eos_token_ids, read_target_info
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def check_dtype(dtype: str, setting: str) -> None:
-    """Raise UserError naming the `setting` when a target cannot be loaded so."""
-    if dtype != "auto" and dtype not in DTYPES:
-        raise UserError(f"{setting}={dtype} is unknown: use auto, {', '.join(DTYPES)}")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class HFTargetEngine(TargetEngine):
@@ -35,6 +30,9 @@ class HFTargetEngine(TargetEngine):
             emulates bfloat16. Features have this dtype.
         device: `auto` (this rank's GPU when there is one), or a torch device.
         attention: transformers' `attn_implementation`.
+
+    Attributes:
+        eos_token_ids: tokens that end a generation.
     """
 
     backend = "hf"
@@ -49,41 +47,30 @@ class HFTargetEngine(TargetEngine):
         device: str = "auto",
         attention: str = "sdpa",
     ):
-        check_dtype(dtype, "target.dtype")
+        if dtype not in DTYPES:
+            raise UserError(f"target.dtype={dtype} is unknown: use {', '.join(DTYPES)}")
         self.info = read_target_info(path)
         self.device = default_device() if device == "auto" else torch.device(device)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype="auto" if dtype == "auto" else DTYPES[dtype], attn_implementation=attention
-        )
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
         if dtype == "auto" and model.dtype == torch.bfloat16 and not multiplies_bfloat16(self.device):
             model = model.float()
         self.model = model.to(self.device).eval()  # type: ignore[arg-type]
         self.model.requires_grad_(False)
+        self.dtype = dtype_name(self.model.dtype)
+        self.eos_token_ids = read_eos_token_ids(path)
         self._decoder = model.get_decoder()
         self._layers = decoder_layers(self._decoder, self.info.num_layers)
         self.features = tuple(features)
         if layer_ids is not None:
             self.set_capture_layers(layer_ids)
 
-    @property
-    def dtype(self) -> str:
-        return dtype_name(self.model.dtype)
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end a generation."""
-        return eos_token_ids(self.model.generation_config)
-
     @torch.no_grad()
     def capture(self, batch: Sequence[Sequence[int]]) -> list[dict[str, torch.Tensor]]:
         """Run one forward pass. An autocast context around it has no effect."""
         assert self.layer_ids, "set_capture_layers comes first"
         lengths = [len(ids) for ids in batch]
-        input_ids = torch.zeros(len(batch), max(lengths), dtype=torch.int64)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, ids in enumerate(batch):
-            input_ids[row, : len(ids)] = torch.tensor(ids)
-            attention_mask[row, : len(ids)] = 1
+        input_ids = pad_sequence([torch.tensor(ids) for ids in batch], batch_first=True)
+        attention_mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
         with torch.autocast(self.device.type, enabled=False), self.recorded() as states:
             last = self._decoder(
                 input_ids=input_ids.to(self.device),
@@ -127,17 +114,15 @@ class TargetSession:
 
     Args:
         target: with capture layers set, whose states `extend` returns.
-        rollback: `crop` follows every `extend`. Sliding-window layers then keep states that they would otherwise drop.
     """
 
-    def __init__(self, target: HFTargetEngine, *, rollback: bool = False):
+    def __init__(self, target: HFTargetEngine):
         self.target = target
         self.length = 0
         self.cache = DynamicCache(config=target.model.config)
-        if rollback:
-            for layer in self.cache.layers:
-                if hasattr(layer, "activate_past_recording"):
-                    layer.activate_past_recording()
+        for layer in self.cache.layers:
+            if hasattr(layer, "activate_past_recording"):  # a sliding window would drop what `crop` needs again
+                layer.activate_past_recording()
 
     @torch.no_grad()
     def extend(self, token_ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:

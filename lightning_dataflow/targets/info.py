@@ -81,13 +81,9 @@ def read_eos_token_ids(path: str | Path) -> tuple[int, ...]:
     """Tokens that end a generation of the target in `path`, as transformers reads them."""
     _check_folder(Path(path))
     if (Path(path) / "generation_config.json").is_file():
-        return eos_token_ids(GenerationConfig.from_pretrained(path))
-    return eos_token_ids(GenerationConfig.from_model_config(AutoConfig.from_pretrained(path)))
-
-
-def eos_token_ids(generation: GenerationConfig) -> tuple[int, ...]:
-    """Tokens that end a generation."""
-    ids = generation.eos_token_id
+        ids = GenerationConfig.from_pretrained(path).eos_token_id
+    else:
+        ids = GenerationConfig.from_model_config(AutoConfig.from_pretrained(path)).eos_token_id
     return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
 
 

@@ -24,7 +24,7 @@ class Member:
         probe: a client of the same server with a short timeout, to check whether a lost server is back.
         lost: why the server is not used; None while it is.
         num_lost: requests in a row that it did not answer.
-        lost_since: when it left the first of these unanswered.
+        lost_since: when it left the first of these unanswered; None once it has answered one.
     """
 
     server: CaptureServer
@@ -46,7 +46,7 @@ class ServerPool:
     Args:
         admit: raises PeerGoneError or UserError unless the server can be used. Only one thread at a time calls it.
         in_flight: requests at a time and server.
-        absence_s: the run fails after all servers were lost, or answered no request, for this long.
+        absence_s: the run fails after no server has answered a request for this long, whether they pass `admit` or not.
     """
 
     def __init__(
@@ -56,14 +56,13 @@ class ServerPool:
         self.absence_s = absence_s
         self._admit, self._in_flight = admit, in_flight
         self._changed = threading.Condition()
-        self._all_lost_since: float | None = None
         self._probing = self._stopping = False
 
     def take(self) -> Member:
         """Wait for a server with a free place, and probe lost servers meanwhile.
 
         Raises:
-            PeerFailedError: all servers were lost for too long.
+            PeerFailedError: no server has answered a request for too long.
             PeerGoneError: this process is ending.
         """
         while True:
@@ -94,14 +93,15 @@ class ServerPool:
         """End a request; `lost` says why it was not answered.
 
         Raises:
-            PeerFailedError: no server has answered a request for too long, though they pass `admit` again and again.
+            PeerFailedError: no server has answered a request for too long.
         """
         now = time.monotonic()
         with self._changed:
             member.in_flight -= 1
             self._changed.notify_all()
             if lost is None:
-                member.num_lost, member.lost_since = 0, None
+                if member.lost is None:  # otherwise it answers what it was asked before it was lost
+                    member.num_lost, member.lost_since = 0, None
                 return
             member.lost_since = member.lost_since or now
             if member.lost is None and not self._stopping:
@@ -109,9 +109,7 @@ class ServerPool:
                 member.num_lost += 1
                 member.next_probe = now + min(PROBE_PAUSE_S * 2 ** (member.num_lost - 1), LONGEST_PROBE_PAUSE_S)
             member.lost = lost
-            if self._all_lost_since is None and all(member.lost is not None for member in self.members):
-                self._all_lost_since = now
-            self._check_answers(now)
+            self._check_absence()
 
     def stop_waiting(self) -> None:
         """Make all threads that wait for a server, or for its answer, raise PeerGoneError at once."""
@@ -123,18 +121,14 @@ class ServerPool:
             member.probe.stop_waiting()
 
     def _check_absence(self) -> None:
-        """Fail when all servers are lost, the time is up, and each was probed once more since."""
-        since = self._all_lost_since
-        if since is None:
-            return
-        probed = all(member.last_probe > since for member in self.members)
-        if probed and time.monotonic() - since > self.absence_s:
-            raise PeerFailedError(f"no capture server is left: {self._reasons()}")
-
-    def _check_answers(self, now: float) -> None:
+        """Fail when no server has answered for too long, and each was probed once more since."""
         since = [member.lost_since for member in self.members if member.lost_since is not None]
-        if len(since) == len(self.members) and now - max(since) > self.absence_s:
-            raise PeerFailedError(f"no capture server answered for {now - max(since):.0f} s: {self._reasons()}")
+        if len(since) < len(self.members):
+            return
+        absent = time.monotonic() - max(since)
+        if absent > self.absence_s and all(member.last_probe > max(since) for member in self.members):
+            reasons = "; ".join(member.lost or "back" for member in self.members)
+            raise PeerFailedError(f"no capture server has answered for {absent:.0f} s: {reasons}")
 
     def _due(self) -> Member | None:
         """The lost server to probe now; None while another thread probes."""
@@ -146,17 +140,12 @@ class ServerPool:
         began = time.monotonic()
         try:
             self._admit(member.probe)
+            lost = None
         except (PeerGoneError, UserError) as error:
-            with self._changed:
-                now = time.monotonic()
-                member.lost, member.last_probe = str(error), now
-                member.next_probe = now + min(max(PROBE_PAUSE_S, 3 * (now - began)), LONGEST_PROBE_PAUSE_S)
-            return
-        finally:
-            member.probe.close()
+            lost = str(error)
         with self._changed:
-            member.lost = self._all_lost_since = None
-        logger.info("the capture server at %s is back", member.server.url)
-
-    def _reasons(self) -> str:
-        return "; ".join(member.lost or "back" for member in self.members)
+            now = time.monotonic()
+            member.lost, member.last_probe = lost, now
+            member.next_probe = now + min(max(PROBE_PAUSE_S, 3 * (now - began)), LONGEST_PROBE_PAUSE_S)
+        if lost is None:
+            logger.info("the capture server at %s is back", member.server.url)

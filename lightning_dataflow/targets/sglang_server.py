@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,13 +17,11 @@ from lightning_dataflow.contracts import (
     SampleRef,
     UserError,
 )
-from lightning_dataflow.contracts.validation import DTYPE_BYTES
 from lightning_dataflow.sglang_plugin.wire import HIDDEN_STATES, CaptureRequest, start_advice
 from lightning_dataflow.stores import FeatureStore
-from lightning_dataflow.targets.base import ReferenceEngine
+from lightning_dataflow.targets.base import TargetEngine
 from lightning_dataflow.targets.info import read_target_info
-from lightning_dataflow.targets.sglang_answer import CaptureFailedError, ServerRefusalError
-from lightning_dataflow.targets.sglang_http import CaptureServer
+from lightning_dataflow.targets.sglang_http import CaptureFailedError, CaptureServer, ServerRefusalError
 from lightning_dataflow.targets.sglang_pool import Member, ServerPool
 
 PROBE_TIMEOUT_S = 10.0
@@ -31,7 +30,7 @@ MAX_LOST_SERVERS = 10
 """After this many lost servers, blame the prompt."""
 
 
-class SGLangServerTarget(ReferenceEngine):
+class SGLangServerTarget(TargetEngine):
     """Several servers of one target, each asked for several prompts at a time.
 
     Args:
@@ -43,6 +42,9 @@ class SGLangServerTarget(ReferenceEngine):
         features: hidden states to store.
         in_flight: prompts at a time and server.
         absence_s: the run fails after all servers were lost for this long.
+
+    Attributes:
+        num_requests: prompts that are captured at a time.
 
     Raises:
         UserError: a server cannot be reached, cannot capture, or has another target.
@@ -66,12 +68,10 @@ class SGLangServerTarget(ReferenceEngine):
     ):
         if not urls:
             raise UserError("target.engine=sglang_server needs target.urls=[http://HOST:PORT,...] or target.server_python")
-        if in_flight < 1:
-            raise UserError(f"target.requests_in_flight={in_flight}: a server needs at least one")
         self.store_id = store_id
         self.num_requests = len(urls) * in_flight
         self.info = read_target_info(path)
-        self._store, self._dtype = store, ""
+        self._store, self.dtype = store, ""
         self.servers = [CaptureServer(url, api_key=api_key, timeout_s=timeout_s) for url in urls]
         probes = [CaptureServer(url, api_key=api_key, timeout_s=min(timeout_s, PROBE_TIMEOUT_S)) for url in urls]
         members = [Member(server, probe) for server, probe in zip(self.servers, probes, strict=True)]
@@ -83,44 +83,38 @@ class SGLangServerTarget(ReferenceEngine):
             raise UserError(f"layers {list(self.layer_ids)}: SGLang does not capture the last layer: choose lower ones")
         self._check_servers()
 
-    @property
-    def dtype(self) -> str:
-        return self._dtype
-
     def capture(self, batch: Sequence[Sequence[int]]) -> list[dict[str, torch.Tensor]]:
         """Capture through the store; nothing stays there. SGLang forms batches of its own."""
         return list(self._executor.map(self._capture_and_read, batch))
 
     def capture_ref(self, token_ids: Sequence[int], loss_mask: Sequence[int], origin: SampleOrigin) -> SampleRef:
-        member = self._pool.take()
+        """Have one prompt captured and stored, and check the answer. Thread-safe.
+
+        Raises:
+            PeerGoneError: no answer. The features may be stored all the same: ask for the next attempt.
+            PeerFailedError: no server is left.
+            CapacityError: the store is full; nothing was stored.
+            CaptureMismatchError: the features are not what this run was announced with.
+        """
+        member, lost = self._pool.take(), None
         try:
-            ref = self._ask(member.server, token_ids, loss_mask, origin)
+            return self._ask(member.server, token_ids, origin, loss_mask=loss_mask)
         except (PeerGoneError, ServerRefusalError) as error:
-            self._pool.give_back(member, lost=str(error))
+            lost = str(error)
             if origin.attempt >= MAX_LOST_SERVERS:
                 raise CaptureFailedError(f"{origin.sample_id} lost {origin.attempt} servers in a row: {error}") from error
-            raise PeerGoneError(str(error)) from error
-        except BaseException:
-            self._pool.give_back(member)
-            raise
-        self._pool.give_back(member)
-        return ref
+            raise PeerGoneError(lost) from error
+        finally:
+            self._pool.give_back(member, lost=lost)
 
     def stop_waiting(self) -> None:
+        """The run is ending: all calls, running and later ones, raise PeerGoneError at once."""
         self._pool.stop_waiting()
 
-    def _ask(
-        self, server: CaptureServer, token_ids: Sequence[int], loss_mask: Sequence[int], origin: SampleOrigin
-    ) -> SampleRef:
+    def _ask(self, server: CaptureServer, token_ids: Sequence[int], origin: SampleOrigin, **request: Any) -> SampleRef:
         """The server's reference under our own names, once it is what was asked for."""
-        request = CaptureRequest(
-            store_id=self.store_id,
-            sample_id=origin.sample_id,
-            attempt=origin.attempt,
-            loss_mask=tuple(loss_mask),
-            features=self.features,
-        )
-        ref = server.capture(token_ids, request)
+        names: dict[str, Any] = {"store_id": self.store_id, "sample_id": origin.sample_id, "attempt": origin.attempt}
+        ref = server.capture(token_ids, CaptureRequest(**names, features=self.features, **request))
         self._check_ref(ref, origin, server.url)
         return replace(ref, origin=origin)
 
@@ -157,18 +151,17 @@ class SGLangServerTarget(ReferenceEngine):
         return {feature: tensors[feature] for feature in self.features}
 
     def _check_servers(self) -> None:
-        for server in self.servers:
-            try:
-                self._check_server(server)
-            except PeerGoneError as error:
-                raise UserError(f"{error}: {start_advice(self.info.path, self.layer_ids)}") from error
+        for check, remedy in (
+            (self._check_server, start_advice(self.info.path, self.layer_ids)),
+            (self._check_store, "correct the server's file, or start what it names"),
+        ):
+            for server in self.servers:
+                try:
+                    check(server)
+                except PeerGoneError as error:
+                    raise UserError(f"{error}: {remedy}") from error
         longest = min(self.info.max_position_embeddings, *(server.max_tokens for server in self.servers))
         self.info = replace(self.info, max_position_embeddings=longest)
-        for server in self.servers:
-            try:
-                self._check_store(server)
-            except PeerGoneError as error:
-                raise UserError(f"{error}: correct the server's file, or start what it names") from error
 
     def _admit(self, server: CaptureServer) -> None:
         """Raise PeerGoneError or UserError unless a lost server is back and still the same."""
@@ -181,27 +174,9 @@ class SGLangServerTarget(ReferenceEngine):
         self._check_store(server)
 
     def _check_server(self, server: CaptureServer) -> None:
-        """Raise UserError unless a server captures what this run trains on, into the store that it reads."""
-        answer, url = server.check(self.store_id, self.info.path, self.layer_ids), server.url
-        self._dtype = self._dtype or answer.dtype
-        if answer.model_version != self.info.model_version:
-            raise CaptureMismatchError(
-                f"the server at {url} has other weights ({answer.model_version}) than target.path={self.info.path} "
-                f"({self.info.model_version}): start it with the same model"
-            )
-        if answer.capture != self.capture_spec:
-            raise CaptureMismatchError(
-                f"the server at {url} captures layers {list(answer.capture.layer_ids)} with norm {answer.capture.norm}, "
-                f"this run needs {list(self.layer_ids)} with norm post: {start_advice(self.info.path, self.layer_ids)}"
-            )
-        if answer.dtype != self._dtype or answer.dtype not in DTYPE_BYTES:
-            raise CaptureMismatchError(
-                f"the server at {url} computes in {answer.dtype}, another one in {self._dtype}: give all the same --dtype"
-            )
-        if answer.uri != self._store.uri:
-            raise UserError(
-                f"the server at {url} stores into {answer.uri}, this run reads {self._store.uri}: correct the server's file"
-            )
+        """Raise PeerGoneError or UserError unless a server captures what this run trains on, into the store it reads."""
+        server.check(self.info.path, self.layer_ids)
+        self._capture_one(server, dry_run=True)
 
     def _check_store(self, server: CaptureServer) -> None:
         """Capture one token and read it back: two Mooncakes may hold stores of the same name.
@@ -211,11 +186,9 @@ class SGLangServerTarget(ReferenceEngine):
             UserError: what the server stores is not found here.
         """
         try:
-            ref = self._ask(server, [0], [1], self._private_origin(1))
+            ref = self._capture_one(server, dry_run=False)
         except CapacityError:
             return  # it may be full of this run's features, and the run waits for room
-        except CaptureFailedError as error:
-            raise PeerGoneError(str(error)) from error
         try:
             self._read(ref, [0])
         except KeyError as error:
@@ -224,22 +197,33 @@ class SGLangServerTarget(ReferenceEngine):
                 "its file the address of this run's store"
             ) from error
 
+    def _capture_one(self, server: CaptureServer, *, dry_run: bool) -> SampleRef:
+        try:
+            return self._ask(server, [0], self._private_origin(1), loss_mask=[1], dry_run=dry_run)
+        except CaptureFailedError as error:
+            raise PeerGoneError(str(error)) from error
+
     def _check_ref(self, ref: SampleRef, origin: SampleOrigin, url: str) -> None:
-        """Raise CaptureMismatchError unless the server captured what it was asked for."""
-        theirs, spec, length = ref.origin, self.capture_spec, origin.num_tokens
+        """Raise CaptureMismatchError unless the server captures what it was asked for, as all servers do."""
+        theirs, length = ref.origin, origin.num_tokens
+        dtypes = {spec.dtype for name, spec in ref.features.items() if name in self.features}
+        self.dtype = self.dtype or next(iter(dtypes), "")
         features = {
             "input_ids": ((length,), "int64"),
             "loss_mask": ((length,), "uint8"),
-            **{name: ((length, width), self._dtype) for name, width in self.widths.items()},
+            **{name: ((length, width), self.dtype) for name, width in self.widths.items()},
         }
-        for what, actual, expected in (
-            ("sample", (theirs.sample_id, theirs.attempt, theirs.num_tokens), (origin.sample_id, origin.attempt, length)),
-            ("layers, norm and width", theirs.capture, spec),
-            ("weights", theirs.target_model_version, self.info.model_version),
-            ("store", ref.uri, self._store.uri),
-            ("features", {name: (spec.shape, spec.dtype) for name, spec in ref.features.items()}, features),
+        advice, release = start_advice(self.info.path, self.layer_ids), "install one release on both sides"
+        asked = (origin.sample_id, origin.attempt, length)
+        for what, actual, expected, remedy in (
+            ("another sample", (theirs.sample_id, theirs.attempt, theirs.num_tokens), asked, release),
+            ("other layers, norm or width", theirs.capture, self.capture_spec, advice),
+            ("other weights", theirs.target_model_version, self.info.model_version, "start it with the same model"),
+            ("another store", ref.uri, self._store.uri, "correct the server's file"),
+            ("another dtype", dtypes, {self.dtype}, "give all servers the same --dtype"),
+            ("other features", {name: (spec.shape, spec.dtype) for name, spec in ref.features.items()}, features, release),
         ):
             if actual != expected:
                 raise CaptureMismatchError(
-                    f"the server at {url} captured other {what} ({actual}) than was asked for ({expected})"
+                    f"the server at {url} has {what} ({actual}) than this run ({expected}): {remedy}"
                 )

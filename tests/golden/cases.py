@@ -9,9 +9,8 @@ from torch import Tensor
 
 from lightning_dataflow.contracts import StepContext
 from lightning_dataflow.strategies.blocks.blocks import Blocks, cut_blocks
-from lightning_dataflow.strategies.blocks.network import BlockConfig
+from lightning_dataflow.strategies.blocks.network import BlockConfig, BlockDraft
 from lightning_dataflow.strategies.common.sums import ObjectiveSums
-from lightning_dataflow.strategies.dflash.network import DFlashDraft
 from lightning_dataflow.strategies.dflash.objective import DFlashObjective
 from lightning_dataflow.strategies.domino.network import DominoConfig, DominoDraft
 from lightning_dataflow.strategies.domino.objective import DominoObjective
@@ -43,7 +42,6 @@ def run_eagle3(golden: Golden) -> Result:
             head_dim=hidden_size // heads,
             vocab_size=config["vocab_size"],
             draft_vocab_size=config["draft_vocab_size"],
-            target_hidden_size=hidden_size,
             rms_norm_eps=config["rms_norm_eps"],
             rope_theta=config["rope_theta"],
             train_embeddings=True,
@@ -70,7 +68,7 @@ def run_eagle3(golden: Golden) -> Result:
             lm_head,
             last_hidden_state=tensors["in.last_hidden_state"],
             target_head=tensors["in.target_lm_head"],
-            target_ids=draft.vocab.target_ids,
+            target_ids=draft.target_ids,
             t2d=draft.t2d,
             rows=TargetRows(teacher=index, student=index, room=index % length),
             normaliser=normaliser,
@@ -113,7 +111,7 @@ def dflash_config(config: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 def run_dflash(golden: Golden) -> Result:
     config, tensors = golden.config, golden.tensors
-    draft = DFlashDraft(BlockConfig(**dflash_config(config)))
+    draft = BlockDraft(BlockConfig(**dflash_config(config)))
     draft.load_state_dict(golden.weights())
     blocks = golden_blocks(golden)
     objective = DFlashObjective(
@@ -151,7 +149,7 @@ def run_domino(golden: Golden) -> Result:
     blocks = golden_blocks(golden)
     # The golden λ is a constant: the schedule's value at step 0.
     objective = DominoObjective(
-        gamma=config["loss_decay_gamma"], shift_label=config["shift_label"], lambda_start=config["lambda_base"]
+        gamma=config["loss_decay_gamma"], first_offset=draft.config.first_offset, lambda_start=config["lambda_base"]
     )
     start, seen = StepContext(global_step=0, total_steps=1), []
 

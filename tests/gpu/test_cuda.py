@@ -68,7 +68,6 @@ def test_a_training_step_is_the_cpus():
         head_dim=32,
         vocab_size=500,
         draft_vocab_size=200,
-        target_hidden_size=128,
     )
     draft, length = Eagle3Draft(config), 256
     ids, mask = torch.randint(500, (2, length)), (torch.rand(2, length) > 0.3).float()
@@ -86,7 +85,7 @@ def test_a_training_step_is_the_cpus():
                 lm_head,
                 last_hidden_state=last,
                 target_head=head,
-                target_ids=draft.vocab.target_ids,
+                target_ids=draft.target_ids,
                 t2d=draft.t2d,
                 rows=supervised_positions(mask.to(device)),
             ),

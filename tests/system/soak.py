@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning_dataflow.control import ControlPlane, RunPlan, Watermarks, resolve_control_plane
-from lightning_dataflow.data import PassOrder
 from lightning_dataflow.services.mooncake import LocalMooncake
 from lightning_dataflow.stores import MooncakeFeatureStore
 from tests.records import rank_slice
@@ -59,10 +58,9 @@ def train(folder: Path, places: dict[str, Any], num_samples: int, step_s: float,
     plane, store = attach(folder, places)
     source = make_source(plane, store, start_timeout_s=60.0, idle_timeout_s=30.0)
     source.begin(RunPlan(start=0, stop=num_samples, window=WINDOW), 0, 1)
-    order = PassOrder(len(source), 0)
     for window in range(num_samples // WINDOW):
         seqs = rank_slice(window, WINDOW, 0, 1)
-        samples = [store.get(entry.ref) for entry in source.window(seqs, seqs, order).entries if entry.ref is not None]
+        samples = [store.get(ref) for ref in source.window(seqs, seqs).refs if ref is not None]
         time.sleep(step_s)
         for _, handle in samples:
             store.release(handle)

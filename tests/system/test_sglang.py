@@ -17,7 +17,7 @@ import torch
 
 from lightning_dataflow.contracts import CapacityError, PeerFailedError, PeerGoneError, SampleOrigin, UserError
 from lightning_dataflow.control import RunPlan, resolve_control_plane
-from lightning_dataflow.evaluation import Decoding
+from lightning_dataflow.evaluation.acceptance import Decoding
 from lightning_dataflow.evaluation.judges.sglang_server import SGLangDecoder, read_counts, sampling_params
 from lightning_dataflow.run.target import SHARED_MEMORY
 from lightning_dataflow.services.mooncake import LocalMooncake
@@ -109,14 +109,18 @@ def test_features_are_those_of_transformers(server, connect, target_path):
     assert max(error for one in actual for _, error in one.differences.values()) < 1e-5
 
 
-def test_a_request_costs_the_same_bytes_whatever_its_length(server, connect, store):
+def test_a_request_costs_the_same_bytes_whatever_its_length(server, connect, store, monkeypatch):
     engine = connect(server)
-    (http,) = engine.servers
-    sizes = []
+    exchange, sizes = engine.servers[0]._exchange, []
+
+    def measured(*arguments):
+        status, text = exchange(*arguments)
+        sizes.append(len(text))
+        return status, text
+
+    monkeypatch.setattr(engine.servers[0], "_exchange", measured)
     for length in (2, 500):
-        before = http.num_bytes_received
         engine.capture([[7] * length])
-        sizes.append(http.num_bytes_received - before)
     assert max(sizes) < MAX_ANSWER_BYTES and abs(sizes[0] - sizes[1]) < 100
     assert store.health()["num_bytes"] == 0, "captures that were read are freed"
 
@@ -167,7 +171,7 @@ def stock_answer(server: LocalSGLang, token_ids: list[int]) -> list[list[float]]
     ("options", "prompt", "message"),
     [
         ({"api_key": "wrong"}, [1], r"refuses our key \(401\): set target.api_key_file"),
-        ({"layer_ids": (1, 3, 5)}, [1], r"captures layers \[1, 3, 4\] .* needs \[1, 3, 5\]"),
+        ({"layer_ids": (1, 3, 5)}, [1], r"other layers.*\(1, 3, 4\).* than this run .*\(1, 3, 5\)"),
         ({}, [1] * 600, r"600 tokens\) is longer than the model's context"),
     ],
 )
@@ -193,7 +197,8 @@ def test_a_request_without_what_it_needs_is_refused_and_the_server_lives(server)
         http.capture([1, 2, 3], CaptureRequest(store_id="test", sample_id="x", loss_mask=(0, 1)))
     with pytest.raises(UserError, match="not a valid id"):
         http.capture([1, 2], CaptureRequest(store_id="../etc", sample_id="x", loss_mask=(0, 1)))
-    assert http.check("test", "", LAYER_IDS).capture.layer_ids == LAYER_IDS
+    ref = http.capture([1, 2], CaptureRequest(store_id="test", sample_id="x", loss_mask=(0, 1), dry_run=True))
+    assert ref.origin.capture.layer_ids == LAYER_IDS
 
 
 def test_a_server_that_was_started_otherwise(start, connect):
@@ -256,21 +261,23 @@ def origin(engine: SGLangServerTarget, name: str, num_tokens: int) -> SampleOrig
     )
 
 
-def test_two_servers_one_killed_half_way(server, start, connect):
+def test_two_servers_one_killed_half_way(server, start, connect, monkeypatch):
     prompts = [list(range(1, 20 + index % 30)) for index in range(200)]
     with start() as other:
         engine = connect(server, other)
-        victim = engine.servers[1]
+        victim, captured = engine.servers[1], []
+        capture = victim.capture
+        monkeypatch.setattr(victim, "capture", lambda *arguments: captured.append(capture(*arguments)) or captured[-1])
 
         def kill() -> None:
-            while victim.num_captures < 20:
+            while len(captured) < 20:
                 threading.Event().wait(0.01)
             other.close()
 
         threading.Thread(target=kill, daemon=True).start()
         actual = engine.capture(prompts)
     assert [len(one["last_hidden_state"]) for one in actual] == [len(prompt) for prompt in prompts]
-    assert 20 <= victim.num_captures < 150
+    assert 20 <= len(captured) < 150
     torch.testing.assert_close(engine.capture(prompts[:1])[0], actual[0], atol=1e-4, rtol=1e-4)
 
 
@@ -381,7 +388,7 @@ def test_sigterm_ends_a_producer_and_its_server(tmp_path):
     try:
         wait_until(lambda: "waiting for the trainer to begin" in shown() or run.poll() is not None, 300, shown)
         plane = resolve_control_plane("disaggregated", "told", path=tmp_path / "runs" / "told" / "control")
-        plane.ledger.begin(RunPlan(start=0, stop=80, window=8), published={}, wanted={}, frontier=0)
+        plane.ledger.begin(RunPlan(start=0, stop=80, window=8), {}, frontier=0)
         wait_until(lambda: plane.ledger.status()["published"] > 1, 60, shown)
         run.terminate()
         assert run.wait(15) == 143, shown()
@@ -430,7 +437,7 @@ def test_the_last_server_killed_is_a_clear_failure(start, target_path, tmp_path,
         server.close()
         assert run.wait(120) == 1
     last = (tmp_path / "output.txt").read_text().strip().splitlines()[-1]
-    assert "no capture server is left" in last and "captured" in last
+    assert "no capture server has answered for" in last and "captured" in last
 
 
 def test_hook_points_that_move_are_named():

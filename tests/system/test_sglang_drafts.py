@@ -11,7 +11,7 @@ from lightning_dataflow import DFlashModule, DominoModule, Eagle3Module
 from lightning_dataflow.export.export import describe
 from lightning_dataflow.export.folder import write_draft
 from lightning_dataflow.strategies.common.cache import DraftCache
-from lightning_dataflow.strategies.eagle3.draft_vocab import build_draft_vocab
+from lightning_dataflow.strategies.eagle3.draft_vocab import most_frequent
 from lightning_dataflow.strategies.published.engines import resolve_engine
 from tests.processes import ROOT
 from tests.sglang.environment import VARIABLES, sglang_python
@@ -45,7 +45,7 @@ def make_module(kind, target_path):
     for parameter in module.draft.parameters():
         torch.nn.init.normal_(parameter, mean=1.0 if parameter.ndim == 1 else 0.0, std=0.3)
     if cls is Eagle3Module and (size := module.draft.config.draft_vocab_size) < 320:
-        module.draft.set_vocab(build_draft_vocab(torch.randint(0, 9, (320,)), size))
+        module.draft.set_target_ids(most_frequent(torch.randint(0, 9, (320,)), size))
     return module.eval()
 
 
@@ -86,7 +86,7 @@ def test_every_parameter_is_written_and_every_tensor_used(cases, kind):
         padding = -len(tensor) % 64 * 64 if name == "lm_head.weight" else 0  # rows of zeros
         assert written == (0 if name in maps else tensor.numel() + padding), name
     if maps:
-        assert report["hot_token_id"] == modules[kind].draft.vocab.target_ids.tolist()
+        assert report["hot_token_id"] == modules[kind].draft.target_ids.tolist()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -130,7 +130,7 @@ def test_it_computes_what_is_trained(cases, kind):
 def rollout(module, hidden):
     """The greedy tokens of one block, one by one."""
     draft, target = module.draft, module.frozen_target
-    tokens, state, first = [7], None, 0 if module.shift_label else 1
+    tokens, state, first = [7], None, module.draft.config.first_offset
     for index in range(draft.config.block_size - 1):
         logits = target.head @ hidden[first + index]
         correction, state = draft.decode_correction(index, hidden[first + index], tokens[-1], target.embedding, state)

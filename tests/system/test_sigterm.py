@@ -11,7 +11,7 @@ import pytest
 
 from lightning_dataflow.control import RunPlan, resolve_control_plane
 from tests.processes import TINY, TRAIN, environment, nightly, processes_in, result, wait_until
-from tests.records import WIDE
+from tests.records import WIDE, failures
 from tests.system.test_disaggregated import started, status
 
 BY_HAND = (*TINY, "topology=disagg_online", "store=shared_dir", "store.capacity_bytes=64000000", "num_threads=1")
@@ -35,13 +35,13 @@ def test_a_producer_gives_its_leases_back_and_that_counts_against_no_prompt(fold
     with started(folder, *BY_HAND, "role=producer", SLOW, f"run_name={name}") as process:
         wait_until(lambda: "waiting for the trainer to begin" in process.shown(), 60, process.shown)
         plane = resolve_control_plane("disaggregated", name, path=folder / "runs" / name / "control")
-        plane.ledger.begin(RunPlan(start=0, stop=8, window=8), published={}, wanted={}, frontier=0)
+        plane.ledger.begin(RunPlan(start=0, stop=8, window=8), {}, frontier=0)
         wait_until(lambda: "capturing" in process.shown(), 20, process.shown)
         process.send_signal(number)
         assert process.wait(timeout=10) == code
     lease = plane.lease("other", group=1, num_bytes=lambda seq: 8, watermarks=WIDE, lease_s=60.0)
     assert (lease.seqs, lease.tries, lease.attempt) == ((0,), 0, 1)
-    assert plane.ledger.failures() == []
+    assert failures(plane.ledger) == []
     plane.close()
     assert "Traceback" not in process.shown()
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_dataflow.evaluation import Decoding, evaluate_acceptance
+from lightning_dataflow.evaluation.acceptance import Decoding, evaluate_acceptance
 from lightning_dataflow.evaluation.judges.vllm_process import VLLMDecoder
 from lightning_dataflow.export.export import export_draft
 from lightning_dataflow.prompts import load_questions
@@ -152,6 +152,10 @@ def test_layers_that_norm_keys_differently(checkpoint_of, served, tmp_path):
     compare(checkpoint_of("llama", "dflash"), served("llama"), tmp_path / "exported", "plain", share_k_norm=False)
 
 
+def speculation(folder, method, num_draft_tokens):
+    return {"method": method, "model": str(folder), "num_speculative_tokens": num_draft_tokens}
+
+
 def compare(checkpoint, served, folder, form, *, num_draft_tokens=None, share_k_norm=True):
     """Export, decode with both, and compare."""
     target, decoder, prompts, alone = served
@@ -164,7 +168,8 @@ def compare(checkpoint, served, folder, form, *, num_draft_tokens=None, share_k_
     module.load_frozen_target(target.device)
     drafter = module.drafter(num_draft_tokens=num_draft_tokens)
     ours = evaluate_acceptance(target, drafter, prompts, decoder.decoding, baseline=True)
-    theirs = decoder.evaluate(str(folder), module.strategy_name, prompts, num_draft_tokens=num_draft_tokens, plain=alone)
+    drafted = decoder.decode(prompts, speculation(folder, module.strategy_name, num_draft_tokens))
+    theirs = drafted.report("vllm", alone, temperature=0)
     print(f"{checkpoint.parent.parent.name} {form}: {theirs.num_drafts} drafts, accepted {theirs.accepted_per_position}")
     for name in ("num_tokens", "num_drafts", "num_accepted_tokens", "accepted_per_position"):
         assert getattr(theirs, name) == getattr(ours, name), name
@@ -273,7 +278,7 @@ def test_mixed_layers_are_not_served_on_a_cpu(checkpoint_of, served, tmp_path):
     checkpoint, folder = checkpoint_of("llama", "dflash-mixed"), tmp_path / "exported"
     export_draft(checkpoint, folder, engine="vllm", dtype="float32", target=decoder.target)
     with pytest.raises(UserError, match="Model Runner V1 does not support: mixed sliding/full dflash drafts"):
-        decoder.evaluate(str(folder), "dflash", prompts, num_draft_tokens=7)
+        decoder.decode(prompts, speculation(folder, "dflash", 7))
 
 
 def test_what_vllm_refuses_is_one_line(checkpoint_of, served, tmp_path):
@@ -284,5 +289,5 @@ def test_what_vllm_refuses_is_one_line(checkpoint_of, served, tmp_path):
     export_draft(checkpoint, tmp_path / "exported", engine="vllm", dtype="float32", target=decoder.target)
     (tmp_path / "exported" / "model.safetensors").write_bytes(b"cut short")
     with pytest.raises(UserError, match=r"^vLLM: .* \(see .*vllm.log\)$") as raised:
-        decoder.evaluate(str(tmp_path / "exported"), "dflash", prompts, num_draft_tokens=7)
+        decoder.decode(prompts, speculation(tmp_path / "exported", "dflash", 7))
     assert "\n" not in str(raised.value)

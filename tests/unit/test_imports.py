@@ -132,7 +132,7 @@ def test_no_files_import_each_other_in_a_circle():
             [
                 "cli.status",
                 "config.run_id",
-                "config.secrets",
+                "config.files",
                 "control.local.log",
                 "prompts",
                 "run.resume",

@@ -11,11 +11,13 @@ from typing import Any
 
 from lightning_dataflow.contracts import PeerFailedError, UserError
 from lightning_dataflow.contracts.errors import TAKEN_OVER
-from lightning_dataflow.control.leases import MAX_ATTEMPTS, CommitEntry, Lease, NoLease, RunPlan, Watermarks
+from lightning_dataflow.control.leases import MAX_ATTEMPTS, CommitEntry, Lease, NoLease, RunPlan, Sample, Watermarks
 from lightning_dataflow.control.ledger import SILENT_S, MetadataStore
-from lightning_dataflow.control.local.tables import LedgerTables, Sample
+from lightning_dataflow.control.local.tables import LedgerTables
 from lightning_dataflow.control.log import StreamingRefChannel
-from lightning_dataflow.control.processes import ALIVE, FAILED, FATAL, this_process
+from lightning_dataflow.control.processes import this_process
+
+FORGET_PARTS = "DELETE FROM parts WHERE json_extract(part, '$.failed') OR json_extract(part, '$.seen') < ?"
 
 
 class SqliteMetadataStore(MetadataStore):
@@ -36,7 +38,7 @@ class SqliteMetadataStore(MetadataStore):
         here = socket.gethostname()
         with self._tables.transaction():
             self._tables.db.execute("INSERT OR IGNORE INTO run VALUES ('host', ?)", (here,))
-        host = self._tables.get("host")
+        host = self._tables.run()["host"]
         if host != here:
             raise UserError(
                 f"the ledger {path} belongs to {host}, and this is {here}: run all processes on {host}; or, if that "
@@ -46,21 +48,16 @@ class SqliteMetadataStore(MetadataStore):
     def fence(self) -> dict[int, int]:
         with self._change():
             self._tables.db.execute(
-                "UPDATE samples SET state = 'wanted', attempt = attempt + 1, worker = NULL WHERE state = 'leased'"
+                "UPDATE samples SET state = 'wanted', attempt = attempt + 1, expires = 0 WHERE state = 'leased'"
             )
             self._tables.set(plan=None)
             return dict(self._tables.db.execute("SELECT seq, attempt FROM samples WHERE state = 'wanted'").fetchall())
 
-    def begin(
-        self, plan: RunPlan, *, published: Mapping[int, tuple[str, int]], wanted: Mapping[int, int], frontier: int
-    ) -> None:
-        samples = {seq: Sample("wanted", attempt) for seq, attempt in wanted.items()}
-        for seq, (generation, size) in published.items():
-            samples[seq] = Sample("published", _attempt(generation), size, generation=generation)
+    def begin(self, plan: RunPlan, samples: Mapping[int, Sample], frontier: int) -> None:
         with self._change():
             self._tables.db.execute("DELETE FROM samples")
             self._tables.put(samples)
-            self._tables.forget_parts(time.time() - SILENT_S)
+            self._tables.db.execute(FORGET_PARTS, (time.time() - SILENT_S,))
             self._tables.set(
                 plan=json.dumps(asdict(plan)),
                 finished=None,
@@ -77,12 +74,11 @@ class SqliteMetadataStore(MetadataStore):
         self, worker: str, *, group: int, num_bytes: Callable[[int], int], watermarks: Watermarks, lease_s: float
     ) -> Lease | NoLease:
         with self._change():
-            plan, finished_at = self.plan(), self._tables.get("finished_at")
-            if finished_at is not None:
-                return NoLease("finished", plan, finished_at)
+            now, plan, totals = time.time(), self.plan(), self._tables.run()
+            if "finished_at" in totals:
+                return NoLease("finished", plan, totals["finished_at"])
             if plan is None:
                 return NoLease("not begun")
-            now, totals = time.time(), self._tables.run()
             seq = self._tables.first_open(now)
             if seq is None:
                 seq = totals["frontier"]
@@ -92,7 +88,7 @@ class SqliteMetadataStore(MetadataStore):
             new = {number: Sample("wanted", 0) for number in seqs if number >= totals["frontier"]}
             others = {number: row for number, row in self._tables.samples(seqs).items() if row.state != "published"} | new
             attempt = max(row.attempt + (row.state == "leased") for row in others.values())
-            taken = {number: row for number, row in others.items() if row.state == "wanted" or row.expires < now}
+            taken = {number: row for number, row in others.items() if row.expires < now}
             sizes = {number: num_bytes(number) for number, row in taken.items() if not row.bytes}
             if sizes and self._update_pause(seq, sum(sizes.values()), len(new), totals, plan, watermarks):
                 return NoLease("paused", plan)
@@ -111,14 +107,7 @@ class SqliteMetadataStore(MetadataStore):
                 "UPDATE samples SET expires = ? WHERE state = 'leased' AND worker = ?", (time.time() + lease_s, worker)
             )
 
-    def give_back(
-        self,
-        lease: Lease,
-        skips: Mapping[int, bytes],
-        log: StreamingRefChannel,
-        *,
-        counts: bool = True,
-    ) -> list[int]:
+    def give_back(self, lease: Lease, skips: Mapping[int, bytes], log: StreamingRefChannel, counts: bool) -> list[int]:
         with self._change():
             held = self._held(lease)
             given_up = [seq for seq, row in held.items() if not self._want(seq, row, counts)]
@@ -155,19 +144,6 @@ class SqliteMetadataStore(MetadataStore):
             was_asked_before = row.state != "published" or row.generation != generation
             return was_asked_before or self._want(seq, row)
 
-    def free(self, seqs: Iterable[int]) -> None:
-        with self._change():
-            self._tables.drop(seqs)
-
-    def ack(self, next_seq: int, global_step: int, freed: Iterable[int] = ()) -> None:
-        with self._change():
-            self._tables.drop(freed)
-            self._tables.set(trained_seq=next_seq, trained_step=global_step)
-
-    def ack_durable(self, next_seq: int, global_step: int) -> None:
-        with self._change():
-            self._tables.set(durable_seq=next_seq, durable_step=global_step)
-
     def count_wait(self) -> None:
         with self._change():
             self._tables.add(train_waits=1)
@@ -182,7 +158,7 @@ class SqliteMetadataStore(MetadataStore):
 
     def report(self, name: str, state: str, *, failed: bool = False, fatal: bool = False) -> None:
         with self._change():
-            self._tables.report(name, this_process(state, FATAL if fatal else FAILED if failed else ALIVE))
+            self._tables.report(name, this_process(state, failed=failed, fatal=fatal))
 
     def claim(self, name: str, state: str, before: tuple[str, int] | None) -> bool:
         with self._tables.transaction():
@@ -190,15 +166,16 @@ class SqliteMetadataStore(MetadataStore):
             last = None if text is None else json.loads(text)
             if before != (None if last is None else (last["host"], last["pid"])):
                 return False
-            me = this_process(state, ALIVE)
-            self.term = str(int(self._tables.get("term") or 0) + 1)
+            me = this_process(state)
+            self.term = str(int(self._tables.run().get("term", 0)) + 1)
             claimed_by = f"process {me['pid']} on {me['host']}"
             self._tables.set(term=self.term, claimed_by=claimed_by, plan=None, finished=None, finished_at=None)
             self._tables.report(name, me)
             return True
 
     def in_flight(self) -> tuple[int, int]:
-        return self._tables.get("refs_in_flight"), self._tables.get("bytes_in_flight")
+        totals = self._tables.run()
+        return totals["refs_in_flight"], totals["bytes_in_flight"]
 
     def close(self) -> None:
         self._tables.close()
@@ -207,7 +184,7 @@ class SqliteMetadataStore(MetadataStore):
     def _change(self) -> Iterator[None]:
         with self._tables.transaction():
             if not self.is_ours():
-                raise PeerFailedError(TAKEN_OVER.format(self._tables.get("claimed_by")))
+                raise PeerFailedError(TAKEN_OVER.format(self._tables.run().get("claimed_by")))
             yield
 
     def _update_pause(
@@ -224,6 +201,11 @@ class SqliteMetadataStore(MetadataStore):
             lost = num_refs == 0  # of a resumed run; what survived must not keep it out
             return not fits and not lost
         return paused
+
+    def _update(self, totals: Mapping[str, int], freed: Iterable[int]) -> None:
+        with self._change():
+            self._tables.drop(freed)
+            self._tables.set(**totals)
 
     def _run_values(self) -> Mapping[str, Any]:
         return self._tables.run()
@@ -248,7 +230,3 @@ class SqliteMetadataStore(MetadataStore):
         self._tables.drop([seq])
         self._tables.add(given_up=1)
         return False
-
-
-def _attempt(generation: str) -> int:
-    return int(generation.partition("-")[0])

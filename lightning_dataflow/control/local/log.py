@@ -5,13 +5,14 @@ import logging
 import os
 import secrets
 import threading
-import time
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
-from lightning_dataflow.contracts import LogRecord, PeerTimeoutError, UserError
-from lightning_dataflow.control.local.lines import add_crc, check_crc
+from lightning_dataflow.contracts import LogRecord, UserError
+from lightning_dataflow.control.local.waiting import wait_for_others
 from lightning_dataflow.control.log import MAX_LINE_BYTES, StreamingRefChannel, damaged
 
 log = logging.getLogger(__name__)
@@ -19,16 +20,16 @@ log = logging.getLogger(__name__)
 FILES = {"card": "run.json", "nonce": "nonce"}
 SEGMENT_BYTES = 8 << 20
 CHUNK_BYTES = 2 * MAX_LINE_BYTES
-LOCK_TIMEOUT_S = 30.0
-LOCK_PAUSE_S = 0.0001
-"""An append takes about as long."""
+TORN = b" torn"
+"""Ends what a killed writer left of a line. No whole line ends like this."""
+CHECKSUM = b',"crc32":'
 
 
 class FileChannel(StreamingRefChannel):
     """JSON lines in segments `log-00000000.jsonl`, `log-00000001.jsonl`, …; trimming removes whole segments.
 
-    Appends are single writes under a file lock. A writer that was killed leaves at most one torn line: readers wait at it,
-    the next writer ends it, and then readers skip it and log that they did.
+    Appends are made under a file lock. A writer that was killed leaves at most one torn line: readers wait at it, the next
+    writer marks it, and then readers skip it and log that they did. A checksum in each line tells of damage.
 
     Args:
         folder: made if missing.
@@ -54,16 +55,12 @@ class FileChannel(StreamingRefChannel):
 
     def append(self, lines: Sequence[bytes]) -> None:
         data = b"".join(add_crc(line) + b"\n" for line in lines)
-        with self._exclusive():
-            segment = os.open(self._last_segment(), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-            try:
-                size = os.fstat(segment).st_size
-                if size and os.pread(segment, 1, size - 1) != b"\n":
-                    data = b"\n" + data  # end what a killed writer left
-                while data:
-                    data = data[os.write(segment, data) :]
-            finally:
-                os.close(segment)
+        with self._exclusive(), open(self._last_segment(), "ab+") as segment:
+            if size := segment.tell():
+                segment.seek(size - 1)
+                if segment.read(1) != b"\n":
+                    data = TORN + b"\n" + data
+            segment.write(data)
 
     def poll(self, max_records: int = 1024) -> list[LogRecord]:
         records: list[LogRecord] = []
@@ -116,26 +113,22 @@ class FileChannel(StreamingRefChannel):
     def _unread(self) -> bytes:
         """The next bytes of the segment."""
         try:
-            file = os.open(self._path(self._segment), os.O_RDONLY)
+            with open(self._path(self._segment), "rb") as segment:
+                segment.seek(self._offset)
+                return segment.read(CHUNK_BYTES)
         except FileNotFoundError:
             return b""
-        try:
-            return os.pread(file, CHUNK_BYTES, self._offset)
-        finally:
-            os.close(file)
 
     def _record(self, line: bytes) -> LogRecord | None:
-        """The record of a line; None for an empty or a torn one."""
-        if not line:
+        """The record of a line; None for a torn one."""
+        if line.endswith(TORN):
+            self._skip_torn()
             return None
         place = f"{self._path(self._segment)}, the line at byte {self._offset},"
         try:
-            is_whole = check_crc(line)
+            check_crc(line)
         except UserError as error:
             raise damaged(place, error) from error
-        if not is_whole:
-            self._skip_torn()
-            return None
         return self._parse(line, place)
 
     def _skip_torn(self) -> None:
@@ -145,25 +138,13 @@ class FileChannel(StreamingRefChannel):
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         with self._lock:
-            self._lock_patiently()
+            # The kernel gives the lock of a process that was killed to the next.
+            lock = partial(fcntl.flock, self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            wait_for_others(lock, f"append to the log in {self.folder}")
             try:
                 yield
             finally:
                 fcntl.flock(self._lock_file, fcntl.LOCK_UN)
-
-    def _lock_patiently(self) -> None:
-        """The kernel gives the lock of a process that was killed to the next; that of a stopped one is waited for."""
-        deadline = time.monotonic() + LOCK_TIMEOUT_S
-        while True:
-            try:
-                return fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                if time.monotonic() > deadline:
-                    raise PeerTimeoutError(
-                        f"could not append to the log in {self.folder} within {LOCK_TIMEOUT_S:.0f} s: is a process of the "
-                        "run stopped inside a write? Continue or end it"
-                    ) from error
-            time.sleep(LOCK_PAUSE_S)
 
     def _last_segment(self) -> Path:
         last = max(self._segments(), default=0)
@@ -177,3 +158,17 @@ class FileChannel(StreamingRefChannel):
 
     def _path(self, segment: int) -> Path:
         return self.folder / f"log-{segment:08d}.jsonl"
+
+
+def add_crc(line: bytes) -> bytes:
+    """Add the checksum to a line, a JSON object, as its last field."""
+    return b'%b%b"%08x"}' % (line[:-1], CHECKSUM, zlib.crc32(line))
+
+
+def check_crc(line: bytes) -> None:
+    """Raise UserError for a line, without its newline, whose checksum is missing or wrong: no writer wrote it."""
+    content, field, checksum = line.rpartition(CHECKSUM)
+    if not field:
+        raise UserError("it has no checksum")
+    if checksum != b'"%08x"}' % zlib.crc32(content + b"}"):
+        raise UserError("its checksum does not match")

@@ -9,17 +9,15 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from lightning_dataflow.contracts import SCHEMA_VERSION, PeerTimeoutError, UserError
+from lightning_dataflow.contracts import SCHEMA_VERSION, UserError
+from lightning_dataflow.contracts.records import OLD_SCHEMA_VERSION
 from lightning_dataflow.contracts.validation import check_schema
+from lightning_dataflow.control.leases import Sample
 from lightning_dataflow.control.ledger import TOTALS
+from lightning_dataflow.control.local.waiting import wait_for_others
 
-BUSY_TIMEOUT_S = 30.0
-BUSY_PAUSE_S = 0.0001
-"""Between two tries to begin a transaction: they take less than that, SQLite's own pauses grow to 0.1 s."""
-OLD_SCHEMA_VERSION = 2
-"""Of ledgers that have tables and say no version."""
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS run (key TEXT PRIMARY KEY, value);
 CREATE TABLE IF NOT EXISTS samples (
@@ -35,27 +33,6 @@ CREATE TABLE IF NOT EXISTS samples (
 CREATE INDEX IF NOT EXISTS samples_by_state ON samples (state, seq);
 CREATE TABLE IF NOT EXISTS parts (name TEXT PRIMARY KEY, part TEXT);
 """
-IN_LIST = "seq IN (SELECT value FROM json_each(?))"
-
-
-class Sample(NamedTuple):
-    """A sample in flight.
-
-    Attributes:
-        state: leased, wanted or published.
-        tries: failures in this run; attempts also count those of earlier ones.
-        bytes: reserved, or published.
-        worker, expires: of a lease.
-        generation: of what is published.
-    """
-
-    state: str
-    attempt: int
-    bytes: int = 0
-    tries: int = 0
-    worker: str | None = None
-    expires: float = 0.0
-    generation: str | None = None
 
 
 COLUMNS = ", ".join(Sample._fields)
@@ -91,6 +68,7 @@ class LedgerTables:
         with self.transaction():
             (version,) = self.db.execute("PRAGMA user_version").fetchone()
             if self.db.execute("SELECT name FROM sqlite_master WHERE name = 'run'").fetchone():
+                # Release 0.1 made tables and gave no version.
                 remedy = "finish the run with the release that began it, or choose another channel.path"
                 check_schema(version or OLD_SCHEMA_VERSION, f"the ledger {self._path}", remedy)
                 return
@@ -108,11 +86,6 @@ class LedgerTables:
         """All that is known of the run, by name."""
         return dict(self.rows("SELECT key, value FROM run WHERE value IS NOT NULL"))
 
-    def get(self, key: str) -> Any:
-        """A value of the run; None where there is none."""
-        rows = self.rows("SELECT value FROM run WHERE key = ?", key)
-        return rows[0][0] if rows else None
-
     def set(self, **values: Any) -> None:
         """Write values of the run."""
         self.db.executemany("INSERT OR REPLACE INTO run VALUES (?, ?)", list(values.items()))
@@ -127,20 +100,11 @@ class LedgerTables:
         text = json.dumps({**part, "seen": time.time()})
         self.db.execute("INSERT OR REPLACE INTO parts VALUES (?, ?)", (name, text))
 
-    def forget_parts(self, before: float) -> None:
-        """Forget processes that failed, or were last seen before that time."""
-        self.db.execute(
-            "DELETE FROM parts WHERE json_extract(part, '$.failed') OR json_extract(part, '$.seen') < ?", (before,)
-        )
-
     def first_open(self, now: float) -> int | None:
         """The lowest seq that is wanted again, or whose lease expired."""
-        row = self.db.execute(
-            "SELECT MIN(seq) FROM (SELECT MIN(seq) AS seq FROM samples WHERE state = 'wanted' UNION ALL "
-            "SELECT MIN(seq) FROM samples WHERE state = 'leased' AND expires < ?)",
-            (now,),
-        ).fetchone()
-        return row[0]
+        return self.db.execute(
+            "SELECT MIN(seq) FROM samples WHERE state IN ('wanted', 'leased') AND expires < ?", (now,)
+        ).fetchone()[0]
 
     def samples(self, seqs: Sequence[int]) -> dict[int, Sample]:
         """The rows of consecutive seqs, where there are any."""
@@ -157,7 +121,7 @@ class LedgerTables:
     def drop(self, seqs: Iterable[int]) -> None:
         """Remove rows and what they reserved."""
         freed = self.db.execute(
-            f"DELETE FROM samples WHERE {IN_LIST} RETURNING bytes", (json.dumps(list(seqs)),)
+            "DELETE FROM samples WHERE seq IN (SELECT value FROM json_each(?)) RETURNING bytes", (json.dumps(list(seqs)),)
         ).fetchall()
         if freed:
             self.add(bytes_in_flight=-sum(size for (size,) in freed), refs_in_flight=-len(freed))
@@ -193,17 +157,5 @@ class LedgerTables:
             ) from error
 
     def _patiently(self, statement: str, *parameters: Any) -> sqlite3.Cursor:
-        """Execute, and wait for other processes while they hold the file."""
-        deadline = time.monotonic() + BUSY_TIMEOUT_S
-        while True:
-            try:
-                return self.db.execute(statement, parameters)
-            except sqlite3.OperationalError as error:
-                if "locked" not in str(error):
-                    raise
-                if time.monotonic() > deadline:
-                    raise PeerTimeoutError(
-                        f"could not use the ledger {self._path} within {BUSY_TIMEOUT_S:.0f} s ({error}): is a process of "
-                        "the run stopped inside a write? Continue or end it"
-                    ) from error
-                time.sleep(BUSY_PAUSE_S)
+        """Execute, and wait for other processes while they hold the file: SQLite's own pauses grow to 0.1 s."""
+        return wait_for_others(lambda: self.db.execute(statement, parameters), f"use the ledger {self._path}")

@@ -26,9 +26,7 @@ local reply = cjson.encode(ops[op](unpack(cjson.decode(ARGV[6]))))
 redis.call('HSET', CLIENTS, client, string.format('%s %d %s', ARGV[3], time, reply))
 if redis.call('HGET', TOTALS, 'finished') == 'completed' then  -- the last to leave removes everything; if it died, Redis does
   for _, key in ipairs(KEYS) do
-    if redis.call('TTL', key) == -1 then
-      redis.call('EXPIRE', key, KEEP_S)
-    end
+    redis.call('EXPIRE', key, KEEP_S, 'NX')
   end
 end
 return reply

@@ -1,6 +1,6 @@
 -- The ledger's operations on samples; MetadataStore says what they mean. SAMPLES: seq → its row as JSON: state (leased, wanted or
--- published), attempt, tries, bytes, and the worker of a leased one, the generation of a published one. WANTED: wanted seqs by
--- seq. LEASED: leased seqs by the end of their lease.
+-- published), attempt, tries, bytes, and the worker of a leased one, the generation of a published one. OPEN: seqs that are not
+-- published, by the time from which on they can be leased: the end of their lease, or 0.
 
 local function get(seq)
   local text = redis.call('HGET', SAMPLES, seq)
@@ -9,15 +9,10 @@ end
 
 local function put(seq, row, ends)
   redis.call('HSET', SAMPLES, seq, cjson.encode(row))
-  if row.state == 'wanted' then
-    redis.call('ZADD', WANTED, seq, seq)
+  if row.state == 'published' then
+    redis.call('ZREM', OPEN, seq)
   else
-    redis.call('ZREM', WANTED, seq)
-  end
-  if row.state == 'leased' then
-    redis.call('ZADD', LEASED, ends, seq)
-  else
-    redis.call('ZREM', LEASED, seq)
+    redis.call('ZADD', OPEN, ends or 0, seq)
   end
 end
 
@@ -32,8 +27,7 @@ local function drop(seqs)
     if row then
       freed = freed + row.bytes
       redis.call('HDEL', SAMPLES, seq)
-      redis.call('ZREM', WANTED, seq)
-      redis.call('ZREM', LEASED, seq)
+      redis.call('ZREM', OPEN, seq)
     end
   end
   redis.call('HINCRBY', TOTALS, 'bytes_in_flight', 0 - freed)  -- Redis takes no -0
@@ -54,8 +48,8 @@ end
 
 -- the lowest seq that is wanted, or whose lease has ended
 local function first_open(time)
-  local lowest = tonumber(redis.call('ZRANGE', WANTED, 0, 0)[1])
-  for _, seq in ipairs(redis.call('ZRANGEBYSCORE', LEASED, '-inf', string.format('(%.17g', time))) do
+  local lowest
+  for _, seq in ipairs(redis.call('ZRANGEBYSCORE', OPEN, '-inf', string.format('(%.17g', time))) do
     lowest = math.min(lowest or seq, seq)
   end
   return lowest
@@ -80,7 +74,7 @@ local function must_wait(seq, bytes, num_new, window, marks)
 end
 
 -- first, sizes: the group that the caller expects to be next, and the bytes of its samples. Those of another are asked for.
-ops.lease = function(worker, group, lease_s, marks, first, sizes)
+function ops.lease(worker, group, lease_s, marks, first, sizes)
   local totals = redis.call('HMGET', TOTALS, 'plan', 'finished_at', 'frontier')
   local text, finished_at = totals[1] or nil, totals[2] or nil
   if finished_at or not text then
@@ -103,10 +97,10 @@ ops.lease = function(worker, group, lease_s, marks, first, sizes)
       row, num_new = {state = 'wanted', attempt = 0, tries = 0, bytes = 0}, num_new + 1
     end
     if row and row.state ~= 'published' then
-      local has_ended = row.state == 'leased' and tonumber(redis.call('ZSCORE', LEASED, seq)) < time
-      attempt = math.max(attempt, row.attempt + (row.state == 'leased' and 1 or 0))
-      if row.state == 'wanted' or has_ended then
-        row.tries = row.tries + (has_ended and 1 or 0)
+      local failed = row.state == 'leased' and 1 or 0  -- once its lease has ended
+      attempt = math.max(attempt, row.attempt + failed)
+      if seq >= frontier or tonumber(redis.call('ZSCORE', OPEN, seq)) < time then
+        row.tries = row.tries + failed
         tries = math.max(tries, row.tries)
         if row.bytes == 0 then
           row.bytes, num_unreserved = sizes[seq - low + 1], num_unreserved + 1
@@ -128,18 +122,18 @@ ops.lease = function(worker, group, lease_s, marks, first, sizes)
   return {plan = text, first = low, stop = stop, wanted = wanted, attempt = attempt, tries = tries}
 end
 
-ops.renew = function(worker, lease_s)
+function ops.renew(worker, lease_s)
   local ends = now() + lease_s
-  for _, seq in ipairs(redis.call('ZRANGE', LEASED, 0, -1)) do
+  for _, seq in ipairs(redis.call('ZRANGE', OPEN, 0, -1)) do
     if get(seq).worker == worker then
-      redis.call('ZADD', LEASED, ends, seq)
+      redis.call('ZADD', OPEN, ends, seq)
     end
   end
   return true
 end
 
 -- skips: lists of a seq of the lease, and the record that skips it
-ops.give_back = function(nonce, worker, attempt, counts, most, skips)
+function ops.give_back(worker, attempt, counts, most, skips)
   local lost, lines = {}, {}
   for _, skip in ipairs(skips) do
     local seq, row = skip[1], get(skip[1])
@@ -153,12 +147,12 @@ ops.give_back = function(nonce, worker, attempt, counts, most, skips)
     end
   end
   give_up(lost)
-  append(nonce, lines)
+  ops.append(lines)
   return lost
 end
 
 -- entries: lists of seq, generation, bytes and record
-ops.commit = function(nonce, worker, attempt, entries)
+function ops.commit(worker, attempt, entries)
   local accepted, lines, change = {}, {}, 0
   for _, entry in ipairs(finished() and {} or entries) do
     local seq, generation, bytes, line = unpack(entry)
@@ -169,14 +163,14 @@ ops.commit = function(nonce, worker, attempt, entries)
       accepted[#accepted + 1], lines[#lines + 1] = seq, line
     end
   end
-  append(nonce, lines)
+  ops.append(lines)
   redis.call('HINCRBY', TOTALS, 'bytes_in_flight', change)
   redis.call('HINCRBY', TOTALS, 'published', #accepted)
   redis.call('HINCRBY', TOTALS, 'recaptured', attempt > 0 and #accepted or 0)
   return accepted
 end
 
-ops.want = function(seq, generation, most)
+function ops.want(seq, generation, most)
   if finished() then
     return true
   end
@@ -196,10 +190,9 @@ ops.want = function(seq, generation, most)
   return true
 end
 
--- totals: names and values to set
-ops.ack = function(totals, freed)
-  if #totals > 0 then
-    redis.call('HSET', TOTALS, unpack(totals))
+function ops.update(totals, freed)
+  for name, value in pairs(totals) do
+    redis.call('HSET', TOTALS, name, value)
   end
   drop(freed)
   return true

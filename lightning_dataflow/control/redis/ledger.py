@@ -5,11 +5,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from lightning_dataflow.control.leases import MAX_ATTEMPTS, CommitEntry, Lease, NoLease, RunPlan, Watermarks
+from lightning_dataflow.control.leases import MAX_ATTEMPTS, CommitEntry, Lease, NoLease, RunPlan, Sample, Watermarks
 from lightning_dataflow.control.ledger import SILENT_S, MetadataStore
 from lightning_dataflow.control.log import StreamingRefChannel
-from lightning_dataflow.control.processes import ALIVE, FAILED, FATAL, this_process
-from lightning_dataflow.control.redis.log import RedisChannel, new_nonce
+from lightning_dataflow.control.processes import this_process
 from lightning_dataflow.control.redis.scripts import ALWAYS, GROWING
 from lightning_dataflow.control.redis.server import RedisServer
 
@@ -39,12 +38,9 @@ class RedisMetadataStore(MetadataStore):
     def fence(self) -> dict[int, int]:
         return {int(seq): attempt for seq, attempt in self._change("fence")}
 
-    def begin(
-        self, plan: RunPlan, *, published: Mapping[int, tuple[str, int]], wanted: Mapping[int, int], frontier: int
-    ) -> None:
-        live = [(seq, int(generation.partition("-")[0]), generation, size) for seq, (generation, size) in published.items()]
-        begin = (json.dumps(asdict(plan)), plan.start, plan.start // plan.window, frontier, SILENT_S)
-        self._change("begin", *begin, live, list(wanted.items()))
+    def begin(self, plan: RunPlan, samples: Mapping[int, Sample], frontier: int) -> None:
+        rows = [(seq, sample._asdict()) for seq, sample in samples.items()]
+        self._change("begin", json.dumps(asdict(plan)), plan.start, plan.start // plan.window, frontier, SILENT_S, rows)
 
     def lease(
         self, worker: str, *, group: int, num_bytes: Callable[[int], int], watermarks: Watermarks, lease_s: float
@@ -67,29 +63,16 @@ class RedisMetadataStore(MetadataStore):
     def renew(self, worker: str, lease_s: float) -> None:
         self._change("renew", worker, lease_s)
 
-    def give_back(
-        self, lease: Lease, skips: Mapping[int, bytes], log: StreamingRefChannel, *, counts: bool = True
-    ) -> list[int]:
-        self._check(log)
+    def give_back(self, lease: Lease, skips: Mapping[int, bytes], log: StreamingRefChannel, counts: bool) -> list[int]:
         lines = [(seq, line.decode()) for seq, line in skips.items()]
-        return list(self._change("give_back", new_nonce(), lease.worker, lease.attempt, int(counts), MAX_ATTEMPTS, lines))
+        return list(self._change("give_back", lease.worker, lease.attempt, int(counts), MAX_ATTEMPTS, lines))
 
     def commit(self, lease: Lease, captured: Mapping[int, CommitEntry], log: StreamingRefChannel) -> list[int]:
-        self._check(log)
         entries = [(seq, entry.generation, entry.num_bytes, entry.line.decode()) for seq, entry in captured.items()]
-        return list(self.server.change(GROWING, "commit", new_nonce(), lease.worker, lease.attempt, entries))
+        return list(self.server.change(GROWING, "commit", lease.worker, lease.attempt, entries))
 
     def want(self, seq: int, generation: str) -> bool:
         return bool(self._change("want", seq, generation, MAX_ATTEMPTS))
-
-    def free(self, seqs: Iterable[int]) -> None:
-        self._change("ack", [], list(seqs))
-
-    def ack(self, next_seq: int, global_step: int, freed: Iterable[int] = ()) -> None:
-        self._change("ack", ["trained_seq", next_seq, "trained_step", global_step], list(freed))
-
-    def ack_durable(self, next_seq: int, global_step: int) -> None:
-        self._change("ack", ["durable_seq", next_seq, "durable_step", global_step], [])
 
     def count_wait(self) -> None:
         self._change("count_wait")
@@ -102,11 +85,11 @@ class RedisMetadataStore(MetadataStore):
         return int(seconds) + int(micros) / 1e6
 
     def report(self, name: str, state: str, *, failed: bool = False, fatal: bool = False) -> None:
-        self._change("report", name, this_process(state, FATAL if fatal else FAILED if failed else ALIVE))
+        self._change("report", name, this_process(state, failed=failed, fatal=fatal))
 
     def claim(self, name: str, state: str, before: tuple[str, int] | None) -> bool:
         self.term = ""
-        term = self._change("claim", name, this_process(state, ALIVE), *(before or ("", 0)))
+        term = self._change("claim", name, this_process(state), *(before or ("", 0)))
         if term is False:
             return False
         self.term = term
@@ -119,6 +102,9 @@ class RedisMetadataStore(MetadataStore):
     def close(self) -> None:
         """The last process that leaves a completed run removes what it kept in Redis."""
         self.server.leave()
+
+    def _update(self, totals: Mapping[str, int], freed: Iterable[int]) -> None:
+        self._change("update", totals, list(freed))
 
     def _run_values(self) -> Mapping[str, Any]:
         return self._hash("totals")
@@ -136,6 +122,3 @@ class RedisMetadataStore(MetadataStore):
     def _hash(self, name: str) -> dict[str, str]:
         flat = [text.decode() for text in self.server.ask("HGETALL", self.server.key(name))]
         return dict(zip(flat[::2], flat[1::2], strict=True))
-
-    def _check(self, log: StreamingRefChannel) -> None:
-        assert isinstance(log, RedisChannel) and log.server.keys == self.server.keys, "one script writes both"

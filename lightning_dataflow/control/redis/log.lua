@@ -1,5 +1,5 @@
 -- What every script of a run begins with, and the log's operations. All scripts get the same KEYS.
-local CARD, NONCE, LOG, TOTALS, CLIENTS, SAMPLES, WANTED, LEASED, PARTS = unpack(KEYS)
+local CARD, NONCE, LOG, TOTALS, CLIENTS, SAMPLES, OPEN, PARTS = unpack(KEYS)
 local SLICE = 1000  -- entries that are trimmed at a time: the server serves nobody else meanwhile
 local KEEP_S = 3600  -- how long the remains of a completed run, and of processes that died, are kept
 local ops = {}
@@ -9,22 +9,18 @@ local function now()
   return tonumber(time[1]) + tonumber(time[2]) / 1e6
 end
 
--- Entries are called number-nonce. Numbers count up from 1; the nonce tells apart what two histories of one server, which lost
--- some of the first, wrote under one number.
-local function append(nonce, lines)
+-- Entries are called number-client. Numbers count up from 1; the client tells apart what two histories of one server, which lost
+-- some of the first, wrote under one number: a client of the first that was answered then does not write to the second.
+function ops.append(lines)
   local last = redis.call('HINCRBY', TOTALS, 'records', #lines) - #lines
   for i, line in ipairs(lines) do
-    redis.call('XADD', LOG, string.format('%d-%s', last + i, nonce), 'record', line)
+    redis.call('XADD', LOG, string.format('%d-%s', last + i, ARGV[1]), 'record', line)
   end
-end
-
-ops.append = function(nonce, lines)
-  append(nonce, lines)
   return true
 end
 
 -- Drops entries before `position` up to the first that concerns `seq` or a later one, of at most SLICE; returns whether to go on.
-ops.trim = function(seq, position)
+function ops.trim(seq, position)
   local entries = redis.call('XRANGE', LOG, '-', position, 'COUNT', SLICE + 1)
   for i, entry in ipairs(entries) do
     if i == #entries or tonumber(string.match(entry[2][2], '"seq":(%d+)')) >= seq then

@@ -1,6 +1,5 @@
 """A channel in Redis: any number of machines, no folder that they share."""
 
-import secrets
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +28,7 @@ class RedisChannel(StreamingRefChannel):
 
     def append(self, lines: Sequence[bytes]) -> None:
         if lines:
-            self.server.change(GROWING, "append", new_nonce(), [line.decode() for line in lines])
+            self.server.change(GROWING, "append", [line.decode() for line in lines])
 
     def poll(self, max_records: int = 1024) -> list[LogRecord]:
         records: list[LogRecord] = []
@@ -65,11 +64,6 @@ class RedisChannel(StreamingRefChannel):
         if not oldest or _number(oldest[0][0]) <= _number(self._position):
             raise self.server.lost(f"record {_number(self._position)} of run {self.server.run_id}, which was read")
         return entries[:number]
-
-
-def new_nonce() -> str:
-    """For the ids of one append."""
-    return str(secrets.randbits(48))
 
 
 def _number(name: bytes) -> int:

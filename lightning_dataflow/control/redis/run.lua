@@ -1,48 +1,42 @@
 -- The ledger's operations on the run and its processes. PARTS: name → what a process said last, as JSON.
 
-local function forget_parts(silent_s)
+local function forget_parts(silent_s, and_failed)
   local oldest, flat = now() - silent_s, redis.call('HGETALL', PARTS)
   for i = 1, #flat, 2 do
-    if cjson.decode(flat[i + 1]).seen < oldest then
+    local part = cjson.decode(flat[i + 1])
+    if part.seen < oldest or (and_failed and part.failed) then
       redis.call('HDEL', PARTS, flat[i])
     end
   end
 end
 
 local function forget_samples()
-  redis.call('DEL', SAMPLES, WANTED, LEASED)
+  redis.call('DEL', SAMPLES, OPEN)
 end
 
-ops.fence = function()
-  for _, seq in ipairs(redis.call('ZRANGE', LEASED, 0, -1)) do
-    want(seq, get(seq))
-  end
+function ops.fence()
   redis.call('HDEL', TOTALS, 'plan')
-  local wanted = redis.call('ZRANGE', WANTED, 0, -1)
+  local wanted = redis.call('ZRANGE', OPEN, 0, -1)
   for i, seq in ipairs(wanted) do
+    local row = get(seq)
+    if row.state == 'leased' then
+      want(seq, row)
+    end
     wanted[i] = {seq, get(seq).attempt}
   end
   return wanted
 end
 
--- published: lists of seq, attempt, generation, bytes; wanted: of seq, attempt
-ops.begin = function(plan, start, step, frontier, silent_s, published, wanted)
+-- samples: lists of seq and row
+function ops.begin(plan, start, step, frontier, silent_s, samples)
   forget_samples()
   local bytes = 0
-  for _, sample in ipairs(published) do
-    put(sample[1], {state = 'published', attempt = sample[2], tries = 0, bytes = sample[4], generation = sample[3]})
-    bytes = bytes + sample[4]
+  for _, sample in ipairs(samples) do
+    local seq, row = unpack(sample)
+    put(seq, row)
+    bytes = bytes + row.bytes
   end
-  for _, sample in ipairs(wanted) do
-    put(sample[1], {state = 'wanted', attempt = sample[2], tries = 0, bytes = 0})
-  end
-  local flat = redis.call('HGETALL', PARTS)
-  for i = 1, #flat, 2 do
-    if cjson.decode(flat[i + 1]).failed > 0 then
-      redis.call('HDEL', PARTS, flat[i])
-    end
-  end
-  forget_parts(silent_s)
+  forget_parts(silent_s, true)
   redis.call('HDEL', TOTALS, 'finished', 'finished_at')
   redis.call('HSET', TOTALS, 'plan', plan, 'frontier', frontier, 'bytes_in_flight', bytes, 'trained_seq', start,
     'trained_step', step, 'paused', 0)
@@ -52,19 +46,19 @@ ops.begin = function(plan, start, step, frontier, silent_s, published, wanted)
   return true
 end
 
-ops.count_wait = function()
+function ops.count_wait()
   redis.call('HINCRBY', TOTALS, 'train_waits', 1)
   return true
 end
 
-ops.finish = function(status)
+function ops.finish(status)
   forget_samples()
   redis.call('HSET', TOTALS, 'finished', status, 'finished_at', string.format('%.6f', now()), 'bytes_in_flight', 0)
   return true
 end
 
--- part: host, pid, pids, state and failed
-ops.report = function(name, part)
+-- part: host, pid, pids, state, failed and fatal
+function ops.report(name, part)
   part.seen = now()
   if redis.call('HSET', PARTS, name, cjson.encode(part)) == 1 then
     forget_parts(KEEP_S)
@@ -73,7 +67,7 @@ ops.report = function(name, part)
 end
 
 -- host, pid: of the process that last reported that name; '' and 0 for none
-ops.claim = function(name, part, host, pid)
+function ops.claim(name, part, host, pid)
   local text = redis.call('HGET', PARTS, name)
   local last = text and cjson.decode(text) or {host = '', pid = 0}
   if last.host ~= host or last.pid ~= pid then

@@ -16,7 +16,7 @@ from lightning_dataflow.control.redis.address import CONNECT_S, RedisAddress, re
 from lightning_dataflow.control.redis.scripts import LEAVE, Script
 
 PREFIX = "ldf"
-KEYS = ("card", "nonce", "log", "totals", "clients", "samples", "wanted", "leased", "parts")
+KEYS = ("card", "nonce", "log", "totals", "clients", "samples", "open", "parts")
 """Of a run; the scripts know them by this order."""
 OLDEST = (7, 0)
 """The first version of Redis whose scripts have flags."""
@@ -52,11 +52,12 @@ class RedisServer:
         self.term = ""
         """Of the claim that this process's changes belong to; whoever claimed later refuses them."""
         self._errors = redis.exceptions
+        self._refusals = (self._errors.AuthenticationError, self._errors.AuthorizationError, self._errors.NoPermissionError)
         self._pool = where.connection_pool(f"{PREFIX}-{run_id}")
         errors = (self._errors.ConnectionError, self._errors.TimeoutError, self._errors.ResponseError, OSError)
         self._retry = redis.retry.Retry(redis.backoff.ExponentialBackoff(PAUSE_S[1], PAUSE_S[0]), -1, errors)
         self._lock = threading.Lock()
-        self._client = secrets.token_hex(8)
+        self._client = str(secrets.randbits(48))  # as the ids of a stream's entries can hold
         self._acked = self._request = 0
         self._lost: PeerFailedError | None = None
         self.check()
@@ -99,17 +100,14 @@ class RedisServer:
         """Raise UserError unless this is a Redis that can be used, PermissionError if it refuses us."""
         errors = self._errors
         try:
-            text = self._send("INFO")
-        except errors.AuthenticationError as error:
-            raise self._refused(error) from error
-        except (errors.ConnectionError, errors.TimeoutError, errors.InvalidResponse, OSError, UnicodeDecodeError) as error:
+            lines = self._send("INFO").decode().splitlines()
+        except (*self._refusals, errors.ResponseError) as error:
+            raise self._explained(error) from error
+        except (errors.ConnectionError, errors.TimeoutError, errors.InvalidResponse, OSError, ValueError) as error:
             raise UserError(
                 f"no Redis answers at {self.where.address} ({_first_line(error)}): start one there, or correct "
                 f"channel.address or channel.tls (now {str(self.where.tls).lower()}); see docs/redis.md"
             ) from error
-        except errors.ResponseError as error:
-            raise self._explained(error) from error
-        lines = text.decode(errors="replace").splitlines() if isinstance(text, bytes) else []
         self._check_info(dict(line.split(":", 1) for line in lines if ":" in line))
 
     def lost(self, what: str) -> PeerFailedError:
@@ -145,13 +143,10 @@ class RedisServer:
 
     def _patiently(self, action: Callable[[], Any], *, at_most_s: float | None = None) -> Any:
         """Do it, again and again while the server is away."""
+        if self._lost is not None:
+            raise self._lost
         patience = at_most_s or self.patience_s
         deadline = time.monotonic() + patience
-
-        def attempt() -> Any:
-            if self._lost is not None:
-                raise self._lost
-            return action()
 
         def give_up_when_late(error: Exception) -> None:
             if time.monotonic() > deadline:
@@ -161,15 +156,13 @@ class RedisServer:
                 ) from error
 
         try:
-            return self._retry.call_with_retry(attempt, give_up_when_late, self._may_pass)
-        except (self._errors.AuthenticationError, self._errors.AuthorizationError) as error:
-            raise self._refused(error) from error
-        except self._errors.ResponseError as error:
+            return self._retry.call_with_retry(action, give_up_when_late, self._may_pass)
+        except (*self._refusals, self._errors.ResponseError) as error:
             raise self._explained(error) from error
 
     def _may_pass(self, error: Exception) -> bool:
         """Whether to try again: the server is away, read-only during a failover, or busy with a long script."""
-        if isinstance(error, self._errors.AuthenticationError | self._errors.AuthorizationError):
+        if isinstance(error, self._refusals):
             return False
         is_refusal = isinstance(error, self._errors.ResponseError) and not isinstance(error, self._errors.ReadOnlyError)
         return not is_refusal or str(error).startswith("BUSY")
@@ -204,15 +197,12 @@ class RedisServer:
                 f"{self.name} has no memory left: raise its maxmemory, write checkpoints more often (what is behind them "
                 "is dropped), or remove runs that nobody resumes with lightning-dataflow clean"
             )
-        if isinstance(error, self._errors.NoPermissionError) or text.startswith(("NOPERM", "NOAUTH")):
-            return self._refused(error)
+        if isinstance(error, self._refusals) or text.startswith(("NOPERM", "NOAUTH")):
+            return PermissionError(
+                f"{self.name} refuses this user ({text}): check channel.username and the password in "
+                "channel.secret_file; docs/redis.md lists what the user must be allowed"
+            )
         return PeerFailedError(f"{self.name} answers: {text}")
-
-    def _refused(self, error: Exception) -> PermissionError:
-        return PermissionError(
-            f"{self.name} refuses this user ({_first_line(error)}): check channel.username and the password in "
-            "channel.secret_file; docs/redis.md lists what the user must be allowed"
-        )
 
 
 def _first_line(error: Exception) -> str:

@@ -9,15 +9,14 @@ import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
 from lightning_dataflow.evaluation.acceptance import AcceptanceReport, Decoded, Decoding
 
-WRITTEN_FOR = "this backend reads the answers of SGLang 0.5.23, measure on a server of that version"
 WARM_UP_TOKENS = 8
 
 
@@ -65,42 +64,44 @@ class SGLangDecoder:
             PeerTimeoutError: not within `timeout_s`.
         """
         num_draft_tokens = self.num_draft_tokens()
-        if num_draft_tokens is None:
+        if not num_draft_tokens:
             raise UserError(
                 f"{self.name} does not speculate: start it with --speculative-algorithm and a draft "
                 "(--speculative-draft-model-path)"
             )
-        if plain is not None and plain.num_draft_tokens() is not None:
+        if plain is not None and plain.num_draft_tokens():
             raise UserError(f"{plain.name} speculates: evaluate.baseline_url is of one without a draft")
         sampling = sampling_params(decoding.max_new_tokens, decoding.temperature, stop_token_ids)
-        for server in (self, plain):
-            if server is not None:  # warm-up; not timed
-                few = min(WARM_UP_TOKENS, decoding.max_new_tokens)
-                server.generate(prompts[:1], sampling | {"max_new_tokens": few}, 1)
-        answers, seconds = self.generate(prompts, sampling, decoding.batch_size)
-        counts = [read_counts(answer, num_draft_tokens, self.name) for answer in answers]
-        drafted = Decoded(
-            tokens=[_output_ids(answer, self.name) for answer in answers],
-            seconds=seconds,
-            num_drafts=sum(num_drafts for num_drafts, _ in counts),
-            accepted_per_position=[sum(column) for column in zip(*(accepted for _, accepted in counts), strict=True)],
-        )
-        alone = None
-        if plain is not None:
-            answers, seconds = plain.generate(prompts, sampling, decoding.batch_size)
-            alone = Decoded(tokens=[_output_ids(answer, plain.name) for answer in answers], seconds=seconds)
+        drafted = self._decode(prompts, sampling, decoding.batch_size, num_draft_tokens)
+        alone = None if plain is None else plain._decode(prompts, sampling, decoding.batch_size, 0)
         return drafted.report("sglang_server", alone, temperature=decoding.temperature)
 
-    def num_draft_tokens(self) -> int | None:
-        """How many tokens ahead a proposal reaches (the depth of a tree); None for a server without speculation."""
+    def num_draft_tokens(self) -> int:
+        """How many tokens ahead a proposal reaches (the depth of a tree); 0 for a server without speculation."""
         info = self._ask("/server_info", None)
         if not isinstance(info, dict) or "speculative_algorithm" not in info:
             raise UserError(f"what answers at {self.url} is no SGLang server")
         if not info["speculative_algorithm"] or info.get("enable_return_aux_hidden_states"):
-            return None  # a capture server names an algorithm and loads no draft
-        if (info.get("speculative_eagle_topk") or 1) > 1:
-            return _count(info, "speculative_num_steps", self.name, least=1)
-        return _count(info, "speculative_num_draft_tokens", self.name, least=2) - 1  # SGLang counts the verified token too
+            return 0  # a capture server names an algorithm and loads no draft
+        with _reading(self.name):
+            if (info.get("speculative_eagle_topk") or 1) > 1:
+                return int(info["speculative_num_steps"])
+            return int(info["speculative_num_draft_tokens"]) - 1  # SGLang counts the verified token too
+
+    def _decode(
+        self, prompts: Sequence[Sequence[int]], sampling: dict[str, Any], batch_size: int, num_draft_tokens: int
+    ) -> Decoded:
+        few = min(WARM_UP_TOKENS, sampling["max_new_tokens"])
+        self.generate(prompts[:1], sampling | {"max_new_tokens": few}, 1)  # warm-up; not timed
+        answers, seconds = self.generate(prompts, sampling, batch_size)
+        counts = [read_counts(answer, num_draft_tokens, self.name) for answer in answers] if num_draft_tokens else []
+        with _reading(self.name):
+            return Decoded(
+                tokens=[answer["output_ids"] for answer in answers],
+                seconds=seconds,
+                num_drafts=sum(num_drafts for num_drafts, _ in counts),
+                accepted_per_position=[sum(column) for column in zip(*(accepted for _, accepted in counts), strict=True)],
+            )
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: dict[str, Any], batch_size: int
@@ -152,34 +153,27 @@ def read_counts(answer: dict[str, Any], num_draft_tokens: int, who: str) -> tupl
 
     A request whose first token ended it has none. Raises UserError where the numbers are missing or do not agree.
     """
-    meta = answer.get("meta_info")
-    if not isinstance(meta, dict):
-        raise UserError(f"{who} answered without meta_info")
-    if "spec_verify_ct" not in meta:
-        if _count(meta, "completion_tokens", who) > 1:
-            raise UserError(f"{who} generated without speculation, its answer has no spec_verify_ct")
-        return 0, [0] * num_draft_tokens
-    drafts, accepted = _count(meta, "spec_verify_ct", who), _count(meta, "spec_num_correct_drafts", who)
-    histogram = meta.get("spec_correct_drafts_histogram") or []
-    if not isinstance(histogram, list) or not all(isinstance(count, int) for count in histogram):
-        raise UserError(f"{who} says spec_correct_drafts_histogram={histogram!r:.80}, no list of counts: {WRITTEN_FOR}")
-    padded = [count or 0 for count, _ in zip_longest(histogram, range(num_draft_tokens + 1))]
-    per_position = [sum(padded[position + 1 :]) for position in range(num_draft_tokens)]
-    if sum(histogram) != drafts or sum(per_position) != accepted:
-        raise UserError(f"{who}: {drafts} verifications, {accepted} correct drafts, but a histogram of {histogram}")
-    return drafts, per_position
+    with _reading(who):
+        meta = answer["meta_info"]
+        if "spec_verify_ct" not in meta:
+            if meta["completion_tokens"] > 1:
+                raise UserError(f"{who} generated without speculation, its answer has no spec_verify_ct")
+            return 0, [0] * num_draft_tokens
+        drafts, accepted = meta["spec_verify_ct"], meta["spec_num_correct_drafts"]
+        histogram = meta.get("spec_correct_drafts_histogram") or []
+        per_position = [sum(histogram[position + 1 :]) for position in range(num_draft_tokens)]
+        if sum(histogram) != drafts or sum(per_position) != accepted:
+            raise UserError(f"{who}: {drafts} verifications, {accepted} correct drafts, but a histogram of {histogram}")
+        return drafts, per_position
 
 
-def _count(answer: Mapping[str, Any], name: str, who: str, *, least: int = 0) -> int:
-    """A count in an answer. Raises UserError if it is none."""
-    value = answer.get(name)
-    if not isinstance(value, int) or value < least:
-        raise UserError(f"{who} says {name}={value!r:.80}, which is no count from {least} on: {WRITTEN_FOR}")
-    return value
-
-
-def _output_ids(answer: dict[str, Any], who: str) -> list[int]:
-    ids = answer.get("output_ids") if isinstance(answer, dict) else None
-    if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
-        raise UserError(f"{who} answered without output_ids")
-    return ids
+@contextmanager
+def _reading(who: str) -> Iterator[None]:
+    """Raise UserError where the answer of a server lacks a number, or has something else in its place."""
+    try:
+        yield
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"cannot read what {who} answers ({error!r}): this backend reads the answers of SGLang 0.5.23, measure on a "
+            "server of that version"
+        ) from error

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
-from lightning_dataflow.evaluation.acceptance import AcceptanceReport, Decoded, Decoding
+from lightning_dataflow.evaluation.acceptance import Decoded, Decoding
 from lightning_dataflow.services.server import end_process, start_process
 
 log = logging.getLogger(__name__)
@@ -68,15 +68,15 @@ class VLLMDecoder:
     def decode(
         self,
         prompts: Sequence[Sequence[int]],
-        *,
-        num_draft_tokens: int = 0,
         speculation: Mapping[str, Any] | None = None,
+        *,
         cpu_caveat: str | None = None,
     ) -> Decoded:
         """Decode every prompt in a new vLLM process.
 
         Args:
-            speculation: for vLLM's `speculative_config`; None to decode with the target alone.
+            speculation: for vLLM's `speculative_config`: `method`, its name of the algorithm; `model`, the draft's folder;
+                and `num_speculative_tokens`. None to decode with the target alone.
             cpu_caveat: a warning if vLLM runs on a CPU.
 
         Raises:
@@ -84,6 +84,7 @@ class VLLMDecoder:
             PeerTimeoutError: it took longer than `timeout_s`.
             PeerFailedError: the process died, or its counts cannot be compared.
         """
+        num_draft_tokens = 0 if speculation is None else speculation["num_speculative_tokens"]
         engine: dict[str, Any] = {
             "model": self.target,
             "dtype": self.dtype,
@@ -95,7 +96,8 @@ class VLLMDecoder:
             "seed": self.decoding.seed,
         }
         if speculation is not None:
-            engine["speculative_config"] = {**speculation, "num_speculative_tokens": num_draft_tokens}
+            by_default = {"draft_sample_method": "probabilistic"}  # as `hf` does; vLLM's own default is greedy
+            engine["speculative_config"] = (by_default if self.decoding.temperature > 0 else {}) | dict(speculation)
         job = {
             "engine": engine | dict(self.engine_args),
             "prompts": [list(prompt) for prompt in prompts],
@@ -114,29 +116,6 @@ class VLLMDecoder:
         if result.pop("on_cpu") and cpu_caveat is not None:
             log.warning(cpu_caveat)
         return Decoded(**result)
-
-    def evaluate(
-        self,
-        draft: str,
-        method: str,
-        prompts: Sequence[Sequence[int]],
-        *,
-        num_draft_tokens: int,
-        cpu_caveat: str | None = None,
-        plain: Decoded | None = None,
-    ) -> AcceptanceReport:
-        """Decode every prompt with a draft and read vLLM's counters. Arguments and errors as of `decode`, and:
-
-        Args:
-            draft: a folder that vLLM reads.
-            method: vLLM's name of the algorithm.
-            plain: the same prompts by the target alone, for the speed-up, and at temperature 0 to compare.
-        """
-        speculation = {"method": method, "model": draft}
-        if self.decoding.temperature > 0:
-            speculation["draft_sample_method"] = "probabilistic"  # as `hf` does; by default vLLM's drafts are greedy
-        drafted = self.decode(prompts, num_draft_tokens=num_draft_tokens, speculation=speculation, cpu_caveat=cpu_caveat)
-        return drafted.report("vllm", plain, temperature=self.decoding.temperature)
 
     def _run(self, job: dict[str, Any], log_file: Path) -> dict[str, Any]:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -174,13 +153,11 @@ def find_python(path: str | None) -> str:
     """The Python to run vLLM with. Raises UserError unless it exists and has vLLM."""
     if path is None:
         raise UserError("backend vllm needs the Python of an environment with vLLM: set evaluate.python=…/bin/python")
-    if not os.access(path, os.X_OK) or Path(path).is_dir():
-        raise UserError(f"evaluate.python={path} is no executable: give the Python of an environment with vLLM")
     code = "import importlib.util as u, sys; sys.exit(0 if u.find_spec('vllm') else 3)"
     try:
         probe = subprocess.run([path, "-c", code], stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise UserError(f"evaluate.python={path} does not run ({error})") from error
+        raise UserError(f"evaluate.python={path} does not run ({error}): give a Python with vLLM") from error
     if probe.returncode:
         raise UserError(f"evaluate.python={path} has no vLLM: install it there (scripts/vllm_cpu.sh builds one for CPUs)")
     return str(Path(path).absolute())

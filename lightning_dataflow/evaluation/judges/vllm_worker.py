@@ -23,13 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-COUNTERS = {
-    "num_drafts": "vllm:spec_decode_num_drafts",
-    "num_draft_tokens": "vllm:spec_decode_num_draft_tokens",
-    "accepted_per_position": "vllm:spec_decode_num_accepted_tokens_per_pos",
-}
-
-
+COUNTERS = "vllm:spec_decode_"
 CPU_SAMPLES = (
     "on a CPU, vLLM 0.32 verifies proposals at a temperature that it never writes (its expand kernel of floats), so counts "
     "above 0 mean nothing: set evaluate.temperature=0, or evaluate.backend=hf, or use a GPU"
@@ -69,15 +63,13 @@ def decode(job: dict[str, Any]) -> dict[str, Any]:
         for index, output in zip(chosen, outputs, strict=True):
             tokens[index] = list(output.outputs[0].token_ids)
     seconds = time.perf_counter() - start
-    after = _counts(llm)
+    growth = [new - old for new, old in zip(_counts(llm), before, strict=True)]
     return {
         "tokens": tokens,
         "seconds": seconds,
-        "num_drafts": after["num_drafts"][0] - before["num_drafts"][0],
-        "num_draft_tokens": after["num_draft_tokens"][0] - before["num_draft_tokens"][0],
-        "accepted_per_position": [
-            new - old for new, old in zip(after["accepted_per_position"], before["accepted_per_position"], strict=True)
-        ],
+        "num_drafts": growth[0],
+        "num_draft_tokens": growth[1],
+        "accepted_per_position": growth[2:],
         "on_cpu": current_platform.is_cpu(),
     }
 
@@ -95,17 +87,13 @@ def rounds(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     return [*batches, others] if others else batches
 
 
-def _counts(llm: Any) -> dict[str, list[int]]:
-    """The counters as lists; without speculation there are none."""
-    metrics = {metric.name: metric for metric in llm.get_metrics()}
-    counts = {}
-    for name, counter in COUNTERS.items():
-        metric = metrics.get(counter)
-        values = getattr(metric, "values", None)
-        if values is None:
-            values = [metric.value] if metric is not None else []
-        counts[name] = [int(value) for value in values] or ([] if name == "accepted_per_position" else [0])
-    return counts
+def _counts(llm: Any) -> list[int]:
+    """Drafts, their tokens, and the accepted tokens of each position so far; without speculation, only two zeros."""
+    metrics = {metric.name.removeprefix(COUNTERS): metric for metric in llm.get_metrics()}
+    if "num_drafts" not in metrics:
+        return [0, 0]
+    per_position = metrics["num_accepted_tokens_per_pos"].values
+    return [metrics["num_drafts"].value, metrics["num_draft_tokens"].value, *per_position]
 
 
 def main() -> None:

@@ -1,7 +1,6 @@
 """What the master of a Mooncake says over HTTP."""
 
 import json
-import urllib.error
 import urllib.request
 
 from lightning_dataflow.stores.base import StoreUnavailableError
@@ -35,7 +34,7 @@ class MooncakeAdmin:
         try:
             with self._opener.open(f"http://{self.address}{path}", timeout=10) as response:
                 return response.read().decode()
-        except (OSError, urllib.error.URLError) as error:
+        except OSError as error:
             raise StoreUnavailableError(
                 f"the metrics port {self.address} of the Mooncake master does not answer ({error}): restart the master, "
                 "or correct store.metrics_address"

@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import mmap
 import os
 import secrets
 import socket
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.stores.base import StoreUnavailableError
-from lightning_dataflow.stores.mooncake.buffers import PageAllocator, RegisteredMemory
+from lightning_dataflow.stores.mooncake.buffers import Block, BufferPool
 
 T = TypeVar("T")
 
@@ -101,20 +102,28 @@ class MooncakeClient:
         if code:
             peer = client_address or master_address
             raise UserError(f"Mooncake at {peer} refused this process (code {code}): see the logs of Mooncake there")
-        shared = self._raw and client_address is not None
-        allocator: Any = mooncake.MooncakeHostMemAllocator() if shared else PageAllocator()
-        self.memory = RegisteredMemory(allocator.alloc, allocator.free, self._register, self._unregister)
+        self._shared_memory = mooncake.MooncakeHostMemAllocator() if self._raw and client_address is not None else None
+        self.pool = BufferPool(self._allocate, self._free)
         self._closed = False
         self._stopping = threading.Event()
+
+    def lease(self, num_bytes: int) -> ctypes.Array:
+        """A buffer that `put` and `get` can use; see BufferPool."""
+        return self.retry(lambda: self.pool.lease(num_bytes))
 
     def put(self, keys: Sequence[str], addresses: Sequence[int], sizes: Sequence[int]) -> list[int]:
         """Copy registered memory to new objects; a code for each: 0 or NO_SPACE."""
         if not self._raw:
             values = [ctypes.string_at(address, size) for address, size in zip(addresses, sizes, strict=True)]
-            return [self.put_bytes(key, value) for key, value in zip(keys, values, strict=True)]
+            return [self._put_plain(key, value) for key, value in zip(keys, values, strict=True)]
         codes = _checked(self._store.batch_put_from(list(keys), list(addresses), list(sizes), self._pinned))
         if REFUSED in codes:
-            raise self._unknown_memory()
+            # The library registers its memory with a new mooncake_client only if it noticed that the old one was gone.
+            raise StoreUnavailableError(
+                f"mooncake_client {self.client_address} does not know the memory of this process: it was started again "
+                "before this process missed it. Start this process again, and next time wait 8 s before starting "
+                "mooncake_client"
+            )
         return codes
 
     def get(self, keys: Sequence[str], addresses: Sequence[int], sizes: Sequence[int]) -> list[int]:
@@ -127,20 +136,6 @@ class MooncakeClient:
             self.put([probe], [addresses[codes.index(REFUSED)]], [1])
             self.remove([probe])
         return codes
-
-    def put_bytes(self, key: str, value: bytes) -> int:
-        """Store `value` with a plain call; 0 or NO_SPACE. UserError when it is too large for that."""
-        code = _checked([self._store.put(key, value, self._pinned)])[0]
-        if code == REFUSED:
-            raise UserError(
-                f"{key} has {len(value)} bytes, without raw calls Mooncake moves at most {STAGING_BYTES}: set "
-                "store.zero_copy=true, or lower data.max_length"
-            )
-        return code
-
-    def get_bytes(self, key: str) -> bytes:
-        """The value; empty when there is none."""
-        return self._store.get(key)
 
     def exist(self, keys: Sequence[str]) -> list[bool]:
         """Which of `keys` are stored completely."""
@@ -169,7 +164,11 @@ class MooncakeClient:
                 if error.code == NOT_FOUND:  # the master answers, however long the call took
                     num_discarded, began = num_discarded + 1, time.monotonic()
                     if num_discarded == PUT_TRIES:
-                        raise self._discarded() from None
+                        raise StoreUnavailableError(
+                            f"Mooncake master {self.master_address} discarded a put {PUT_TRIES} times before it was "
+                            "complete: the link is cut again and again, or too slow for the master's "
+                            "--put_start_discard_timeout_sec"
+                        ) from None
                 patience = self.owner_timeout_s if error.code == OWNER_GONE else self.unavailable_timeout_s
                 waited = time.monotonic() - began
                 if waited + pause > patience or self._stopping.is_set():
@@ -182,42 +181,53 @@ class MooncakeClient:
         self._stopping.set()
 
     def close(self) -> None:
-        """Disconnect."""
+        """Disconnect. Tensors that were read stay valid."""
         if self._closed:
             return
+        self.pool.close()
         self._closed = True
         if self.client_address is None:
             self._store.close()
         del self._store  # `close` of a shared-memory client would complain on stderr that it is not connected
 
+    def _put_plain(self, key: str, value: bytes) -> int:
+        (code,) = _checked([self._store.put(key, value, self._pinned)])
+        if code == REFUSED:
+            raise UserError(
+                f"{key} has {len(value)} bytes, without raw calls Mooncake moves at most {STAGING_BYTES}: set "
+                "store.zero_copy=true, or lower data.max_length"
+            )
+        return code
+
     def _get_plain(self, key: str, address: int, size: int) -> int:
-        value = self.get_bytes(key)
+        value = self._store.get(key)
         if len(value) != size:
             return REFUSED if value else NOT_FOUND
         ctypes.memmove(address, value, size)
         return size
 
-    def _register(self, address: int, num_bytes: int) -> None:
+    def _allocate(self, num_bytes: int) -> Block:
+        if self._shared_memory is None:
+            pages = mmap.mmap(-1, num_bytes)
+            block = Block(ctypes.addressof(ctypes.c_char.from_buffer(pages)), num_bytes, pages)
+        else:
+            block = Block(self._shared_memory.alloc(num_bytes), num_bytes, None)
+        if not block.address:
+            raise MemoryError(f"no memory for a transfer buffer of {num_bytes} bytes: free memory, or use smaller samples")
         # The address is the base of a new block, so only a lost peer can refuse it.
-        if self._raw and self._store.register_buffer(address, num_bytes):
+        if self._raw and self._store.register_buffer(block.address, num_bytes):
+            self._give_back(block)
             raise TransientError(UNREACHABLE[1])
+        return block
 
-    def _unregister(self, address: int) -> None:
+    def _free(self, block: Block) -> None:
         if self._raw and not self._closed:  # closing has unregistered everything, and the library would crash
-            self._store.unregister_buffer(address)
+            self._store.unregister_buffer(block.address)
+        self._give_back(block)
 
-    def _unknown_memory(self) -> StoreUnavailableError:
-        """The library registers its memory with a new mooncake_client only if it noticed that the old one was gone."""
-        return StoreUnavailableError(
-            f"mooncake_client {self.client_address} does not know the memory of this process: it was started again before "
-            "this process missed it. Start this process again, and next time wait 8 s before starting mooncake_client"
-        )
-
-    def _discarded(self) -> StoreUnavailableError:
-        return StoreUnavailableError(
-            f"Mooncake master {self.master_address} discarded a put {PUT_TRIES} times before it was complete: the link is "
-            "cut again and again, or too slow for the master's --put_start_discard_timeout_sec"
-        )
+    def _give_back(self, block: Block) -> None:
+        if self._shared_memory is not None:
+            self._shared_memory.free(block.address)
 
     def _absence(self, code: int, waited: float) -> StoreUnavailableError:
         remedy = "start it again and resume the run; features that it held are captured again"

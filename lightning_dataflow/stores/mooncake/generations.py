@@ -1,47 +1,51 @@
 """Which generation of a sample is valid, and how the others are removed."""
 
+import ctypes
+import re
 from collections.abc import Sequence
 
-from lightning_dataflow.contracts import CapacityError, SampleRef
+from lightning_dataflow.contracts import CapacityError, SampleOrigin, SampleRef
 from lightning_dataflow.stores.base import IsLive, StoreUnavailableError, attempt_of
 from lightning_dataflow.stores.mooncake.admin import MooncakeAdmin
 from lightning_dataflow.stores.mooncake.client import NO_SPACE, NOT_FOUND, OWNER_GONE, MooncakeClient, TransientError
-from lightning_dataflow.stores.mooncake.keys import KeyScheme
-from lightning_dataflow.stores.mooncake.transfer import Transfer, stored_features
+from lightning_dataflow.stores.mooncake.transfer import stored_features
+
+SUPERSEDED = "superseded"
+MAX_OLDER_ATTEMPTS = 32
+"""A put removes and marks this many attempts before its own."""
 
 
 class Generations:
-    """The objects of one store, by generation.
+    """The objects of one store, by generation: `{store_id}/{sample_id}/g{generation}/{feature}`.
 
     Attempts order across processes: before a put of attempt n > 0 removes what is older, it leaves a one-byte object
     `{sample_id}/superseded/{k}` for every k < n, and a generation of attempt k is valid only while that mark is absent. So
     a late put of an older attempt is stale at once, in whatever order the puts come. The marks go, as the last step, with
     the generation that left them. Not promised: that two puts of the *same* attempt by different processes supersede each
-    other; that a put more than 32 attempts ahead marks an attempt as late; marks while the newest generation of a sample is
+    other; that a put supersedes an attempt more than 32 before its own; marks while the newest generation of a sample is
     freed and put again at the same moment. The control plane, which hands out attempts, prevents all three.
     """
 
-    def __init__(self, store_id: str, client: MooncakeClient, transfer: Transfer, admin: MooncakeAdmin | None):
-        self._keys = KeyScheme(store_id)
-        self._client, self._transfer, self._admin = client, transfer, admin
+    def __init__(self, store_id: str, client: MooncakeClient, admin: MooncakeAdmin | None):
+        self._store_id, self._client, self._admin = store_id, client, admin
 
     def objects(self, ref: SampleRef) -> list[str]:
         """The keys of a generation."""
-        return self._keys.of(ref, [spec.name for spec in stored_features(ref)])
+        prefix = f"{self._store_id}/{ref.sample_id}/g{ref.generation}"
+        return [f"{prefix}/{spec.name}" for spec in stored_features(ref)]
 
     def are_valid(self, refs: Sequence[SampleRef]) -> list[bool]:
         """Whether all objects of each ref exist, and no mark says that it is superseded. Tries once."""
-        keys = [(*self.objects(ref), self._mark(ref)) for ref in refs]
+        keys = [(*self.objects(ref), self._mark(ref.sample_id, ref.origin.attempt)) for ref in refs]
         exists = iter(self._client.exist([key for group in keys for key in group]))
         found = [[next(exists) for _ in group] for group in keys]
         return [all(objects) and not superseded for *objects, superseded in found]
 
     def supersede(self, draft: SampleRef) -> None:
         """Remove what a put of `draft` supersedes, and mark its attempts."""
-        older = self._keys.pattern_up_to(draft.sample_id, draft.origin.attempt)
-        self._remove_matching(older)  # before the marks, which may need its room
+        self._remove_up_to(draft.sample_id, draft.origin.attempt)  # before the marks, which may need the room
         self._client.retry(lambda: self._leave_marks(draft))
-        self._remove_matching(older)
+        self._remove_up_to(draft.sample_id, draft.origin.attempt)
 
     def remove(self, refs: Sequence[SampleRef]) -> None:
         """Remove generations; those of attempt 0, which left no marks, in one round trip."""
@@ -52,15 +56,15 @@ class Generations:
 
     def remove_sample(self, sample_id: str) -> None:
         """Remove every generation and mark of a sample."""
-        self._remove_matching(self._keys.pattern_of_sample(sample_id))
+        self._remove_matching(f"{re.escape(sample_id)}/")
 
     def remove_store(self) -> None:
         """Remove everything."""
-        self._remove_matching(self._keys.pattern_of_store())
+        self._remove_matching("")
 
     def remove_orphans(self, keys: Sequence[str], is_live: IsLive) -> int:
         """Of all `keys` of a Mooncake, remove the generations that are not live; returns how many."""
-        generations, marks = self._keys.sort(keys)
+        generations, marks = self._sort(keys)
         orphans = [generation for generation in generations if not is_live(*generation)]
         live = {sample_id for sample_id, _ in generations.keys() - set(orphans)}
         objects = [key for generation in orphans for key in generations[generation]]
@@ -69,31 +73,58 @@ class Generations:
 
     def num_valid(self, keys: Sequence[str]) -> int:
         """How many generations among all `keys` of a Mooncake are valid."""
-        generations, marks = self._keys.sort(keys)
-        return sum(self._keys.mark(name, attempt_of(generation)) not in marks for name, generation in generations)
+        generations, marks = self._sort(keys)
+        return sum(self._mark(name, attempt_of(generation)) not in marks for name, generation in generations)
 
-    def _mark(self, ref: SampleRef) -> str:
-        return self._keys.mark(ref.sample_id, ref.origin.attempt)
+    def _mark(self, sample_id: str, attempt: int) -> str:
+        return f"{self._store_id}/{sample_id}/{SUPERSEDED}/{attempt}"
+
+    def _marks(self, origin: SampleOrigin) -> list[str]:
+        """What a put of `origin` leaves."""
+        oldest = max(0, origin.attempt - MAX_OLDER_ATTEMPTS)
+        return [self._mark(origin.sample_id, attempt) for attempt in range(oldest, origin.attempt)]
 
     def _leave_marks(self, draft: SampleRef) -> None:
-        codes = self._transfer.write_marks(self._keys.marks(draft.origin))
+        marks, byte = self._marks(draft.origin), self._client.lease(1)
+        codes = self._client.put(marks, [ctypes.addressof(byte)] * len(marks), [1] * len(marks))
         if any(codes):
             raise refusal(draft, codes, self._admin)
 
     def _remove_with_marks(self, ref: SampleRef) -> None:
         objects = self.objects(ref)
-        exists, superseded = self._client.retry(lambda: self._client.exist([objects[0], self._mark(ref)]))
+        mark = self._mark(ref.sample_id, ref.origin.attempt)
+        exists, superseded = self._client.retry(lambda: self._client.exist([objects[0], mark]))
         self._remove(objects)
         if exists and not superseded:
-            self._remove_matching(self._keys.pattern_up_to(ref.sample_id, ref.origin.attempt - 1))  # late puts
-            self._remove(self._keys.marks(ref.origin))
+            self._remove_up_to(ref.sample_id, ref.origin.attempt - 1)  # late puts
+            self._remove(self._marks(ref.origin))
 
     def _remove(self, keys: list[str]) -> None:
         if keys:
             self._client.retry(lambda: self._client.remove(keys))
 
+    def _remove_up_to(self, sample_id: str, attempt: int) -> None:
+        """Remove the generations of `attempt` and of those before it."""
+        attempts = "|".join(map(str, range(max(0, attempt - MAX_OLDER_ATTEMPTS), attempt + 1)))
+        self._remove_matching(f"{re.escape(sample_id)}/g(?:{attempts})-")
+
     def _remove_matching(self, pattern: str) -> None:
-        self._client.retry(lambda: self._client.remove_matching(pattern))
+        """Remove what matches `pattern` behind the store_id."""
+        whole = f"^{re.escape(self._store_id)}/{pattern}"
+        self._client.retry(lambda: self._client.remove_matching(whole))
+
+    def _sort(self, keys: Sequence[str]) -> tuple[dict[tuple[str, str], list[str]], set[str]]:
+        """Of all `keys` of a Mooncake, those of each (sample_id, generation) of this store, and its marks."""
+        generations: dict[tuple[str, str], list[str]] = {}
+        marks: set[str] = set()
+        for key in keys:
+            if key.startswith(f"{self._store_id}/"):
+                _, sample_id, part, _ = key.split("/")
+                if part == SUPERSEDED:
+                    marks.add(key)
+                else:
+                    generations.setdefault((sample_id, part.removeprefix("g")), []).append(key)
+        return generations, marks
 
 
 def refusal(ref: SampleRef, codes: list[int], admin: MooncakeAdmin | None) -> Exception:

@@ -25,7 +25,7 @@ from lightning_dataflow.stores.mooncake.client import (
     TransientError,
 )
 from lightning_dataflow.stores.mooncake.generations import Generations, check_fits, refusal
-from lightning_dataflow.stores.mooncake.transfer import Staged, Transfer
+from lightning_dataflow.stores.mooncake.transfer import Staged, read, stage
 
 MAX_REMEMBERED_PUTS = 1 << 14
 
@@ -93,11 +93,10 @@ class MooncakeFeatureStore(FeatureStore):
             owner_timeout_s=owner_timeout_s,
             unavailable_timeout_s=unavailable_timeout_s,
         )
-        self._transfer = Transfer(self._client)
-        self._generations = Generations(self.store_id, self._client, self._transfer, self._admin)
+        self._generations = Generations(self.store_id, self._client, self._admin)
         self._leases = Leases()
-        self._lock = threading.Lock()  # of _puts; never held while bytes move
         self._puts: dict[str, SampleRef] = {}  # the last put of a sample by this process
+        self._lock = threading.Lock()  # while _puts is trimmed
 
     def put(self, tensors: Mapping[str, torch.Tensor], origin: SampleOrigin) -> SampleRef:
         """Store `tensors`. The older generation goes first, so that its space can be used.
@@ -112,9 +111,8 @@ class MooncakeFeatureStore(FeatureStore):
             raise ValueError(f"{origin.sample_id} has only empty tensors: Mooncake cannot store 0 bytes")
         if self.capacity_bytes is not None:
             check_fits(draft, self.capacity_bytes)
-        staged = self._transfer.stage(draft, tensors)
-        with self._lock:
-            previous = self._puts.get(origin.sample_id)
+        staged = stage(self._client, draft, tensors)
+        previous = self._puts.get(origin.sample_id)
         if origin.attempt:
             self._generations.supersede(draft)
         elif previous is not None and previous.origin.attempt == 0:
@@ -142,23 +140,18 @@ class MooncakeFeatureStore(FeatureStore):
     def release_many(self, handles: Sequence[FeatureHandle]) -> None:
         """End leases in one round trip. They are counted in this process: the last one frees the sample for all."""
         last = [ref for handle in handles if (ref := self._leases.end(handle)) is not None]
-        if self.retain:
-            return
-        self._generations.remove(last)
+        if not self.retain:
+            self._generations.remove(last)
 
     def free(self, ref: SampleRef) -> None:
         """Free one generation, even with `retain`."""
-        if ref.uri != self.uri:
-            return
-        self._leases.forget(ref.sample_id, ref.generation)
-        self._generations.remove([ref])
+        if ref.uri == self.uri:
+            self._generations.remove([ref])
 
     def abort(self, sample_id: str) -> None:
         """Free every generation of a sample. The master scans all its keys: about 1 ms for a thousand."""
         check_id(sample_id, "sample_id")
-        with self._lock:
-            self._puts.pop(sample_id, None)
-        self._leases.forget(sample_id)
+        self._puts.pop(sample_id, None)
         self._generations.remove_sample(sample_id)
 
     def exists(self, refs: Sequence[SampleRef]) -> list[bool]:
@@ -175,8 +168,7 @@ class MooncakeFeatureStore(FeatureStore):
         put lately and still exists, and the capacity is the constructor's argument.
         """
         if self._admin is None:
-            with self._lock:
-                refs = list(self._puts.values())
+            refs = list(self._puts.values())
             present = [ref.num_bytes for ref, exists in zip(refs, self.exists(refs), strict=True) if exists]
             return {"num_samples": len(present), "num_bytes": sum(present), "capacity_bytes": self.capacity_bytes or 0}
         return {
@@ -196,9 +188,7 @@ class MooncakeFeatureStore(FeatureStore):
 
     def clear(self) -> None:
         """Remove everything under this store_id, for every process: the end of a run."""
-        with self._lock:
-            self._puts.clear()
-        self._leases = Leases()
+        self._puts.clear()
         self._generations.remove_store()
 
     def stop_waiting(self) -> None:
@@ -207,7 +197,6 @@ class MooncakeFeatureStore(FeatureStore):
 
     def close(self) -> None:
         """Disconnect. Tensors that were read stay valid."""
-        self._transfer.close()
         self._client.close()
 
     def _store(self, draft: SampleRef, staged: Staged) -> SampleRef:
@@ -242,7 +231,7 @@ class MooncakeFeatureStore(FeatureStore):
         ]
 
     def _read(self, refs: Sequence[SampleRef]) -> list[Tensors | KeyError]:
-        results = self._transfer.read([self._generations.objects(ref) for ref in refs], refs)
+        results = read(self._client, [self._generations.objects(ref) for ref in refs], refs)
         valid = self._generations.are_valid(refs)  # after the bytes have landed; see the class
         return [
             result if is_valid or isinstance(result, KeyError) else KeyError(f"{_name(ref)} was freed or superseded")

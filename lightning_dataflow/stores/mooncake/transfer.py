@@ -10,7 +10,7 @@ import torch
 from lightning_dataflow.contracts import FeatureSpec, SampleRef
 from lightning_dataflow.contracts.validation import DTYPE_BYTES
 from lightning_dataflow.stores.base import Tensors
-from lightning_dataflow.stores.mooncake.buffers import BufferPool, offsets
+from lightning_dataflow.stores.mooncake.buffers import offsets
 from lightning_dataflow.stores.mooncake.client import LEASE_EXPIRED, MooncakeClient
 
 READ_ATTEMPTS = 3
@@ -28,12 +28,12 @@ class Staged:
         addresses, sizes: of each feature that has an object.
     """
 
-    def __init__(self, client: MooncakeClient, pool: BufferPool, ref: SampleRef):
+    def __init__(self, client: MooncakeClient, ref: SampleRef):
         self._ref, specs = ref, stored_features(ref)
         self.sizes = [math.prod(spec.shape) * DTYPE_BYTES[spec.dtype] for spec in specs]
         starts, total = offsets(self.sizes)
         self._starts = dict(zip((spec.name for spec in specs), starts, strict=True))
-        self._buffer = client.retry(lambda: pool.lease(total))
+        self._buffer = client.lease(total)
         self.addresses = [ctypes.addressof(self._buffer) + start for start in starts]
 
     def views(self) -> Tensors:
@@ -48,46 +48,27 @@ class Staged:
         return torch.frombuffer(self._buffer, dtype=dtype, count=count, offset=start).view(spec.shape)
 
 
-class Transfer:
-    """Moves samples through reused, registered buffers, one object per tensor.
+def stage(client: MooncakeClient, ref: SampleRef, tensors: Mapping[str, torch.Tensor]) -> Staged:
+    """Copy `tensors` to where `MooncakeClient.put` can send them from."""
+    staged = Staged(client, ref)
+    for name, view in staged.views().items():
+        view.copy_(tensors[name].detach())
+    return staged
 
-    Args:
-        client: the connection; its memory is used.
-    """
 
-    def __init__(self, client: MooncakeClient):
-        self._client = client
-        self._pool = BufferPool(client.memory)
-
-    def stage(self, ref: SampleRef, tensors: Mapping[str, torch.Tensor]) -> Staged:
-        """Copy `tensors` to where `MooncakeClient.put` can send them from."""
-        staged = Staged(self._client, self._pool, ref)
-        for name, view in staged.views().items():
-            view.copy_(tensors[name].detach())
-        return staged
-
-    def read(self, keys: Sequence[Sequence[str]], refs: Sequence[SampleRef]) -> list[Tensors | KeyError]:
-        """Private tensors of each ref; a KeyError unless every promised byte arrived. One call for all."""
-        buffers = [Staged(self._client, self._pool, ref) for ref in refs]
-        addresses = [address for staged in buffers for address in staged.addresses]
-        sizes = [size for staged in buffers for size in staged.sizes]
-        for _ in range(READ_ATTEMPTS):  # a transfer that outlasts the master's read lease may have to be repeated
-            codes = self._client.get(list(itertools.chain(*keys)), addresses, sizes)
-            if LEASE_EXPIRED not in codes:
-                break
-        remaining = iter(codes)
-        results: list[Tensors | KeyError] = []
-        for ref, staged in zip(refs, buffers, strict=True):
-            received = list(itertools.islice(remaining, len(staged.sizes)))
-            missing = KeyError(f"{ref.sample_id} generation {ref.generation} is not stored completely: codes {received}")
-            results.append(staged.views() if received == staged.sizes else missing)
-        return results
-
-    def write_marks(self, keys: Sequence[str]) -> list[int]:
-        """Store a one-byte object under each key; a code for each, 0 for stored or there already."""
-        buffer = self._client.retry(lambda: self._pool.lease(1))
-        return self._client.put(keys, [ctypes.addressof(buffer)] * len(keys), [1] * len(keys))
-
-    def close(self) -> None:
-        """Free idle buffers. Tensors that were read stay valid."""
-        self._pool.close()
+def read(client: MooncakeClient, keys: Sequence[Sequence[str]], refs: Sequence[SampleRef]) -> list[Tensors | KeyError]:
+    """Private tensors of each ref; a KeyError unless every promised byte arrived. One call for all."""
+    buffers = [Staged(client, ref) for ref in refs]
+    addresses = [address for staged in buffers for address in staged.addresses]
+    sizes = [size for staged in buffers for size in staged.sizes]
+    for _ in range(READ_ATTEMPTS):  # a transfer that outlasts the master's read lease may have to be repeated
+        codes = client.get(list(itertools.chain(*keys)), addresses, sizes)
+        if LEASE_EXPIRED not in codes:
+            break
+    remaining = iter(codes)
+    results: list[Tensors | KeyError] = []
+    for ref, staged in zip(refs, buffers, strict=True):
+        received = list(itertools.islice(remaining, len(staged.sizes)))
+        missing = KeyError(f"{ref.sample_id} generation {ref.generation} is not stored completely: codes {received}")
+        results.append(staged.views() if received == staged.sizes else missing)
+    return results

@@ -24,7 +24,7 @@ class BlockDrafter(Drafter):
     """
 
     def __init__(self, draft: BlockDraft, target: FrozenTarget, *, num_draft_tokens: int = 15):
-        check_num_draft_tokens(num_draft_tokens, draft.config.block_size, first=self._first_offset(draft))
+        check_num_draft_tokens(num_draft_tokens, draft.config.block_size, first=draft.config.first_offset)
         self.draft = draft
         self.target = target
         self.num_draft_tokens = num_draft_tokens
@@ -39,14 +39,10 @@ class BlockDrafter(Drafter):
 
     @torch.no_grad()
     def propose(self, temperature: float, generator: torch.Generator) -> Proposal:
-        first = self._first_offset(self.draft)
+        first = self.draft.config.first_offset
         hidden = self.draft.decode(self.anchor, self.target.embedding, self.caches, first + self.num_draft_tokens)[first:]
         logits = (hidden.to(self.target.head.dtype) @ self.target.head.T).float()
         return self._choose(hidden, logits, temperature, generator)
-
-    def _first_offset(self, draft: BlockDraft) -> int:
-        """The offset that drafts the token after the anchor."""
-        return 1
 
     def _choose(self, hidden: Tensor, logits: Tensor, temperature: float, generator: torch.Generator) -> Proposal:
         """Tokens from d [K, H] and logits [K, V], each independent of the others."""

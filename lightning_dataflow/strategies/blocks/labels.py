@@ -14,32 +14,31 @@ class BlockLabels:
     """Labels of M blocks of B offsets.
 
     Attributes:
-        shift: 0 when the label at offset k is token k of the block (offset 0, the anchor, is not supervised), 1 when it is
-            token k + 1.
+        first: the first offset with a label. 1 when the label at offset k is token k of the block (offset 0 is the anchor),
+            0 when it is token k + 1.
         labels: int64 [M, B].
         supervised: bool [M, B].
         rows: int64 [R], the supervised offsets of the flattened [M·B].
         valid: bool [M], the blocks that count.
     """
 
-    shift: int
+    first: int
     labels: Tensor
     supervised: Tensor
     rows: Tensor
     valid: Tensor
 
     @classmethod
-    def of(cls, blocks: Blocks, *, shift: bool = False, rows: Tensor | None = None) -> "BlockLabels":
+    def of(cls, blocks: Blocks, *, first: int = 1, rows: Tensor | None = None) -> "BlockLabels":
         """Labels of `blocks`; `rows` are computed here unless they are given, which saves a device synchronisation."""
-        tokens = slice(1, None) if shift else slice(0, -1)
-        supervised = blocks.supervised[:, tokens].clone()
-        if not shift:
-            supervised[:, 0] = False
+        block_size = blocks.tokens.shape[1] - 1
+        supervised = blocks.supervised.narrow(1, 1 - first, block_size).clone()
+        supervised[:, :first] = False
         if rows is None:
             rows = supervised.flatten().nonzero().squeeze(-1)
         return cls(
-            shift=int(shift),
-            labels=blocks.tokens[:, tokens],
+            first=first,
+            labels=blocks.tokens.narrow(1, 1 - first, block_size),
             supervised=supervised,
             rows=rows,
             valid=blocks.valid,
@@ -52,7 +51,7 @@ class BlockLabels:
 
     def decay(self, gamma: float) -> Tensor:
         """exp(−n/γ) of every supervised offset, n counted from the first offset with a label; float32 [R]."""
-        offset = self.rows % self.labels.shape[1] - (1 - self.shift)
+        offset = self.rows % self.labels.shape[1] - self.first
         return torch.exp(-offset.float() / gamma)
 
     def spread(self, values: Tensor) -> Tensor:
@@ -71,11 +70,10 @@ class BlockLabels:
         supervised = self.supervised.float()
         run = torch.where(self.supervised, right, 1).cumprod(1) * supervised
         valid = self.valid.float()
-        first = 1 - self.shift
         return {
             f"{prefix}accuracy": Quotient(numerator=right.sum(), denominator=supervised.sum()),
             f"{prefix}accuracy_per_position": Quotient(
-                numerator=right[:, first:].sum(0), denominator=supervised[:, first:].sum(0)
+                numerator=right[:, self.first :].sum(0), denominator=supervised[:, self.first :].sum(0)
             ),
             f"{prefix}acceptance_length": Quotient(numerator=((1 + run.sum(1)) * valid).sum(), denominator=valid.sum()),
         }

@@ -1,30 +1,31 @@
 """What the modules that draft whole blocks share: anchors, the mask token, the batch, the drafter."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, ClassVar
 
-from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts import StepContext, UserError
 from lightning_dataflow.data.collate import Batch, SampleRows
 from lightning_dataflow.data.datamodule import DataFlowDataModule
 from lightning_dataflow.strategies.blocks.anchors import draw_anchors
-from lightning_dataflow.strategies.blocks.blocks import Blocks, Span, cut_blocks
+from lightning_dataflow.strategies.blocks.blocks import Span, cut_blocks
+from lightning_dataflow.strategies.blocks.drafter import BlockDrafter
 from lightning_dataflow.strategies.blocks.labels import BlockLabels
 from lightning_dataflow.strategies.blocks.mask_token import choose_mask_token
-from lightning_dataflow.strategies.blocks.network import FULL, BlockDraft
+from lightning_dataflow.strategies.blocks.network import FULL, BlockConfig, BlockDraft
+from lightning_dataflow.strategies.common.sums import ObjectiveSums
 from lightning_dataflow.strategies.module import DraftModule
 from lightning_dataflow.targets.info import load_tokenizer
 
 MAX_ANCHORS = 512
 BLOCK_FEATURES = ("input_ids", "loss_mask", "aux_hidden_states")
-_SETTINGS = ("intermediate_size", "num_layers", "mask_token_id", "block_size", "layer_types", "sliding_window")
-_FIELDS = tuple(f"block_{name}" for name in Blocks._fields)
-Draft = TypeVar("Draft", bound=BlockDraft)
 
 
 class BlockDraftModule(DraftModule):
     """Trains a draft on blocks of tokens at random anchors.
 
-    Subclasses build `self.draft` with `self.block_draft`.
+    Subclasses name the classes of their network, its configuration and its drafter, and set `block_objective`. It is called
+    with what the network hands to `score`, and with the target's `head`, `blocks`, `context` and the labels' `rows`.
 
     Args:
         num_layers: of the draft; None for 5.
@@ -38,8 +39,11 @@ class BlockDraftModule(DraftModule):
     """
 
     packs = True
+    draft_type: ClassVar[type[BlockDraft]] = BlockDraft
+    config_type: ClassVar[type[BlockConfig]] = BlockConfig
+    drafter_type: ClassVar[type[BlockDrafter]] = BlockDrafter
     draft: BlockDraft
-    shift_label = False
+    block_objective: Callable[..., ObjectiveSums]
 
     def __init__(
         self,
@@ -57,20 +61,15 @@ class BlockDraftModule(DraftModule):
         super().__init__(target, layer_ids, **options)
         if not 1 <= num_anchors <= MAX_ANCHORS:
             raise UserError(f"num_anchors={num_anchors}: choose 1 to {MAX_ANCHORS} blocks a sample")
-        self._has_blocks = False  # known once a whole pass was read
-
-    def block_draft(self, draft: Callable[[Any], Draft], config: Callable[..., Any], *settings: str) -> Draft:
-        """A new draft of `config`. `settings`: names of the subclass's arguments that are sizes of the network."""
-        info, chosen = self.target_info, {name: self.hparams[name] for name in (*_SETTINGS, *settings)}
-        given, network = list(chosen["layer_types"] or ()), {} if self._start is None else self._start.network
-        if not network.get("layer_types") and given == [FULL] * network.get("num_layers", 0):
-            chosen["layer_types"] = None  # the same as in the draft to start from, spelt out
-        sizes = self.network_sizes(chosen, num_layers=5)
+        start = {} if self._start is None else self._start.network
+        if not start.get("layer_types") and list(layer_types or ()) == [FULL] * start.get("num_layers", 0):
+            self.hparams["layer_types"] = None  # the same as in the draft to start from, spelt out
+        sizes = self.network_sizes(self.config_type, num_layers=5)
         if "mask_token_id" not in sizes:
-            sizes["mask_token_id"] = choose_mask_token(load_tokenizer(info.path), info.vocab_size)
+            sizes["mask_token_id"] = choose_mask_token(load_tokenizer(target), self.target_info.vocab_size)
         sizes["layer_types"] = tuple(sizes.get("layer_types") or ())
-        of_target = {"hidden_size": info.hidden_size, "vocab_size": info.vocab_size, "num_aux_layers": len(self.layer_ids)}
-        return self.new_draft(draft, config(**of_target, **sizes))
+        self.draft = self.new_draft(self.draft_type, self.config_type(**sizes))
+        self._has_blocks = False  # known once a whole pass was read
 
     @property
     def num_draft_tokens(self) -> int:
@@ -107,13 +106,18 @@ class BlockDraftModule(DraftModule):
         anchors = [draw_anchors(sample, num_anchors, seed) for sample, *_ in placed]
         spans = [Span(row, start, stop) for _, row, start, stop in placed]
         blocks = cut_blocks(batch["input_ids"], batch["loss_mask"], anchors, self.draft.config.block_size, spans)
-        batch |= dict(zip(_FIELDS, blocks, strict=True))
-        batch["label_rows"] = BlockLabels.of(blocks, shift=self.shift_label).rows
+        batch["blocks"], batch["label_rows"] = blocks, BlockLabels.of(blocks, first=self.draft.config.first_offset).rows
         return batch
 
-    def blocks(self, batch: Batch) -> Blocks:
-        """The batch's blocks."""
-        return Blocks(*(batch[name] for name in _FIELDS))
+    def objective(self, batch: Batch, context: StepContext) -> ObjectiveSums:
+        target, blocks = self.frozen_target, batch["blocks"]
+        given = {"head": target.head, "blocks": blocks, "context": context, "rows": batch["label_rows"]}
+        score = partial(self.block_objective, **given)
+        return self.draft(batch["aux_hidden_states"], target.embedding, blocks, score, position=batch["position"])
+
+    def drafter(self, *, num_draft_tokens: int = 15) -> BlockDrafter:
+        draft = self.unsharded(self.draft_type(self.draft.config))
+        return self.drafter_type(draft, self.frozen_target, num_draft_tokens=num_draft_tokens)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Refuse data without any block, once a whole pass over it, or the whole run, had none."""
@@ -130,9 +134,9 @@ class BlockDraftModule(DraftModule):
             )
 
 
-def default_layer_ids(num_layers: int, num_ids: int = 5) -> tuple[int, ...]:
-    """`num_ids` layers spread evenly from 1 to L − 3; fewer where the target is too small for as many."""
-    num_ids = max(1, min(num_ids, num_layers - 3))
+def default_layer_ids(num_layers: int) -> tuple[int, ...]:
+    """Five layers spread evenly from 1 to L − 3; fewer where the target is too small for as many."""
+    num_ids = max(1, min(5, num_layers - 3))
     if num_ids == 1:
         return (num_layers // 2,)
     return tuple(round(1 + k * (num_layers - 4) / (num_ids - 1)) for k in range(num_ids))

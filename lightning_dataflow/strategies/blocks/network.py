@@ -1,7 +1,8 @@
 """The network that block drafts share. Weight names are those of the serving engines."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,10 @@ from lightning_dataflow.contracts import UserError
 from lightning_dataflow.strategies.blocks.attention import ContextKeys, block_attention, decode_attention
 from lightning_dataflow.strategies.blocks.blocks import Blocks
 from lightning_dataflow.strategies.common.cache import DraftCache
-from lightning_dataflow.strategies.common.layers import Attention, DecoderLayer, RMSNorm, Rotary, SwiGLU, rotate
+from lightning_dataflow.strategies.common.layers import Attention, DecoderLayer, RMSNorm, SwiGLU, rotary_tables, rotate
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+Score = TypeVar("Score")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,11 @@ class BlockConfig:
                 f"goes with {SLIDING} layers, and only with them"
             )
 
+    @property
+    def first_offset(self) -> int:
+        """Offset that drafts the token after the anchor."""
+        return 1
+
     def window(self, layer: int) -> int | None:
         """Sliding window of a layer; None for full attention."""
         return self.sliding_window if self.layer_types and self.layer_types[layer] == SLIDING else None
@@ -100,7 +107,7 @@ class BlockLayer(DecoderLayer):
 class BlockDraft(nn.Module):
     """`fc` folds n captured layers into a context. A few layers turn blocks of mask tokens into hidden states.
 
-    Subclasses define `forward`, which scores the hidden states of all blocks.
+    The target's head reads its hidden states; subclasses may add a `head` of their own.
     """
 
     def __init__(self, config: BlockConfig):
@@ -110,37 +117,49 @@ class BlockDraft(nn.Module):
         self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.layers = nn.ModuleList(BlockLayer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary = Rotary(config.head_dim, config.rope_theta)
 
     @property
     def decoder_layers(self) -> list[BlockLayer]:
         """In order."""
         return cast("list[BlockLayer]", list(self.layers))
 
-    def hidden_states(
-        self, aux_hidden_states: Tensor, embedding: Tensor, blocks: Blocks, position: Tensor | None = None
-    ) -> Tensor:
-        """Hidden states [M, B, H] of every block, after the final norm.
+    def forward(
+        self,
+        aux_hidden_states: Tensor,
+        embedding: Tensor,
+        blocks: Blocks,
+        score: Callable[..., Score],
+        position: Tensor | None = None,
+    ) -> Score:
+        """Draft every block and score it.
+
+        Everything that touches a parameter happens in here, so that sharding sees one forward pass.
 
         Args:
             aux_hidden_states: [batch, S, n·H].
             embedding: the target's frozen table [V, H].
+            score: called once with the hidden states [M, B, H] after the final norm, and with what `head` returns.
             position: int64 [batch, S] of each token in its sample, for packed rows; by default each row is one sample.
         """
         context = self.context(aux_hidden_states)
         if position is None:
             position = torch.arange(context.shape[1], device=context.device).unsqueeze(0)
-        context_tables = [table[:, None] for table in self.rotary.tables(position)]
+        context_tables = [table[:, None] for table in rotary_tables(position, self.config)]
         offsets = torch.arange(self.config.block_size, device=context.device)
         block_position = (blocks.anchor - blocks.start)[:, None] + offsets
-        block_tables = [table[:, None] for table in self.rotary.tables(block_position)]
+        block_tables = [table[:, None] for table in rotary_tables(block_position, self.config)]
         hidden = self.noise(blocks.tokens[:, 0], embedding)
         for index, layer in enumerate(self.decoder_layers):
             attention, x = layer.self_attn, layer.input_layernorm(hidden)
             keys = ContextKeys(*attention.key_value(context, *context_tables), *attention.key_value(x, *block_tables))
             attended = block_attention(attention.query(x, *block_tables), keys, blocks, self.config.window(index))
             hidden = layer.finish(hidden, attended)
-        return self.norm(hidden)
+        hidden = self.norm(hidden)
+        return score(hidden, *self.head(hidden, blocks, embedding))
+
+    def head(self, hidden: Tensor, blocks: Blocks, embedding: Tensor) -> tuple[Tensor, ...]:
+        """What the draft's own head, if it has one, makes of the hidden states [M, B, H] for the objective."""
+        return ()
 
     def context(self, aux_hidden_states: Tensor) -> Tensor:
         """[..., n·H] → [..., H]."""
@@ -161,7 +180,7 @@ class BlockDraft(nn.Module):
         """Add the states [n, n_layers·H] of n verified tokens of one sequence."""
         context = self.context(aux_hidden_states.to(self.fc.weight.device)).unsqueeze(0)
         start = caches[0].length
-        tables = self.rotary.tables(torch.arange(start, start + context.shape[1], device=context.device))
+        tables = rotary_tables(torch.arange(start, start + context.shape[1], device=context.device), self.config)
         for layer, cache in zip(self.decoder_layers, caches, strict=True):
             cache.append(*layer.self_attn.key_value(context, *tables))
 
@@ -169,7 +188,7 @@ class BlockDraft(nn.Module):
     def decode(self, anchor_token: int, embedding: Tensor, caches: list[DraftCache], length: int) -> Tensor:
         """d [length, H] of the block that follows the context, whose offset 0 is `anchor_token`; at most B offsets."""
         start, device = caches[0].length, embedding.device
-        tables = self.rotary.tables(torch.arange(start, start + length, device=device))
+        tables = rotary_tables(torch.arange(start, start + length, device=device), self.config)
         hidden = self.noise(torch.tensor([anchor_token], device=device), embedding)[:, :length]
         for index, (layer, cache) in enumerate(zip(self.decoder_layers, caches, strict=True)):
             attention, x = layer.self_attn, layer.input_layernorm(hidden)

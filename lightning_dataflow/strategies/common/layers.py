@@ -86,23 +86,16 @@ class _GatedProduct(torch.autograd.Function):
         return grad_gate, grad_up
 
 
-class Rotary(nn.Module):
-    """Rotary position embedding (arXiv 2104.09864) with halves rotated, as in Llama."""
+def rotary_tables(positions: Tensor, config: Any) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [..., head_dim] of positions [...], in float32, for rotary position embedding (arXiv 2104.09864)
+    with halves rotated, as in Llama.
 
-    def __init__(self, head_dim: int, theta: float):
-        super().__init__()
-        self.head_dim = head_dim
-        self.theta = theta
-
-    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions [...] → cosines and sines [..., head_dim], in float32.
-
-        Frequencies are not a buffer: casting the module to bfloat16 would round them, and so every angle.
-        """
-        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=positions.device) / self.head_dim
-        angles = positions[..., None].float() * (1.0 / self.theta**exponents)
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos(), angles.sin()
+    Frequencies are not a buffer: casting the module to bfloat16 would round them, and so every angle.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
+    angles = positions[..., None].float() * (1.0 / config.rope_theta**exponents)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

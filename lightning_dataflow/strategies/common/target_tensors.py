@@ -1,11 +1,11 @@
 """The two tensors that trainers need of the target: its token embedding and its head."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightning_dataflow.contracts import NotFiniteError, UserError
@@ -31,49 +31,30 @@ class FrozenTarget:
         self.head = head
 
     @classmethod
-    def load(
-        cls,
-        path: str | Path,
-        *,
-        dtype: torch.dtype = torch.float32,
-        tied: bool = True,
-        embedding_names: Sequence[str] = (),
-        head_names: Sequence[str] = (),
-    ) -> "FrozenTarget":
-        """Read from a Hugging Face folder.
-
-        Args:
-            embedding_names, head_names: names to look for beside those of the common architectures.
-            tied: the target's config allows the head to be the embedding, when the files hold none.
-
-        Raises:
-            UserError: the tensors cannot be found, or the head has a bias.
-        """
-        folder = Path(path)
-        embedding_names, head_names = (*EMBEDDING_NAMES, *embedding_names), (*HEAD_NAMES, *head_names)
-        embedding = _read(folder, embedding_names)
-        if embedding is None:
-            raise UserError(f"no token embedding in the safetensors of {folder}, looked for {', '.join(embedding_names)}")
-        head = _read(folder, head_names)
-        if head is None and not tied:
-            raise UserError(f"no head in the safetensors of {folder}, looked for {', '.join(head_names)}")
-        if _read(folder, [name.replace(".weight", ".bias") for name in head_names]) is not None:
-            raise UserError(f"the head of {folder} has a bias, which is not supported")
-        embedding = embedding.to(dtype)
-        return cls(embedding, embedding if head is None else head.to(dtype))
-
-    @classmethod
     def of(cls, info: TargetInfo, dtype: torch.dtype) -> "FrozenTarget":
         """The tensors of a target, under whatever names its architecture gives them.
 
-        Raises NotFiniteError for a head with NaN or infinity.
+        Raises:
+            UserError: the tensors cannot be found, or the head has a bias.
+            NotFiniteError: the head holds NaN or infinity.
         """
-        embeddings, heads = tensor_names(info.path)
-        target = cls.load(
-            info.path, dtype=dtype, tied=info.tie_word_embeddings, embedding_names=embeddings, head_names=heads
-        )
+        folder = Path(info.path)
+        embeddings, heads = tensor_names(folder)
+        embedding_names, head_names = (*EMBEDDING_NAMES, *embeddings), (*HEAD_NAMES, *heads)
+        files = _files(folder)
+        embedding, head = _read(files, embedding_names), _read(files, head_names)
+        if embedding is None:
+            raise UserError(
+                f"no token embedding in the safetensors of {info.path}, looked for {', '.join(embedding_names)}"
+            )
+        if head is None and not info.tie_word_embeddings:
+            raise UserError(f"no head in the safetensors of {folder}, looked for {', '.join(head_names)}")
+        if any(name.replace(".weight", ".bias") in files for name in head_names):
+            raise UserError(f"the head of {folder} has a bias, which is not supported")
+        embedding = embedding.to(dtype)
+        target = cls(embedding, embedding if head is None else head.to(dtype))
         if first_not_finite({"head": target.head}):
-            raise NotFiniteError(f"the head of {info.path} holds NaN or infinity: check the target's files")
+            raise NotFiniteError(f"the head of {folder} holds NaN or infinity: check the target's files")
         return target
 
     def to(self, device: torch.device) -> "FrozenTarget":
@@ -84,22 +65,29 @@ class FrozenTarget:
         return self
 
 
-def _read(folder: Path, names: Sequence[str]) -> Tensor | None:
+def _files(folder: Path) -> dict[str, Path]:
+    """The file of every tensor."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = json.loads(index.read_text())["weight_map"]
-    else:
-        files = {name: file.name for file in sorted(folder.glob("*.safetensors")) for name in _names(file)}
+        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    return {name: file for file in sorted(folder.glob("*.safetensors")) for name in stored_names(file)}
+
+
+def _read(files: Mapping[str, Path], names: Sequence[str]) -> Tensor | None:
     for name in names:
         if name in files:
-            with safe_open(folder / files[name], framework="pt") as file:
+            with safe_open(files[name], framework="pt") as file:
                 return file.get_tensor(name).clone()
     return None
 
 
-def _names(file: Path) -> list[str]:
-    with safe_open(file, framework="pt") as handle:
-        return list(handle.keys())
+def stored_names(path: Path) -> list[str]:
+    """Names of the tensors in a safetensors file. Raises UserError if it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
 
 
 def same_tensor(stored: Tensor, ours: Tensor) -> bool:

@@ -27,6 +27,14 @@ def sum_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left [N, T] · right [T, M] to `total`; in place where their dtypes allow it."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
+
+
 class LogitTile:
     """Logits of one tile [T, V] and what cross-entropy needs of them. They are turned into a gradient in place.
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.strategies.blocks.network import FULL, SLIDING, BlockConfig
+from lightning_dataflow.strategies.blocks.network import FULL, SLIDING
 from lightning_dataflow.strategies.published.contract import (
     Config,
     DraftDescription,
@@ -110,9 +110,6 @@ class DFlashExport(DraftExport):
         if ids is None:
             raise UserError(f"{fields.path} does not say which layers of the target the draft reads (target_layer_ids)")
         return sizes, ids
-
-    def block_tokens(self, network: BlockConfig) -> int | None:
-        return network.block_size - 1
 
     def cpu_caveat(self, sizes: Mapping[str, Any]) -> str | None:
         return _CPU_CAVEAT if sizes["num_layers"] > 1 else None

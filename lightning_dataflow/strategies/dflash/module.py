@@ -2,16 +2,9 @@
 
 from typing import Any
 
-from torch import Tensor
-
-from lightning_dataflow.contracts import StepContext, UserError
-from lightning_dataflow.data.collate import Batch
-from lightning_dataflow.strategies.blocks.drafter import BlockDrafter
+from lightning_dataflow.contracts import UserError
 from lightning_dataflow.strategies.blocks.module import BLOCK_FEATURES, BlockDraftModule, default_layer_ids
-from lightning_dataflow.strategies.blocks.network import BlockConfig
-from lightning_dataflow.strategies.common.sums import ObjectiveSums
 from lightning_dataflow.strategies.dflash.export import DFlashExport
-from lightning_dataflow.strategies.dflash.network import DFlashDraft
 from lightning_dataflow.strategies.dflash.objective import DFlashObjective
 from lightning_dataflow.strategies.spec import StrategySpec
 
@@ -32,20 +25,7 @@ class DFlashModule(BlockDraftModule):
         super().__init__(target, **options)
         if loss not in ("decay", "dpace"):
             raise UserError(f"loss={loss} is unknown: use decay or dpace")
-        self.draft = self.block_draft(DFlashDraft, BlockConfig)
-        self._objective = DFlashObjective(gamma=gamma, dpace=loss == "dpace", dpace_alpha=dpace_alpha)
-
-    def objective(self, batch: Batch, context: StepContext) -> ObjectiveSums:
-        target, blocks = self.frozen_target, self.blocks(batch)
-
-        def score(hidden: Tensor) -> ObjectiveSums:
-            return self._objective(hidden, target.head, blocks, batch["label_rows"])
-
-        return self.draft(batch["aux_hidden_states"], target.embedding, blocks, score, position=batch["position"])
-
-    def drafter(self, *, num_draft_tokens: int = 15) -> BlockDrafter:
-        draft = self.unsharded(DFlashDraft(self.draft.config))
-        return BlockDrafter(draft, self.frozen_target, num_draft_tokens=num_draft_tokens)
+        self.block_objective = DFlashObjective(gamma=gamma, dpace=loss == "dpace", dpace_alpha=dpace_alpha)
 
 
 SPEC = StrategySpec(

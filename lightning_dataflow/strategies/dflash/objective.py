@@ -2,16 +2,16 @@
 along the block, or weighted by D-PACE (arXiv 2605.18810)."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lightning_dataflow.contracts import StepContext
 from lightning_dataflow.strategies.blocks.blocks import Blocks
 from lightning_dataflow.strategies.blocks.labels import BlockLabels
+from lightning_dataflow.strategies.common.gradients import with_gradients
 from lightning_dataflow.strategies.common.sums import ObjectiveSums, Quotient
-from lightning_dataflow.strategies.common.tiles import LogitTile, TileBuffer, compute_dtype, tiles
+from lightning_dataflow.strategies.common.tiles import LogitTile, TileBuffer, compute_dtype, sum_dtype, tiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,19 +28,27 @@ class DFlashObjective:
     dpace: bool = False
     dpace_alpha: float = 0.5
 
-    def __call__(self, hidden: Tensor, head: Tensor, blocks: Blocks, rows: Tensor | None = None) -> ObjectiveSums:
+    def __call__(
+        self,
+        hidden: Tensor,
+        head: Tensor,
+        blocks: Blocks,
+        context: StepContext | None = None,
+        rows: Tensor | None = None,
+    ) -> ObjectiveSums:
         """Score blocks.
 
         Args:
             hidden: of the draft after its final norm, [M, B, H].
             head: the target's frozen head [V, H].
+            context: not needed here.
             rows: see BlockLabels.
 
         Metrics: `accuracy`, `accuracy_per_position` (a vector over the B − 1 drafted tokens), `acceptance_length`.
         """
         labels = BlockLabels.of(blocks, rows=rows)
         row_hidden = hidden.flatten(0, 1).index_select(0, labels.rows)
-        cross_entropy, correct = _FrozenHeadCrossEntropy.apply(row_hidden, head, labels.row_labels)
+        cross_entropy, correct = frozen_head_cross_entropy(row_hidden, head, labels.row_labels)
         if self.dpace:
             weight = dpace_weights(labels, cross_entropy.detach(), self.dpace_alpha)
             denominator = num_samples(blocks)
@@ -70,31 +78,23 @@ def num_samples(blocks: Blocks) -> Tensor:
     return (counts.index_add(0, index, blocks.valid.float()) > 0).sum().float()
 
 
-class _FrozenHeadCrossEntropy(torch.autograd.Function):
-    """Cross-entropy [R] of rows [R, H] through a frozen head, in tiles; the gradient comes from the same pass."""
+def frozen_head_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy [R] of rows [R, H] through a frozen head, in tiles, and whether the argmax is the label."""
+    cross_entropy, correct, grad = _score_tiles(hidden, head, labels)
+    return with_gradients(cross_entropy, [hidden], [grad]), correct
 
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        dtype = compute_dtype(hidden)
-        states, head = hidden.detach().to(dtype), head.to(dtype)
-        wants_grad = ctx.needs_input_grad[0]
-        cross_entropy = torch.empty(len(labels), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
-        correct = torch.empty(len(labels), dtype=torch.bool, device=hidden.device)
-        grad, buffer = torch.empty_like(states) if wants_grad else None, TileBuffer()
-        with torch.autocast(hidden.device.type, enabled=False):
-            for tile in tiles(len(labels)):
-                scored = LogitTile(buffer.product(states[tile], head.T), labels[tile])
-                cross_entropy[tile], correct[tile] = scored.cross_entropy, scored.correct
-                if grad is not None:
-                    scored.subtract_label()
-                    torch.mm(scored.probabilities.to(dtype), head, out=grad[tile])
-        ctx.grad, ctx.dtype = grad, hidden.dtype
-        ctx.mark_non_differentiable(correct)
-        return cross_entropy, correct
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.grad is None:
-            return None, None, None
-        return (ctx.grad * grad[:, None]).to(ctx.dtype), None, None
+@torch.no_grad()
+def _score_tiles(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(hidden)
+    states, head = hidden.to(dtype), head.to(dtype)
+    cross_entropy = torch.empty(len(labels), dtype=sum_dtype(states), device=hidden.device)
+    correct = torch.empty(len(labels), dtype=torch.bool, device=hidden.device)
+    grad, buffer = torch.empty_like(states), TileBuffer()
+    with torch.autocast(hidden.device.type, enabled=False):
+        for tile in tiles(len(labels)):
+            scored = LogitTile(buffer.product(states[tile], head.T), labels[tile])
+            cross_entropy[tile], correct[tile] = scored.cross_entropy, scored.correct
+            scored.subtract_label()
+            torch.mm(scored.probabilities.to(dtype), head, out=grad[tile])
+    return cross_entropy, correct, grad

@@ -5,7 +5,6 @@ from torch import Tensor
 
 from lightning_dataflow.evaluation.loop import Proposal
 from lightning_dataflow.strategies.blocks.drafter import BlockDrafter
-from lightning_dataflow.strategies.blocks.network import BlockDraft
 from lightning_dataflow.strategies.domino.network import DominoDraft
 
 
@@ -13,10 +12,6 @@ class DominoDrafter(BlockDrafter):
     """Corrects the logits of each token by the ones drafted before it; see BlockDrafter."""
 
     draft: DominoDraft
-
-    def _first_offset(self, draft: BlockDraft) -> int:
-        assert isinstance(draft, DominoDraft)
-        return 0 if draft.config.shift_label else 1
 
     def _choose(self, hidden: Tensor, logits: Tensor, temperature: float, generator: torch.Generator) -> Proposal:
         tokens: list[int] = []

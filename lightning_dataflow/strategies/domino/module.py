@@ -2,12 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor
-
-from lightning_dataflow.contracts import StepContext
-from lightning_dataflow.data.collate import Batch
 from lightning_dataflow.strategies.blocks.module import BLOCK_FEATURES, BlockDraftModule, default_layer_ids
-from lightning_dataflow.strategies.common.sums import ObjectiveSums
 from lightning_dataflow.strategies.domino.drafter import DominoDrafter
 from lightning_dataflow.strategies.domino.export import DominoExport
 from lightning_dataflow.strategies.domino.network import DominoConfig, DominoDraft
@@ -26,7 +21,7 @@ class DominoModule(BlockDraftModule):
     """
 
     strategy_name = "domino"
-    draft: DominoDraft
+    draft_type, config_type, drafter_type = DominoDraft, DominoConfig, DominoDrafter
 
     def __init__(
         self,
@@ -41,24 +36,12 @@ class DominoModule(BlockDraftModule):
         **options: Any,
     ):
         super().__init__(target, **options)
-        sizes = ("gru_hidden_dim", "emb_dim", "shift_label", "pure_draft_prefix_len")
-        self.draft = self.block_draft(DominoDraft, DominoConfig, *sizes)
-        self.shift_label = self.draft.config.shift_label
-        self._objective = DominoObjective(
-            gamma=gamma, shift_label=self.shift_label, lambda_start=lambda_start, lambda_decay_ratio=lambda_decay_ratio
+        self.block_objective = DominoObjective(
+            gamma=gamma,
+            first_offset=self.draft.config.first_offset,
+            lambda_start=lambda_start,
+            lambda_decay_ratio=lambda_decay_ratio,
         )
-
-    def objective(self, batch: Batch, context: StepContext) -> ObjectiveSums:
-        target, blocks = self.frozen_target, self.blocks(batch)
-
-        def score(hidden: Tensor, features: Tensor, weight: Tensor) -> ObjectiveSums:
-            return self._objective(hidden, features, weight, target.head, blocks, context, batch["label_rows"])
-
-        return self.draft(batch["aux_hidden_states"], target.embedding, blocks, score, position=batch["position"])
-
-    def drafter(self, *, num_draft_tokens: int = 15) -> DominoDrafter:
-        draft = self.unsharded(DominoDraft(self.draft.config))
-        return DominoDrafter(draft, self.frozen_target, num_draft_tokens=num_draft_tokens)
 
 
 SPEC = StrategySpec(

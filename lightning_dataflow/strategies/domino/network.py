@@ -1,8 +1,7 @@
 """The Domino draft network (arXiv 2605.29707): DFlash, and a correction of its logits by the tokens before each offset."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +10,6 @@ from torch.nn import functional as F
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.strategies.blocks.blocks import Blocks
 from lightning_dataflow.strategies.blocks.network import BlockConfig, BlockDraft
-
-Score = TypeVar("Score")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +39,13 @@ class DominoConfig(BlockConfig):
             )
 
     @property
+    def first_offset(self) -> int:
+        return 0 if self.shift_label else 1
+
+    @property
     def suffix_start(self) -> int:
         """First offset whose logits are corrected."""
-        return self.pure_draft_prefix_len + (0 if self.shift_label else 1)
+        return self.pure_draft_prefix_len + self.first_offset
 
 
 class DominoDraft(BlockDraft):
@@ -62,24 +63,11 @@ class DominoDraft(BlockDraft):
         )
         nn.init.zeros_(self.correction_weight)  # a new draft starts as DFlash
 
-    def forward(
-        self,
-        aux_hidden_states: Tensor,
-        embedding: Tensor,
-        blocks: Blocks,
-        score: Callable[[Tensor, Tensor, Tensor], Score],
-        position: Tensor | None = None,
-    ) -> Score:
-        """Draft every block and score it; see DFlashDraft.forward.
-
-        Args:
-            score: called once with the hidden states [M, B, H], u [M, B, E] and W [V, E]: the correction of the logits is
-                u · Wᵀ, with u = 0 where an offset is not corrected.
-        """
-        hidden = self.hidden_states(aux_hidden_states, embedding, blocks, position)
+    def head(self, hidden: Tensor, blocks: Blocks, embedding: Tensor) -> tuple[Tensor, ...]:
+        """u [M, B, E] and W [V, E]: the correction of the logits is u · Wᵀ, with u = 0 where an offset is not corrected."""
         features = self.correction_features(hidden, self.prefix_states(blocks.tokens, embedding))
         corrected = torch.arange(self.config.block_size, device=hidden.device) >= self.config.suffix_start
-        return score(hidden, features * corrected[:, None], self.correction_weight)
+        return features * corrected[:, None], self.correction_weight
 
     @property
     def correction_weight(self) -> Tensor:
@@ -88,14 +76,9 @@ class DominoDraft(BlockDraft):
 
     def prefix_states(self, tokens: Tensor, embedding: Tensor) -> Tensor:
         """g [M, B, G] from the blocks' real tokens [M, B + 1]: the state after the tokens before each label."""
-        block_size = self.config.block_size
-        if self.config.shift_label:
-            return self._read(tokens[:, :block_size], embedding)
-        return F.pad(self._read(tokens[:, : block_size - 1], embedding), (0, 0, 1, 0))
-
-    def _read(self, tokens: Tensor, embedding: Tensor) -> Tensor:
-        states, _ = self._run_gru(tokens, embedding, None)
-        return states
+        first = self.config.first_offset
+        states, _ = self._run_gru(tokens[:, : self.config.block_size - first], embedding, None)
+        return F.pad(states, (0, 0, first, 0))
 
     def _run_gru(self, tokens: Tensor, embedding: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
         """States [M, L, G] after each of the tokens [M, L], and the last one; from `state`, zeros by default."""

@@ -4,7 +4,7 @@ At unroll step k, the query at position t sees the keys of step 0 at positions â
 at its own position t. So a step is causal attention over S keys plus k more keys per query, never an [S, (k+1)Â·S] matrix.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -14,6 +14,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lightning_dataflow.strategies.common.flex import flex, flex_mask
+
+Parts = Sequence[tuple[slice, ...]]
+"""Indices of what attends to itself in [B, heads, S, ...]; () for everything."""
 
 
 class PackedRows:
@@ -32,12 +35,12 @@ class PackedRows:
         return (self.position == 0).cumsum(-1)
 
     @cached_property
-    def parts(self) -> list[tuple[slice, slice]]:
-        """(row, positions) of every sample, each as a slice; for the CPU; a GPU would have to synchronise."""
+    def parts(self) -> list[tuple[slice, slice, slice]]:
+        """Index of every sample in [B, heads, S, ...]; for the CPU: a GPU would have to synchronise."""
         starts = [row.nonzero().squeeze(-1).tolist() for row in self.position == 0]
         length = self.position.shape[1]
         return [
-            (slice(row, row + 1), slice(start, stop))
+            (slice(row, row + 1), slice(None), slice(start, stop))
             for row, firsts in enumerate(starts)
             for start, stop in zip(firsts, [*firsts[1:], length], strict=True)
         ]
@@ -56,7 +59,7 @@ def unrolled_attention(
     Returns [B, heads, S, D].
     """
     if query.device.type == "cpu":
-        return _FlashUnrolledAttention.apply(query, rows, *keys, *values)
+        return _FlashUnrolledAttention.apply(query, [()] if rows is None else rows.parts, *keys, *values)
     return _flex_unrolled_attention(query, keys, values, rows)
 
 
@@ -68,11 +71,11 @@ class _FlashUnrolledAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, rows: PackedRows | None, *keys_values: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, parts: Parts, *keys_values: Tensor) -> Tensor:
         num_steps = len(keys_values) // 2
         keys, values = keys_values[:num_steps], keys_values[num_steps:]
         scale = query.shape[-1] ** -0.5
-        out, lse = _causal_flash(query, keys[0], values[0], scale, rows)
+        out, lse = _causal_flash(query, keys[0], values[0], scale, parts)
         if num_steps > 1:
             scores = [_own_scores(query, key, scale) for key in keys[1:]]
             merged = torch.logsumexp(torch.stack([lse, *scores]), dim=0)
@@ -82,7 +85,7 @@ class _FlashUnrolledAttention(torch.autograd.Function):
                 _grouped(total, value).addcmul_(share, value.unsqueeze(2).to(share.dtype))
             out, lse = total.to(query.dtype), merged
         ctx.save_for_backward(query, out, lse, *keys_values)
-        ctx.scale, ctx.rows = scale, rows
+        ctx.scale, ctx.parts = scale, parts
         return out
 
     @staticmethod
@@ -92,7 +95,7 @@ class _FlashUnrolledAttention(torch.autograd.Function):
         num_steps = len(keys_values) // 2
         keys, values = keys_values[:num_steps], keys_values[num_steps:]
         grad_query, grad_key, grad_value = _causal_flash_backward(
-            grad, query, keys[0], values[0], out, lse, ctx.scale, ctx.rows
+            grad, query, keys[0], values[0], out, lse, ctx.scale, ctx.parts
         )
         grad_keys, grad_values = [grad_key], [grad_value]
         correction = _precise(grad * out).sum(-1)
@@ -107,46 +110,25 @@ class _FlashUnrolledAttention(torch.autograd.Function):
         return grad_query, None, *grad_keys, *grad_values
 
 
-def _causal_flash(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, rows: PackedRows | None
-) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp [B, heads, S] of causal attention, sample by sample."""
+def _causal_flash(query: Tensor, key: Tensor, value: Tensor, scale: float, parts: Parts) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp [B, heads, S] of causal attention within each of the parts."""
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    if rows is None:
-        return attend(query, key, value, 0.0, True, scale=scale)
     out, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=_precise(query[:0]).dtype)
-    for part in _of_samples(rows):
+    for part in parts:
         out[part], lse[part] = attend(query[part], key[part], value[part], 0.0, True, scale=scale)
     return out, lse
 
 
 def _causal_flash_backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    rows: PackedRows | None,
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float, parts: Parts
 ) -> tuple[Tensor, Tensor, Tensor]:
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    if rows is None:
-        return attend(grad, query, key, value, out, lse, 0.0, True, scale=scale)
     grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    for part in _of_samples(rows):
-        of_part = attend(
-            *(x[part] for x in (grad, query, key, value)), out[part], lse[part].contiguous(), 0.0, True, scale=scale
-        )
+    for part in parts:
+        of_part = attend(*(x[part] for x in (grad, query, key, value, out)), lse[part].contiguous(), 0.0, True, scale=scale)
         for grad_of_all, grad_of_part in zip(grads, of_part, strict=True):
             grad_of_all[part] = grad_of_part
     return grads
-
-
-def _of_samples(rows: PackedRows) -> Iterator[tuple[slice, slice, slice]]:
-    """Index of each sample in [B, heads, S, ...]."""
-    for row, positions in rows.parts:
-        yield row, slice(None), positions
 
 
 def _grouped(x: Tensor, like: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ class ChainDrafter(Drafter):
         self.draft = draft
         self.embedding = embedding
         self.num_draft_tokens = num_draft_tokens
-        self.target_ids = draft.vocab.target_ids
+        self.target_ids = draft.target_ids
         self.reset()
 
     def reset(self) -> None:

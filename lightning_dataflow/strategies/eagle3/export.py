@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.strategies.common.target_tensors import EMBEDDING, HEAD, FrozenTarget, same_tensor
@@ -65,7 +65,7 @@ class Eagle3Export(DraftExport):
             "architectures": [self.architectures[0]],
             **layers,
             "draft_vocab_size": network.draft_vocab_size,
-            "target_hidden_size": network.target_hidden_size,
+            "target_hidden_size": network.hidden_size,  # a draft is as wide as its target here
             "num_aux_hidden_states": network.num_aux_layers,
             self.section: {"use_aux_hidden_state": True, LAYER_IDS: ids, "norm_before_fc": False},
         }
@@ -94,33 +94,28 @@ class Eagle3Export(DraftExport):
         return self.decoder_rows(network) | {"draft vocabulary": f"{network.draft_vocab_size} of {network.vocab_size}"}
 
     def settings(self, start: PublishedDraft, target: FrozenTarget) -> dict[str, Any]:
-        trained = EMBEDDING in start.shapes and not same_tensor(start.tensor(EMBEDDING), target.embedding)
-        return {"train_embeddings": True} if trained else {}
+        own = start.tensors().get(EMBEDDING)
+        return {} if own is None or same_tensor(own, target.embedding) else {"train_embeddings": True}
 
     def implied(self, network: Eagle3Config) -> set[str]:
         return {"t2d", EMBEDDING} | ({"d2t", HEAD} if _is_whole(network) else set())
 
     def complete(self, start: PublishedDraft, draft: nn.Module) -> None:
+        """Both maps of the vocabulary; t2d follows from d2t."""
         assert isinstance(draft, Eagle3Draft)
-        if "d2t" not in start.shapes:
+        stored, vocab_size = start.tensors(), draft.config.vocab_size
+        if "d2t" not in stored:
             draft.d2t.zero_()
-        draft.t2d.copy_(_kept(start, draft.d2t, len(draft.t2d)))
+        ids = draft.target_ids
+        if ids.min() < 0 or ids.max() >= vocab_size or len(ids.unique()) != len(ids):
+            raise UserError(
+                f"{start.folder}: d2t does not map {len(ids)} draft ids to as many of {vocab_size} target ids (target id = "
+                "draft id + d2t[draft id])"
+            )
+        draft.set_target_ids(ids)
+        if "t2d" in stored and not torch.equal(stored["t2d"].to(draft.t2d), draft.t2d):
+            raise UserError(f"{start.folder}: t2d names other tokens than d2t maps to")
 
 
 def _is_whole(network: Eagle3Config) -> bool:
     return network.draft_vocab_size == network.vocab_size
-
-
-def _kept(start: PublishedDraft, d2t: Tensor, vocab_size: int) -> Tensor:
-    """t2d, which follows from d2t."""
-    ids = d2t + torch.arange(len(d2t), device=d2t.device)
-    if ids.min() < 0 or ids.max() >= vocab_size or len(ids.unique()) != len(ids):
-        raise UserError(
-            f"{start.folder}: d2t does not map {len(ids)} draft ids to as many of {vocab_size} target ids (target id = "
-            "draft id + d2t[draft id])"
-        )
-    kept = torch.zeros(vocab_size, dtype=torch.bool, device=d2t.device)
-    kept[ids] = True
-    if "t2d" in start.shapes and not torch.equal(start.tensor("t2d").to(kept), kept):
-        raise UserError(f"{start.folder}: t2d names other tokens than d2t maps to")
-    return kept

@@ -1,6 +1,7 @@
 """EAGLE3 (arXiv 2503.01840) as a LightningModule."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,11 +12,11 @@ from lightning_dataflow.contracts import StepContext, UserError
 from lightning_dataflow.data.collate import Batch, SampleRows
 from lightning_dataflow.data.datamodule import DataFlowDataModule
 from lightning_dataflow.strategies.common.sums import ObjectiveSums
-from lightning_dataflow.strategies.eagle3.draft_vocab import DraftVocab, build_draft_vocab, check_draft_vocab_size
+from lightning_dataflow.strategies.eagle3.draft_vocab import most_frequent, version
 from lightning_dataflow.strategies.eagle3.drafter import ChainDrafter
 from lightning_dataflow.strategies.eagle3.export import Eagle3Export
 from lightning_dataflow.strategies.eagle3.network import Eagle3Config, Eagle3Draft
-from lightning_dataflow.strategies.eagle3.objective import Eagle3Objective, TargetRows, supervised_positions
+from lightning_dataflow.strategies.eagle3.objective import Eagle3Objective, supervised_positions
 from lightning_dataflow.strategies.module import DraftModule
 from lightning_dataflow.strategies.spec import StrategySpec
 
@@ -59,19 +60,8 @@ class Eagle3Module(DraftModule):
             raise UserError(f"lk_loss={lk_loss} is unknown: use alpha, lambda, or leave it out")
         if num_steps < 1:
             raise UserError(f"num_steps={num_steps}: the draft needs at least one step")
-        info = self.target_info
-        if draft_vocab_size is not None:
-            check_draft_vocab_size(draft_vocab_size, info.vocab_size)
-        settings = {"intermediate_size": intermediate_size, "draft_vocab_size": draft_vocab_size}
-        config = Eagle3Config(
-            hidden_size=info.hidden_size,
-            vocab_size=info.vocab_size,
-            target_hidden_size=info.hidden_size,
-            num_aux_layers=len(self.layer_ids),
-            train_embeddings=train_embeddings,
-            **self.network_sizes(settings, draft_vocab_size=info.vocab_size),
-        )
-        self.draft = self.new_draft(Eagle3Draft, config)
+        sizes = self.network_sizes(Eagle3Config, draft_vocab_size=self.target_info.vocab_size)
+        self.draft = self.new_draft(Eagle3Draft, Eagle3Config(**sizes))
         self._vocab_prompts = ""  # version of the prompts that the draft vocabulary was cut from
         self._objective = Eagle3Objective(
             step_weight_base=step_weight_base,
@@ -88,16 +78,15 @@ class Eagle3Module(DraftModule):
     def initialise_draft(self, data: DataFlowDataModule) -> None:
         target, config = self.frozen_target, self.draft.config
         if config.draft_vocab_size < config.vocab_size:
-            self.draft.set_vocab(self._cut_vocab(data))
+            self.draft.set_target_ids(self._cut_vocab(data))
             self._vocab_prompts = data.source.card.prompts_version
-        kept = self.draft.vocab.target_ids.to(target.head.device)
-        self.draft.lm_head.weight.copy_(target.head[kept])
+        self.draft.lm_head.weight.copy_(target.head[self.draft.target_ids.to(target.head.device)])
         if config.train_embeddings:
             self.draft.embed_tokens.weight.copy_(target.embedding)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["draft_vocab"] = {"prompts": self._vocab_prompts, "version": self.draft.vocab.version}
+        checkpoint["draft_vocab"] = {"prompts": self._vocab_prompts, "version": version(self.draft.target_ids)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
@@ -108,42 +97,36 @@ class Eagle3Module(DraftModule):
         super().check_checkpoint(checkpoint, data)
         saved = checkpoint["draft_vocab"]
         if isinstance(data, DataFlowDataModule) and saved["prompts"] == data.source.card.prompts_version:
-            version = self._cut_vocab(data).version
-            if version != saved["version"]:
+            wanted = version(self._cut_vocab(data))
+            if wanted != saved["version"]:
                 raise UserError(
                     f"the checkpoint is of a draft with another vocabulary map ({saved['version']}, these prompts give "
-                    f"{version}): resume with the prompts it was written with, or start a new run"
+                    f"{wanted}): resume with the prompts it was written with, or start a new run"
                 )
 
-    def _cut_vocab(self, data: DataFlowDataModule) -> DraftVocab:
+    def _cut_vocab(self, data: DataFlowDataModule) -> Tensor:
         config = self.draft.config
-        return build_draft_vocab(data.source.token_counts(config.vocab_size), config.draft_vocab_size)
+        return most_frequent(data.source.token_counts(config.vocab_size), config.draft_vocab_size)
 
     def collate(self, rows: SampleRows) -> Batch:
         """Features, and which rows supervise which; computed on the CPU, so that a step need not wait for the device."""
         batch = rows.stack(self.features)
-        batch["target_rows"] = tuple(supervised_positions(batch["loss_mask"], batch["position"]))
+        batch["target_rows"] = supervised_positions(batch["loss_mask"], batch["position"])
         return batch
 
     def objective(self, batch: Batch, context: StepContext) -> ObjectiveSums:
         draft, target = self.draft, self.frozen_target
-        dtype = draft.fc.weight.dtype
-        d2t, t2d = draft.d2t, draft.t2d
-
-        def score(hidden: Tensor, lm_head: Tensor) -> ObjectiveSums:
-            return self._objective(
-                hidden,
-                lm_head,
-                last_hidden_state=batch["last_hidden_state"],
-                target_head=target.head,
-                target_ids=d2t + torch.arange(len(d2t), device=d2t.device),
-                t2d=t2d,
-                rows=TargetRows(*batch["target_rows"]),
-            )
-
+        score = partial(
+            self._objective,
+            last_hidden_state=batch["last_hidden_state"],
+            target_head=target.head,
+            target_ids=draft.target_ids,
+            t2d=draft.t2d,
+            rows=batch["target_rows"],
+        )
         next_ids = F.pad(batch["input_ids"][:, 1:], (0, 1))
         embedding = None if draft.config.train_embeddings else target.embedding
-        aux, num_steps = batch["aux_hidden_states"].to(dtype), self.hparams["num_steps"]
+        aux, num_steps = batch["aux_hidden_states"].to(draft.fc.weight.dtype), self.hparams["num_steps"]
         return draft(next_ids, aux, embedding, num_steps, score, position=batch["position"])
 
     def drafter(self, *, num_draft_tokens: int = 4) -> ChainDrafter:

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.strategies.common.cache import DraftCache
-from lightning_dataflow.strategies.common.layers import Attention, DecoderLayer, RMSNorm, Rotary, SwiGLU, rotate
+from lightning_dataflow.strategies.common.layers import Attention, DecoderLayer, RMSNorm, SwiGLU, rotary_tables, rotate
 from lightning_dataflow.strategies.eagle3.attention import PackedRows, causal_attention, unrolled_attention
-from lightning_dataflow.strategies.eagle3.draft_vocab import DraftVocab, check_draft_vocab_size
+from lightning_dataflow.strategies.eagle3.draft_vocab import to_offsets
 
 Score = TypeVar("Score")
 Weights = tuple[Tensor, ...]
@@ -35,14 +35,17 @@ class Eagle3Config:
     head_dim: int
     vocab_size: int
     draft_vocab_size: int
-    target_hidden_size: int
     num_aux_layers: int = 3
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     train_embeddings: bool = False
 
     def __post_init__(self) -> None:
-        check_draft_vocab_size(self.draft_vocab_size, self.vocab_size)
+        if not 1 <= self.draft_vocab_size <= self.vocab_size:
+            raise UserError(
+                f"draft_vocab_size={self.draft_vocab_size}: the target's vocabulary has {self.vocab_size} tokens, choose 1 "
+                f"to {self.vocab_size} (or leave it out for all of them)"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -85,38 +88,35 @@ class Eagle3Layer(DecoderLayer):
 class Eagle3Draft(nn.Module):
     """EAGLE3: `fc` folds n captured layers into h; one layer turns (embedding, h) into the next h.
 
-    Args:
-        config: sizes.
-        vocab: maps of a reduced vocabulary; by default the first V_d tokens, until `set_vocab`.
+    Attributes:
+        d2t: int64 [V_d], **offsets**: target id = draft id + d2t[draft id].
+        t2d: bool [V], whether a target id is in the draft vocabulary. It is the first V_d tokens until `set_target_ids`.
     """
 
     d2t: Tensor
     t2d: Tensor
 
-    def __init__(self, config: Eagle3Config, vocab: DraftVocab | None = None):
+    def __init__(self, config: Eagle3Config):
         super().__init__()
         self.config = config
-        self.fc = nn.Linear(config.num_aux_layers * config.target_hidden_size, config.hidden_size, bias=False)
+        self.fc = nn.Linear(config.num_aux_layers * config.hidden_size, config.hidden_size, bias=False)
         self.midlayer = Eagle3Layer(config)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
-        self.rotary = Rotary(config.head_dim, config.rope_theta)
         self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
         self.register_buffer("t2d", torch.arange(config.vocab_size) < config.draft_vocab_size)
-        if vocab is not None:
-            self.set_vocab(vocab)
         if config.train_embeddings:
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
 
-    def set_vocab(self, vocab: DraftVocab) -> None:
-        """Take over the maps of a reduced vocabulary."""
-        self.d2t.copy_(vocab.d2t)
-        self.t2d.copy_(vocab.t2d)
-
     @property
-    def vocab(self) -> DraftVocab:
-        """The maps, as stored in checkpoints."""
-        return DraftVocab(d2t=self.d2t, t2d=self.t2d)
+    def target_ids(self) -> Tensor:
+        """Target id of every draft id, int64 [V_d]."""
+        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
+    def set_target_ids(self, target_ids: Tensor) -> None:
+        """Reduce the vocabulary to these tokens."""
+        self.d2t.copy_(to_offsets(target_ids))
+        self.t2d.zero_().index_fill_(0, target_ids.to(self.t2d.device), True)
 
     def forward(
         self,
@@ -157,7 +157,7 @@ class Eagle3Draft(nn.Module):
                 attention.split_heads(part + share[:, window])
                 for part, share in zip(attention.project(layer.hidden_norm(hidden), of_hidden), shares, strict=True)
             )
-            cos, sin = self.rotary.tables(first + step)
+            cos, sin = rotary_tables(first + step, self.config)
             keys.append(rotate(key, cos, sin))
             values.append(value)
             attended = unrolled_attention(rotate(query, cos, sin), keys, values, rows)
@@ -182,7 +182,8 @@ class Eagle3Draft(nn.Module):
         layer, attention = self.midlayer, self.midlayer.self_attn
         embedded = layer.input_layernorm(self.embed(input_ids, embedding).to(hidden.dtype))
         start = cache.length
-        cos, sin = self.rotary.tables(torch.arange(start, start + input_ids.shape[1], device=hidden.device))
+        positions = torch.arange(start, start + input_ids.shape[1], device=hidden.device)
+        cos, sin = rotary_tables(positions, self.config)
         of_embedding, of_hidden = attention.halves()
         shares = attention.project(embedded, of_embedding), attention.project(layer.hidden_norm(hidden), of_hidden)
         query, key, value = (attention.split_heads(first + second) for first, second in zip(*shares, strict=True))

@@ -3,14 +3,14 @@ the LK losses (arXiv 2602.23881)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lightning_dataflow.strategies.common.gradients import with_gradients
 from lightning_dataflow.strategies.common.sums import ObjectiveSums, Quotient
-from lightning_dataflow.strategies.common.tiles import compute_dtype, tiles
+from lightning_dataflow.strategies.common.tiles import add_product, compute_dtype, tiles
 
 LKLoss = Literal["alpha", "lambda"]
 
@@ -96,10 +96,13 @@ class Eagle3Objective:
             # Not torch.tensor, which copies from the host and waits for the device.
             normaliser = torch.full((), float(len(rows.teacher)), dtype=torch.float32, device=hidden.device)
         teacher = _Teacher(last_hidden_state.flatten(0, 1), target_head, target_ids, t2d, rows)
-        total, sums = _UnrolledLoss.apply(hidden, lm_head, teacher, self, normaliser)
-        loss_k, correct, masked, accepted, supervised = sums.unbind()
+        run = _Run(hidden, lm_head, teacher, self, normaliser)
+        loss_k, correct, masked, accepted, supervised = run.score()
+        total = (run.step_weights * loss_k).sum()
         return ObjectiveSums(
-            loss=Quotient(numerator=total, denominator=normaliser),
+            loss=Quotient(
+                numerator=with_gradients(total, (hidden, lm_head), (run.grad_hidden, run.grad_head)), denominator=normaliser
+            ),
             metrics={
                 "loss_per_step": Quotient(numerator=loss_k, denominator=normaliser.expand_as(loss_k)),
                 "accuracy": Quotient(numerator=correct, denominator=masked),
@@ -140,67 +143,31 @@ class _Teacher:
         return _TeacherTile(torch.softmax(kept, -1), p_full, argmax, self.t2d[argmax])
 
 
-class _StepMeans(NamedTuple):
-    """Per-step numbers of the whole micro-batch that an LK loss needs before its gradients: [K] each."""
-
-    supervised: Tensor
-    acceptance: Tensor
-
-
-class _UnrolledLoss(torch.autograd.Function):
-    """Linear head and loss in tiles; the gradients of hidden states and head come from the same pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, lm_head: Tensor, teacher: _Teacher, options: Eagle3Objective, normaliser: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        run = _Run(hidden, lm_head, teacher, options, normaliser, ctx.needs_input_grad[:2])
-        if options.lk_loss is not None:
-            run.measure()
-        sums = run.score()
-        weights = run.step_weights
-        ctx.grads = (run.grad_hidden, hidden.dtype), (run.grad_head, lm_head.dtype)
-        ctx.mark_non_differentiable(sums)
-        return (weights * sums[0]).sum(), sums
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_head = (None if part is None else (part * grad).to(dtype) for part, dtype in ctx.grads)
-        return grad_hidden, grad_head, None, None, None
-
-
 class _Run:
-    """One evaluation of the loss over all tiles."""
+    """One evaluation of the loss over all tiles.
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        lm_head: Tensor,
-        teacher: _Teacher,
-        options: Eagle3Objective,
-        normaliser: Tensor,
-        needs_grad: tuple[bool, bool],
-    ):
+    Attributes:
+        num_supervised, acceptance: [K], of the whole micro-batch; an LK loss needs them before its gradients.
+    """
+
+    def __init__(self, hidden: Tensor, lm_head: Tensor, teacher: _Teacher, options: Eagle3Objective, normaliser: Tensor):
         self.num_steps = len(hidden)
         self.states = hidden.detach().flatten(0, 2)
         self.rows_per_step = hidden.shape[1] * hidden.shape[2]
         self.lm_head = lm_head.detach().to(compute_dtype(hidden))
         self.teacher, self.options, self.normaliser = teacher, options, normaliser
-        self.grad_hidden, self.grad_head = (
-            torch.zeros_like(x, dtype=torch.float32) if needed else None
-            for x, needed in zip((hidden, lm_head), needs_grad, strict=True)
-        )
+        self.grad_hidden, self.grad_head = (torch.zeros_like(x, dtype=torch.float32) for x in (hidden, lm_head))
         steps = torch.arange(self.num_steps, dtype=torch.float32, device=hidden.device)
         self.step_weights = options.step_weight_base**steps
-        self.means: _StepMeans | None = None
+        if options.lk_loss is not None:
+            self.num_supervised, self.acceptance = self.measure()
 
     def tiles(self) -> Iterator[slice]:
         """Tiles of positions; each position has a row of student logits at every step."""
         return tiles(len(self.teacher.rows.teacher), self.num_steps)
 
     @torch.no_grad()
-    def measure(self) -> None:
+    def measure(self) -> tuple[Tensor, Tensor]:
         """First pass of an LK loss: how many positions are supervised, and their mean acceptance, per step."""
         sums = torch.zeros(2, self.num_steps, dtype=torch.float32, device=self.states.device)
         with torch.autocast(self.states.device.type, enabled=False):
@@ -211,7 +178,7 @@ class _Run:
                 q = torch.softmax(logits, -1).unflatten(0, (self.num_steps, -1))
                 sums[0] += supervised.sum(1)
                 sums[1] += (torch.minimum(q, tile.p_full).sum(-1) * supervised).sum(1)
-        self.means = _StepMeans(sums[0], sums[1] / sums[0].clamp(min=1))
+        return sums[0], sums[1] / sums[0].clamp(min=1)
 
     @torch.no_grad()
     def score(self) -> Tensor:
@@ -221,8 +188,8 @@ class _Run:
             for part in self.tiles():
                 sums += self._score_tile(part, self.teacher.tile(part))
         if self.options.lk_loss == "lambda":  # (1 − w)(1 − ᾱ) is a mean: scale it to the loss's denominator
-            kl_weight, acceptance = self._kl_weight(), self._means().acceptance
-            sums[0] = kl_weight * sums[0] + (1 - kl_weight) * (1 - acceptance) * self.normaliser
+            kl_weight = self._kl_weight()
+            sums[0] = kl_weight * sums[0] + (1 - kl_weight) * (1 - self.acceptance) * self.normaliser
         return sums
 
     def student(self, part: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -260,7 +227,7 @@ class _Run:
         # d overlap / d logits = q · (below − Σ q·below), below marking where q < p.
         below = q < tile.p_full
         inside = (q * below).sum(-1, keepdim=True)
-        per_mean = self.normaliser / self._means().supervised.clamp(min=1)[:, None]
+        per_mean = self.normaliser / self.num_supervised.clamp(min=1)[:, None]
         if self.options.lk_loss == "alpha":
             safe = overlap.clamp(min=torch.finfo(overlap.dtype).tiny)
             scale = torch.where(overlap > 0, 1 / safe, 0)
@@ -270,22 +237,12 @@ class _Run:
         overlap_grad = q * (inside - below.float()) * (per_mean.unsqueeze(-1) * (1 - kl_weight))
         return cross_entropy, q.sub_(tile.p).mul_(kl_weight).add_(overlap_grad), weight
 
-    def _means(self) -> _StepMeans:
-        assert self.means is not None, "measure comes first"
-        return self.means
-
     def _kl_weight(self) -> Tensor:
-        return self.options.kl_scale * torch.exp(-self.options.kl_decay * self._means().acceptance)
+        return self.options.kl_scale * torch.exp(-self.options.kl_decay * self.acceptance)
 
     def _accumulate(self, rows: Tensor, grad_logits: Tensor, weight: Tensor) -> None:
         """Add a tile's gradients. A row that does not exist has weight 0."""
         grad_logits = grad_logits.to(self.lm_head.dtype)
-        if self.grad_hidden is not None:
-            grad = (grad_logits @ self.lm_head).float() * weight[:, None]
-            self.grad_hidden.view(-1, grad.shape[-1]).index_add_(0, rows, grad)
-        if self.grad_head is not None:
-            states = (self.states[rows] * weight[:, None]).to(self.lm_head.dtype)
-            if self.grad_head.dtype == grad_logits.dtype:
-                self.grad_head.addmm_(grad_logits.T, states)
-            else:
-                self.grad_head += grad_logits.T @ states
+        grad = (grad_logits @ self.lm_head).float() * weight[:, None]
+        self.grad_hidden.view(-1, grad.shape[-1]).index_add_(0, rows, grad)
+        add_product(self.grad_head, grad_logits.T, (self.states[rows] * weight[:, None]).to(self.lm_head.dtype))

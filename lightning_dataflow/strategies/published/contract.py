@@ -43,7 +43,7 @@ class DraftDescription:
 
 @dataclass(frozen=True, kw_only=True)
 class PublishedDraft:
-    """The content of a folder. Tensors are read when they are asked for.
+    """The content of a folder.
 
     Attributes:
         format: name of the engine whose format the folder has.
@@ -51,7 +51,6 @@ class PublishedDraft:
         hidden_size, vocab_size, target_hidden_size: which must be the target's.
         layer_ids: as in DraftDescription; None where the folder leaves them to the engine's default.
         num_target_layers, num_draft_tokens: None where the folder does not say.
-        shapes: of the tensors, by our names.
     """
 
     folder: Path
@@ -64,14 +63,12 @@ class PublishedDraft:
     layer_ids: tuple[int, ...] | None
     num_target_layers: int | None
     num_draft_tokens: int | None
-    shapes: Mapping[str, tuple[int, ...]]
     _places: Mapping[str, tuple[Path, str]] = field(repr=False)
 
-    def tensor(self, name: str) -> Tensor:
-        """One tensor, as it is stored."""
-        path, stored = self._places[name]
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(stored)
+    def tensors(self) -> dict[str, Tensor]:
+        """By our names, as they are stored; mapped into memory, so that only what is used is read."""
+        files = {path: safe_open(path, framework="pt") for path, _ in self._places.values()}
+        return {name: files[path].get_tensor(stored) for name, (path, stored) in self._places.items()}
 
 
 class DraftExport(ABC):
@@ -114,10 +111,6 @@ class DraftExport(ABC):
     def serve_options(self, draft: DraftDescription, engine: Engine) -> Mapping[str, Any]:
         """Further options of the engine's command."""
         return {}
-
-    def block_tokens(self, network: Any) -> int | None:
-        """How many tokens a block drafts; None for drafts that go token by token."""
-        return None
 
     def cpu_caveat(self, sizes: Mapping[str, Any]) -> str | None:
         """A warning for those who measure a draft of such sizes with vLLM on a CPU."""

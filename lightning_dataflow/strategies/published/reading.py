@@ -1,13 +1,12 @@
 """Reading a draft's folder, ours or another tool's: its strategy, and its tensors by our names. Nothing is unpickled."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.strategies.common.target_tensors import stored_names
 from lightning_dataflow.strategies.published.contract import Config, DraftExport, PublishedDraft
 from lightning_dataflow.strategies.published.engines import MODEL_TYPE, SPECULATORS, engine_of
 from lightning_dataflow.strategies.published.fields import DRAFT_TOKENS, SUPPORTED, Fields
@@ -41,7 +40,6 @@ def read_draft(folder: str | Path) -> PublishedDraft:
     network, layer_ids = export.read(fields, engine)
     if (folder / _MASK_EMBEDDING).exists():
         raise UserError(f"{folder} has a {_MASK_EMBEDDING}: a mask token with an embedding of its own is not supported")
-    places, shapes = _tensors(folder, export)
     hidden_size = fields.count("hidden_size")
     return PublishedDraft(
         folder=folder,
@@ -54,8 +52,7 @@ def read_draft(folder: str | Path) -> PublishedDraft:
         layer_ids=layer_ids,
         num_target_layers=fields.optional_count("num_target_layers"),
         num_draft_tokens=fields.optional_count(DRAFT_TOKENS),
-        shapes=shapes,
-        _places=places,
+        _places=_find_tensors(folder, export),
     )
 
 
@@ -85,7 +82,7 @@ def _flatten(config: Mapping[str, Any]) -> Config:
 
 def _claimant(path: Path, values: Config) -> tuple[str, DraftExport]:
     """The strategy that trains such drafts, by the most specific of the marks that fit."""
-    exports = dict(_exports())
+    exports = {name: export for name in available_strategies() if (export := resolve_strategy(name).export) is not None}
     if MODEL_TYPE in values:
         types = {kind: name for name, export in exports.items() if (kind := export.served_as.get(SPECULATORS.name))}
         if (kind := str(values[MODEL_TYPE])) not in types:
@@ -103,29 +100,16 @@ def _claimant(path: Path, values: Config) -> tuple[str, DraftExport]:
     raise UserError(f"{path.parent} holds a {classes[0]}, not a draft that can be trained on: {', '.join(known)} can")
 
 
-def _exports() -> Iterator[tuple[str, DraftExport]]:
-    for name in available_strategies():
-        export = resolve_strategy(name).export
-        if export is not None:
-            yield name, export
-
-
-def _tensors(folder: Path, export: DraftExport) -> tuple[dict[str, tuple[Path, str]], dict[str, tuple[int, ...]]]:
+def _find_tensors(folder: Path, export: DraftExport) -> dict[str, tuple[Path, str]]:
+    """File of each tensor, and its name there, by our names."""
     places: dict[str, tuple[Path, str]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for stored in file.keys():  # noqa: SIM118  # it is no mapping
-                    name = export.our_name(stored.removeprefix("model."))
-                    if name.endswith("rotary_emb.inv_freq"):
-                        continue
-                    if name in places:
-                        raise UserError(f"{folder} has {name} twice, in {places[name][0].name} and {path.name}")
-                    places[name] = path, stored
-                    shapes[name] = tuple(file.get_slice(stored).get_shape())
-        except SafetensorError as error:
-            raise UserError(f"{path} is damaged: {error}") from error
+        for stored in stored_names(path):
+            name = export.our_name(stored.removeprefix("model."))
+            if name in places:
+                raise UserError(f"{folder} has {name} twice, in {places[name][0].name} and {path.name}")
+            if not name.endswith("rotary_emb.inv_freq"):
+                places[name] = path, stored
     if not places:
         raise UserError(f"no safetensors in {folder}: convert other files first, they would have to be unpickled")
-    return places, shapes
+    return places

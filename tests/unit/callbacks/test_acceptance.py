@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning_dataflow.callbacks import AcceptanceEvaluation, acceptance
 from lightning_dataflow.checkpoints.markers import incomplete, latest_checkpoint
 from lightning_dataflow.checkpoints.trainer import DataFlowTrainer
-from lightning_dataflow.evaluation import AcceptanceReport
+from lightning_dataflow.evaluation.acceptance import AcceptanceReport
 from tests.unit.strategies.test_eagle3_module import make_data, make_module
 
 

@@ -31,7 +31,7 @@ class Source(OnlineSource):
     def __init__(self, *arguments):
         super().__init__(*arguments)
         self.durable_seqs = []
-        self.skips, self.recaptures = {}, 0
+        self.skips, self.recaptures = {}, []
 
     def durable(self, next_seq, global_step, freed=()):
         self.durable_seqs.append(next_seq)
@@ -39,7 +39,7 @@ class Source(OnlineSource):
     def skipped(self):
         return self.skips
 
-    def num_recaptured(self, below=None):
+    def recaptured(self):
         return self.recaptures
 
 
@@ -184,12 +184,12 @@ def test_a_checkpoint_from_inside_a_window_is_of_its_start(fit, tmp_path):
 
 def test_a_resumed_result_tells_of_the_whole_run(fit, tmp_path, prompts, target):
     source = Source(prompts[0], target)
-    source.skips, source.recaptures = {1: "broken", 90: "ahead of the cursor"}, 2
+    source.skips, source.recaptures = {1: "broken", 90: "ahead of the cursor"}, [1, 2, 90]
     writer = ResultWriter(str(tmp_path))
     fit(2, source=source, callbacks=[writer])
     first = json.loads((tmp_path / "result.json").read_text())
     source = Source(prompts[0], target)
-    source.skips, source.recaptures = {5: "gone"}, 1
+    source.skips, source.recaptures = {5: "gone"}, [5]
     _, data, _ = fit(4, source=source, callbacks=[writer], ckpt_path=tmp_path / "checkpoints" / "step-000002.ckpt")
     second = json.loads((tmp_path / "result.json").read_text())
     assert second["losses"][:2] == first["losses"]

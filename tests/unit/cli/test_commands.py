@@ -366,7 +366,7 @@ def test_a_sigterm_after_ctrl_c_does_not_disturb_its_answer(run, monkeypatch):
     """The supervisor tells its parts by the one, and a scheduler all processes by the other."""
     answered = []
 
-    def interrupted(config, settings):
+    def interrupted(config):
         try:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(10)

@@ -11,7 +11,7 @@ from lightning_dataflow.cli.hydra_command import command
 SHOW = ("strategy=outside", "experiment=tiny", "--cfg", "job", "-p", "optimizer.lr")
 
 
-def shown(config, settings):
+def shown(config):
     """A command; `--cfg job` shows its settings instead."""
 
 

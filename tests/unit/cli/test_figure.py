@@ -1,7 +1,5 @@
 """Pictures of runs and measurements."""
 
-import json
-
 import pytest
 from matplotlib.figure import Figure
 
@@ -34,8 +32,7 @@ def measured(step: int | None, *shares: float) -> dict:
 def test_a_result_has_no_empty_panel(tmp_path, drawn, num_evaluations, num_panels):
     acceptance = [measured(step, 0.5, 0.25) for step in range(num_evaluations)]
     result = {"losses": [3.0, 2.0, 1.0], "strategy": "eagle3", "acceptance": acceptance}
-    (tmp_path / "result.json").write_text(json.dumps(result))
-    draw_result(tmp_path / "result.json", tmp_path / "figure.png")
+    draw_result(result, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 0
     assert len(drawn[0].axes) == num_panels
     assert all(axes.has_data() for axes in drawn[0].axes)
@@ -43,7 +40,7 @@ def test_a_result_has_no_empty_panel(tmp_path, drawn, num_evaluations, num_panel
 
 def test_without_matplotlib_a_line_says_how_to_get_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("lightning_dataflow.cli.figure.find_spec", lambda name: None)
-    assert not draw_result(tmp_path / "result.json", tmp_path / "figure.png")
+    assert not draw_result({}, tmp_path / "figure.png")
     assert capsys.readouterr().out == (
         "no figure was drawn: it needs matplotlib, pip install 'lightning-dataflow[plots]'\n"
     )

@@ -44,7 +44,7 @@ def test_a_metric_that_is_not_finite_is_one_line(result):
 
 
 def test_the_figure_stands_a_loss_that_is_not_finite(result, tmp_path):
-    draw_result(result, tmp_path / "figure.png")
+    draw_result(json.loads(result.read_text()), tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 0
 
 

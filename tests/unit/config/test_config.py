@@ -1,6 +1,7 @@
 """Every shipped configuration composes into the typed schema."""
 
 import json
+from dataclasses import asdict
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from lightning_dataflow.config.conditions import drop_conditions, register_conditions
-from lightning_dataflow.config.parsing import parse_config, plain_settings
+from lightning_dataflow.config.parsing import parse_config
 from lightning_dataflow.config.schema import TOPOLOGIES, TrainConfig, register_schemas
 from lightning_dataflow.contracts import UserError
 
@@ -134,7 +135,7 @@ def test_with_another_group_is_refused(own):
 
 
 def test_settings_are_plain_containers():
-    settings = plain_settings(make("store=shared_dir", "store.secret_file=secret.txt"))
+    settings = asdict(parse_config(make("store=shared_dir", "store.secret_file=secret.txt")))
     assert json.loads(json.dumps(settings))["store"]["secret_file"] == "secret.txt"
 
 

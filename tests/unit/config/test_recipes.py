@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_dataflow.config.derived import watermarks
+from lightning_dataflow.config.rules import watermarks
 from lightning_dataflow.config.schema import TrainConfig
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.run.ranks import num_processes
@@ -186,7 +186,7 @@ def test_three_windows_fit_the_store(page):
     for call in streamed:
         config = composed(*call.settings)
         window = config.data.global_batch_size * config.data.max_length * ((layers + 1) * 4096 * 2 + 9)
-        watermarks(config.topology, config.store).check_window(config.data.global_batch_size, 3 * window)
+        watermarks(config).check_window(config.data.global_batch_size, 3 * window)
 
 
 def test_the_parts_of_the_recipe_for_8_gpus():

@@ -1,11 +1,11 @@
 """Calls of a ledger as tests make them, with the sizes and generations that they expect."""
 
 import socket
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from lightning_dataflow.contracts import LogRecord
-from lightning_dataflow.control import CommitEntry, Lease, MetadataStore, RunPlan, Watermarks
+from lightning_dataflow.control import Lease, MetadataStore, RunPlan, Watermarks
+from lightning_dataflow.control.leases import CommitEntry, Sample
 from tests.records import WIDE, leased, log_of, make_ref
 
 SIZE = 10
@@ -14,9 +14,21 @@ SIZE = 10
 HOST = socket.gethostname()
 
 
-def begin(ledger: MetadataStore, start: int = 0, stop: int = 100, window: int = 4, **known: Any) -> None:
+def begin(
+    ledger: MetadataStore,
+    start: int = 0,
+    stop: int = 100,
+    window: int = 4,
+    *,
+    published: Mapping[int, tuple[str, int]] | None = None,
+    wanted: Mapping[int, int] | None = None,
+    frontier: int | None = None,
+) -> None:
+    samples = {seq: Sample("wanted", attempt) for seq, attempt in (wanted or {}).items()}
+    for seq, (generation, size) in (published or {}).items():
+        samples[seq] = Sample("published", int(generation.split("-")[0]), size, generation=generation)
     plan = RunPlan(start=start, stop=stop, window=window)
-    ledger.begin(plan, **{"published": {}, "wanted": {}, "frontier": start} | known)
+    ledger.begin(plan, samples, start if frontier is None else frontier)
 
 
 def lease(ledger: MetadataStore, worker: str = "a", group: int = 4, marks: Watermarks = WIDE, lease_s: float = 60.0):
@@ -42,10 +54,10 @@ def commit(
     return ledger.commit(found, captured, log)
 
 
-def give_back(ledger: MetadataStore, found: Lease, **options: bool) -> list[int]:
+def give_back(ledger: MetadataStore, found: Lease, *, counts: bool = True) -> list[int]:
     log = log_of(ledger)
     skips = {seq: log.encode(LogRecord(kind="skip", seq=seq, reason="it failed")) for seq in found.wanted}
-    return ledger.give_back(found, skips, log, **options)
+    return ledger.give_back(found, skips, log, counts)
 
 
 def in_flight(ledger: MetadataStore) -> tuple[int, int]:

@@ -67,7 +67,7 @@ def test_producers_come_and_go(opener):
             kills += 1
         seqs = range(start, start + WINDOW)
         since = time.monotonic()
-        trained += [entry.seq for entry in queue.get(seqs, seqs).entries if entry.ref is not None]
+        trained += [seq for seq, ref in zip(seqs, queue.get(seqs, seqs).refs, strict=True) if ref is not None]
         slowest = max(slowest, time.monotonic() - since)
         queue.ack(seqs.stop)
         plane.ledger.ack(seqs.stop, start // WINDOW + 1, seqs)

@@ -118,7 +118,7 @@ def test_a_log_that_cannot_be_written_undoes_the_commit(tmp_path, store, monkeyp
     begin(plane)
     found = lease(plane)
     with monkeypatch.context() as patch:
-        patch.setattr("os.write", lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patch.setattr(plane.channel, "_last_segment", lambda: "/dev/full")
         with pytest.raises(OSError, match="No space left"):
             plane.publish(found, capture(store, found))
     assert plane.ledger.status()["leased"] == 4

@@ -7,13 +7,11 @@ from lightning_dataflow.contracts import NotFiniteError, UserError
 from lightning_dataflow.data import DataFlowDataModule, OfflineSource, PassOrder, SampleRows
 from lightning_dataflow.producers import OnlineSource, capture_to_folder
 from lightning_dataflow.targets import HFTargetEngine
+from tests.streams import read_batches
 
 
 def take(data: DataFlowDataModule, count: int) -> list[dict]:
-    stream = iter(data.train_dataloader())
-    batches = [next(stream) for _ in range(count)]
-    stream.close()
-    return batches
+    return read_batches(data, count, SampleRows.stack)
 
 
 @pytest.fixture
@@ -22,15 +20,13 @@ def online(prompts, target) -> OnlineSource:
 
 
 def make(source, **options) -> DataFlowDataModule:
-    return DataFlowDataModule(
-        source, **{"global_batch_size": 4, "micro_batch_size": 2, "collate": SampleRows.stack} | options
-    )
+    return DataFlowDataModule(source, **{"global_batch_size": 4, "micro_batch_size": 2} | options)
 
 
 def test_batches_of_a_window(online):
     data = make(online)
     first, second, third = take(data, 3)
-    lengths = [len(online.prompts[data.order.locate(seq)[0]].input_ids) for seq in range(8)]
+    lengths = [len(online.prompts[data.source.order.locate(seq)[0]].input_ids) for seq in range(8)]
     assert [one["window_num_tokens"] for one in (first, second, third)] == [sum(lengths[:4])] * 2 + [sum(lengths[4:])]
     assert [one["next_seq"] for one in (first, second, third)] == [4, 4, 8]
     assert first["input_ids"].shape == (2, max(lengths[:2]))
@@ -125,7 +121,7 @@ def test_a_capture_that_is_not_finite_leaves_no_manifest(target_path, prompts, t
     broken = HFTargetEngine(target_path, layer_ids=(1, 3, 4), dtype="float32", device="cpu")
     with torch.no_grad():
         broken.model.model.norm.weight[5] = float("nan")
-    with pytest.raises(NotFiniteError, match=f"last_hidden_state of sample {few[0].source_id} .* holds NaN or infinity"):
+    with pytest.raises(NotFiniteError, match=r"last_hidden_state of sample \d+ .* holds NaN or infinity"):
         capture_to_folder(few, broken, tmp_path)
     with pytest.raises(UserError, match="no finished capture in"):
         OfflineSource(tmp_path)
@@ -198,5 +194,5 @@ def test_captures_for_another_vocabulary(prompts, target, tmp_path):
 def test_a_capture_of_another_shape_never_reaches_the_store(prompts, target, online, monkeypatch):
     monkeypatch.setattr(target, "capture", lambda batch: [{"aux_hidden_states": torch.zeros(3, 192)}] * len(batch))
     with pytest.raises(ValueError, match=r"captured .* expected"):
-        online.window(range(1), range(1), PassOrder(len(online), 0))
+        make(online).source.window(range(1), range(1))
     assert online.store.health()["num_samples"] == 0

@@ -5,14 +5,14 @@ import threading
 
 import pytest
 
-from lightning_dataflow.contracts import PeerTimeoutError, UserError
+from lightning_dataflow.contracts import PeerTimeoutError
 from lightning_dataflow.control import ControlPlane, RunPlan, Watermarks
-from lightning_dataflow.data import Batching, PassOrder, queue as queue_module
+from lightning_dataflow.data import Batching, queue as queue_module
 from lightning_dataflow.data.kept import KeptSamples
 from lightning_dataflow.data.reader import WindowReader
 from lightning_dataflow.stores import MemoryFeatureStore, SharedDirFeatureStore
 from tests.records import WIDE, memory_plane, rank_slice
-from tests.streams import ORDER, SeqFeed, make_source, make_worker
+from tests.streams import SeqFeed, make_source, make_worker
 
 LARGEST = SeqFeed().num_bytes(2)
 
@@ -43,10 +43,10 @@ class Rank:
     def train(self, index: int, *, saves: bool = True) -> None:
         seqs = range(index * self.window, (index + 1) * self.window)
         share = rank_slice(index, self.window, self.rank, self.world_size)
-        for entry in self.source.window(seqs, share, ORDER).entries:
-            tensors, handle = self.source.store.get(entry.ref)
+        for seq, ref in zip(share, self.source.window(seqs, share).refs, strict=True):
+            tensors, handle = self.source.store.get(ref)
             self.values.append(int(tensors["last_hidden_state"][0, 0]))
-            self.held.append((entry.seq, handle))
+            self.held.append((seq, handle))
         freed = self.free() if self.source.release_at == "applied" else []
         self.source.applied(freed, seqs.stop, index + 1)
         if saves and self.source.must_save():
@@ -72,7 +72,6 @@ def test_a_checkpoint_is_due_while_the_next_window_fits_and_at_half():
         due.append(kept.must_save())
     assert due == [False, False, True, True, True]
     kept.durable(12)
-    assert (kept.num_refs, kept.num_bytes) == (8, 80)
     assert not kept.must_save()
     tight = KeptSamples(marks(size=130), window=4, group=8, largest_bytes=10)  # 11 refs at once: 110 of 130 bytes
     tight.add(4, 4, 20)
@@ -98,9 +97,7 @@ def test_tiny_watermarks_train_all_and_are_never_exceeded(tmp_path, seed):
     plane, store = memory_plane(tmp_path), MemoryFeatureStore()
     worker = make_worker(plane, store, watermarks=bound, group=group)
     world_size = draw.choice([1, 2])
-    ranks = [
-        Rank(plane, store, rank, world_size, window, release_at="durable", watermarks=bound) for rank in range(world_size)
-    ]
+    ranks = [Rank(plane, store, rank, world_size, window, durable_below=bound) for rank in range(world_size)]
     for one in ranks:
         one.begin(0, 24 * window)
     for index in range(24):
@@ -126,7 +123,7 @@ def test_tiny_watermarks_train_all_and_are_never_exceeded(tmp_path, seed):
 def test_without_those_checkpoints_the_run_would_wait_for_itself(tmp_path):
     plane, store, bound = memory_plane(tmp_path), MemoryFeatureStore(), marks(refs=12)
     worker = make_worker(plane, store, watermarks=bound)
-    rank = Rank(plane, store, release_at="durable", watermarks=bound)
+    rank = Rank(plane, store, durable_below=bound)
     rank.begin(0, 40)
     with pytest.raises(PeerTimeoutError):
         for index in range(10):
@@ -136,10 +133,10 @@ def test_without_those_checkpoints_the_run_would_wait_for_itself(tmp_path):
 
 @pytest.mark.parametrize(("release_at", "lost"), [("durable", 0), ("applied", 8)])
 def test_a_resume_captures_what_was_freed_and_nothing_else(tmp_path, release_at, lost):
-    plane, bound = memory_plane(tmp_path), WIDE
+    plane, bound = memory_plane(tmp_path), WIDE if release_at == "durable" else None
     store, killed = (SharedDirFeatureStore(tmp_path / "store") for _ in range(2))  # leases die with their process
-    worker = make_worker(plane, store, watermarks=bound)
-    first = Rank(plane, killed, release_at=release_at, watermarks=bound)
+    worker = make_worker(plane, store)
+    first = Rank(plane, killed, durable_below=bound)
     first.begin(0, 40)
     capture_all(worker)
     for index in range(5):
@@ -147,14 +144,14 @@ def test_a_resume_captures_what_was_freed_and_nothing_else(tmp_path, release_at,
         if index == 2:
             first.source.durable(12, 3, first.free())
     assert plane.ledger.status()["kept_refs"] == 8 - lost
-    resumed = Rank(plane, store, release_at=release_at, watermarks=bound)
+    resumed = Rank(plane, store, durable_below=bound)
     resumed.begin(12, 40)
     assert len(resumed.source.reconciliation.lost) == lost
     capture_all(worker)
     for index in range(3, 10):
         resumed.train(index)
     assert resumed.values == list(range(12, 40))
-    assert resumed.source.num_recaptured() == lost
+    assert len(resumed.source.recaptured()) == lost
     resumed.free()
     resumed.source.finish("completed")
     assert store.health()["num_samples"] == 0
@@ -175,14 +172,13 @@ def test_a_sample_lost_before_it_is_read_is_trained_in_its_place_or_named(tmp_pa
 
     object.__setattr__(plane, "publish", lose)
     own = ControlPlane(run_id="run", ledger=plane.ledger, channel=memory_plane(tmp_path).log)
-    source = make_source(own, store, release_at=release_at, watermarks=WIDE)
+    source = make_source(own, store, durable_below=WIDE if release_at == "durable" else None)
     source.begin(RunPlan(start=0, stop=8, window=4), 0, 1)
     producing = threading.Thread(target=worker.run)
     producing.start()
     collate = lambda rows: {"values": [int(one.sample.tensors["last_hidden_state"][0, 0]) for one in rows]}  # noqa: E731
     reader = WindowReader(
         source=source,
-        order=PassOrder(300, 0),
         collate=collate,
         batching=Batching(global_batch_size=4, micro_batch_size=4),
         next_seq=0,
@@ -193,21 +189,12 @@ def test_a_sample_lost_before_it_is_read_is_trained_in_its_place_or_named(tmp_pa
     batches = [batch["values"] for batch in reader]
     assert batches == [[0, 1, 2, 3], [4, 0, 6, 7]]  # a placeholder at seq 5
     assert set(source.skipped()) == {5}
-    assert source.num_recaptured() == 3
+    assert list(source.recaptured()) == [2, 5, 5]
     assert plane.ledger.status()["given_up"] == 1
     reader.discard()
     source.finish("completed")
     producing.join(5)
     assert store.health()["num_samples"] == 0
-
-
-def test_durable_needs_to_know_the_watermarks(tmp_path):
-    plane, store = memory_plane(tmp_path), MemoryFeatureStore()
-    make_worker(plane, store)
-    with pytest.raises(UserError, match="give the watermarks of the producers, or use release_at=applied"):
-        make_source(plane, store, release_at="durable")
-    with pytest.raises(UserError, match="release_at=never is unknown: use applied or durable"):
-        make_source(plane, store, release_at="never")
 
 
 def test_without_checkpoints_the_log_is_trimmed_behind_what_is_trained(tmp_path):

@@ -10,7 +10,6 @@ from lightning_dataflow.contracts import LogRecord, PeerFailedError, PeerTimeout
 from lightning_dataflow.control import ControlPlane
 from lightning_dataflow.data import StreamingRefQueue, queue as queue_module
 from lightning_dataflow.data.queue import QueueCancelledError
-from lightning_dataflow.data.source import WindowEntry
 from tests.records import WIDE, begin, make_ref, memory_plane, rank_slice
 
 
@@ -62,9 +61,9 @@ def test_windows_come_whole_and_in_order_whatever_arrives_first(plane):
     first = publish(plane, 3, 1, 0)
     soon(lambda: first.update(publish(plane, 2)))
     window = queue.get(range(4), range(4))
-    assert [(entry.seq, entry.ref) for entry in window.entries] == [(seq, first[seq]) for seq in range(4)]
+    assert window.refs == [first[seq] for seq in range(4)]
     assert window.num_tokens == sum(ref.num_tokens for ref in first.values())
-    assert [entry.ref for entry in queue.get(range(4, 8), range(4, 8)).entries] == [later[seq] for seq in range(4, 8)]
+    assert queue.get(range(4, 8), range(4, 8)).refs == [later[seq] for seq in range(4, 8)]
     assert plane.ledger.status()["train_waits"] == 1
 
 
@@ -74,7 +73,7 @@ def test_ranks_share_every_window(plane):
     for window in range(3):
         seqs = range(4 * window, 4 * window + 4)
         found = [queue.get(seqs, rank_slice(window, 4, rank, 2)) for rank, queue in enumerate(ranks)]
-        assert [[entry.seq for entry in one.entries] for one in found] == [list(seqs[:2]), list(seqs[2:])]
+        assert [one.refs for one in found] == [[refs[seq] for seq in seqs[:2]], [refs[seq] for seq in seqs[2:]]]
         assert {one.num_tokens for one in found} == {sum(refs[seq].num_tokens for seq in seqs)}
 
 
@@ -85,11 +84,9 @@ def test_duplicates_are_unwanted_and_a_later_attempt_counts(plane):
     newer = publish(plane, 1, attempt=2)
     older = publish(plane, 1, attempt=1)
     window = queue.get(range(2), range(2))
-    assert [entry.ref for entry in window.entries] == [first[0], newer[1]]
-    assert queue.num_recaptured == 1
-    assert (queue.num_recaptured_before(1), queue.num_recaptured_before(2)) == (0, 1)  # a resume at 1 counts it again
+    assert window.refs == [first[0], newer[1]]
+    assert queue.recaptured == [1]
     assert queue.ack(2) == [second[0], first[1], older[1]]
-    assert queue.num_recaptured_before(2) == 1
     assert queue.unread() == []
 
 
@@ -111,7 +108,7 @@ def test_a_skipped_seq_keeps_its_place(plane):
     plane.skip([1], "too long")
     publish(plane, 1)  # giving up is final
     window = queue.get(range(3), range(3))
-    assert [entry.ref for entry in window.entries] == [refs[0], None, refs[2]]
+    assert window.refs == [refs[0], None, refs[2]]
     assert window.num_tokens == refs[0].num_tokens + refs[2].num_tokens
     assert queue.skipped == {1: "too long"}
 
@@ -123,13 +120,13 @@ def test_all_ranks_count_the_tokens_of_the_first_record(plane):
     plane.skip([1], "lost")
     second = late.get(range(2), range(2))
     assert first.num_tokens == second.num_tokens == sum(ref.num_tokens for ref in refs.values())
-    assert second.entries[1].ref is None
+    assert second.refs[1] is None
 
 
 def test_skip_ids_are_not_trained_and_are_freed(plane):
     queue = queue_of(plane, skip_ids=["s1"])
     refs = publish(plane, 0, 1)
-    assert [entry.ref for entry in queue.get(range(2), range(2)).entries] == [refs[0], None]
+    assert queue.get(range(2), range(2)).refs == [refs[0], None]
     assert queue.skipped == {1: "listed in skip_ids"}
     assert queue.ack(2) == [refs[1]]
 
@@ -140,7 +137,7 @@ def test_a_resumed_queue_drops_what_is_before_its_start(plane):
     publish(plane, *range(4, 8))
     queue.catch_up()
     assert queue.take_unwanted() == list(old.values())
-    assert [entry.seq for entry in queue.get(range(4, 8), range(4, 8)).entries] == [4, 5, 6, 7]
+    assert [ref.origin.source_id for ref in queue.get(range(4, 8), range(4, 8)).refs] == ["s4", "s5", "s6", "s7"]
     assert len(queue.unread()) == 4
 
 
@@ -152,6 +149,7 @@ def test_memory_holds_what_is_in_flight(plane):
         queue.get(range(seq, seq + 4), range(seq, seq + 2))
         queue.ack(seq + 4)
     held = {name: len(value) for name, value in vars(queue).items() if isinstance(value, dict | list | set)}
+    assert held.pop("recaptured") == 100
     assert set(held.values()) == {0}
 
 
@@ -164,13 +162,13 @@ def test_a_window_may_be_asked_for_again_until_it_is_trained(plane):
 def test_a_lost_sample_is_captured_again(plane):
     queue = queue_of(plane)
     refs = lease_and_publish(plane)
-    entry = queue.get(range(4), range(4)).entries[2]
+    ref = queue.get(range(4), range(4)).refs[2]
     again = {}
     soon(lambda: again.update(lease_and_publish(plane)))
-    replaced = queue.fail(entry, "gone")
-    assert replaced == WindowEntry(seq=2, ref=again[2])
-    assert replaced.ref.origin.attempt == 1
-    assert queue.num_recaptured == 1
+    replaced = queue.fail(2, ref, "gone")
+    assert replaced == again[2]
+    assert replaced.origin.attempt == 1
+    assert queue.recaptured == [2]
     assert queue.ack(4) == [refs[2]]
 
 
@@ -178,41 +176,41 @@ def test_the_new_ref_came_before_the_loss_was_noticed(plane):
     """A lease that expired between append and commit: both attempts are in the log when the older is read."""
     queue = queue_of(plane)
     publish(plane, 0, 1)
-    entry = queue.get(range(2), range(2)).entries[0]
+    ref = queue.get(range(2), range(2)).refs[0]
     newer = publish(plane, 0, attempt=1)
     publish(plane, 2, 3)
     queue.get(range(2, 4), range(2, 4))  # reads on, ahead of the trainer
-    assert queue.fail(entry, "gone").ref == newer[0]
+    assert queue.fail(0, ref, "gone") == newer[0]
 
 
 def test_a_sample_that_is_lost_too_often_is_skipped_for_every_reader(plane):
     queue = queue_of(plane)
     lease_and_publish(plane)
-    entry = queue.get(range(4), range(4)).entries[0]
+    ref = queue.get(range(4), range(4)).refs[0]
     for _ in range(2):
         soon(lambda: lease_and_publish(plane))
-        entry = queue.fail(entry, "gone")
-        assert entry.ref is not None
-    assert queue.fail(entry, "gone for good") == WindowEntry(seq=0, ref=None)
+        ref = queue.fail(0, ref, "gone")
+        assert ref is not None
+    assert queue.fail(0, ref, "gone for good") is None
     assert queue.skipped == {0: "gone for good"}
     other = queue_of(plane)
-    assert other.get(range(4), range(4)).entries[0].ref is None
+    assert other.get(range(4), range(4)).refs[0] is None
     assert other.skipped == {0: "gone for good"}
 
 
 def test_what_cannot_be_captured_again_is_skipped_at_once(plane):
     queue = queue_of(plane)
     lease_and_publish(plane)
-    entry = queue.get(range(4), range(4)).entries[0]
-    assert queue.fail(entry, "damaged", retryable=False).ref is None
+    ref = queue.get(range(4), range(4)).refs[0]
+    assert queue.fail(0, ref, "damaged", retryable=False) is None
 
 
 def test_another_rank_gave_the_sample_up_while_this_one_waited(plane):
     queue = queue_of(plane)
     lease_and_publish(plane)
-    entry = queue.get(range(4), range(4)).entries[0]
+    ref = queue.get(range(4), range(4)).refs[0]
     soon(lambda: plane.skip([0], "capture failed: too long"))
-    assert queue.fail(entry, "gone") == WindowEntry(seq=0, ref=None)
+    assert queue.fail(0, ref, "gone") is None
     assert queue.skipped == {0: "capture failed: too long"}
 
 
@@ -223,7 +221,7 @@ def test_forgotten_samples_are_waited_for(plane):
     queue.forget([1])
     again = {}
     soon(lambda: again.update(publish(plane, 1, attempt=1)))
-    assert queue.get(range(2), range(2)).entries[1].ref == again[1]
+    assert queue.get(range(2), range(2)).refs[1] == again[1]
 
 
 def test_a_producer_that_falls_silent_is_named(plane):
@@ -247,7 +245,7 @@ def test_records_keep_the_patience_up(plane):
     for at in range(1, 6):
         soon(lambda at=at: publish(plane, at), 0.2 * at)
     soon(lambda: publish(plane, 0), 1.2)
-    assert queue.get(range(2), range(2)).entries
+    assert queue.get(range(2), range(2)).refs
 
 
 def test_a_failed_producer_ends_the_wait(plane):
@@ -259,12 +257,12 @@ def test_a_failed_producer_ends_the_wait(plane):
 def test_another_rank_that_ends_the_run_ends_the_wait(plane):
     queue = queue_of(plane)
     lease_and_publish(plane)
-    entry = queue.get(range(4), range(4)).entries[0]
+    ref = queue.get(range(4), range(4)).refs[0]
     plane.ledger.finish("failed: loss is nan")
     with pytest.raises(
         PeerFailedError, match=r"the run was ended \(failed: loss is nan\) while this process waited for 1 of"
     ):
-        queue.fail(entry, "freed by the rank that ended")
+        queue.fail(0, ref, "freed by the rank that ended")
     reader = queue_of(plane)
     reader.catch_up()
     assert reader.skipped == {}
@@ -274,12 +272,12 @@ def test_a_log_that_ends_before_the_window(plane):
     queue = queue_of(plane)
     publish(plane, 0, 1, 2)
     plane.log.close(3)
-    assert queue.get(range(2), range(2)).entries
+    assert queue.get(range(2), range(2)).refs
     with pytest.raises(UserError, match=r"ends at seq 3, the next window needs seqs up to 4: lower trainer\.max_steps"):
         queue.get(range(2, 4), range(2, 4))
     plane.log.publish([LogRecord(kind="begin", seq=0)])  # a new fit
     publish(plane, 3)
-    assert queue.get(range(2, 4), range(2, 4)).entries
+    assert queue.get(range(2, 4), range(2, 4)).refs
 
 
 @pytest.mark.integration
@@ -292,7 +290,7 @@ def test_windows_are_read_while_others_are_acknowledged(plane):
         try:
             for first in range(0, 6000, 20):
                 seqs = range(first, first + 20)
-                assert [entry.ref for entry in queue.get(seqs, seqs).entries] == [refs[seq] for seq in seqs]
+                assert queue.get(seqs, seqs).refs == [refs[seq] for seq in seqs]
                 read[0] = seqs.stop
         except BaseException as error:
             errors.append(error)
@@ -344,7 +342,7 @@ def test_a_pump_is_called_instead_of_waiting(plane):
         calls.append(0)
         return True
 
-    assert len(queue_of(plane, pump=pump).get(range(3), range(3)).entries) == 3
+    assert len(queue_of(plane, pump=pump).get(range(3), range(3)).refs) == 3
     assert len(calls) == 3
 
 

@@ -13,7 +13,7 @@ from lightning_dataflow.data import ManifestSource, PassOrder, queue as queue_mo
 from lightning_dataflow.data.announcement import Announcement
 from lightning_dataflow.stores import MemoryFeatureStore, SharedDirFeatureStore
 from tests.records import PLAN, memory_plane, rank_slice
-from tests.streams import CARD, ORDER, SeqFeed, make_source, make_worker
+from tests.streams import CARD, SeqFeed, make_source, make_worker
 
 
 @pytest.fixture(autouse=True)
@@ -43,10 +43,10 @@ def capture(worker, groups: int) -> None:
 def train(source, window: int, rank: int = 0, world_size: int = 1) -> list[int]:
     """Read, apply and free one window; the numbers that its features hold."""
     share = rank_slice(window, 4, rank, world_size)
-    found = source.window(range(4 * window, 4 * window + 4), share, ORDER)
+    found = source.window(range(4 * window, 4 * window + 4), share)
     handles, values = [], []
-    for entry in found.entries:
-        tensors, handle = source.store.get(entry.ref)
+    for ref in found.refs:
+        tensors, handle = source.store.get(ref)
         handles.append(handle)
         values.append(int(tensors["last_hidden_state"][0, 0]))
     for handle in handles:
@@ -62,7 +62,7 @@ def test_a_run_frees_all_it_captured(plane, store):
     capture(worker, 14)
     assert train(source, 0) == [0, 1, 2, 3]
     assert train(source, 1) == [4, 5, 6, 7]
-    source.window(range(8, 12), range(8, 12), ORDER)  # read ahead and never trained
+    source.window(range(8, 12), range(8, 12))  # read ahead and never trained
     assert source.in_flight()["refs_in_flight"] == store.health()["num_samples"] == 6
     assert source.in_flight()["bytes_in_flight"] == store.health()["num_bytes"]
     source.finish("interrupted")
@@ -79,7 +79,7 @@ def test_two_ranks_train_all_once_and_a_rank_behind_leaves_nothing(plane, store)
     capture(worker, 16)
     values = [train(source, window, rank, 2) for window in range(2) for rank, source in enumerate(sources)]
     assert [value for one in values for value in one] == list(range(8))
-    sources[0].window(range(8, 12), range(8, 10), ORDER)  # rank 0 is a window ahead when the run ends
+    sources[0].window(range(8, 12), range(8, 10))  # rank 0 is a window ahead when the run ends
     for source in sources:
         source.cancel()
         source.finish("interrupted")
@@ -103,8 +103,8 @@ def test_what_arrives_late_is_freed_with_its_window(plane, store, monkeypatch):
         patch.setattr(type(plane), "give_back", lambda *arguments, **options: None)
         with pytest.raises(SystemExit):
             worker.run_once()
-    found = source.window(range(4), range(4), ORDER)
-    tensors = [store.get(entry.ref) for entry in found.entries]
+    found = source.window(range(4), range(4))
+    tensors = [store.get(ref) for ref in found.refs]
     capture(worker, 1)
     for _, handle in tensors:
         store.release(handle)  # of generations that are superseded by now
@@ -128,7 +128,7 @@ def test_a_resumed_run_captures_what_is_missing(plane, store):
     assert resumed.reconciliation.lost == {4, 5, 6, 7}
     capture(worker, 2)
     assert [train(resumed, window) for window in (1, 2)] == [[4, 5, 6, 7], [8, 9, 10, 11]]
-    assert (dict(resumed.skipped()), resumed.num_recaptured()) == ({}, 4)
+    assert (resumed.skipped(), resumed.recaptured()) == ({}, [4, 5, 6, 7])
     resumed.finish("completed")
     assert store.health()["num_samples"] == 0
 
@@ -175,8 +175,9 @@ def test_a_trainer_that_never_began_ends_nobodys_run(plane, store):
     running.begin(PLAN, 0, 1)
     capture(worker, 4)
     wrong = make_source(another_reader(plane), store)
+    wrong.order = PassOrder(300, 5)
     with pytest.raises(UserError, match="count samples in the order of seed 0, this trainer has seed 5: use one seed"):
-        wrong.check_order(PassOrder(300, 5))
+        wrong.begin(PLAN, 0, 1)
     wrong.finish("failed: another seed")
     assert plane.ledger.finished() is None
     assert train(running, 0) == [0, 1, 2, 3]
@@ -220,23 +221,24 @@ def test_a_manifest_is_read_for_several_passes(tmp_path):
     store = SharedDirFeatureStore(tmp_path / "store", retain=True)
     worker = make_worker(plane, store, SeqFeed(length=6))
     source = ManifestSource(plane, store, start_timeout_s=1, idle_timeout_s=5)
+    source.order = order = PassOrder(6, 0)
     source.begin(RunPlan(start=0, stop=12, window=4), 0, 1)
     producing = threading.Thread(target=worker.run)
     producing.start()
-    order, seen = PassOrder(6, 0), []
+    seen = []
     for window in range(3):
         seqs = range(4 * window, 4 * window + 4)
-        for entry in source.window(seqs, seqs, order).entries:
-            tensors, handle = store.get(entry.ref)
+        for ref in source.window(seqs, seqs).refs:
+            tensors, handle = store.get(ref)
             seen.append(int(tensors["last_hidden_state"][0, 0]))
             store.release(handle)
         source.applied(list(seqs), seqs.stop, window + 1)
     assert seen == [order.locate(seq)[0] for seq in range(12)]
-    entry = source.window(range(4), range(4), order).entries[1]
-    store.free(entry.ref)
-    replaced = source.replace(entry, "gone")
-    assert (replaced.seq, replaced.ref.origin.attempt) == (1, 1)
-    assert source.window(range(4), range(4), order).entries[1] == replaced
+    ref = source.window(range(4), range(4)).refs[1]
+    store.free(ref)
+    replaced = source.replace(1, ref, "gone")
+    assert replaced.origin.attempt == 1
+    assert source.window(range(4), range(4)).refs[1] == replaced
     source.finish("completed")
     producing.join(5)
     assert not producing.is_alive()
@@ -247,13 +249,15 @@ def test_listed_samples_of_a_manifest_are_skipped_in_every_pass(tmp_path):
     plane = memory_plane(tmp_path / "log")
     store = SharedDirFeatureStore(tmp_path / "store", retain=True)
     worker = make_worker(plane, store, SeqFeed(length=6))
-    source, order = ManifestSource(plane, store, start_timeout_s=1, idle_timeout_s=5), PassOrder(6, 0)
+    source = ManifestSource(plane, store, start_timeout_s=1, idle_timeout_s=5)
+    source.order = order = PassOrder(6, 0)
     source.skip_ids = frozenset({"s2"})
     source.begin(RunPlan(start=0, stop=12, window=6), 0, 1)
     capture(worker, 6)
-    windows = [source.window(seqs, seqs, order) for seqs in (range(6), range(6, 12))]
+    windows = [source.window(seqs, seqs) for seqs in (range(6), range(6, 12))]
     listed = {seq for seq in range(12) if order.locate(seq)[0] == 2}
-    assert {entry.seq for window in windows for entry in window.entries if entry.ref is None} == listed
+    refs = [ref for window in windows for ref in window.refs]
+    assert {seq for seq, ref in enumerate(refs) if ref is None} == listed
     assert source.skipped() == dict.fromkeys(listed, "listed in skip_ids")
     assert [window.num_tokens for window in windows] == [sum(2 + index % 3 for index in range(6))] * 2
     source.finish("completed")

@@ -5,7 +5,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.evaluation import Decoding, NoDrafter, SpeculativeDecoder, evaluate_acceptance
+from lightning_dataflow.evaluation.acceptance import Decoding, evaluate_acceptance
+from lightning_dataflow.evaluation.loop import NoDrafter, SpeculativeDecoder
 from lightning_dataflow.strategies.common.target_tensors import FrozenTarget
 from lightning_dataflow.strategies.eagle3.drafter import ChainDrafter
 from lightning_dataflow.strategies.eagle3.network import Eagle3Config, Eagle3Draft
@@ -34,7 +35,7 @@ def drafters(target, target_path, questions):
 @pytest.mark.parametrize("kind", ["eagle3", "dflash", "none"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_batch_is_its_sequences(target, questions, drafters, kind, temperature, monkeypatch):
-    monkeypatch.setattr(target.model.generation_config, "eos_token_id", list(range(24)))
+    monkeypatch.setattr(target, "eos_token_ids", tuple(range(24)))
     decoder = SpeculativeDecoder(target, drafters[kind], temperature=temperature)
 
     def generators(count):
@@ -136,9 +137,8 @@ def test_sampling_over_a_tiny_vocabulary_is_the_targets(tmp_path):
         head_dim=16,
         vocab_size=SYMBOLS,
         draft_vocab_size=3,  # some symbols are never proposed
-        target_hidden_size=16,
     )
-    drafter = ChainDrafter(Eagle3Draft(config), FrozenTarget.load(tmp_path).embedding, num_draft_tokens=3)
+    drafter = ChainDrafter(Eagle3Draft(config), FrozenTarget.of(target.info, torch.float32).embedding, num_draft_tokens=3)
     prompt, temperature, trials, batch_size = [1, 2, 3], 1.2, 4000, 500
     decoder = SpeculativeDecoder(target, drafter, temperature=temperature)
     counts, num_accepted = torch.zeros(SYMBOLS, SYMBOLS, SYMBOLS), 0

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from lightning_dataflow.contracts import StepContext, UserError
-from lightning_dataflow.evaluation import Decoding, SpeculativeDecoder, evaluate_acceptance
+from lightning_dataflow.evaluation.acceptance import Decoding, evaluate_acceptance
+from lightning_dataflow.evaluation.loop import SpeculativeDecoder
 from lightning_dataflow.strategies.blocks.blocks import cut_blocks
 from lightning_dataflow.strategies.blocks.drafter import BlockDrafter
-from lightning_dataflow.strategies.blocks.network import BlockConfig
+from lightning_dataflow.strategies.blocks.network import BlockConfig, BlockDraft
 from lightning_dataflow.strategies.common.target_tensors import FrozenTarget
-from lightning_dataflow.strategies.dflash.network import DFlashDraft
 from lightning_dataflow.strategies.dflash.objective import DFlashObjective
 from lightning_dataflow.strategies.domino.drafter import DominoDrafter
 from lightning_dataflow.strategies.domino.network import DominoConfig, DominoDraft
@@ -40,13 +40,13 @@ def make_drafter(target, target_path, kind, num_draft_tokens=4):
         "num_aux_layers": 3,
         "block_size": 6,
     }
-    frozen = FrozenTarget.load(target_path)
+    frozen = FrozenTarget.of(info, torch.float32)
     if kind in ("domino", "shifted"):
         draft = DominoDraft(DominoConfig(**sizes, gru_hidden_dim=8, emb_dim=8, shift_label=kind == "shifted"))
         torch.nn.init.normal_(draft.correction_weight)
         return DominoDrafter(draft, frozen, num_draft_tokens=num_draft_tokens)
     more = {"layer_types": ("sliding_attention", "full_attention"), "sliding_window": 7} if kind == "sliding" else {}
-    return BlockDrafter(DFlashDraft(BlockConfig(**sizes, **more)), frozen, num_draft_tokens=num_draft_tokens)
+    return BlockDrafter(BlockDraft(BlockConfig(**sizes, **more)), frozen, num_draft_tokens=num_draft_tokens)
 
 
 def train_on(drafter, target, sequence, num_steps=60):
@@ -59,7 +59,7 @@ def train_on(drafter, target, sequence, num_steps=60):
     for _ in range(num_steps):
         if isinstance(draft, DominoDraft):
             objective, now = (
-                DominoObjective(shift_label=draft.config.shift_label),
+                DominoObjective(first_offset=draft.config.first_offset),
                 StepContext(global_step=1, total_steps=4),
             )
             sums = draft(aux, embedding, blocks, lambda *scored: objective(*scored, head, blocks, now))  # noqa: B023

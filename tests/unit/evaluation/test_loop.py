@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from lightning_dataflow.contracts import NotFiniteError
-from lightning_dataflow.evaluation import Decoding, Drafter, SpeculativeDecoder, evaluate_acceptance
-from lightning_dataflow.evaluation.loop import Proposal, rejection_sample
+from lightning_dataflow.evaluation.acceptance import Decoding, evaluate_acceptance
+from lightning_dataflow.evaluation.loop import Drafter, Proposal, SpeculativeDecoder, rejection_sample
 from lightning_dataflow.strategies.common.target_tensors import FrozenTarget
-from lightning_dataflow.strategies.eagle3.draft_vocab import build_draft_vocab
+from lightning_dataflow.strategies.eagle3.draft_vocab import most_frequent
 from lightning_dataflow.strategies.eagle3.drafter import ChainDrafter
 from lightning_dataflow.strategies.eagle3.network import Eagle3Config, Eagle3Draft
 from lightning_dataflow.targets import HFTargetEngine
@@ -29,10 +29,10 @@ def make_drafter(target, target_path, draft_vocab_size=64, num_draft_tokens=3):
         head_dim=info.head_dim,
         vocab_size=info.vocab_size,
         draft_vocab_size=draft_vocab_size,
-        target_hidden_size=info.hidden_size,
     )
-    draft = Eagle3Draft(config, build_draft_vocab(torch.arange(info.vocab_size), draft_vocab_size))
-    return ChainDrafter(draft, FrozenTarget.load(target_path).embedding, num_draft_tokens=num_draft_tokens)
+    draft = Eagle3Draft(config)
+    draft.set_target_ids(most_frequent(torch.arange(info.vocab_size), draft_vocab_size))
+    return ChainDrafter(draft, FrozenTarget.of(info, torch.float32).embedding, num_draft_tokens=num_draft_tokens)
 
 
 class Oracle(Drafter):
@@ -97,7 +97,7 @@ def test_a_target_without_finite_logits_is_refused(target_path, questions, tempe
 
 def test_it_stops_at_an_end_token(target, target_path, questions, monkeypatch):
     plain = greedy_decode(target, questions[0], 20)
-    monkeypatch.setattr(target.model.generation_config, "eos_token_id", plain[7])
+    monkeypatch.setattr(target, "eos_token_ids", (plain[7],))
     stop = plain.index(plain[7]) + 1
     assert greedy_decode(target, questions[0], 20) == plain[:stop]
     oracle = Oracle(target, questions[0])

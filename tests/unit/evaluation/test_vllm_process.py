@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
-from lightning_dataflow.evaluation import Decoding
+from lightning_dataflow.evaluation.acceptance import Decoding
 from lightning_dataflow.evaluation.judges.vllm_process import VLLMDecoder, find_python
 from lightning_dataflow.evaluation.judges.vllm_worker import rounds
 
@@ -28,8 +28,8 @@ def script(folder, text):
     ("path", "message"),
     [
         (None, "set evaluate.python"),
-        ("nowhere/python", "evaluate.python=nowhere/python is no executable"),
-        ("/", "evaluate.python=/ is no executable"),
+        ("nowhere/python", "evaluate.python=nowhere/python does not run"),
+        ("/", "evaluate.python=/ does not run"),
         (sys.executable, "has no vLLM: install it there"),
     ],
 )

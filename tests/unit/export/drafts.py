@@ -2,10 +2,9 @@
 
 import torch
 
-from lightning_dataflow.strategies.blocks.network import BlockConfig
-from lightning_dataflow.strategies.dflash.network import DFlashDraft
+from lightning_dataflow.strategies.blocks.network import BlockConfig, BlockDraft
 from lightning_dataflow.strategies.domino.network import DominoConfig, DominoDraft
-from lightning_dataflow.strategies.eagle3.draft_vocab import build_draft_vocab
+from lightning_dataflow.strategies.eagle3.draft_vocab import most_frequent
 from lightning_dataflow.strategies.eagle3.network import Eagle3Config, Eagle3Draft
 from lightning_dataflow.strategies.published.contract import DraftDescription
 
@@ -21,9 +20,9 @@ LAYERS = {
 }
 BLOCK = {**LAYERS, "num_layers": 2, "mask_token_id": 39, "num_aux_layers": 3, "block_size": 6}
 NETWORKS = {
-    "eagle3": Eagle3Config(**LAYERS, draft_vocab_size=12, target_hidden_size=16),
-    "eagle3-whole": Eagle3Config(**LAYERS, draft_vocab_size=40, target_hidden_size=16),
-    "eagle3-own-embedding": Eagle3Config(**LAYERS, draft_vocab_size=12, target_hidden_size=16, train_embeddings=True),
+    "eagle3": Eagle3Config(**LAYERS, draft_vocab_size=12),
+    "eagle3-whole": Eagle3Config(**LAYERS, draft_vocab_size=40),
+    "eagle3-own-embedding": Eagle3Config(**LAYERS, draft_vocab_size=12, train_embeddings=True),
     "dflash": BlockConfig(**BLOCK),
     "dflash-sliding": BlockConfig(**BLOCK, layer_types=("sliding_attention",) * 2, sliding_window=4),
     "dflash-mixed": BlockConfig(**BLOCK, layer_types=("full_attention", "sliding_attention"), sliding_window=4),
@@ -31,7 +30,7 @@ NETWORKS = {
     "domino-shifted": DominoConfig(**BLOCK, gru_hidden_dim=10, emb_dim=6, pure_draft_prefix_len=1, shift_label=True),
     "domino-corrected": DominoConfig(**BLOCK, gru_hidden_dim=10, emb_dim=6, pure_draft_prefix_len=0),
 }
-CLASSES = {Eagle3Config: Eagle3Draft, BlockConfig: DFlashDraft, DominoConfig: DominoDraft}
+CLASSES = {Eagle3Config: Eagle3Draft, BlockConfig: BlockDraft, DominoConfig: DominoDraft}
 
 
 def describe(kind: str, **fields) -> DraftDescription:
@@ -57,5 +56,5 @@ def make_draft(kind: str) -> torch.nn.Module:
     for parameter in draft.parameters():
         torch.nn.init.normal_(parameter)
     if isinstance(network, Eagle3Config):
-        draft.set_vocab(build_draft_vocab(torch.randint(0, 9, (40,)), network.draft_vocab_size))
+        draft.set_target_ids(most_frequent(torch.randint(0, 9, (40,)), network.draft_vocab_size))
     return draft

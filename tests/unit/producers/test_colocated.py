@@ -2,6 +2,7 @@
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,11 +36,11 @@ def make(prompts, target, folder, threaded, store=None, **options) -> ColocatedS
 
 def read(source, window: int, rank: int = 0, world_size: int = 1) -> list[dict[str, torch.Tensor]]:
     seqs = range(8 * window, 8 * window + 8)
-    found = source.window(seqs, rank_slice(window, 8, rank, world_size), PassOrder(len(source), 0))
+    found = source.window(seqs, rank_slice(window, 8, rank, world_size))
     samples = []
-    for entry in found.entries:
-        tensors, handle = source.store.get(entry.ref)
-        samples.append({**tensors, "seq": entry.seq, "window": found.num_tokens})
+    for seq, ref in zip(rank_slice(window, 8, rank, world_size), found.refs, strict=True):
+        tensors, handle = source.store.get(ref)
+        samples.append({**tensors, "seq": seq, "window": found.num_tokens})
         source.store.release(handle)
     source.applied([one["seq"] for one in samples], seqs.stop, window + 1)
     return samples
@@ -51,6 +52,7 @@ def read(source, window: int, rank: int = 0, world_size: int = 1) -> list[dict[s
 def test_it_yields_the_bits_of_online(prompts, target, tmp_path, threaded, rank, capture_batch_size):
     colocated = make(prompts, target, tmp_path, threaded, capture_batch_size=capture_batch_size)
     online = OnlineSource(prompts[0], target, capture_batch_size=capture_batch_size)
+    online.order = PassOrder(len(online), 0)
     expected = [read(online, window, rank, 2) for window in range(1, 4)]  # before a thread uses the target
     colocated.begin(PLAN, rank, 2)
     found = [read(colocated, window, rank, 2) for window in range(1, 4)]
@@ -73,6 +75,7 @@ def test_through_the_data_module(prompts, target, tmp_path, threaded, positions)
     class Fit:  # what `start` and `batches` ask of a Trainer
         checkpoint_callbacks = ()
         global_rank, world_size, max_steps, global_step = 0, 1, 3, 0
+        lightning_module = SimpleNamespace(collate=SampleRows.stack)
 
         class strategy:
             root_device = torch.device("cpu")
@@ -80,9 +83,7 @@ def test_through_the_data_module(prompts, target, tmp_path, threaded, positions)
 
     batches = []
     for source in (OnlineSource(prompts[0], target), make(prompts, target, tmp_path, threaded)):
-        data = DataFlowDataModule(
-            source, global_batch_size=8, micro_batch_size=4, collate=SampleRows.stack, skip_ids=skip_ids
-        )
+        data = DataFlowDataModule(source, global_batch_size=8, micro_batch_size=4, skip_ids=skip_ids)
         data.trainer = Fit
         data.start(resumed=False)
         mine = []
@@ -132,7 +133,7 @@ def test_a_full_store_does_not_hold_up_the_end(prompts, target, tmp_path):
     store = MemoryFeatureStore(capacity_bytes=9 * largest * (4 * 64 * 4 + 9))
     source = make(prompts, target, tmp_path, True, store)
     source.begin(PLAN, 0, 1)
-    source.window(range(8, 16), range(8, 16), PassOrder(len(source), 0))
+    source.window(range(8, 16), range(8, 16))
     while source._worker.state != "waiting for room in the store":
         time.sleep(0.01)
     start = time.monotonic()
@@ -154,7 +155,7 @@ def test_the_error_of_the_producer_is_raised_where_the_trainer_waits(prompts, ta
 
 def read_or_skip(source, window: int) -> None:
     seqs = range(8 * window, 8 * window + 8)
-    source.window(seqs, seqs, PassOrder(len(source), 0))
+    source.window(seqs, seqs)
 
 
 def test_a_second_fit_after_an_error(prompts, target, tmp_path, threaded, monkeypatch):

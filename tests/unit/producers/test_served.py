@@ -6,10 +6,11 @@ import time
 
 import pytest
 
-from lightning_dataflow.producers import ServedFeed, rollout
+from lightning_dataflow.producers import rollout
+from lightning_dataflow.producers.feeds import ServedFeed
 from lightning_dataflow.run import producer
 from lightning_dataflow.run.producer import run_all
-from tests.records import begin, memory_plane
+from tests.records import begin, failures, memory_plane
 from tests.streams import SeqFeed, make_worker
 from tests.unit.targets.test_sglang_server import answer_with, connect, servers, store  # noqa: F401 (fixtures)
 
@@ -43,7 +44,7 @@ def capture_all(workers, plane) -> list:
     running.start()
     deadline = time.monotonic() + 60
     while len({one.seq for one in records(plane) if one.ref is not None}) < NUM_SAMPLES:
-        assert time.monotonic() < deadline, plane.ledger.failures() or plane.ledger.status()
+        assert time.monotonic() < deadline, failures(plane.ledger) or plane.ledger.status()
         time.sleep(0.05)
     plane.ledger.finish("completed")
     running.join(10)
@@ -69,7 +70,7 @@ def test_a_server_with_a_broken_store_does_not_end_a_run_that_has_another(start,
     workers, plane = start()
     servers[0].alter = answer_with(error="store", message="broken")
     found = capture_all(workers, plane)
-    assert [one.kind for one in found if one.kind == "skip"] == plane.ledger.failures() == []
+    assert [one.kind for one in found if one.kind == "skip"] == failures(plane.ledger) == []
     assert plane.ledger.status()["given_up"] == 0
 
 

@@ -14,7 +14,7 @@ import pytest
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 
-from lightning_dataflow.cli.claim_run import ClaimRun
+from lightning_dataflow.cli.hydra_command import ClaimRun
 from lightning_dataflow.config.schema import register_schemas
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.run.claim import LOCK, NO_LOCKS, claim

@@ -1,7 +1,8 @@
 import pytest
 
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.run.ranks import first_rank_does, rank_from_environment
+from lightning_dataflow.run import ranks
+from lightning_dataflow.run.ranks import rank_from_environment, wait_for_first_rank
 
 LAUNCHERS = [
     ({}, 0),
@@ -24,11 +25,10 @@ def test_the_rank_of_every_launcher(monkeypatch, variables, rank):
     assert (rank_from_environment() == 0) == (rank == 0)
 
 
-def test_rank_0_works_and_others_wait(monkeypatch):
-    done = []
-    first_rank_does(lambda: done.append(1), lambda: bool(done), "the work")
-    first_rank_does(lambda: done.append(1), lambda: bool(done), "the work")
-    assert done == [1]
-    monkeypatch.setenv("RANK", "1")
+def test_others_wait_for_rank_0(monkeypatch):
+    monkeypatch.setattr(ranks, "POLL_S", 0.001)
+    monkeypatch.setattr(ranks, "TIMEOUT_S", 0.2)
+    done = iter([False, False, True])
+    wait_for_first_rank(lambda: next(done), "the work")
     with pytest.raises(UserError, match=r"waited 0 s for rank 0 to finish the work"):
-        first_rank_does(lambda: None, lambda: False, "the work", timeout_s=0.01)
+        wait_for_first_rank(lambda: False, "the work")

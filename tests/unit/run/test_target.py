@@ -2,8 +2,8 @@
 
 import pytest
 
+from lightning_dataflow.config.files import read_api_key
 from lightning_dataflow.config.parsing import parse_config
-from lightning_dataflow.config.secrets import read_api_key
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.run.target import check_one_engine
 from tests.unit.config.test_config import make

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lightning_dataflow.contracts import CapacityError, CaptureMismatchError, UserError
+from lightning_dataflow.contracts import CapacityError, UserError
 from lightning_dataflow.sglang_plugin.hook import _answer as answer, append_prefill_hidden_states, error_to_text
 from lightning_dataflow.sglang_plugin.wire import MAX_ANSWER_BYTES, PARAM, CaptureRequest, request_to_text
 from lightning_dataflow.stores import StoreUnavailableError
@@ -15,7 +15,6 @@ from lightning_dataflow.stores import StoreUnavailableError
     ("error", "kind"),
     [
         (CapacityError("full"), "full"),
-        (CaptureMismatchError("shapes"), "mismatch"),
         (UserError("flags"), "refused"),
         (PermissionError("the secret does not match"), "refused"),
         (StoreUnavailableError("gone"), "store"),

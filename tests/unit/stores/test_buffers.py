@@ -2,65 +2,56 @@
 
 import ctypes
 import gc
+import mmap
 import threading
 
 import pytest
 import torch
 
-from lightning_dataflow.stores.mooncake.buffers import (
-    Block,
-    BufferPool,
-    PageAllocator,
-    RegisteredMemory,
-    offsets,
-    size_class,
-)
+from lightning_dataflow.stores.mooncake import buffers
+from lightning_dataflow.stores.mooncake.buffers import Block, BufferPool, offsets, size_class
 
 
-class Registry:
-    """Stands for a store: remembers what is registered."""
+class Memory:
+    """Stands for a client: remembers the blocks that it has handed out."""
 
     def __init__(self) -> None:
-        self.blocks: dict[int, int] = {}
-        self.num_registered = 0
+        self.blocks: dict[int, Block] = {}
+        self.num_allocated = 0
 
-    def register(self, address: int, num_bytes: int) -> None:
-        assert address not in self.blocks
-        self.blocks[address] = num_bytes
-        self.num_registered += 1
+    def allocate(self, num_bytes: int) -> Block:
+        pages = mmap.mmap(-1, num_bytes)
+        block = Block(ctypes.addressof(ctypes.c_char.from_buffer(pages)), num_bytes, pages)
+        self.blocks[block.address] = block
+        self.num_allocated += 1
+        return block
 
-    def unregister(self, address: int) -> None:
-        del self.blocks[address]
-
-
-@pytest.fixture
-def registry() -> Registry:
-    return Registry()
+    def free(self, block: Block) -> None:
+        del self.blocks[block.address]
 
 
 @pytest.fixture
-def memory(registry: Registry) -> RegisteredMemory:
-    pages = PageAllocator()
-    return RegisteredMemory(pages.alloc, pages.free, registry.register, registry.unregister)
+def memory() -> Memory:
+    return Memory()
 
 
 @pytest.fixture
-def pool(memory: RegisteredMemory) -> BufferPool:
-    return BufferPool(memory)
+def pool(memory: Memory) -> BufferPool:
+    return BufferPool(memory.allocate, memory.free)
 
 
 def tensor(buffer: ctypes.Array, count: int = 1000) -> torch.Tensor:
     return torch.frombuffer(buffer, dtype=torch.uint8, count=count)
 
 
-def test_steady_state_allocates_nothing(pool, registry):
+def test_steady_state_allocates_nothing(pool, memory):
     for index in range(100):  # three at a time, lengths that differ
         held = [pool.lease(1_000_000 + 1000 * (index % 7)) for _ in range(3)]
         del held
-    assert len(registry.blocks) == registry.num_registered == 3
+    assert len(memory.blocks) == memory.num_allocated == 3
 
 
-def test_what_is_referenced_is_never_used_again(pool, registry):
+def test_what_is_referenced_is_never_used_again(pool, memory):
     kept = tensor(pool.lease(1000)).fill_(7)
     part = kept.view(10, 100)[3]  # a view of a view is enough to keep it
     del kept
@@ -68,7 +59,7 @@ def test_what_is_referenced_is_never_used_again(pool, registry):
     for _ in range(5):
         tensor(pool.lease(1000)).fill_(9)
     assert part.eq(7).all()
-    assert registry.num_registered == 2
+    assert memory.num_allocated == 2
 
 
 def test_a_buffer_fits(pool):
@@ -86,26 +77,26 @@ def test_a_small_sample_does_not_take_a_big_block(pool):
     assert len(small) < 1 << 20
 
 
-def test_idle_memory_is_bounded(memory, registry):
-    pool = BufferPool(memory, max_idle_bytes=3 << 20)
+def test_idle_memory_is_bounded(pool, memory, monkeypatch):
+    monkeypatch.setattr(buffers, "MAX_IDLE_BYTES", 3 << 20)
     held = [pool.lease(1 << 20) for _ in range(8)]
-    assert sum(registry.blocks.values()) == 8 << 20
+    assert sum(block.num_bytes for block in memory.blocks.values()) == 8 << 20
     del held
     pool.lease(1 << 20)
-    assert sum(registry.blocks.values()) <= 3 << 20
+    assert sum(block.num_bytes for block in memory.blocks.values()) <= 3 << 20
 
 
-def test_after_close_tensors_stay_valid(pool, registry):
+def test_after_close_tensors_stay_valid(pool, memory):
     kept = tensor(pool.lease(1000)).fill_(7)
     pool.lease(1000)
     pool.close()
-    assert len(registry.blocks) == 1
+    assert len(memory.blocks) == 1
     assert kept.eq(7).all()
     del kept
-    assert not registry.blocks
+    assert not memory.blocks
 
 
-def test_many_threads_never_share_a_buffer(pool, registry):
+def test_many_threads_never_share_a_buffer(pool, memory):
     torn: list[int] = []
 
     def work(worker: int) -> None:
@@ -120,26 +111,7 @@ def test_many_threads_never_share_a_buffer(pool, registry):
     for thread in threads:
         thread.join(timeout=60)
     assert not torn
-    assert registry.num_registered < 100
-
-
-def test_a_block_that_cannot_be_registered_is_freed():
-    freed: list[int] = []
-
-    def refuse(address: int, num_bytes: int) -> None:
-        raise ConnectionError
-
-    memory = RegisteredMemory(lambda num_bytes: 4096, freed.append, refuse, freed.append)
-    with pytest.raises(ConnectionError):
-        memory.allocate(10)
-    assert freed == [4096]
-
-
-def test_no_memory_is_said(registry):
-    memory = RegisteredMemory(lambda num_bytes: 0, lambda address: None, registry.register, registry.unregister)
-    with pytest.raises(MemoryError, match="transfer buffer of 10 bytes"):
-        memory.allocate(10)
-    assert Block(4096, 10).num_bytes == 10
+    assert memory.num_allocated < 100
 
 
 def test_sizes_are_rounded_by_an_eighth_at_most():

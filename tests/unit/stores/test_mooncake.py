@@ -19,7 +19,6 @@ from lightning_dataflow.stores import MooncakeFeatureStore, StoreUnavailableErro
 from lightning_dataflow.stores.mooncake import client
 from lightning_dataflow.stores.mooncake.admin import MooncakeAdmin
 from lightning_dataflow.stores.mooncake.client import NOT_FOUND, PUT_TRIES
-from lightning_dataflow.stores.mooncake.keys import _at_most
 from tests.unit.config.test_config import make
 from tests.unit.stores.conftest import VARIANTS, attach
 from tests.unit.stores.test_contract import origin, tensors
@@ -152,14 +151,6 @@ def test_an_id_cannot_be_a_pattern_or_another_sample(store, sample_id):
             call()
 
 
-@pytest.mark.parametrize("limit", [0, 1, 9, 10, 19, 100, 120, 4096])
-def test_the_pattern_of_older_attempts(limit):
-    import re
-
-    accepted = {number for number in range(6000) if re.fullmatch(_at_most(limit), str(number))}
-    assert accepted == set(range(limit + 1))
-
-
 def test_attempts_order_however_they_come(store, keys):
     attempts = [2, 0, 10, 9, 11, 3]
     refs = {attempt: store.put(tensors(attempt), replace(origin(), attempt=attempt)) for attempt in attempts}
@@ -248,11 +239,26 @@ def test_a_sample_larger_than_the_store(store, mooncake):
 def test_steady_state_allocates_no_buffers(mooncake, monkeypatch):
     store = attach(mooncake, "steady")
     sample = {"a": torch.zeros(1 << 20)}
-    allocate, allocated = store._client.memory.allocate, []
-    monkeypatch.setattr(store._client.memory, "allocate", lambda size: allocated.append(size) or allocate(size))
+    allocate, allocated = store._client.pool._allocate, []
+    monkeypatch.setattr(store._client.pool, "_allocate", lambda size: allocated.append(size) or allocate(size))
     for index in range(20):
         store.release(store.get(store.put(sample, origin(f"run:{index}")))[1])
     assert len(allocated) <= 2
+    store.close()
+
+
+def test_a_buffer_that_cannot_be_had(mooncake, monkeypatch):
+    store, freed = attach(mooncake, "refused", unavailable_timeout_s=0.1), []
+    allocator = SimpleNamespace(alloc=lambda num_bytes: 4096, free=freed.append)
+    monkeypatch.setattr(store._client, "_shared_memory", allocator)
+    monkeypatch.setattr(store._client, "_store", SimpleNamespace(register_buffer=lambda address, num_bytes: -1))
+    with pytest.raises(StoreUnavailableError, match="did not answer"):
+        store.put(tensors(), origin())
+    assert set(freed) == {4096}, "what cannot be registered is freed"
+    allocator.alloc = lambda num_bytes: 0
+    with pytest.raises(MemoryError, match="transfer buffer of 65536 bytes"):
+        store.put(tensors(), origin())
+    monkeypatch.undo()
     store.close()
 
 

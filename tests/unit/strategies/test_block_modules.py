@@ -18,6 +18,7 @@ from lightning_dataflow.strategies.domino.module import DominoModule
 from lightning_dataflow.strategies.domino.objective import DominoObjective
 from lightning_dataflow.strategies.registry import resolve_strategy
 from lightning_dataflow.targets import HFTargetEngine
+from tests.streams import read_batches
 
 GLOBAL_BATCH, NUM_STEPS = 4, 2
 SMALL = {"num_layers": 1, "block_size": 6, "num_anchors": 12, "lr": 1e-2}
@@ -114,14 +115,11 @@ def test_anchors_depend_on_seed_prompt_and_pass_alone():
 
 def blocks_by_sample(module, data, num_batches, rank_of=lambda sample: 0):
     """Anchors of every sample of the first micro-batches, in order."""
-    data.collate = module.collate
-    stream, found = iter(data.train_dataloader()), []
-    for _ in range(num_batches):
-        batch = next(stream)
+    found = []
+    for batch in read_batches(data, num_batches, module.collate):
         for row, length in enumerate(batch["sample_ids"]):
-            found.append(batch["block_anchor"][batch["block_row"] == row].tolist())
+            found.append(batch["blocks"].anchor[batch["blocks"].row == row].tolist())
             assert length
-    stream.close()
     return found
 
 
@@ -134,7 +132,7 @@ def test_anchors_are_those_of_any_batch_and_topology_and_new_in_every_pass(targe
     assert runs[0] == runs[1] == runs[2] == runs[3]
     data = DataFlowDataModule(OfflineSource(tmp_path), global_batch_size=GLOBAL_BATCH)  # the same order of prompts
     assert blocks_by_sample(make_module(target_path, seed=1), data, 4) != runs[0][:4]
-    order = [make_data(few, block_target).order.locate(seq) for seq in range(16)]
+    order = [make_data(few, block_target).source.order.locate(seq) for seq in range(16)]
     passes = [dict(sorted((index, runs[0][seq]) for seq, (index, one) in enumerate(order) if one == p)) for p in (0, 1)]
     assert all(passes[0][index] != passes[1][index] for index in range(8))
 
@@ -149,9 +147,9 @@ def test_a_batch_by_hand(target_path):
     )  # fmt: skip
     batch = module.collate(SampleRows([[one]]))
     assert "last_hidden_state" not in batch
-    assert batch["block_anchor"].tolist() == [2]
-    assert batch["block_tokens"].tolist() == [[9, 10, 11, 0]]
-    assert batch["block_supervised"].tolist() == [[True, True, False, False]]
+    assert batch["blocks"].anchor.tolist() == [2]
+    assert batch["blocks"].tokens.tolist() == [[9, 10, 11, 0]]
+    assert batch["blocks"].supervised.tolist() == [[True, True, False, False]]
     assert batch["label_rows"].tolist() == [1]
 
 
@@ -161,7 +159,7 @@ def test_a_batch_by_hand(target_path):
         ("decay", DFlashObjective(gamma=3.0)),
         ("dpace", DFlashObjective(dpace=True, dpace_alpha=0.2)),
         ("domino", DominoObjective(gamma=3.0, lambda_start=0.8, lambda_decay_ratio=0.25)),
-        ("shifted", DominoObjective(gamma=3.0, lambda_start=0.8, lambda_decay_ratio=0.25, shift_label=True)),
+        ("shifted", DominoObjective(gamma=3.0, lambda_start=0.8, lambda_decay_ratio=0.25, first_offset=0)),
     ],
 )
 def test_a_module_has_the_objective_that_its_arguments_name(target_path, prompts, block_target, kind, objective):
@@ -171,12 +169,10 @@ def test_a_module_has_the_objective_that_its_arguments_name(target_path, prompts
     if kind in ("domino", "shifted"):  # a new draft corrects nothing
         torch.nn.init.normal_(module.draft.correction_weight)
     module.load_frozen_target(torch.device("cpu"))
-    data.collate = module.collate
-    batch, now = next(iter(data.train_dataloader())), StepContext(global_step=1, total_steps=8)
-    blocks, target = module.blocks(batch), module.frozen_target
+    (batch,), now = read_batches(data, 1, module.collate), StepContext(global_step=1, total_steps=8)
+    blocks, target = batch["blocks"], module.frozen_target
     scored = module.draft(batch["aux_hidden_states"], target.embedding, blocks, lambda *scored: scored)
-    context = (now,) if lambdas else ()
-    expected, found = objective(*scored, target.head, blocks, *context), module.objective(batch, now)
+    expected, found = objective(*scored, target.head, blocks, now), module.objective(batch, now)
     assert torch.allclose(found.loss.numerator, expected.loss.numerator)
     assert torch.equal(found.loss.denominator, expected.loss.denominator)
     if lambdas:  # λ = 0.8 · (1 − 1/2)
@@ -242,9 +238,8 @@ def test_a_sample_without_neighbouring_supervised_tokens_weighs_nothing(target_p
     assert sorted(len(one) for one in anchors)[:2] == [0, 12]
     module = make_module(target_path, "dpace")
     data = make_data(mixed, block_target, micro_batch_size=4)
-    data.collate = module.collate
     module.load_frozen_target(torch.device("cpu"))
-    sums = module.objective(next(iter(data.train_dataloader())), None)
+    sums = module.objective(*read_batches(data, 1, module.collate), None)
     assert sums.loss.denominator == 3
 
 

@@ -122,7 +122,7 @@ def test_dpace_by_the_definition():
 @pytest.mark.parametrize("shift", [False, True])
 def test_domino_by_the_definition(shift):
     blocks, hidden, features, weight, head = make()
-    objective = DominoObjective(gamma=3.0, shift_label=shift)
+    objective = DominoObjective(gamma=3.0, first_offset=1 - shift)
     sums = objective(hidden, features, weight, head, blocks, NOW)
     base = hidden @ head.T
     final = base + features @ weight.T

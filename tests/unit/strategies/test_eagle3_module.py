@@ -11,7 +11,10 @@ from lightning_dataflow.contracts import UserError
 from lightning_dataflow.data import DataFlowDataModule
 from lightning_dataflow.producers import OnlineSource
 from lightning_dataflow.strategies.checkpoint import load_module
+from lightning_dataflow.strategies.common.layers import rotary_tables
 from lightning_dataflow.strategies.eagle3.module import Eagle3Module
+from lightning_dataflow.strategies.eagle3.objective import TargetRows
+from tests.streams import read_batches
 
 GLOBAL_BATCH = 4
 
@@ -80,8 +83,7 @@ def test_the_gradient_is_that_of_the_global_quotient(target_path, prompts, targe
     module = make_module(target_path)
     module.load_frozen_target(torch.device("cpu"))
     module.initialise_draft(whole)
-    whole.collate = module.collate
-    sums = module.objective(next(iter(whole.train_dataloader())), None)
+    sums = module.objective(*read_batches(whole, 1, module.collate), None)
     (sums.loss.numerator / sums.loss.denominator).backward()
     assert float(trained.step_losses[0]) == pytest.approx((sums.loss.numerator / sums.loss.denominator).item(), rel=1e-6)
     for name, parameter in module.named_parameters():
@@ -95,10 +97,10 @@ def test_a_window_without_supervision_is_a_step_with_zero_gradient(target_path, 
 
     def unsupervised(samples):
         batch = collate(samples)
-        batch["target_rows"] = tuple(part[:0] for part in batch["target_rows"])
+        batch["target_rows"] = TargetRows(*(part[:0] for part in batch["target_rows"]))
         return batch
 
-    data.collate = unsupervised
+    module.collate = unsupervised
     trainer = make_trainer(tmp_path, data, max_steps=2)
     trainer.fit(module, data)
     assert trainer.global_step == 2
@@ -110,7 +112,7 @@ def test_a_new_draft_takes_vocabulary_and_head_from_data_and_target(target_path,
     data, module = make_data(prompts, target), make_module(target_path, lr=0.0)
     make_trainer(tmp_path, data, max_steps=1).fit(module, data)
     counts = data.source.token_counts(320)
-    kept = module.draft.vocab.target_ids
+    kept = module.draft.target_ids
     assert counts[kept].min() >= counts[~module.draft.t2d].max()
     assert torch.equal(module.draft.lm_head.weight, target.model.lm_head.weight[kept])
 
@@ -182,8 +184,8 @@ def test_a_second_fit_goes_on_from_the_draft_as_it_is(target_path, prompts, targ
     make_trainer(tmp_path, data, max_steps=2).fit(module, data)
     trained = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     module.hparams["lr"] = 0.0
-    fresh = make_data(prompts, target, collate=module.collate)
-    module._window.add(module.objective(next(iter(fresh.train_dataloader())), None))  # as an interrupted fit leaves it
+    fresh = make_data(prompts, target)
+    module._window.add(module.objective(*read_batches(fresh, 1, module.collate), None))  # as an interrupted fit leaves it
     make_trainer(tmp_path, data, max_steps=1).fit(module, data)
     assert data.next_seq == GLOBAL_BATCH
     for name, tensor in module.state_dict().items():
@@ -341,8 +343,8 @@ def test_bf16_true_counts_exactly(target_path, prompts, target, tmp_path):
     assert float(exact.step_losses[0]) == pytest.approx(
         float(_loss_in_float32(target_path, prompts, target, tmp_path)), rel=0.02
     )
-    cos, _ = exact.draft.rotary.tables(torch.arange(500))
-    expected, _ = make_module(target_path).draft.rotary.tables(torch.arange(500))
+    cos, _ = rotary_tables(torch.arange(500), exact.draft.config)
+    expected, _ = rotary_tables(torch.arange(500), make_module(target_path).draft.config)
     assert torch.equal(cos, expected)
 
 

@@ -1,3 +1,6 @@
+import shutil
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,8 +13,9 @@ from lightning_dataflow.strategies.eagle3.attention import (
     causal_attention,
     unrolled_attention,
 )
-from lightning_dataflow.strategies.eagle3.draft_vocab import build_draft_vocab
+from lightning_dataflow.strategies.eagle3.draft_vocab import most_frequent
 from lightning_dataflow.strategies.eagle3.network import DraftCache, Eagle3Config, Eagle3Draft
+from lightning_dataflow.targets.info import read_target_info
 
 
 def dense_unrolled(query, keys, values):
@@ -56,9 +60,13 @@ def test_samples_of_a_packed_row_do_not_see_each_other():
     out = unrolled_attention(query, keys, values, rows)
     weights = torch.randn_like(out)
     found = torch.autograd.grad((out * weights).sum(), inputs)
-    assert [(row.start, span.start, span.stop) for row, span in rows.parts] == [(0, 0, 4), (0, 4, 6), (0, 6, 9), (1, 0, 9)]
-    for row, span in rows.parts:
-        part = (row, slice(None), span)
+    assert [(row.start, span.start, span.stop) for row, _, span in rows.parts] == [
+        (0, 0, 4),
+        (0, 4, 6),
+        (0, 6, 9),
+        (1, 0, 9),
+    ]
+    for part in rows.parts:
         alone = [x[part].detach().requires_grad_() for x in inputs]
         expected = dense_unrolled(alone[0], alone[1:4], alone[4:])
         assert torch.allclose(out[part], expected, atol=1e-12)
@@ -112,24 +120,32 @@ def test_swiglu_gradients():
     assert torch.autograd.gradcheck(mlp, torch.randn(3, 4, dtype=torch.float64, requires_grad=True))
 
 
+SMALL = {
+    "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 4,
+    "vocab_size": 8, "draft_vocab_size": 8,
+}  # fmt: skip
+
+
 def test_draft_vocabulary():
     counts = torch.tensor([0, 5, 1, 5, 0, 9])
-    vocab = build_draft_vocab(counts, 3)
-    assert vocab.target_ids.tolist() == [1, 3, 5]
-    assert vocab.d2t.tolist() == [1, 2, 3]
-    assert vocab.t2d.tolist() == [False, True, False, True, False, True]
-    assert build_draft_vocab(counts, 4).target_ids.tolist() == [1, 2, 3, 5]
-    assert build_draft_vocab(counts, 5).target_ids.tolist() == [0, 1, 2, 3, 5]  # ties: the lower id
+    assert most_frequent(counts, 3).tolist() == [1, 3, 5]
+    assert most_frequent(counts, 4).tolist() == [1, 2, 3, 5]
+    assert most_frequent(counts, 5).tolist() == [0, 1, 2, 3, 5]  # ties: the lower id
+    draft = Eagle3Draft(Eagle3Config(**SMALL | {"vocab_size": 6, "draft_vocab_size": 3}))
+    draft.set_target_ids(torch.tensor([1, 3, 5]))
+    assert draft.d2t.tolist() == [1, 2, 3]
+    assert draft.t2d.tolist() == [False, True, False, True, False, True]
+    assert draft.target_ids.tolist() == [1, 3, 5]
 
 
 @pytest.mark.parametrize("size", [0, 7])
 def test_a_draft_vocabulary_of_an_impossible_size(size):
     with pytest.raises(UserError, match="choose 1 to 6"):
-        build_draft_vocab(torch.ones(6, dtype=torch.int64), size)
+        Eagle3Config(**SMALL | {"vocab_size": 6, "draft_vocab_size": size})
 
 
 def test_frozen_target_reads_two_tensors(target, target_path):
-    frozen = FrozenTarget.load(target_path)
+    frozen = FrozenTarget.of(read_target_info(target_path), torch.float32)
     assert torch.equal(frozen.embedding, target.model.get_input_embeddings().weight)
     assert torch.equal(frozen.head, target.model.get_output_embeddings().weight)
 
@@ -138,39 +154,33 @@ def test_frozen_target_reads_two_tensors(target, target_path):
 def test_names_of_other_architectures(tmp_path, architecture, tied):
     import transformers
 
-    from lightning_dataflow.targets.info import read_target_info, tensor_names
-
     sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 5, "num_attention_heads": 2}
     config = getattr(transformers, f"{architecture}Config")(**sizes, tie_word_embeddings=tied)
     if architecture == "OPT":
         config.word_embed_proj_dim, config.ffn_dim = 16, 32
     model = getattr(transformers, f"{architecture}ForCausalLM" if architecture != "GPT2" else "GPT2LMHeadModel")(config)
     model.save_pretrained(tmp_path)
-    embedding_names, head_names = tensor_names(tmp_path)
-    frozen = FrozenTarget.load(
-        tmp_path,
-        tied=read_target_info(tmp_path).tie_word_embeddings,
-        embedding_names=embedding_names,
-        head_names=head_names,
-    )
+    frozen = FrozenTarget.of(read_target_info(tmp_path), torch.float32)
     assert torch.equal(frozen.embedding, model.get_input_embeddings().weight)
     assert torch.equal(frozen.head, model.get_output_embeddings().weight)
 
 
-def test_tied_embeddings_stay_one_tensor(tmp_path):
+def test_tied_embeddings_stay_one_tensor(tmp_path, target_path):
     from safetensors.torch import save_file
 
-    save_file({"model.embed_tokens.weight": torch.randn(4, 2)}, tmp_path / "model.safetensors")
-    frozen = FrozenTarget.load(tmp_path, dtype=torch.bfloat16).to(torch.device("cpu"))
-    assert frozen.head is frozen.embedding
+    shutil.copy(target_path / "config.json", tmp_path)
+    info = replace(read_target_info(target_path), path=str(tmp_path), tie_word_embeddings=True)
     with pytest.raises(UserError, match="no token embedding"):
-        FrozenTarget.load(tmp_path.parent)
+        FrozenTarget.of(info, torch.float32)
+    save_file({"model.embed_tokens.weight": torch.randn(4, 2)}, tmp_path / "model.safetensors")
+    frozen = FrozenTarget.of(info, torch.bfloat16).to(torch.device("cpu"))
+    assert frozen.head is frozen.embedding
     with pytest.raises(UserError, match="no head in"):
-        FrozenTarget.load(tmp_path, tied=False)
+        FrozenTarget.of(replace(info, tie_word_embeddings=False), torch.float32)
     tensors = {"model.embed_tokens.weight": torch.randn(4, 2), "lm_head.bias": torch.randn(4)}
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="has a bias"):
-        FrozenTarget.load(tmp_path)
+        FrozenTarget.of(info, torch.float32)
 
 
 def test_decoding_is_step_0_of_training():
@@ -184,7 +194,6 @@ def test_decoding_is_step_0_of_training():
         head_dim=8,
         vocab_size=50,
         draft_vocab_size=20,
-        target_hidden_size=32,
     )
     draft, embedding = Eagle3Draft(config), torch.randn(50, 32)
     ids, aux = torch.randint(50, (1, 12)), torch.randn(1, 12, 96)
@@ -202,13 +211,4 @@ def test_decoding_is_step_0_of_training():
 
 def test_heads_that_do_not_divide():
     with pytest.raises(UserError, match="not a multiple"):
-        Eagle3Config(
-            hidden_size=8,
-            intermediate_size=8,
-            num_attention_heads=3,
-            num_key_value_heads=2,
-            head_dim=4,
-            vocab_size=8,
-            draft_vocab_size=8,
-            target_hidden_size=8,
-        )
+        Eagle3Config(**SMALL | {"num_attention_heads": 3})

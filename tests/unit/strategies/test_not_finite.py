@@ -123,7 +123,9 @@ def status(folder) -> str:
 def test_a_step_that_is_not_finite_does_not_run(fit, tmp_path, prompts, target, cls, broken, reason):
     engine = target if broken is None else BrokenTarget(target, broken)
     error, module, trainer = fit(cls, engine=engine)
-    names = [prompts[0][index].source_id for index in map(lambda seq: trainer.datamodule.order.locate(seq)[0], (2, 3))]
+    names = [
+        prompts[0][index].source_id for index in map(lambda seq: trainer.datamodule.source.order.locate(seq)[0], (2, 3))
+    ]
     assert f"step 2, of samples {names[0]}, {names[1]} (seq 2 to 3): {reason.replace('NAME', names[1])}" in str(error)
     assert "\n" not in str(error)
     assert all(map(torch.equal, module.parameters(), module.before))

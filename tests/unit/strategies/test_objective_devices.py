@@ -33,7 +33,7 @@ def blocks_and_rows():
 def dflash(draw, **options):
     blocks, rows = blocks_and_rows()
     hidden, head = draw(3, BLOCK, HIDDEN), draw(VOCAB, HIDDEN)
-    return lambda: DFlashObjective(**options)(hidden, head, blocks, rows)
+    return lambda: DFlashObjective(**options)(hidden, head, blocks, rows=rows)
 
 
 def domino(draw):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_dataflow import DataFlowDataModule, DataFlowTrainer, export_draft, resolve_strategy
-from lightning_dataflow.evaluation import Decoding, evaluate_acceptance
+from lightning_dataflow.evaluation.acceptance import Decoding, evaluate_acceptance
 from lightning_dataflow.producers import OnlineSource
 from lightning_dataflow.strategies.checkpoint import load_module
 from lightning_dataflow.targets import HFTargetEngine

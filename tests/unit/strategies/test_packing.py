@@ -10,11 +10,14 @@ from lightning_dataflow.callbacks import ResultWriter
 from lightning_dataflow.contracts import StepContext, UserError
 from lightning_dataflow.data import DataFlowDataModule
 from lightning_dataflow.producers import OnlineSource
+from lightning_dataflow.strategies.blocks.blocks import Blocks
 from lightning_dataflow.strategies.dflash.module import DFlashModule
 from lightning_dataflow.strategies.domino.module import DominoModule
 from lightning_dataflow.strategies.eagle3.module import Eagle3Module
+from lightning_dataflow.strategies.eagle3.objective import TargetRows
 from lightning_dataflow.strategies.module import DraftModule
 from lightning_dataflow.targets import HFTargetEngine
+from tests.streams import read_batches
 
 BLOCKS = {"num_layers": 2, "block_size": 6, "num_anchors": 12}
 KINDS = {
@@ -46,10 +49,7 @@ def sums_and_gradients(module, data):
     """Of one window: the sums over its micro-batches."""
     torch.manual_seed(0)
     module.load_frozen_target(torch.device("cpu"))
-    data.collate = module.collate
-    stream = iter(data.train_dataloader())
-    batches = [next(stream) for _ in range(data.accumulate_grad_batches(1))]
-    stream.close()
+    batches = read_batches(data, data.accumulate_grad_batches(1), module.collate)
     sums = [module.objective(batch, StepContext(global_step=0, total_steps=10)) for batch in batches]
     loss = sum(one.loss.numerator for one in sums)
     module.zero_grad()
@@ -90,11 +90,11 @@ def test_a_packed_sample_sees_nothing_of_its_neighbours(target_path, targets, pr
         if kind == "eagle3":
             rows = batch["target_rows"]
             keep = (rows[0] < middle.start) | (rows[0] >= middle.stop)
-            changed = {**batch, "target_rows": tuple(part[keep] for part in rows)}
+            changed = {**batch, "target_rows": TargetRows(*(part[keep] for part in rows))}
         else:
-            keep = (batch["block_anchor"] < middle.start) | (batch["block_anchor"] >= middle.stop)
-            changed = {**batch, **{name: batch[name][keep] for name in batch if name.startswith("block_")}}
-            changed["label_rows"] = None
+            blocks = batch["blocks"]
+            keep = (blocks.anchor < middle.start) | (blocks.anchor >= middle.stop)
+            changed = {**batch, "blocks": Blocks(*(part[keep] for part in blocks)), "label_rows": None}
         loss = module.objective({**changed, "aux_hidden_states": aux}, StepContext(global_step=0, total_steps=10)).loss
         (gradient,) = torch.autograd.grad(loss.numerator, aux)
         assert gradient[:, middle].abs().max() == 0, kind
@@ -138,7 +138,7 @@ def test_resume_at_a_cursor_that_the_lengths_decide(target_path, targets, prompt
     whole = [float(loss) for loss in module.step_losses]
     result = json.loads((tmp_path / "whole" / "result.json").read_text())
     assert (result["samples_trained"], result["row_tokens"], result["rows_per_step"]) == (data.next_seq, 160, 2)
-    order, lengths = data.order, [len(prompt.input_ids) for prompt in prompts[0]]
+    order, lengths = data.source.order, [len(prompt.input_ids) for prompt in prompts[0]]
     num_tokens = sum(lengths[order.locate(seq)[0]] for seq in range(data.next_seq))
     assert result["throughput"]["padding_fraction"] == pytest.approx(1 - num_tokens / (4 * 2 * 160))
 

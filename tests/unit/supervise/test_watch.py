@@ -182,7 +182,7 @@ LEASES = {"group": 4, "num_bytes": lambda seq: 8, "watermarks": WIDE, "lease_s":
 @pytest.fixture
 def leased(ledger, monkeypatch):
     """All but the last group are leased to workers of one process; `leased()` → (seqs, attempt) of the next."""
-    ledger.begin(RunPlan(start=0, stop=12, window=4), published={}, wanted={}, frontier=0)
+    ledger.begin(RunPlan(start=0, stop=12, window=4), {}, frontier=0)
     with monkeypatch.context() as patch:
         patch.setattr("os.getpid", lambda: 1)
         for worker in ("producer-host-1-0", "producer-host-1-1"):

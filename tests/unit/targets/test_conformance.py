@@ -18,11 +18,8 @@ class Altered(TargetEngine):
     backend = "altered"
 
     def __init__(self, target: HFTargetEngine, alter: Callable[[Features], Features]):
-        self.info, self.layer_ids, self._target, self._alter = target.info, LAYER_IDS, target, alter
-
-    @property
-    def dtype(self) -> str:
-        return self._target.dtype
+        self.info, self.dtype, self.layer_ids = target.info, target.dtype, LAYER_IDS
+        self._target, self._alter = target, alter
 
     def capture(self, batch: Sequence[Sequence[int]]) -> list[Features]:
         return [self._alter(features) for features in self._target.capture(batch)]
@@ -51,7 +48,7 @@ def rows(features: Features, part: slice) -> Features:
         (lambda found: layers(found, 1, 3), "2 layers instead of 3"),
         (
             lambda found: layers({**found, "last_hidden_state": found["aux_hidden_states"][:, -64:]}, *LAYER_IDS),
-            "last is before the final norm",
+            "last is layer 7, before the final norm",
         ),
         (lambda found: rows(layers(found, *LAYER_IDS), slice(10, None)), "last lacks the first 10 of 33 tokens"),
         (lambda found: rows(layers(found, *LAYER_IDS), slice(0, 32)), "layer 1 lacks the last 1 of 33 tokens"),

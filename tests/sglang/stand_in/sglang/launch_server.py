@@ -16,11 +16,10 @@ from lightning_dataflow.contracts import SampleOrigin, ref_to_json
 from lightning_dataflow.sglang_plugin.settings import read_settings
 from lightning_dataflow.sglang_plugin.wire import (
     PARAM,
-    ServerDescription,
-    description_to_json,
     request_from_text,
     token_digest,
 )
+from lightning_dataflow.stores.base import new_ref
 from lightning_dataflow.targets import HFTargetEngine
 
 LOCK = threading.Lock()
@@ -72,16 +71,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def capture(self, token_ids: list[int], request: Any, store: Any) -> dict[str, Any]:
         info, spec = self.target.info, self.target.capture_spec
-        if request.loss_mask is None:
-            server = ServerDescription(
-                capture=spec,
-                dtype=self.target.dtype,
-                model_version=info.model_version,
-                tokenizer_version=info.tokenizer_version,
-                uri=store.uri,
-                sglang="0.5.23",
-            )
-            return {"server": description_to_json(server)}
         tensors = {
             "input_ids": torch.tensor(token_ids),
             "loss_mask": torch.tensor(request.loss_mask, dtype=torch.uint8),
@@ -98,7 +87,8 @@ class Handler(BaseHTTPRequestHandler):
             num_tokens=len(token_ids),
             attempt=request.attempt,
         )
-        return {"ref": ref_to_json(store.put(tensors, origin)), "tokens": token_digest(token_ids)}
+        ref = new_ref(tensors, origin, store.uri) if request.dry_run else store.put(tensors, origin)
+        return {"ref": ref_to_json(ref), "tokens": token_digest(token_ids)}
 
     def reply(self, data: dict[str, Any]) -> None:
         text = json.dumps(data).encode()

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from lightning_dataflow.contracts import PeerTimeoutError, UserError
-from lightning_dataflow.control import MAX_ATTEMPTS, CommitEntry, SqliteMetadataStore
-from lightning_dataflow.control.local import tables as sqlite_tables
+from lightning_dataflow.control import MAX_ATTEMPTS, SqliteMetadataStore
+from lightning_dataflow.control.leases import CommitEntry
+from lightning_dataflow.control.local import waiting
 from lightning_dataflow.control.local.log import FileChannel
 from tests.records import forked
 from tests.unit.control.ledgers import begin, commit, in_flight, lease
@@ -39,7 +40,7 @@ def test_a_log_that_cannot_be_written_undoes_what_goes_with_it(tmp_path, failing
     with pytest.raises(OSError, match="No space left"):
         ledger.commit(found, captured, failing_log)
     with pytest.raises(OSError, match="No space left"):
-        ledger.give_back(tried_twice, dict.fromkeys(tried_twice.wanted, b""), failing_log)
+        ledger.give_back(tried_twice, dict.fromkeys(tried_twice.wanted, b""), failing_log, True)
     assert ledger.status()["published"] == ledger.status()["given_up"] == 0
     ledger.commit(found, captured, FileChannel(tmp_path))
     assert ledger.status()["published"] == 4
@@ -82,7 +83,7 @@ def test_several_processes_open_a_new_file_at_once(tmp_path):
 
 
 def test_a_process_that_is_stopped_inside_a_write_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(sqlite_tables, "BUSY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(waiting, "TIMEOUT_S", 0.05)
     path = tmp_path / "ledger.sqlite"
     ledger, other = SqliteMetadataStore(path), SqliteMetadataStore(path)
     begin(ledger)
@@ -105,8 +106,8 @@ def hold_and_stop(path: Path, number: int) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
 def test_a_process_that_stops_or_dies_inside_a_write_blocks_for_a_bounded_time(tmp_path, monkeypatch, number):
-    """A stopped one for BUSY_TIMEOUT_S, and until it goes on; a killed one not at all."""
-    monkeypatch.setattr(sqlite_tables, "BUSY_TIMEOUT_S", 0.3)
+    """A stopped one for TIMEOUT_S, and until it goes on; a killed one not at all."""
+    monkeypatch.setattr(waiting, "TIMEOUT_S", 0.3)
     path = tmp_path / "ledger.sqlite"
     ledger = SqliteMetadataStore(path)
     begin(ledger)

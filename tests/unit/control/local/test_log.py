@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 
 from lightning_dataflow.contracts import LogRecord, PeerTimeoutError, UserError, ref_to_json
-from lightning_dataflow.control.local.lines import add_crc
-from lightning_dataflow.control.local.log import FileChannel
+from lightning_dataflow.control.local.log import FileChannel, add_crc
 from tests.records import make_ref
 
 RUN = {"run_id": "run", "settings": {"seed": 0, "layers": [1, 3]}}
@@ -79,13 +78,14 @@ def test_a_torn_line_at_the_end_of_a_full_segment(channel, caplog):
 
 
 def test_a_writer_killed_at_any_byte_leaves_no_damage(channel, caplog):
-    """Whatever part of a line is there, it is a torn one: skipped and logged, and nothing else is lost."""
+    """Whatever part of a line is there, the next writer marks it: it is skipped and logged, and nothing else is lost."""
     channel.publish(refs(0))
     path = channel.folder / segments(channel)[0]
     line = path.read_bytes()
     for length in range(1, len(line) - 1):
-        path.write_bytes(line + line[:length] + b"\n" + line)
-        assert [one.seq for one in reader(channel).poll()] == [0, 0], length
+        path.write_bytes(line + line[:length])
+        channel.publish(refs(1))
+        assert [one.seq for one in reader(channel).poll()] == [0, 1], length
         assert num_torn(caplog) == 1, length
 
 
@@ -97,6 +97,7 @@ def test_a_writer_killed_at_any_byte_leaves_no_damage(channel, caplog):
         (lambda line: line[:-40] + b"\0" * 40, "it has no checksum"),
         (lambda line: line[40:], "its checksum does not match"),
         (lambda line: b"\xff" + line[1:-30], "it has no checksum"),
+        (lambda line: line[:-30], "it has no checksum"),
         (lambda line: b'{"kind":"end","seq":1}', "it has no checksum"),
     ],
 )
@@ -112,7 +113,7 @@ def test_damage_is_told_with_its_place(channel, change, reason):
 
 
 def test_a_writer_that_is_stopped_inside_a_write_blocks_for_a_bounded_time(channel, monkeypatch):
-    monkeypatch.setattr("lightning_dataflow.control.local.log.LOCK_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("lightning_dataflow.control.local.waiting.TIMEOUT_S", 0.1)
     other = reader(channel)
     with other._exclusive():
         with pytest.raises(PeerTimeoutError, match=r"could not append .* is a process of the run stopped inside a write"):

@@ -27,7 +27,7 @@ def seqs(log: RedisChannel) -> list[int]:
 
 def begun(server: RedisServer) -> RedisMetadataStore:
     ledger = RedisMetadataStore(server)
-    ledger.begin(RunPlan(start=0, stop=100, window=4), published={}, wanted={}, frontier=0)
+    ledger.begin(RunPlan(start=0, stop=100, window=4), {}, frontier=0)
     return ledger
 
 

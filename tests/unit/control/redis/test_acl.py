@@ -18,6 +18,7 @@ from lightning_dataflow.control.redis.address import RedisAddress
 from lightning_dataflow.control.redis.log import RedisChannel
 from lightning_dataflow.control.redis.server import RedisServer
 from lightning_dataflow.services.redis import LocalRedis
+from tests.records import failures
 from tests.unit.control.ledgers import begin, commit, generation, give_back, lease
 from tests.unit.control.redis.calls import refs, seqs
 
@@ -158,7 +159,7 @@ def a_whole_life(where: RedisAddress, run: str) -> None:
     assert ledger.fence() == {}
     begin(ledger)
     ledger.report("producer-0", "it broke", failed=True)
-    assert ledger.failures() == ["producer-0: it broke"]
+    assert failures(ledger) == ["producer-0: it broke"]
     ledger.report("producer-0", "capturing")
     lease(ledger, "one that died", lease_s=-1)
     first, second = lease(ledger), lease(ledger, "b")

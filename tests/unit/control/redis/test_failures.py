@@ -146,7 +146,7 @@ def test_a_full_memory_refuses_what_needs_more_and_lets_others_free(own):
         log.publish(refs(100))
     with pytest.raises(CapacityError, match="has no memory left"):
         lease(ledger)
-    assert ledger.give_back(held, dict.fromkeys(held.wanted, b""), log) == []
+    assert ledger.give_back(held, dict.fromkeys(held.wanted, b""), log, True) == []
     ledger.report("trainer-0", "training")
     ledger.ack(4, 1, held.wanted)
     while log.poll():

@@ -6,11 +6,11 @@ import shutil
 import pytest
 
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.control import CommitEntry
+from lightning_dataflow.control.leases import CommitEntry
 from lightning_dataflow.control.redis.log import RedisChannel
 from lightning_dataflow.control.redis.server import RedisServer
 from lightning_dataflow.services.redis import LocalRedis
-from tests.records import WIDE
+from tests.records import WIDE, failures
 from tests.unit.control.redis.calls import begun, channel, refs
 
 pytestmark = pytest.mark.skipif(
@@ -104,7 +104,7 @@ def test_who_died_long_ago_is_forgotten(own):
     ledger, asks = begun(log.server), RedisServer(server.where, "run")
     for index in range(50):
         asks.ask("HSET", asks.key("clients"), f"dead-{index}", "3 1000 true")
-        part = {"host": "h", "pid": index, "pids": "p", "seen": 1000.0, "state": "capturing", "failed": index % 2}
+        part = {"host": "h", "pid": index, "pids": "p", "seen": 1000.0, "state": "capturing", "failed": index % 2 == 1}
         asks.ask("HSET", asks.key("parts"), f"producer-{index}", json.dumps(part))
         leased = ledger.lease(f"producer-{index}", group=4, num_bytes=lambda seq: 8, watermarks=WIDE, lease_s=-1)
         assert leased.seqs == (0, 1, 2, 3)
@@ -113,8 +113,8 @@ def test_who_died_long_ago_is_forgotten(own):
     assert asks.ask("HLEN", asks.key("clients")) == 2
     ledger.report("producer-new", "capturing")
     assert [part["name"] for part in ledger.status()["parts"]] == ["producer-new"]
-    assert ledger.failures() == []
-    assert asks.ask("ZCARD", asks.key("leased")) == 4
+    assert failures(ledger) == []
+    assert asks.ask("ZCARD", asks.key("open")) == 4
     asks.ask("HSET", asks.key("clients"), "dead", "3 1000 true")
     ledger.finish("completed")
     other.server.leave()
@@ -144,4 +144,4 @@ def test_workers_that_hold_nothing_leave_no_trace(own):
             for seq, record in zip(found.wanted, refs(*found.wanted), strict=True)
         }
         assert ledger.commit(found, captured, log) == list(found.wanted)
-    assert ledger.server.ask("EXISTS", ledger.server.key("leased"), ledger.server.key("wanted")) == 0
+    assert ledger.server.ask("EXISTS", ledger.server.key("open")) == 0

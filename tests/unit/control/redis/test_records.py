@@ -14,7 +14,7 @@ def plane(redis_run) -> ControlPlane:
     log = RedisChannel(redis_run)
     log.announce({"run_id": "run"})
     ledger = RedisMetadataStore(redis_run)
-    ledger.begin(RunPlan(start=0, stop=200, window=4), published={}, wanted={}, frontier=0)
+    ledger.begin(RunPlan(start=0, stop=200, window=4), {}, frontier=0)
     return ControlPlane(run_id="run", ledger=ledger, channel=log)
 
 
@@ -115,7 +115,7 @@ def num_bytes_sent(server: RedisServer) -> int:
 
 
 def num_leased(redis_run) -> int:
-    return redis_run.ask("ZCARD", redis_run.key("leased"))
+    return redis_run.ask("ZCARD", redis_run.key("open"))
 
 
 def test_a_lease_whose_samples_are_gone_is_over(plane, redis_run):

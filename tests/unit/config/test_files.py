@@ -1,7 +1,7 @@
 import pytest
 
+from lightning_dataflow.config.files import read_skip_ids
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.run.prompts import read_skip_ids
 
 
 def test_ids_stand_one_a_line(tmp_path):

@@ -154,9 +154,7 @@ def _read_prompts(parts: "Builder", room: int) -> list[list[int]]:
 
     config, options = parts.config, parts.config.evaluate
     if options.data is not None:
-        prompts = load_questions(
-            options.data, parts.tokenizer, num_prompts=options.num_prompts, chat_template=parts.chat_template
-        )
+        prompts = load_questions(options.data, parts.tokenizer, num_prompts=options.num_prompts, **parts.rendering)
     else:
         prompts = [list(prompt.question) for prompt in parts.prompts[1]]
         if not prompts:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lightning_dataflow.cli.hydra_command import command, is_multirun, job_arguments
 from lightning_dataflow.cli.sweep import run_job
+from lightning_dataflow.config.files import write_date
 from lightning_dataflow.config.rules import check_topology, check_training
 from lightning_dataflow.config.schema import TrainConfig
 from lightning_dataflow.contracts import NotFiniteError, UserError
@@ -33,6 +34,7 @@ def run(config: TrainConfig) -> float | None:
     check_topology(config)
     if is_multirun():
         return run_job(job_arguments(), Path(config.run_dir), config.sweep_metric)
+    write_date(Path(config.run_dir))
     if config.role == "producer":
         produce(config)
         return None

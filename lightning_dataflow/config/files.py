@@ -1,7 +1,10 @@
 """Files that settings name. Secrets are in files, so that no log, configuration or command line shows them."""
 
 import logging
+import os
+from contextlib import suppress
 from dataclasses import fields
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +17,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+DATE = "date.txt"
+
 
 def read_file(path: str | None, setting: str) -> str | None:
     """The content of the file that `setting` names; None if it names none."""
@@ -23,6 +28,26 @@ def read_file(path: str | None, setting: str) -> str | None:
         raise UserError(f"cannot read {setting}={path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"cannot read {setting}={path}: it is not UTF-8 text") from error
+
+
+def write_date(run_dir: Path) -> None:
+    """Keep the day on which a run began: chat templates write dates, and a resumed run renders the same prompts."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    own = run_dir / f".{DATE}.{os.getpid()}"
+    own.write_text(date.today().isoformat())
+    with suppress(FileExistsError):
+        os.link(own, run_dir / DATE)  # at once and with its content: others may be reading
+    own.unlink()
+
+
+def read_date(setting: str | None, run_dir: Path) -> date:
+    """`data.date`, or the day on which the run began; today if there is neither. Raises UserError for anything else."""
+    kept = run_dir / DATE
+    text = kept.read_text() if setting is None and kept.is_file() else setting
+    try:
+        return date.today() if text is None else date.fromisoformat(text)
+    except ValueError as error:
+        raise UserError(f"data.date={text} is no date: give YYYY-MM-DD") from error
 
 
 def read_skip_ids(path: str | None) -> frozenset[str]:

@@ -57,22 +57,39 @@ class DataConfig:
     """Prompts and batches; see load_prompts and DataFlowDataModule.
 
     Attributes:
+        path: a file, folder, pattern or Hugging Face data set, or a list of those; docs/prompts.md has the formats.
+        weights: one for each path; records are taken in these proportions. null reads one path after the other.
         prepare: write synthetic conversations to this file, unless it exists.
+        split, config, revision: of a Hugging Face data set.
         chat_template: a Jinja file that replaces the tokenizer's template.
+        template_args: further variables of the template, for every rendering, for example `{enable_thinking: false}`.
+        turns: `auto` makes one sample of a conversation where one rendering shows all turns as they are served, else one of
+            each turn; `all` always one of each turn; `last` of the last turn only.
+        date: that chat templates write, YYYY-MM-DD; null for the day on which the run began.
+        max_broken: so many broken records are left out with a warning; one more ends the run.
+        cache: folder of tokenised prompts, which all processes of a machine share; null tokenises in each.
         row_tokens, rows_per_step: pack several samples into one row; see DataFlowDataModule.
         num_passes: with trainer.max_steps=null, passes over all samples.
         prefetch_windows: windows that a thread reads ahead; null for a number that suits the topology.
         skip_ids: a file with the source ids, one per line, of samples not to train on.
     """
 
-    path: str = MISSING
+    path: Any = MISSING
+    weights: list[float] | None = None
     prepare: str | None = None
     format: str = "auto"
     split: str = "train"
+    config: str | None = None
+    revision: str | None = None
     max_length: int = 512
     num_samples: int | None = number(None, at_least=1)
     num_eval_samples: int = number(0, at_least=0)
     chat_template: str | None = None
+    template_args: Any = None
+    turns: str = one_of("auto", "all", "last", default="auto")
+    date: str | None = None
+    max_broken: int = number(0, at_least=0)
+    cache: str | None = "${oc.env:XDG_CACHE_HOME,~/.cache}/lightning-dataflow/prompts"
     global_batch_size: int = number(8, at_least=1)
     micro_batch_size: int = number(1, at_least=1)
     row_tokens: int | None = None
@@ -239,11 +256,18 @@ class EvaluateConfig:
 
 @dataclass
 class ShowMaskConfig:
-    """The `show-mask` command: which samples, and whether to colour."""
+    """The `show-mask` command.
+
+    Attributes:
+        start, count: which records, from 0.
+        colour: supervised text on green; without it, it stays between ⟦ and ⟧, as scripts read it.
+        output: a file for the same as JSON: rows with line, turn, num_tokens, spans and reason.
+    """
 
     start: int = number(0, at_least=0)
     count: int = number(3, at_least=0)
     colour: bool = True
+    output: str | None = None
 
 
 @dataclass

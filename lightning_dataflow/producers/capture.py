@@ -80,6 +80,6 @@ def feature_card(prompts: PromptDataset, target: TargetEngine) -> FeatureCard:
         capture=target.capture_spec,
         target_model_version=target.info.model_version,
         tokenizer_version=target.info.tokenizer_version,
-        max_num_tokens=max(len(prompt.input_ids) for prompt in prompts),
+        max_num_tokens=int(prompts.lengths.max()),
         skipped=prompts.skipped,
     )

@@ -66,7 +66,7 @@ class ColocatedSource(StreamingSource):
             self._thread.start()
 
     def num_tokens(self, seq: int) -> int:
-        return len(self._prompts[self.order.locate(seq)[0]].input_ids)
+        return int(self._prompts.lengths[self.order.locate(seq)[0]])
 
     def window(self, seqs: range, share: Sequence[int]) -> RefWindow:
         """Raises what the producer thread raised."""

@@ -105,7 +105,7 @@ class PromptFeed(Feed):
         self._locate = locate or PassOrder(len(prompts), seed).locate
         hidden = sum(target.widths.values()) * DTYPE_BYTES[target.dtype]
         bytes_per_token = hidden + DTYPE_BYTES["int64"] + DTYPE_BYTES["uint8"]
-        self.sizes = [len(prompt.input_ids) * bytes_per_token for prompt in prompts]
+        self.sizes = (prompts.lengths * bytes_per_token).tolist()
 
     def locate(self, seq: int) -> tuple[int, int]:
         return self._locate(seq)

@@ -47,8 +47,8 @@ class OnlineSource(IndexedSource):
             prompts, target, seed=0, run_id=self.plane.run_id, locate=lambda seq: self.order.locate(seq)
         )
         self.card = self._feed.card
-        self.source_ids = [prompt.source_id for prompt in prompts]
-        self.lengths = [len(prompt.input_ids) for prompt in prompts]
+        self.source_ids = prompts.source_ids
+        self.lengths = prompts.lengths.tolist()
 
     def window(self, seqs: range, share: Sequence[int]) -> RefWindow:
         """Captures the share now."""

@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 IDS, MASK, SAMPLES, FACTS = "input_ids.bin", "loss_mask.bin", "samples.bin", "facts.json"
 SAY_WAITING_AFTER_S = 10.0
 POLL_S = 0.1
+UNUSED_S = 30 * 24 * 3600.0
+"""Prompts that nobody has read for so long are deleted."""
 
 
 class PromptWriter:
@@ -71,8 +73,16 @@ def cached(folder: Path, build: Callable[[Path], None], timeout_s: float) -> Pat
         folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with _locked(folder.with_suffix(".lock"), timeout_s):
             if not (folder / FACTS).exists():
+                _remove_unused(folder.parent)
                 _build(folder, build)
+    (folder / FACTS).touch()
     return folder
+
+
+def _remove_unused(root: Path) -> None:
+    for facts in root.glob(f"*/{FACTS}"):
+        if time.time() - facts.stat().st_mtime > UNUSED_S:
+            shutil.rmtree(facts.parent, ignore_errors=True)
 
 
 def _build(folder: Path, build: Callable[[Path], None]) -> None:

@@ -90,6 +90,11 @@ class PromptDataset(Sequence[TokenizedPrompt]):
         sample = self.arrays.samples[index]
         return f"{sample['record']:08d}" + ("" if sample["turn"] == NO_TURN else f"-t{sample['turn']}")
 
+    @property
+    def source_ids(self) -> list[str]:
+        """The names of all prompts."""
+        return [self.source_id(index) for index in range(len(self))]
+
     @cached_property
     def bounds(self) -> npt.NDArray[np.int64]:
         """Prompt i has the tokens [bounds[i], bounds[i + 1])."""

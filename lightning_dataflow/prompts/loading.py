@@ -82,13 +82,13 @@ def load_prompts(
     if max_length <= MIN_LABEL_POSITION:
         raise UserError(f"data.max_length={max_length} leaves nothing to learn: use at least {MIN_LABEL_POSITION + 1}")
     paths = [path] if isinstance(path, str) else list(path)
-    template = ChatTemplate(tokenizer, chat_template, arguments=template_args, today=today, end_ids=end_ids)
+    template = ChatTemplate(tokenizer, chat_template, template_args=template_args, today=today, end_ids=end_ids)
     encoder = Encoder(template, turns)
     source: dict[str, Any] = {"split": split, "config": config, "revision": revision}
     wanted = None if num_samples is None else num_eval_samples + num_samples
 
     def build(folder: Path) -> None:
-        records = _mix([read_records(name, **source) for name in paths], paths, weights)
+        records = read_sources(paths, weights, **source)
         writer = PromptWriter(folder)
         facts = _write(writer, encode_all(records, encoder, format), max_length, wanted, num_eval_samples, max_broken)
         writer.finish(facts)
@@ -116,8 +116,13 @@ def load_prompts(
     )
 
 
-def _mix(sources: Sequence[Iterator[Record]], paths: Sequence[str], weights: Sequence[float] | None) -> Iterator[Record]:
-    """One source after the other, or all in proportion to `weights` until one has no more."""
+def read_sources(path: str | Sequence[str], weights: Sequence[float] | None = None, **source: Any) -> Iterator[Record]:
+    """The records of one or several paths: one path after the other, or in proportion to `weights` until one has no more.
+
+    Raises UserError unless there is a weight above 0 for each path; see also `read_records`, which gets `source`.
+    """
+    paths = [path] if isinstance(path, str) else list(path)
+    sources = [read_records(name, **source) for name in paths]
     if weights is None:
         yield from chain.from_iterable(sources)
         return

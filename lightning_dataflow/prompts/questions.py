@@ -22,8 +22,7 @@ def load_questions(
     tokenizer: "PreTrainedTokenizerBase",
     *,
     num_prompts: int | None = None,
-    chat_template: str | None = None,
-    template_args: Mapping[str, Any] | None = None,
+    **rendering: Any,
 ) -> list[list[int]]:
     """Token ids of each record's question, rendered as a user's message with the generation prompt.
 
@@ -33,15 +32,14 @@ def load_questions(
     Args:
         path: each record has `turns`, `prompt`, `question`, `messages` or `input_ids`; see `read_records`.
         num_prompts: how many to take, from the start; None for all.
-        chat_template: replaces the tokenizer's own.
-        template_args: for every rendering.
+        rendering: further arguments of `ChatTemplate`.
 
     Raises:
         UserError: missing or broken file, a record of another shape, fewer records than asked for.
     """
     if num_prompts is not None and num_prompts < 1:
         raise UserError(f"evaluate.num_prompts={num_prompts}: ask at least 1 prompt, or null for all")
-    encoder = Encoder(ChatTemplate(tokenizer, chat_template, arguments=template_args))
+    encoder = Encoder(ChatTemplate(tokenizer, **rendering))
     prompts: list[list[int]] = []
     for record in read_records(path, setting="evaluate.data"):
         if len(prompts) == num_prompts:

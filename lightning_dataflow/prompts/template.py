@@ -29,8 +29,8 @@ class ChatTemplate:
     """A tokenizer's chat template, or one that replaces it.
 
     Args:
-        source: Jinja text that replaces the tokenizer's own template.
-        arguments: for every rendering, for example `enable_thinking`. A record's own arguments come first.
+        chat_template: Jinja text that replaces the tokenizer's own template.
+        template_args: for every rendering, for example `{"enable_thinking": False}`. A record's own come first.
         today: the date that `strftime_now` writes; by default the current one.
         end_ids: token ids that end a turn, besides those that the template and the tokenizer show.
     """
@@ -38,15 +38,15 @@ class ChatTemplate:
     def __init__(
         self,
         tokenizer: "PreTrainedTokenizerBase",
-        source: str | None = None,
+        chat_template: str | None = None,
         *,
-        arguments: Mapping[str, Any] | None = None,
+        template_args: Mapping[str, Any] | None = None,
         today: date | None = None,
         end_ids: Sequence[int] = (),
     ):
         self.tokenizer = tokenizer
-        self.source = source
-        self.arguments = dict(arguments or {})
+        self.source = chat_template
+        self.arguments = dict(template_args or {})
         self.today = today or date.today()
         self.end_ids = tuple(end_ids)
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_dataflow.callbacks import ResultWriter, RunMetrics, StreamCursor
 from lightning_dataflow.callbacks.progress import PlainProgress
-from lightning_dataflow.config.files import read_file, read_secret, read_skip_ids
+from lightning_dataflow.config.files import read_date, read_file, read_secret, read_skip_ids
 from lightning_dataflow.config.run_id import run_id
 from lightning_dataflow.config.schema import TrainConfig
 from lightning_dataflow.contracts import UserError
@@ -44,6 +44,7 @@ from lightning_dataflow.strategies.module import DraftModule
 from lightning_dataflow.strategies.registry import resolve_strategy
 from lightning_dataflow.targets import HFTargetEngine, TargetEngine, load_tokenizer
 from lightning_dataflow.targets.base import HIDDEN_STATES
+from lightning_dataflow.targets.info import read_eos_token_ids
 from lightning_dataflow.targets.tiny import write_tiny_conversations, write_tiny_target
 
 log = logging.getLogger(__name__)
@@ -89,15 +90,28 @@ class Builder:
             max_length=data.max_length,
             format=data.format,
             split=data.split,
+            config=data.config,
+            revision=data.revision,
+            weights=data.weights,
             num_samples=data.num_samples,
             num_eval_samples=data.num_eval_samples,
-            chat_template=self.chat_template,
+            turns=data.turns,
+            max_broken=data.max_broken,
+            cache=data.cache,
+            cache_timeout_s=self.config.topology.start_timeout_s,
+            **self.rendering,
         )
 
-    @property
-    def chat_template(self) -> str | None:
-        """What replaces the tokenizer's template, if anything does."""
-        return read_file(self.config.data.chat_template, "data.chat_template")
+    @cached_property
+    def rendering(self) -> dict[str, Any]:
+        """How conversations are rendered: arguments of `load_prompts`, `load_questions` and `ChatTemplate`."""
+        data = self.config.data
+        return {
+            "chat_template": read_file(data.chat_template, "data.chat_template"),
+            "template_args": data.template_args,
+            "today": read_date(data.date, Path(self.config.run_dir)),
+            "end_ids": read_eos_token_ids(self.config.target.path),
+        }
 
     @cached_property
     def module(self) -> DraftModule:

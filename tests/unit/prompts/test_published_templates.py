@@ -101,7 +101,7 @@ LITERAL = {
 def encoder(family: str, **arguments: Any) -> Encoder:
     made = tokenizer(family)
     ends = made.convert_tokens_to_ids(list(FAMILIES[family].ends))
-    return Encoder(ChatTemplate(made, arguments=arguments, today=TODAY, end_ids=ends))
+    return Encoder(ChatTemplate(made, template_args=arguments, today=TODAY, end_ids=ends))
 
 
 def encoded(family: str, sample: Conversation, **arguments: Any) -> list[list[tuple[str, str]]]:

@@ -9,6 +9,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import chain, islice
 
@@ -89,6 +90,8 @@ def _encode_in_processes(chunks: Iterator[list[Numbered]], encoder: Encoder, for
                     yield from running.popleft().result()
             while running:
                 yield from running.popleft().result()
+        except BrokenProcessPool as error:
+            raise UserError("a process that tokenises prompts was killed, perhaps for lack of memory: run again") from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

@@ -26,6 +26,9 @@ SAVED_DATASETS = ("dataset_info.json", "dataset_dict.json")
 """What `save_to_disk` writes beside the data."""
 LARGEST_RECORD = 32 << 20
 """Characters of one line."""
+DEEPEST_RECORD = 100
+"""Levels of lists and objects."""
+TOO_DEEP = "lists or objects are nested too deeply"
 INSTALL = "run `pip install 'lightning-dataflow[datasets]'`"
 
 
@@ -187,14 +190,31 @@ def _parse(line: str, where: str, expected: str) -> Mapping[str, Any] | UserErro
 def _check(record: Any, where: str, expected: str) -> Mapping[str, Any] | UserError:
     if not isinstance(record, Mapping):
         return UserError(f"{where}: a JSON {type(record).__name__}; expected {expected}")
+    if _is_deep(record):
+        return UserError(f"{where}: {TOO_DEEP}; expected {expected}, correct or remove it")
     return record
+
+
+def _is_deep(record: Mapping[str, Any]) -> bool:
+    """More levels than records have. Python's recursion, as in pickle between processes, has no room for many."""
+    level: list[Any] = [record]
+    for _ in range(DEEPEST_RECORD):
+        level = [
+            item
+            for outer in level
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(item, dict | list)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def _reason(error: ValueError | RecursionError) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"not JSON ({error.msg} at column {error.colno})"
     if isinstance(error, RecursionError):
-        return "lists or objects are nested too deeply"
+        return TOO_DEEP
     return f"a number has more than {sys.get_int_max_str_digits()} digits"
 
 

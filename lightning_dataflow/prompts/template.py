@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.prompts.messages import REASONING_KEYS, Message
+from lightning_dataflow.prompts.messages import Message
 from lightning_dataflow.prompts.records import Conversation
 from lightning_dataflow.prompts.time_limit import TimeLimitError, time_limit
+from lightning_dataflow.prompts.unread import REASONING_KEYS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

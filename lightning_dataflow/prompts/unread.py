@@ -77,6 +77,8 @@ def check_record(record: Mapping[str, Any], format: str, *, is_conversation: boo
             and " " in value.strip()
         ):
             remedy = "give it in the assistant's message"
+        if name == "kto_tag" or (name == "label" and format == "completion"):
+            remedy = "it says that the answer is a bad one, so remove the record" if value is False else None
         is_usual = name in _USUALLY_ONES and is_all(value, 1)
         if remedy is not None and name not in read and not is_usual and not is_empty(value):
             raise UserError(_message(key, remedy))

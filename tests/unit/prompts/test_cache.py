@@ -162,3 +162,22 @@ def test_faults_in_a_process_of_the_pool_reach_the_user(im, write, monkeypatch):
     path = write(*[IDS] * parallel.CHUNK, ICE)
     with pytest.raises(UserError, match="the chat template is not valid Jinja"):
         load(path, im, chat_template="{% for %}")
+
+
+def test_a_process_of_the_pool_that_is_killed(im, write, monkeypatch):
+    parent, encode = os.getpid(), parallel.encode_record
+    monkeypatch.setattr(parallel, "ALONE_S", 0)
+    monkeypatch.setattr(parallel, "encode_record", lambda *args: os._exit(9) if os.getpid() != parent else encode(*args))
+    with pytest.raises(
+        UserError, match="a process that tokenises prompts was killed, perhaps for lack of memory: run again"
+    ):
+        load(write(*[IDS] * (parallel.CHUNK + 1)), im)
+
+
+def test_the_pool_ends_when_there_are_enough_samples(im, write, monkeypatch):
+    monkeypatch.setattr(parallel, "ALONE_S", 0)
+    prompts, _ = load(write(*[IDS] * 30 * parallel.CHUNK), im, num_samples=2 * parallel.CHUNK)
+    assert len(prompts) == 2 * parallel.CHUNK
+    for process in multiprocessing.active_children():
+        process.join(10)
+        assert process.exitcode == 0

@@ -22,6 +22,8 @@ def spoilt(shape: str, key: str, value) -> dict:
         (("text", "completion"), "tools", [TOOL], "render the conversation yourself"),
         (("text", "completion"), "reasoning_effort", "high", "render the conversation yourself"),
         (("alpaca",), "context", "The text.", "call it input"),
+        (("completion",), "label", False, "it says that the answer is a bad one, so remove the record"),
+        (CONVERSATIONS, "kto_tag", False, "it says that the answer is a bad one, so remove the record"),
         (("sharegpt", "messages", "preference", "text"), "reasoningContent", "Let me see.", "in the assistant's message"),
         (tuple(SHAPES), "images", ["cat.png"], "only text is trained on"),
         (tuple(SHAPES), "weight", 0, "all supervised tokens count alike"),
@@ -96,7 +98,15 @@ def test_empty_values_change_nothing(shape, empty):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_keys_without_a_meaning_for_training_are_passed_over(shape):
     privacy = [{"value": "Ann", "label": "NAME", "start": 3}]
-    beside = {"id": "a1", "source": "web", "meta": {"x": 1}, "score": 0.5, "label": 1, "privacy_mask": privacy}
+    beside = {
+        "id": "a1",
+        "source": "web",
+        "meta": {"x": 1},
+        "score": 0.5,
+        "label": 1,
+        "kto_tag": True,
+        "privacy_mask": privacy,
+    }
     tokenizers = {"special_tokens_mask": np.array([1, 0, 0]), "attention_mask": np.ones(3), "token_weights": np.ones(3)}
     assert read({**SHAPES[shape], **beside, **tokenizers}) == read(SHAPES[shape])
 

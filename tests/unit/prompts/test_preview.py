@@ -79,6 +79,12 @@ def test_token_ids_have_no_turns(im):
     assert rows(im, {"input_ids": [65, 66, 67], "loss_mask": [0, 1, 1]}) == [row(None, 3, [[1, 3]])]
 
 
+def test_control_characters_reach_no_terminal(im):
+    shown = preview(im, chat("q", "\x1b[2J\r\ta\x07")).as_text(im, colour=False)
+    assert shown.splitlines()[-1] == "⟦\\x1b[2J\\x0d\ta\\x07<|im_end|>⟧"
+    assert "\x1b" not in preview(im, chat("\x1b[2J", "a"), "{{ raise_exception(messages[0].content) }}").as_text(im)
+
+
 def test_an_answer_within_a_token_of_the_question(im):
     tokenizer = byte_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}", merges=[("q", "a")])
     data = chat("q", "a", "r", "b")

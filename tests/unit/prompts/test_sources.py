@@ -97,12 +97,13 @@ def test_every_line_is_named_though_blank_ones_are_not_records(tmp_path):
     [
         ('{"text" 1}', "not JSON (Expecting ':' delimiter at column 9); expected one JSON object a line, correct"),
         ("[" * 100_000, "lists or objects are nested too deeply; expected one JSON object a line, correct"),
+        ('{"a": ' + "[" * 100 + "]" * 100 + "}", "lists or objects are nested too deeply; expected one JSON object a line"),
         ('{"input_ids": [' + "9" * 5000 + "]}", "a number has more than 4300 digits; expected one JSON object a line"),
         ("[1, 2]", "a JSON list; expected one JSON object a line"),
         ('"text"', "a JSON str; expected one JSON object a line"),
         (json.dumps({"text": "x" * 200}), "longer than 100 characters; split or remove the record"),
     ],
-    ids=range(6),
+    ids=range(7),
 )  # fmt: skip
 def test_a_broken_line_among_good_ones(tmp_path, monkeypatch, line, reason):
     if "longer" in reason:
@@ -112,6 +113,11 @@ def test_a_broken_line_among_good_ones(tmp_path, monkeypatch, line, reason):
     assert message.startswith(f"{file}, line 3: {reason}")
     assert "\n" not in message
     assert [row for row in data(file) if not isinstance(row, UserError)] == [*ROWS, *ROWS]
+
+
+def test_records_of_many_levels(tmp_path):
+    deep = '{"a": ' + "[" * 99 + "]" * 99 + "}"
+    assert broken(write(tmp_path / "a.jsonl", deep)) == []
 
 
 def test_a_broken_record_of_a_list(tmp_path):

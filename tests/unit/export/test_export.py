@@ -123,6 +123,22 @@ def without(name):
     return change
 
 
+@pytest.fixture
+def run_command(capsys):
+    """run_command(arguments) → status and error lines, which Python prints for an exit with a message."""
+
+    def call(*arguments):
+        try:
+            command.main([str(one) for one in arguments])
+        except SystemExit as error:
+            message = [error.code] if isinstance(error.code, str) else []
+            lines = [*capsys.readouterr().err.splitlines(), *message]
+            return 1 if message else error.code, lines
+        return 0, capsys.readouterr().err.splitlines()
+
+    return call
+
+
 BROKEN = {
     "state_dict": (without("state_dict"), "lacks state_dict: it is not a whole draft, name another checkpoint"),
     "version": (without("target_model_version"), "lacks the name of its target"),
@@ -152,7 +168,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("kind", BROKEN)
 @pytest.mark.parametrize("sharded", [False, True])
-def test_what_a_checkpoint_lacks_is_one_line(kind, sharded, checkpoint, tmp_path, capsys):
+def test_what_a_checkpoint_lacks_is_one_line(kind, sharded, checkpoint, tmp_path, run_command):
     from torch.distributed import checkpoint as dcp
 
     change, message = BROKEN[kind]
@@ -165,11 +181,9 @@ def test_what_a_checkpoint_lacks_is_one_line(kind, sharded, checkpoint, tmp_path
         message = message.replace("state_dict", "draft.")
     else:
         torch.save(saved, path)
-    with pytest.raises(SystemExit) as status:
-        command.main([str(path), "--engine", "vllm", "--out", str(tmp_path / "out")])
-    shown = capsys.readouterr().err
-    assert status.value.code == 1
-    assert shown.startswith(f"error: {path}") and message.split(": it")[0] in shown and shown.count("\n") == 1
+    status, shown = run_command(path, "--engine", "vllm", "--out", tmp_path / "out")
+    assert (status, len(shown)) == (1, 1)
+    assert shown[0].startswith(f"error: {path}") and message.split(": it")[0] in shown[0]
 
 
 def test_shards_that_torch_cannot_read_are_one_line(checkpoint, tmp_path):
@@ -300,20 +314,6 @@ def test_tokenizer_files_on_request(checkpoint, target_path, tmp_path):
 def test_it_is_public(checkpoint, tmp_path):
     assert ldf.export_draft is export_draft
     assert export_draft(checkpoint(), tmp_path / "draft", engine="sglang") == tmp_path / "draft"
-
-
-@pytest.fixture
-def run_command(capsys):
-    """run_command(arguments) → status and error lines."""
-
-    def call(*arguments):
-        try:
-            command.main([str(one) for one in arguments])
-        except SystemExit as error:
-            return error.code, capsys.readouterr().err.splitlines()
-        return 0, capsys.readouterr().err.splitlines()
-
-    return call
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ class DataConfig:
     turns: str = one_of("auto", "all", "last", default="auto")
     date: str | None = None
     max_broken: int = number(0, at_least=0)
-    cache: str | None = "${oc.env:XDG_CACHE_HOME,~/.cache}/lightning-dataflow/prompts"
+    cache: str | None = "${oc.env:XDG_CACHE_HOME,'~/.cache'}/lightning-dataflow/prompts"
     global_batch_size: int = number(8, at_least=1)
     micro_batch_size: int = number(1, at_least=1)
     row_tokens: int | None = None

@@ -7,6 +7,7 @@ from lightning_dataflow.contracts import NotFiniteError, UserError
 from lightning_dataflow.data import DataFlowDataModule, OfflineSource, PassOrder, SampleRows
 from lightning_dataflow.producers import OnlineSource, capture_to_folder
 from lightning_dataflow.targets import HFTargetEngine
+from tests.prompts import data_set
 from tests.streams import read_batches
 
 
@@ -58,13 +59,13 @@ def test_it_resumes_at_the_cursor(online):
 
 
 def test_a_checkpoint_of_other_prompts_is_refused(online, prompts, target):
-    others = prompts[0].__class__(prompts=prompts[0][::-1], max_length=128)
+    others = data_set(prompts[0][::-1])
     with pytest.raises(UserError, match="resume with the same data"):
         make(OnlineSource(others, target)).load_state_dict(make(online).state_dict())
 
 
 def test_a_sample_that_is_gone_is_named(prompts, target, tmp_path):
-    few = prompts[0].__class__(prompts=prompts[0][:4], max_length=128)
+    few = data_set(prompts[0][:4])
     capture_to_folder(few, target, tmp_path)
     next(tmp_path.rglob("0-*.safetensors")).unlink()
     with pytest.raises(UserError, match=r"a sample is lost: features of offline:.* capture again"):
@@ -72,7 +73,7 @@ def test_a_sample_that_is_gone_is_named(prompts, target, tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_read(prompts, target, tmp_path, monkeypatch):
-    few = prompts[0].__class__(prompts=prompts[0][:4], max_length=128)
+    few = data_set(prompts[0][:4])
     capture_to_folder(few, target, tmp_path)
     before = sorted(path for path in tmp_path.rglob("*"))
     monkeypatch.setattr("pathlib.Path.write_text", lambda *arguments: pytest.fail("wrote to the folder"))
@@ -110,14 +111,14 @@ def test_online_and_offline_yield_the_same_bits(online, prompts, target, tmp_pat
 
 
 def test_capturing_twice_into_one_folder(prompts, target, tmp_path):
-    few = prompts[0].__class__(prompts=prompts[0][:3], max_length=128)
+    few = data_set(prompts[0][:3])
     capture_to_folder(few, target, tmp_path)
     with pytest.raises(UserError, match="already holds a finished capture"):
         capture_to_folder(few, target, tmp_path)
 
 
 def test_a_capture_that_is_not_finite_leaves_no_manifest(target_path, prompts, tmp_path):
-    few = prompts[0].__class__(prompts=prompts[0][:3], max_length=128)
+    few = data_set(prompts[0][:3])
     broken = HFTargetEngine(target_path, layer_ids=(1, 3, 4), dtype="float32", device="cpu")
     with torch.no_grad():
         broken.model.model.norm.weight[5] = float("nan")
@@ -128,7 +129,7 @@ def test_a_capture_that_is_not_finite_leaves_no_manifest(target_path, prompts, t
 
 
 def test_an_unfinished_capture(prompts, target, tmp_path):
-    few = prompts[0].__class__(prompts=prompts[0][:3], max_length=128)
+    few = data_set(prompts[0][:3])
 
     def interrupt(done: int, total: int) -> None:
         if done == 2:
@@ -143,7 +144,7 @@ def test_an_unfinished_capture(prompts, target, tmp_path):
 
 
 def test_damaged_captures(prompts, target, tmp_path):
-    few = prompts[0].__class__(prompts=prompts[0][:2], max_length=128)
+    few = data_set(prompts[0][:2])
     capture_to_folder(few, target, tmp_path)
     refs, manifest = (tmp_path / "refs.jsonl").read_text(), (tmp_path / "manifest.json").read_text()
     (tmp_path / "refs.jsonl").write_text(refs.splitlines()[0] + "\n")
@@ -164,7 +165,7 @@ def test_damaged_captures(prompts, target, tmp_path):
 
 
 def test_a_capture_of_release_0_1_is_read(prompts, target, tmp_path):
-    few = prompts[0].__class__(prompts=prompts[0][:3], max_length=128)
+    few = data_set(prompts[0][:3])
     capture_to_folder(few, target, tmp_path)
     refs, manifest = OfflineSource(tmp_path).refs, json.loads((tmp_path / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 2}))
@@ -185,7 +186,7 @@ def test_a_capture_of_release_0_1_is_read(prompts, target, tmp_path):
 
 
 def test_captures_for_another_vocabulary(prompts, target, tmp_path):
-    few = prompts[0].__class__(prompts=prompts[0][:2], max_length=128)
+    few = data_set(prompts[0][:2])
     capture_to_folder(few, target, tmp_path)
     with pytest.raises(UserError, match="a vocabulary of 320 tokens, the target has 500"):
         OfflineSource(tmp_path).token_counts(500)

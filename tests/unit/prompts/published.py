@@ -5,12 +5,14 @@ from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from lightning_dataflow.prompts.records import Conversation, normalise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 TEMPLATES = Path(__file__).parent / "templates"
 TODAY = date(2025, 3, 4)
@@ -158,8 +160,10 @@ def conversation(family: str, kind: str) -> Conversation:
 
 
 @cache
-def tokenizer(family: str) -> PreTrainedTokenizerFast:
+def tokenizer(family: str) -> "PreTrainedTokenizerFast":
     """One token a byte, besides the special ones."""
+    from transformers import PreTrainedTokenizerFast
+
     about, text = FAMILIES[family], (TEMPLATES / f"{family}.jinja").read_text()
     shown = re.findall(r"<[|｜][A-Za-z_▁]+[|｜]>|</?\w+_of_turn>|\[/?[A-Z_]+\]", text)
     special = dict.fromkeys([*about.ends, *about.special, *([about.bos] if about.bos else []), *shown])

@@ -241,9 +241,9 @@ def test_arguments_reach_every_rendering_and_the_records_own_come_first(im):
     thinking = PLAIN.replace("{% if add", "{% if enable_thinking %}!{% endif %}{% if add")
     plain = im_turns(("q", "⟦a<|im_end|>⟧"))
     assert show(im, chat("q", "a"), thinking) == [plain]
-    assert show(im, chat("q", "a"), thinking, arguments={"enable_thinking": True}) != [plain]
+    assert show(im, chat("q", "a"), thinking, template_args={"enable_thinking": True}) != [plain]
     own = {**chat("q", "a"), "chat_template_kwargs": {"enable_thinking": False}}
-    assert show(im, own, thinking, arguments={"enable_thinking": True}) == [plain]
+    assert show(im, own, thinking, template_args={"enable_thinking": True}) == [plain]
 
 
 def test_a_template_of_its_own_for_tools(im):

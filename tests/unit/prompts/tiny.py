@@ -3,14 +3,16 @@
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from operator import itemgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from lightning_dataflow.prompts.encoding import Encoder
 from lightning_dataflow.prompts.records import normalise
 from lightning_dataflow.prompts.template import ChatTemplate, Unusable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 IM = ("<|im_start|>", "<|im_end|>")
 ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -35,8 +37,10 @@ MISTRAL = (
 )
 
 
-def fast(backend: Tokenizer, special: Sequence[Any], template: str | None, **options: Any) -> PreTrainedTokenizerFast:
+def fast(backend: Tokenizer, special: Sequence[Any], template: str | None, **options: Any) -> "PreTrainedTokenizerFast":
     """A tokenizer whose vocabulary holds the `special` tokens too."""
+    from transformers import PreTrainedTokenizerFast
+
     added = [
         token if isinstance(token, AddedToken) else AddedToken(token, special=True, normalized=False) for token in special
     ]
@@ -55,7 +59,7 @@ def byte_tokenizer(
     strip: bool = False,
     merges: Iterable[tuple[str, str]] = (),
     **options: Any,
-) -> PreTrainedTokenizerFast:
+) -> "PreTrainedTokenizerFast":
     """A token for each byte, and for each of `merges`; the last of the `special` tokens ends the text by default."""
     merges = list(merges)
     vocab = {token: index for index, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}

@@ -18,6 +18,7 @@ from lightning_dataflow.strategies.domino.module import DominoModule
 from lightning_dataflow.strategies.domino.objective import DominoObjective
 from lightning_dataflow.strategies.registry import resolve_strategy
 from lightning_dataflow.targets import HFTargetEngine
+from tests.prompts import data_set
 from tests.streams import read_batches
 
 GLOBAL_BATCH, NUM_STEPS = 4, 2
@@ -124,7 +125,7 @@ def blocks_by_sample(module, data, num_batches, rank_of=lambda sample: 0):
 
 
 def test_anchors_are_those_of_any_batch_and_topology_and_new_in_every_pass(target_path, prompts, block_target, tmp_path):
-    few, module = prompts[0].__class__(prompts=prompts[0][:8], max_length=128), make_module(target_path)
+    few, module = data_set(prompts[0][:8]), make_module(target_path)
     capture_to_folder(few, block_target, tmp_path)
     runs = [blocks_by_sample(module, make_data(few, block_target, micro_batch_size=size), 16 // size) for size in (1, 2, 4)]
     offline = DataFlowDataModule(OfflineSource(tmp_path), global_batch_size=GLOBAL_BATCH, micro_batch_size=2)
@@ -227,12 +228,12 @@ def every_other_token(prompts, count):
     from dataclasses import replace
 
     some = [replace(one, loss_mask=tuple(i % 2 for i in range(len(one.input_ids)))) for one in prompts[0][:count]]
-    return prompts[0].__class__(prompts=some, max_length=128)
+    return data_set(some)
 
 
 def test_a_sample_without_neighbouring_supervised_tokens_weighs_nothing(target_path, prompts, block_target, tmp_path):
     few = every_other_token(prompts, 1)
-    mixed = prompts[0].__class__(prompts=[*few[:1], *prompts[0][1:4]], max_length=128)
+    mixed = data_set([*few[:1], *prompts[0][1:4]])
     module = make_module(target_path)
     anchors = blocks_by_sample(module, make_data(mixed, block_target), 2)
     assert sorted(len(one) for one in anchors)[:2] == [0, 12]

@@ -14,6 +14,7 @@ from lightning_dataflow.strategies.checkpoint import load_module
 from lightning_dataflow.strategies.common.layers import rotary_tables
 from lightning_dataflow.strategies.eagle3.module import Eagle3Module
 from lightning_dataflow.strategies.eagle3.objective import TargetRows
+from tests.prompts import data_set
 from tests.streams import read_batches
 
 GLOBAL_BATCH = 4
@@ -327,7 +328,7 @@ def test_learning_rate_schedule(target_path, prompts, target, tmp_path):
 @pytest.mark.parametrize("lk_loss", [None, "alpha", "lambda"])
 def test_training_lowers_the_loss(target_path, prompts, target, tmp_path, lk_loss):
     """The same two samples over and over are learnt."""
-    few = (prompts[0].__class__(prompts=prompts[0][:2], max_length=128), prompts[1])
+    few = (data_set(prompts[0][:2]), prompts[1])
     data = make_data(few, target, global_batch_size=2)
     module = make_module(target_path, lk_loss=lk_loss, num_steps=2)
     make_trainer(tmp_path, data, max_steps=30, gradient_clip_val=1.0).fit(module, data)

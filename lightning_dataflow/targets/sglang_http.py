@@ -19,6 +19,7 @@ from lightning_dataflow.contracts import (
     UserError,
     ref_from_json,
 )
+from lightning_dataflow.contracts.foreign import without_advice
 from lightning_dataflow.sglang_plugin.wire import (
     PARAM,
     CaptureRequest,
@@ -31,6 +32,8 @@ from lightning_dataflow.sglang_plugin.wire import (
 )
 
 CONNECT_TIMEOUT_S = 5.0
+MAX_ANSWER_BYTES = 16 << 20
+"""What is longer is cut, and then no JSON."""
 
 
 class CaptureFailedError(RuntimeError):
@@ -156,7 +159,7 @@ class CaptureServer:
             with self._connected() as connection:
                 connection.request(method, self._prefix + path, data, self._headers)
                 response = connection.getresponse()
-                return response.status, response.read()
+                return response.status, response.read(MAX_ANSWER_BYTES)
         except (OSError, http.client.HTTPException) as error:
             raise PeerGoneError(f"{self._name} does not answer ({str(error) or type(error).__name__})") from error
 
@@ -194,4 +197,4 @@ def _reason(text: bytes) -> str:
         message = data["error"]["message"] if isinstance(data.get("error"), dict) else data.get("message", data)
     except (ValueError, KeyError, AttributeError):
         message = text.decode(errors="replace")
-    return " ".join(str(message).split())[:300]
+    return without_advice(str(message))

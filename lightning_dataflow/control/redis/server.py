@@ -11,6 +11,7 @@ import orjson
 
 from lightning_dataflow.contracts import CapacityError, PeerFailedError, PeerTimeoutError, UserError
 from lightning_dataflow.contracts.errors import TAKEN_OVER
+from lightning_dataflow.contracts.foreign import first_line
 from lightning_dataflow.contracts.validation import check_schema
 from lightning_dataflow.control.redis.address import CONNECT_S, RedisAddress, redis_library
 from lightning_dataflow.control.redis.scripts import LEAVE, Script
@@ -105,7 +106,7 @@ class RedisServer:
             raise self._explained(error) from error
         except (errors.ConnectionError, errors.TimeoutError, errors.InvalidResponse, OSError, ValueError) as error:
             raise UserError(
-                f"no Redis answers at {self.where.address} ({_first_line(error)}): start one there, or correct "
+                f"no Redis answers at {self.where.address} ({_reason(error)}): start one there, or correct "
                 f"channel.address or channel.tls (now {str(self.where.tls).lower()}); see docs/redis.md"
             ) from error
         self._check_info(dict(line.split(":", 1) for line in lines if ":" in line))
@@ -151,7 +152,7 @@ class RedisServer:
         def give_up_when_late(error: Exception) -> None:
             if time.monotonic() > deadline:
                 raise PeerTimeoutError(
-                    f"{self.name} could not be used for {patience:.0f} s ({_first_line(error)}): is it running, and "
+                    f"{self.name} could not be used for {patience:.0f} s ({_reason(error)}): is it running, and "
                     f"can this machine reach it? Start it, then {INTERRUPTED_RUN}"
                 ) from error
 
@@ -187,7 +188,7 @@ class RedisServer:
             return self._send("EVAL", script.text, len(KEYS), *self.keys, *arguments)
 
     def _explained(self, error: Exception) -> Exception:
-        text = _first_line(error)
+        text = _reason(error)
         if text.startswith("LOST"):
             return self.lost("what this process had written there")
         if text.startswith("TAKEN"):
@@ -205,5 +206,5 @@ class RedisServer:
         return PeerFailedError(f"{self.name} answers: {text}")
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).split("\n")[0].rstrip(".")[:200]
+def _reason(error: Exception) -> str:
+    return first_line(error).rstrip(".")

@@ -14,7 +14,7 @@ from lightning_dataflow.contracts import UserError
 from lightning_dataflow.stores.base import dtype_name
 from lightning_dataflow.targets.base import HIDDEN_STATES, TargetEngine
 from lightning_dataflow.targets.hardware import default_device, multiplies_bfloat16
-from lightning_dataflow.targets.info import read_eos_token_ids, read_target_info
+from lightning_dataflow.targets.info import loading, read_eos_token_ids, read_target_info
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -51,7 +51,7 @@ class HFTargetEngine(TargetEngine):
             raise UserError(f"target.dtype={dtype} is unknown: use {', '.join(DTYPES)}")
         self.info = read_target_info(path)
         self.device = default_device() if device == "auto" else torch.device(device)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention, **loading(path))
         if dtype == "auto" and model.dtype == torch.bfloat16 and not multiplies_bfloat16(self.device):
             model = model.float()
         self.model = model.to(self.device).eval()  # type: ignore[arg-type]

@@ -9,6 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.contracts.fingerprint import model_fingerprint, tokenizer_fingerprint
+from lightning_dataflow.contracts.foreign import first_line
+
+_trusted: set[Path] = set()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +40,24 @@ class TargetInfo:
     tokenizer_version: str
 
 
+def trust_remote_code(path: str | Path) -> None:
+    """Let transformers run the code in a target's folder, in this process.
+
+    It is the process that trusts: no checkpoint, card or setting of a module can ask for it.
+    """
+    _trusted.add(Path(path).resolve())
+
+
+def loading(path: str | Path) -> dict[str, bool]:
+    """Arguments of every `from_pretrained` of a target, its config or its tokenizer."""
+    return {"trust_remote_code": Path(path).resolve() in _trusted}
+
+
 def read_target_info(path: str | Path) -> TargetInfo:
     """Read `config.json` and fingerprint a target's folder. Raises UserError when it is not one."""
     folder = Path(path)
     _check_folder(folder)
-    try:
-        config = AutoConfig.from_pretrained(folder).get_text_config()
-    except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"cannot read {folder}/config.json: {str(error).splitlines()[0]}") from error
+    config = _read_config(folder).get_text_config()
     _check_logits(config, folder)
     heads = config.num_attention_heads
     return TargetInfo(
@@ -69,9 +82,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The fast tokenizer in `path`. Raises UserError when there is none."""
     _check_folder(Path(path))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, **loading(path))
     except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"cannot load a tokenizer from {path}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot load a tokenizer from {path}: {_reason(error)}") from error
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer in {path} is not a fast one, character offsets are needed: add a tokenizer.json")
     return tokenizer
@@ -83,19 +96,35 @@ def read_eos_token_ids(path: str | Path) -> tuple[int, ...]:
     if (Path(path) / "generation_config.json").is_file():
         ids = GenerationConfig.from_pretrained(path).eos_token_id
     else:
-        ids = GenerationConfig.from_model_config(AutoConfig.from_pretrained(path)).eos_token_id
+        ids = GenerationConfig.from_model_config(_read_config(Path(path))).eos_token_id
     return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
 
 
 def tensor_names(path: str | Path) -> tuple[list[str], list[str]]:
     """Names that the token embedding and the head may have in a target's files, by building it without memory."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+        model = AutoModelForCausalLM.from_config(_read_config(Path(path)), **loading(path))
 
     def names(wanted: Any) -> list[str]:
         return [f"{name}.weight" for name, module in model.named_modules() if module is wanted]
 
     return names(model.get_input_embeddings()), names(model.get_output_embeddings())
+
+
+def _read_config(folder: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder, **loading(folder))
+    except (ValueError, OSError, KeyError) as error:
+        raise UserError(f"cannot read {folder}/config.json: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if "trust_remote_code" not in str(error):
+        return first_line(error)
+    return (
+        "it needs code of its own, which is not run (target.trust_remote_code=false): choose a target that transformers "
+        "supports by itself"
+    )
 
 
 def _check_folder(folder: Path) -> None:

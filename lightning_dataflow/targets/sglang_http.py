@@ -19,7 +19,7 @@ from lightning_dataflow.contracts import (
     UserError,
     ref_from_json,
 )
-from lightning_dataflow.contracts.foreign import without_advice
+from lightning_dataflow.contracts.foreign import parse_json, without_advice
 from lightning_dataflow.sglang_plugin.wire import (
     PARAM,
     CaptureRequest,
@@ -128,7 +128,7 @@ class CaptureServer:
             if finish.get("type") == "abort":
                 raise PeerGoneError(f"{self._name} aborted the request: {finish.get('message')}")
             (text,) = output["meta_info"]["hidden_states"]
-            answer = dict(json.loads(text))
+            answer = dict(parse_json(text, "an answer"))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ServerRefusalError(
                 f"{self._name} does not capture: run `pip install lightning-dataflow` in its environment, and look for "
@@ -148,7 +148,7 @@ class CaptureServer:
         if status != 200:
             raise PeerGoneError(f"{self._name} answered {status}: {_reason(text)}")
         with suppress(ValueError):
-            answer = json.loads(text)
+            answer = parse_json(text, "an answer")
             if isinstance(answer, dict):
                 return answer
         raise ServerRefusalError(f"what answers at {self.url} is no SGLang server")
@@ -193,7 +193,7 @@ def _generate_body(token_ids: Sequence[int], request: CaptureRequest) -> dict[st
 def _reason(text: bytes) -> str:
     """The message of SGLang's error answer."""
     try:
-        data = json.loads(text)
+        data = parse_json(text, "an answer")
         message = data["error"]["message"] if isinstance(data.get("error"), dict) else data.get("message", data)
     except (ValueError, KeyError, AttributeError):
         message = text.decode(errors="replace")

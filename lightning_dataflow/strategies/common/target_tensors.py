@@ -1,6 +1,5 @@
 """The two tensors that trainers need of the target: its token embedding and its head."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightning_dataflow.contracts import NotFiniteError, UserError
+from lightning_dataflow.contracts.foreign import parse_json
 from lightning_dataflow.data.finite import first_not_finite
 from lightning_dataflow.targets.info import TargetInfo, tensor_names
 
@@ -69,7 +69,7 @@ def _files(folder: Path) -> dict[str, Path]:
     """The file of every tensor."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        return {name: folder / file for name, file in parse_json(index.read_text(), str(index))["weight_map"].items()}
     return {name: file for file in sorted(folder.glob("*.safetensors")) for name in stored_names(file)}
 
 

@@ -13,6 +13,7 @@ from lightning_dataflow.contracts import CapacityError, PeerFailedError, PeerTim
 from lightning_dataflow.contracts.errors import TAKEN_OVER
 from lightning_dataflow.contracts.foreign import first_line
 from lightning_dataflow.contracts.validation import check_schema
+from lightning_dataflow.control.fields import damaged
 from lightning_dataflow.control.redis.address import CONNECT_S, RedisAddress, redis_library
 from lightning_dataflow.control.redis.scripts import LEAVE, Script
 
@@ -83,7 +84,10 @@ class RedisServer:
             command = (self._client, self._acked, self._request, self.term, operation, orjson.dumps(arguments))
             reply = self._patiently(lambda: self._evaluate(script, *command))
             self._acked = self._request
-            return orjson.loads(reply)
+            try:
+                return orjson.loads(reply)
+            except ValueError as error:
+                raise PeerFailedError(f"{self.name} answers {operation} with what is no JSON: {_reason(error)}") from error
 
     def ask(self, *command: Argument) -> Any:
         """Send a command that may be sent twice; returns the reply as it comes."""
@@ -191,6 +195,8 @@ class RedisServer:
         text = _reason(error)
         if text.startswith("LOST"):
             return self.lost("what this process had written there")
+        if text.startswith("DAMAGED"):
+            return damaged(text.removeprefix("DAMAGED ").split(" script: ")[0], f"in {self.name}")
         if text.startswith("TAKEN"):
             return PeerFailedError(TAKEN_OVER.format(text.removeprefix("TAKEN ")))
         if isinstance(error, self._errors.OutOfMemoryError) or text.startswith("OOM"):

@@ -3,6 +3,7 @@
 import fcntl
 import logging
 import os
+import re
 import secrets
 import threading
 import zlib
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 
 FILES = {"card": "run.json", "nonce": "nonce"}
 SEGMENT_BYTES = 8 << 20
+SEGMENT = re.compile(r"log-(\d{8})\.jsonl")
 CHUNK_BYTES = 2 * MAX_LINE_BYTES
 TORN = b" torn"
 """Ends what a killed writer left of a line. No whole line ends like this."""
@@ -167,8 +169,8 @@ class FileChannel(StreamingRefChannel):
         return self._path(last + 1) if full else path
 
     def _segments(self) -> list[int]:
-        names = [entry.name for entry in os.scandir(self.folder)]
-        return sorted(int(name[4:12]) for name in names if name.startswith("log-") and name.endswith(".jsonl"))
+        names = [match for entry in os.scandir(self.folder) if (match := SEGMENT.fullmatch(entry.name))]
+        return sorted(int(match[1]) for match in names)
 
     def _path(self, segment: int) -> Path:
         return self.folder / f"log-{segment:08d}.jsonl"

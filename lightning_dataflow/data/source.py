@@ -105,8 +105,11 @@ class RefSource(ABC):
         num_refs, num_bytes = self.plane.ledger.in_flight()
         return {"refs_in_flight": num_refs, "bytes_in_flight": num_bytes}
 
+    def check_order(self) -> None:  # noqa: B027
+        """Raise UserError when `order` is not that of the producers. Every rank calls it before any waits for another."""
+
     def begin(self, plan: RunPlan, rank: int, world_size: int) -> None:
-        """A fit starts. Rank 0 calls it first. Raises UserError when `order` is not that of the producers."""
+        """A fit starts. Rank 0 calls it first."""
         self._skipped = {}
 
     def replace(self, seq: int, ref: SampleRef, reason: str) -> SampleRef | None:

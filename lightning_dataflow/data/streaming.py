@@ -139,7 +139,7 @@ class StreamingSource(RefSource):
         unwanted = self.queue.ack(next_seq)
         if self._rank == 0:
             self.plane.ledger.ack(next_seq, global_step, seqs)
-            self.free(unwanted)
+            self.free([record.ref for record in unwanted if record.ref is not None])
             if not self.resumable:  # a resume would read what comes after its checkpoint
                 self.plane.log.trim(next_seq)
         elif seqs:

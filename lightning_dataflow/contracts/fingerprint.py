@@ -21,8 +21,8 @@ def model_fingerprint(folder: Path) -> str:
     """Hash of the config, and of the sizes, headers and samples of all weight files: the whole of a large target takes
     minutes.
 
-    Of each tensor in a safetensors file, 4 KB at its start, middle and end are read, small tensors whole. Files without such
-    a header (`.bin`, read where there are no safetensors; or damaged ones) are sampled at 16 places.
+    Of each tensor in a safetensors file, 4 KB at its start, middle and end are read, small tensors whole. Files without
+    such a header (`.bin`, read where there are no safetensors; or damaged ones) are sampled at 16 places.
 
     It cannot see a change that lies between the samples of a tensor of more than 12 KB, such as one row of an embedding,
     nor one between the 16 places of a file without a header. A change that spreads over a tensor is seen: another training

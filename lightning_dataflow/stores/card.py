@@ -67,8 +67,8 @@ class StoreCard:
             known = metadata.get(name, "")
             if self._key is None and known not in ("", value):
                 raise KeyError(
-                    f"features of {ref.sample_id} generation {ref.generation} are damaged: {name.removeprefix('crc32.')} is "
-                    f"not what was written (crc32 {value}, then {known})"
+                    f"features of {ref.sample_id} generation {ref.generation} are damaged: {name.removeprefix('crc32.')} "
+                    f"is not what was written (crc32 {value}, then {known})"
                 )
             if self._key is not None and not hmac.compare_digest(known, value):
                 raise PermissionError(

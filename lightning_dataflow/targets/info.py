@@ -36,7 +36,7 @@ class TargetInfo:
     tokenizer_version: str
 
     def has_version(self, version: str) -> bool:
-        """Whether features or a checkpoint with this version of the weights, perhaps an earlier release's, are this target's."""
+        """Whether features or a checkpoint that carry `version`, perhaps from an earlier release, are this target's."""
         is_early = not version.startswith(PREFIX)
         return version == (early_fingerprint(Path(self.path)) if is_early else self.model_version)
 

@@ -85,6 +85,7 @@ class RolloutWorker:
             PeerFailedError: no capture server is left.
             UserError: a watermark is below a window.
         """
+        self.plane.ledger.renew(self.name, 0)  # those of a process that had this name and died
         with Heartbeat(self.plane.ledger, self.name, lambda: self.state, renew_s=self.lease_s).until("finished"):
             self._drive(should_stop)
 

@@ -33,8 +33,6 @@ CREATE TABLE IF NOT EXISTS samples (
 CREATE INDEX IF NOT EXISTS samples_by_state ON samples (state, seq);
 CREATE TABLE IF NOT EXISTS parts (name TEXT PRIMARY KEY, part TEXT);
 """
-
-
 COLUMNS = ", ".join(Sample._fields)
 
 

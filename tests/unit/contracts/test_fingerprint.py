@@ -7,6 +7,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+
 from lightning_dataflow.contracts.fingerprint import PREFIX, early_fingerprint, model_fingerprint
 
 

@@ -26,7 +26,8 @@ class FeatureCard:
         dtype: of the hidden states, as torch names it, without the prefix.
         prompts_version: fingerprint of the prompts, their masks and their order.
         max_num_tokens: length of the longest sample.
-        skipped: number of records left out before anything was captured, by reason.
+        skipped: number of records, turns and samples left out before anything was captured, by reason.
+        num_records: that the samples of a pass come from; None where that is not known.
     """
 
     features: tuple[str, ...]
@@ -37,6 +38,7 @@ class FeatureCard:
     tokenizer_version: str
     max_num_tokens: int
     skipped: Mapping[str, int] = field(default_factory=dict)
+    num_records: int | None = None
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "FeatureCard":

@@ -85,4 +85,5 @@ def feature_card(prompts: PromptDataset, target: TargetEngine) -> FeatureCard:
         tokenizer_version=target.info.tokenizer_version,
         max_num_tokens=int(prompts.lengths.max()),
         skipped=prompts.skipped,
+        num_records=prompts.num_records,
     )

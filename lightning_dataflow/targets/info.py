@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.contracts.fingerprint import model_fingerprint, tokenizer_fingerprint
+from lightning_dataflow.contracts.fingerprint import PREFIX, early_fingerprint, model_fingerprint, tokenizer_fingerprint
 from lightning_dataflow.contracts.foreign import first_line
 
 _trusted: set[Path] = set()
@@ -20,8 +20,7 @@ class TargetInfo:
 
     Attributes:
         rope_theta: base of the rotary embedding; drafts use the target's.
-        model_version, tokenizer_version: 16 hex digits; features carry them, so that a trainer notices features of another
-            target.
+        model_version, tokenizer_version: features carry them, so that a trainer notices features of another target.
     """
 
     path: str
@@ -38,6 +37,11 @@ class TargetInfo:
     max_position_embeddings: int
     model_version: str
     tokenizer_version: str
+
+    def has_version(self, version: str) -> bool:
+        """Whether features or a checkpoint that carry `version`, perhaps from an earlier release, are this target's."""
+        is_early = not version.startswith(PREFIX)
+        return version == (early_fingerprint(Path(self.path)) if is_early else self.model_version)
 
 
 def trust_remote_code(path: str | Path) -> None:

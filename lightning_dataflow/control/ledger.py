@@ -76,7 +76,7 @@ class MetadataStore(ABC):
 
     @abstractmethod
     def renew(self, worker: str, lease_s: float) -> None:
-        """All leases of `worker` end `lease_s` from now; with 0, at once: it is known to be dead."""
+        """The leases of `worker` that have not expired end `lease_s` from now; with 0, at once: it is known to be dead."""
 
     @abstractmethod
     def give_back(self, lease: Lease, skips: Mapping[int, bytes], log: StreamingRefChannel, counts: bool) -> list[int]:

@@ -82,9 +82,11 @@ class StreamingRefChannel(ABC):
         reason = record.reason and record.reason[:MAX_REASON]
         try:
             line = orjson.dumps({"kind": record.kind, "seq": record.seq, "ref": record.ref, "reason": reason})
-        except TypeError:
+        except TypeError as error:
             assert_no_tensors(record.ref, "record.ref")
-            raise
+            raise TypeError(
+                f"the record of seq {record.seq} cannot be logged ({error}): records hold plain data"
+            ) from error
         if len(line) > MAX_LINE_BYTES:
             raise UserError(
                 f"the record of seq {record.seq} has {len(line)} bytes, the limit is {MAX_LINE_BYTES}: give its sample "

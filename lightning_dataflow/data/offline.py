@@ -42,14 +42,15 @@ class OfflineSource(IndexedSource):
                 f"no finished capture in {folder} ({MANIFEST} is missing): run "
                 f"`lightning-dataflow capture store.root={folder}`"
             )
+        text = (self.folder / MANIFEST).read_text()
         try:
-            manifest = json.loads((self.folder / MANIFEST).read_text())
+            manifest = json.loads(text)
             if (version := manifest["schema_version"]) != OLD_SCHEMA_VERSION:
                 check_schema(version, str(folder), "capture again")
             self.card = FeatureCard.from_json(manifest["card"])
             self.refs = _read_refs(self.folder / REFS, version)
             num_samples = manifest["num_samples"]
-        except (KeyError, TypeError, AttributeError, OSError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, FileNotFoundError, json.JSONDecodeError) as error:
             raise UserError(f"the capture in {self.folder} is damaged ({error!r}): capture again") from error
         self.store = SharedDirFeatureStore(self.folder, retain=True, secret=secret)
         if len(self.refs) != num_samples:
@@ -75,7 +76,7 @@ class OfflineSource(IndexedSource):
     def token_counts(self, vocab_size: int) -> Tensor:
         try:
             counts = load_file(self.folder / COUNTS)["token_counts"]
-        except (OSError, SafetensorError, KeyError) as error:
+        except (FileNotFoundError, SafetensorError, KeyError) as error:
             raise UserError(f"the capture in {self.folder} is damaged ({error}): capture again") from error
         if len(counts) != vocab_size:
             raise UserError(

@@ -26,7 +26,8 @@ class FeatureCard:
         dtype: of the hidden states, as torch names it, without the prefix.
         prompts_version: fingerprint of the prompts, their masks and their order.
         max_num_tokens: length of the longest sample.
-        skipped: number of records left out before anything was captured, by reason.
+        skipped: number of records, turns and samples left out before anything was captured, by reason.
+        num_records: that the samples of a pass come from; None where that is not known.
     """
 
     features: tuple[str, ...]
@@ -37,6 +38,7 @@ class FeatureCard:
     tokenizer_version: str
     max_num_tokens: int
     skipped: Mapping[str, int] = field(default_factory=dict)
+    num_records: int | None = None
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "FeatureCard":
@@ -105,8 +107,11 @@ class RefSource(ABC):
         num_refs, num_bytes = self.plane.ledger.in_flight()
         return {"refs_in_flight": num_refs, "bytes_in_flight": num_bytes}
 
+    def check_order(self) -> None:  # noqa: B027
+        """Raise UserError when `order` is not that of the producers. Every rank calls it before any waits for another."""
+
     def begin(self, plan: RunPlan, rank: int, world_size: int) -> None:
-        """A fit starts. Rank 0 calls it first. Raises UserError when `order` is not that of the producers."""
+        """A fit starts. Rank 0 calls it first."""
         self._skipped = {}
 
     def replace(self, seq: int, ref: SampleRef, reason: str) -> SampleRef | None:

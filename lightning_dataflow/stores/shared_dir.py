@@ -40,7 +40,8 @@ class SharedDirFeatureStore(FeatureStore):
     """One file per sample and generation: `samples/{sample_id}/{generation}.safetensors`, put in place by a rename.
 
     The presence of a file is the truth for every process: freeing unlinks it, and `get` checks again after its bytes have
-    landed, so a freed sample is never returned. Leases are counted in this process: the last one frees the sample for all.
+    landed, so a freed sample is never returned. A file carries a checksum of each tensor, and one that differs is as lost
+    as a missing one. Leases are counted in this process: the last one frees the sample for all.
 
     Args:
         root: the folder; made if missing.
@@ -91,7 +92,7 @@ class SharedDirFeatureStore(FeatureStore):
         return ref
 
     def get(self, ref: SampleRef) -> tuple[Tensors, FeatureHandle]:
-        """Read a file; the tensors are private copies."""
+        """Read a file and check its bytes; the tensors are private copies."""
         self._card.check()
         if ref.uri != self.uri:
             raise of_another_store(ref, self.uri)

@@ -81,7 +81,7 @@ def _rebuild(path: Path, checkpoint: Mapping[str, Any], target: str | None) -> D
             f"{path} has settings of another {name} ({str(error).split('() ')[-1]}): read it with the version of this "
             "package, or of your own strategy, that wrote it"
         ) from error
-    if module.target_info.model_version != checkpoint["target_model_version"]:
+    if not module.target_info.has_version(checkpoint["target_model_version"]):
         raise UserError(f"{path} was trained for another target than {hparams['target']}: name the one it was trained for")
     return module
 

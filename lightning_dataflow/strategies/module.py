@@ -186,14 +186,14 @@ class DraftModule(SumsModule):
 
     def check_features(self, card: FeatureCard) -> None:
         """Raise UserError naming the first way in which captured features do not fit this draft."""
-        strategy, target = self.strategy_name, self.target_info
+        strategy, target, weights = self.strategy_name, self.target_info, card.target_model_version
         if missing := set(self.features) - set(card.features):
             raise UserError(f"the features lack {', '.join(sorted(missing))}, which {strategy} needs: capture again")
         for what, actual, wanted in (
             ("hidden size", card.capture.hidden_size, target.hidden_size),
             ("norm of the last hidden state", card.capture.norm, "post"),
             ("tokenizer", card.tokenizer_version, target.tokenizer_version),
-            ("target weights", card.target_model_version, target.model_version),
+            ("target weights", weights, weights if target.has_version(weights) else target.model_version),
         ):
             if actual != wanted:
                 raise UserError(
@@ -250,7 +250,9 @@ class DraftModule(SumsModule):
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any], data: Any) -> None:
         """Raise UserError naming the first way in which a checkpoint is of another training than this module and data."""
-        saved = checkpoint.get("identity", {})
+        saved = dict(checkpoint.get("identity", {}))
+        if self.target_info.has_version(saved.get("target weights", "")):
+            saved["target weights"] = self.target_info.model_version
         for name, value in self.identity().items():
             if saved.get(name) != value:
                 raise UserError(

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.contracts.fingerprint import model_fingerprint, tokenizer_fingerprint
+from lightning_dataflow.contracts.fingerprint import PREFIX, early_fingerprint, model_fingerprint, tokenizer_fingerprint
 from lightning_dataflow.targets.files import weight_files
 from lightning_dataflow.targets.logits import IDENTITY, LogitsTransform, read_logits_transform
 from lightning_dataflow.targets.rope import Rope, read_rope
@@ -31,8 +31,7 @@ class TargetInfo:
     Attributes:
         rope_theta, rope_scaling: of the rotary embedding; drafts use the target's (see `read_rope`).
         logits: what becomes of the products of head and hidden state; without a bias, which stands in the weights.
-        model_version, tokenizer_version: 16 hex digits; features carry them, so that a trainer notices features of another
-            target.
+        model_version, tokenizer_version: features carry them, so that a trainer notices features of another target.
     """
 
     path: str
@@ -51,6 +50,11 @@ class TargetInfo:
     tokenizer_version: str
     rope_scaling: Rope | None = None
     logits: LogitsTransform = IDENTITY
+
+    def has_version(self, version: str) -> bool:
+        """Whether features or a checkpoint that carry `version`, perhaps from an earlier release, are this target's."""
+        is_early = not version.startswith(PREFIX)
+        return version == (early_fingerprint(Path(self.path)) if is_early else self.model_version)
 
 
 def read_target_info(path: str | Path) -> TargetInfo:

@@ -113,9 +113,9 @@ class CaptureServer:
         with self._lock:
             self._stopping = True
             for connection in self._connections:
-                if connection.sock is not None:
+                if (sock := connection.sock) is not None:  # read once: its own thread may close it meanwhile
                     with suppress(OSError):
-                        socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
+                        socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
     def _generate(self, token_ids: Sequence[int], request: CaptureRequest) -> dict[str, Any]:
         """The plugin's answer to a request."""

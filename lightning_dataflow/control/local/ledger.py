@@ -103,8 +103,10 @@ class SqliteMetadataStore(MetadataStore):
 
     def renew(self, worker: str, lease_s: float) -> None:
         with self._change():
+            now = time.time()
             self._tables.db.execute(
-                "UPDATE samples SET expires = ? WHERE state = 'leased' AND worker = ?", (time.time() + lease_s, worker)
+                "UPDATE samples SET expires = ? WHERE state = 'leased' AND worker = ? AND expires >= ?",
+                (now + lease_s, worker, now),
             )
 
     def give_back(self, lease: Lease, skips: Mapping[int, bytes], log: StreamingRefChannel, counts: bool) -> list[int]:

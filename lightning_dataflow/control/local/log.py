@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 FILES = {"card": "run.json", "nonce": "nonce"}
 SEGMENT_BYTES = 8 << 20
+FILE_MODE = 0o644
 CHUNK_BYTES = 2 * MAX_LINE_BYTES
 TORN = b" torn"
 """Ends what a killed writer left of a line. No whole line ends like this."""
@@ -45,7 +46,7 @@ class FileChannel(StreamingRefChannel):
         self.segment_bytes = segment_bytes
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock_file = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            self._lock_file = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, FILE_MODE)
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error.strerror}; choose another channel.path") from error
         self._lock = threading.Lock()
@@ -55,7 +56,7 @@ class FileChannel(StreamingRefChannel):
 
     def append(self, lines: Sequence[bytes]) -> None:
         data = b"".join(add_crc(line) + b"\n" for line in lines)
-        with self._exclusive(), open(self._last_segment(), "ab+") as segment:
+        with self._exclusive(), open(self._last_segment(), "ab+", opener=_open) as segment:
             if size := segment.tell():
                 segment.seek(size - 1)
                 if segment.read(1) != b"\n":
@@ -158,6 +159,10 @@ class FileChannel(StreamingRefChannel):
 
     def _path(self, segment: int) -> Path:
         return self.folder / f"log-{segment:08d}.jsonl"
+
+
+def _open(name: str, flags: int) -> int:
+    return os.open(name, flags, FILE_MODE)
 
 
 def add_crc(line: bytes) -> bytes:

@@ -33,8 +33,6 @@ CREATE TABLE IF NOT EXISTS samples (
 CREATE INDEX IF NOT EXISTS samples_by_state ON samples (state, seq);
 CREATE TABLE IF NOT EXISTS parts (name TEXT PRIMARY KEY, part TEXT);
 """
-
-
 COLUMNS = ", ".join(Sample._fields)
 
 
@@ -157,5 +155,5 @@ class LedgerTables:
             ) from error
 
     def _patiently(self, statement: str, *parameters: Any) -> sqlite3.Cursor:
-        """Execute, and wait for other processes while they hold the file: SQLite's own pauses grow to 0.1 s."""
+        """Execute; while other processes hold the file, try again. SQLite's own pauses would grow to 0.1 s."""
         return wait_for_others(lambda: self.db.execute(statement, parameters), f"use the ledger {self._path}")

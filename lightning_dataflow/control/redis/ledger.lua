@@ -1,6 +1,7 @@
 -- The ledger's operations on samples; MetadataStore says what they mean. SAMPLES: seq → its row as JSON: state (leased, wanted or
 -- published), attempt, tries, bytes, and the worker of a leased one, the generation of a published one. OPEN: seqs that are not
--- published, by the time from which on they can be leased: the end of their lease, or 0.
+-- published, by the end of their lease; the wanted ones come first, in order, below all times.
+local BEFORE_TIME = 2 ^ 52
 
 local function get(seq)
   local text = redis.call('HGET', SAMPLES, seq)
@@ -12,7 +13,7 @@ local function put(seq, row, ends)
   if row.state == 'published' then
     redis.call('ZREM', OPEN, seq)
   else
-    redis.call('ZADD', OPEN, ends or 0, seq)
+    redis.call('ZADD', OPEN, ends or seq - BEFORE_TIME, seq)
   end
 end
 
@@ -48,8 +49,9 @@ end
 
 -- the lowest seq that is wanted, or whose lease has ended
 local function first_open(time)
-  local lowest
-  for _, seq in ipairs(redis.call('ZRANGEBYSCORE', OPEN, '-inf', string.format('(%.17g', time))) do
+  local first = redis.call('ZRANGE', OPEN, 0, 0, 'WITHSCORES')
+  local lowest = #first > 0 and tonumber(first[2]) < 0 and tonumber(first[1]) or nil
+  for _, seq in ipairs(redis.call('ZRANGEBYSCORE', OPEN, 0, string.format('(%.17g', time))) do
     lowest = math.min(lowest or seq, seq)
   end
   return lowest
@@ -123,10 +125,10 @@ function ops.lease(worker, group, lease_s, marks, first, sizes)
 end
 
 function ops.renew(worker, lease_s)
-  local ends = now() + lease_s
-  for _, seq in ipairs(redis.call('ZRANGE', OPEN, 0, -1)) do
+  local time = now()
+  for _, seq in ipairs(redis.call('ZRANGEBYSCORE', OPEN, time, '+inf')) do
     if get(seq).worker == worker then
-      redis.call('ZADD', OPEN, ends, seq)
+      redis.call('ZADD', OPEN, time + lease_s, seq)
     end
   end
   return true

@@ -9,12 +9,12 @@ local function now()
   return tonumber(time[1]) + tonumber(time[2]) / 1e6
 end
 
--- Entries are called number-client. Numbers count up from 1; the client tells apart what two histories of one server, which lost
--- some of the first, wrote under one number: a client of the first that was answered then does not write to the second.
+-- Entries are called number-time. Numbers count up from 1. A server that lost some entries gives their numbers to others; by the
+-- time, in microseconds, a reader that has read the lost ones notices.
 function ops.append(lines)
-  local last = redis.call('HINCRBY', TOTALS, 'records', #lines) - #lines
+  local last, time = redis.call('HINCRBY', TOTALS, 'records', #lines) - #lines, redis.call('TIME')
   for i, line in ipairs(lines) do
-    redis.call('XADD', LOG, string.format('%d-%s', last + i, ARGV[1]), 'record', line)
+    redis.call('XADD', LOG, string.format('%d-%s%06d', last + i, time[1], time[2]), 'record', line)
   end
   return true
 end

@@ -57,7 +57,7 @@ class RedisServer:
         errors = (self._errors.ConnectionError, self._errors.TimeoutError, self._errors.ResponseError, OSError)
         self._retry = redis.retry.Retry(redis.backoff.ExponentialBackoff(PAUSE_S[1], PAUSE_S[0]), -1, errors)
         self._lock = threading.Lock()
-        self._client = str(secrets.randbits(48))  # as the ids of a stream's entries can hold
+        self._client = secrets.token_hex(8)
         self._acked = self._request = 0
         self._lost: PeerFailedError | None = None
         self.check()

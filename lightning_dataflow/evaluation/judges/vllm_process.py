@@ -153,11 +153,12 @@ def find_python(path: str | None) -> str:
     """The Python to run vLLM with. Raises UserError unless it exists and has vLLM."""
     if path is None:
         raise UserError("backend vllm needs the Python of an environment with vLLM: set evaluate.python=…/bin/python")
+    program = str(Path(path).absolute())
     code = "import importlib.util as u, sys; sys.exit(0 if u.find_spec('vllm') else 3)"
     try:
-        probe = subprocess.run([path, "-c", code], stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
+        probe = subprocess.run([program, "-c", code], stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"evaluate.python={path} does not run ({error}): give a Python with vLLM") from error
     if probe.returncode:
         raise UserError(f"evaluate.python={path} has no vLLM: install it there (scripts/vllm_cpu.sh builds one for CPUs)")
-    return str(Path(path).absolute())
+    return program

@@ -216,16 +216,16 @@ class MooncakeClient:
             raise MemoryError(f"no memory for a transfer buffer of {num_bytes} bytes: free memory, or use smaller samples")
         # The address is the base of a new block, so only a lost peer can refuse it.
         if self._raw and self._store.register_buffer(block.address, num_bytes):
-            self._give_back(block)
+            self._release_memory(block)
             raise TransientError(UNREACHABLE[1])
         return block
 
     def _free(self, block: Block) -> None:
         if self._raw and not self._closed:  # closing has unregistered everything, and the library would crash
             self._store.unregister_buffer(block.address)
-        self._give_back(block)
+        self._release_memory(block)
 
-    def _give_back(self, block: Block) -> None:
+    def _release_memory(self, block: Block) -> None:
         if self._shared_memory is not None:
             self._shared_memory.free(block.address)
 

@@ -185,6 +185,20 @@ def test_a_full_disk_is_an_error_of_the_system_with_the_path(tmp_path):
     commit(ledger, lease(ledger, group=8))  # and it goes on where there is room again
 
 
+@pytest.mark.parametrize("act", [lease, lambda ledger: ledger.renew("b", 60)], ids=["lease", "renew"])
+def test_a_call_costs_the_same_however_many_samples_are_wanted(act):
+    """As many as there are, after a store was lost. The cost is counted in instructions of SQLite."""
+
+    def cost(num_wanted: int) -> int:
+        ledger, counted = SqliteMetadataStore(), []
+        begin(ledger, stop=10000, wanted=dict.fromkeys(range(num_wanted), 1), frontier=num_wanted)
+        ledger._tables.db.set_progress_handler(lambda: counted.append(1), 1)
+        act(ledger)
+        return len(counted)
+
+    assert cost(5000) < 1.2 * cost(50)
+
+
 def test_the_file_stays_small(tmp_path):
     ledger = SqliteMetadataStore(tmp_path / "ledger.sqlite")
     begin(ledger, stop=5000, window=8)

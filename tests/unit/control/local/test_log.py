@@ -1,6 +1,7 @@
 """The log in a folder: what any number of writers append, every reader sees once, whole and in order."""
 
 import json
+import os
 from typing import Any
 
 import pytest
@@ -51,6 +52,16 @@ def test_a_torn_line_is_waited_for_then_closed_by_the_next_writer_and_logged(cha
     assert num_torn(caplog) == 1
     assert [one.seq for one in reader(channel).poll()] == [0, 1]
     assert num_torn(caplog) == 1
+
+
+def test_nobody_else_may_write_to_the_log(tmp_path):
+    before = os.umask(0)
+    try:
+        channel = FileChannel(tmp_path)
+        channel.publish(refs(0))
+    finally:
+        os.umask(before)
+    assert {path.name for path in tmp_path.iterdir() if path.stat().st_mode & 0o022} == set()
 
 
 def test_a_line_that_is_completed_later_is_read_then(channel, caplog):

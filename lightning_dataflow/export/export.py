@@ -13,6 +13,7 @@ from lightning_dataflow.export.folder import DTYPES, check_destination, write_dr
 from lightning_dataflow.export.serve import check_engine
 from lightning_dataflow.export.training import training_sections
 from lightning_dataflow.strategies.checkpoint import load_module
+from lightning_dataflow.strategies.common.target_tensors import has_head_bias
 from lightning_dataflow.strategies.module import DraftModule
 from lightning_dataflow.strategies.published.contract import DraftDescription
 from lightning_dataflow.strategies.published.engines import resolve_engine
@@ -111,6 +112,7 @@ def describe(module: DraftModule, *, dtype: str = "bfloat16", num_draft_tokens: 
         num_draft_tokens=num_draft_tokens or module.num_draft_tokens,
         target=info.path,
         target_architectures=tuple(config.get("architectures") or ()),
+        head_bias=has_head_bias(info),
         dtype=dtype,
     )
 

@@ -71,6 +71,8 @@ def _rebuild(path: Path, checkpoint: Mapping[str, Any], target: str | None) -> D
     if "target" not in hparams or "target_model_version" not in checkpoint:
         raise _incomplete(path, "the name of its target")
     hparams |= {"target": target or hparams["target"], "init_from": None}  # its sizes are in `network`
+    if "rope_theta" in (saved := checkpoint.get("identity", {})) and "rope_scaling" not in saved:
+        hparams["network"] = {**(hparams.get("network") or {}), "rope_scaling": None}  # release 0.1 trained without any
     try:
         module: DraftModule = resolve_strategy(name).module(**hparams)
     except TypeError as error:

@@ -77,7 +77,7 @@ class LedgerTables:
 
     def rows(self, statement: str, *parameters: Any) -> list[Any]:
         """What a statement that only reads finds."""
-        with self._lock:
+        with self._lock, self._explained():
             return self._patiently(statement, *parameters).fetchall()
 
     def run(self) -> dict[str, Any]:

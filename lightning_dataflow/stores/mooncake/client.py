@@ -141,6 +141,10 @@ class MooncakeClient:
         """Which of `keys` are stored completely."""
         return [code == 1 for code in _checked(self._store.batch_is_exist(list(keys)))]
 
+    def stored_bytes(self, key: str) -> int:
+        """Size of an object, or a code below 0. Takes a read lease."""
+        return _checked([self._store.get_size(key)])[0]
+
     def remove(self, keys: Sequence[str]) -> None:
         """Remove by force, even while a reader has a lease. Keys that do not exist count as removed."""
         _checked(self._store.batch_remove(list(keys), True))

@@ -157,8 +157,8 @@ class FileChannel(StreamingRefChannel):
         with self._lock:
             # The kernel gives the lock of a process that was killed to the next.
             lock = partial(fcntl.flock, self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            wait_for_others(lock, f"append to the log in {self.folder}")
             try:
+                wait_for_others(lock, f"append to the log in {self.folder}")
                 yield
             finally:
                 fcntl.flock(self._lock_file, fcntl.LOCK_UN)

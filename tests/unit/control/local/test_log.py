@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from lightning_dataflow.contracts import LogRecord, PeerTimeoutError, UserError, ref_to_json
+from lightning_dataflow.control.local import log as log_module
 from lightning_dataflow.control.local.log import CHUNK_BYTES, FileChannel, add_crc
 from tests.records import make_ref
 
@@ -52,6 +53,19 @@ def test_a_torn_line_is_waited_for_then_closed_by_the_next_writer_and_logged(cha
     assert num_torn(caplog) == 1
     assert [one.seq for one in reader(channel).poll()] == [0, 1]
     assert num_torn(caplog) == 1
+
+
+def test_an_interrupt_as_an_append_begins_keeps_nobody_from_it(channel, monkeypatch):
+    def interrupt(act, purpose):
+        act()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(log_module, "wait_for_others", interrupt)
+        channel.publish(refs(0))
+    monkeypatch.setattr("lightning_dataflow.control.local.waiting.TIMEOUT_S", 0.1)
+    reader(channel).publish(refs(1))
+    assert [record.seq for record in channel.poll()] == [1]
 
 
 def test_nobody_else_may_write_to_the_log(tmp_path):

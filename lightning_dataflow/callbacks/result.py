@@ -18,6 +18,7 @@ from lightning_dataflow.callbacks.acceptance import AcceptanceEvaluation
 from lightning_dataflow.callbacks.early import EarlyCheckpoints
 from lightning_dataflow.callbacks.metrics import RunMetrics
 from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
+from lightning_dataflow.contracts.folders import KeptFolder
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,9 @@ class ResultWriter(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the folder here, on every rank: `trainer.log_dir` is a collective."""
         self.path = Path(self.folder or trainer.log_dir or trainer.default_root_dir) / "result.json"
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._home = KeptFolder(self.path.parent)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._write(trainer, pl_module, "completed")
@@ -64,13 +68,13 @@ class ResultWriter(L.Callback):
         status = "interrupted" if interrupted else f"failed: {exception if is_explained else type(exception).__name__}"
         try:
             self._write(trainer, pl_module, status)
-        except (OSError, TypeError) as error:  # must not hide the exception that ended the run
+        except (OSError, TypeError, UserError) as error:  # must not hide the exception that ended the run
             log.warning(f"no result was written: {error}")
 
     def _write(self, trainer: L.Trainer, pl_module: Any, status: str) -> None:
         if self.path is None or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._home.check()
         write_result(self.path, self._result(trainer, pl_module, status))
 
     def _result(self, trainer: L.Trainer, pl_module: Any, status: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from lightning_dataflow.checkpoints.markers import make_room, mark_complete
 from lightning_dataflow.checkpoints.paths import local_path
 from lightning_dataflow.checkpoints.reading import read_header
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts.folders import KeptFolder
 from lightning_dataflow.data import DataFlowDataModule
 
 
@@ -35,6 +36,7 @@ class DataFlowTrainer(L.Trainer):
         if any(isinstance(plugin, CheckpointIO) for plugin in given):
             raise UserError("Trainer(plugins=…): a DataFlowTrainer writes checkpoints itself, leave CheckpointIO out")
         self._checkpoint_files = CheckpointFiles()
+        self._root: KeptFolder | None = None
         super().__init__(plugins=[*given, self._checkpoint_files], **kwargs)
 
     def fit(
@@ -52,12 +54,15 @@ class DataFlowTrainer(L.Trainer):
             check, local = getattr(model, "check_checkpoint", None), local_path(ckpt_path)
             if check is not None and local is not None:
                 check(read_header(local), data)
+        self._root = KeptFolder(self.default_root_dir)
         super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
 
     def save_checkpoint(
         self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any | None = None
     ) -> None:
         """Weights alone are no checkpoint to resume from, so they get no marker.
+
+        Raises UserError where the folder of this fit was moved or removed: it is not made again.
 
         Raises NotFiniteError, before anything is written or voided, if the weights are not finite or such an error has
         ended the fit. While such an error is ending the fit, this does nothing, whichever callback calls it.
@@ -68,6 +73,8 @@ class DataFlowTrainer(L.Trainer):
         if check is not None:
             check()
         local = local_path(filepath)
+        if self._root is not None and local is not None and local.absolute().is_relative_to(self._root.path):
+            self._root.check()
         self._checkpoint_files.admit(os.path.dirname(filepath if local is None else local))
         if local is not None and self.is_global_zero:
             make_room(local)

@@ -23,12 +23,15 @@ from lightning_dataflow.config.parsing import check_choices, parse_config, regis
 from lightning_dataflow.config.schema import TrainConfig
 from lightning_dataflow.contracts import CapacityError, NotFiniteError, PeerFailedError, PeerTimeoutError, UserError
 from lightning_dataflow.contracts.errors import BAD_SETTINGS, INTERRUPTED, RETRYABLE, TERMINATED
+from lightning_dataflow.contracts.folders import KeptFolder
 from lightning_dataflow.contracts.foreign import one_line
 from lightning_dataflow.run.claim import claim
 from lightning_dataflow.run.ranks import rank_from_environment
 from lightning_dataflow.run.signals import Terminated, signals_interrupt
 
 MAX_ERROR = 2000
+OF_FILE_SYSTEMS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
+"""Errors that have nothing to do with the command."""
 MISCONFIGURATION = "MisconfigurationException"
 """Lightning's error for wrong settings."""
 
@@ -84,17 +87,19 @@ def command(function: Command, *, keeps_folder: bool = True, owns_folder: bool =
     @wraps(function)
     def run(config: DictConfig) -> Any:
         log_printable()
+        home: KeptFolder | None = None
         try:
             drop_conditions(config)
             parsed = parse_config(config)
             _check_run_name(parsed)
+            home = KeptFolder(parsed.run_dir)
             if parsed.target.trust_remote_code:
                 from lightning_dataflow.targets.info import trust_remote_code  # takes seconds
 
                 trust_remote_code(parsed.target.path)
             return function(parsed)
         except BaseException as error:
-            _exit(error, config.role)
+            _exit(error if home is None else _explained_by(home, error), config.role)
         finally:
             if not keeps_folder and not is_multirun():
                 _remove_unused(Path(HydraConfig.get().runtime.output_dir))
@@ -127,11 +132,22 @@ def _exit(error: BaseException, role: str) -> NoReturn:
     sys.exit(RETRYABLE if role != "auto" and _is_retryable(error) else BAD_SETTINGS)
 
 
+def _explained_by(home: KeptFolder, error: BaseException) -> BaseException:
+    """Whatever failed: that the folder is gone, if it is."""
+    if isinstance(error, Exception):
+        try:
+            home.check()
+        except UserError as moved:
+            moved.__cause__ = error
+            return moved
+    return error
+
+
 def _is_explained(error: BaseException) -> bool:
     """Whether the message says all there is to say; other errors show a traceback."""
     if isinstance(error, UserError | CapacityError | PermissionError | PeerFailedError | PeerTimeoutError):
         return True
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in OF_FILE_SYSTEMS:
         return True
     return type(error).__name__ in ("StoreUnavailableError", MISCONFIGURATION)  # by name: importing them takes seconds
 

@@ -17,7 +17,8 @@ class PrintableFormatter(logging.Formatter):
 
 
 def log_printable() -> None:
-    """Make all handlers that Hydra has set up escape what they write."""
+    """Make all handlers that Hydra has set up escape what they write. One that cannot write stays silent."""
+    logging.raiseExceptions = False  # the log file may be on a disk that is full, or gone
     for handler in logging.getLogger().handlers:
         if not isinstance(handler.formatter, PrintableFormatter):
             handler.setFormatter(PrintableFormatter(handler.formatter or logging.Formatter()))

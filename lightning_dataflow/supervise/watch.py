@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from lightning_dataflow.checkpoints.markers import latest_checkpoint
 from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
+from lightning_dataflow.contracts.folders import KeptFolder
 from lightning_dataflow.control import MetadataStore
 from lightning_dataflow.control.heartbeat import end_leases
 from lightning_dataflow.services.server import LocalServer
@@ -74,6 +75,7 @@ class Watch:
 
     Raises:
         PeerFailedError: from `run`: the run cannot go on; names the process that failed, and why.
+        UserError: from `run`: the folder of the run was moved or removed.
     """
 
     producers: Sequence[ManagedProcess]
@@ -88,10 +90,12 @@ class Watch:
         self._exhausted: dict[str, str] = {}  # producers without restarts left: exit reasons by name
         self._dead_pids: list[int] = []  # of producers, which may hold leases
         self._ledger_away_since: float | None = None
+        self._home = KeptFolder(self.run_dir)
 
     def run(self) -> None:
         """Return when all have ended."""
         while (status := self.trainer.process.poll()) != 0:
+            self._home.check()  # a process that is started again would make it again
             if self._keep_servers_running():
                 self._keep_producers_running()
                 if status is not None:

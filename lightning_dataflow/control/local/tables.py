@@ -33,6 +33,8 @@ CREATE TABLE IF NOT EXISTS samples (
 CREATE INDEX IF NOT EXISTS samples_by_state ON samples (state, seq);
 CREATE TABLE IF NOT EXISTS parts (name TEXT PRIMARY KEY, part TEXT);
 """
+REASONS = {"full": errno.ENOSPC, "readonly": errno.EROFS, "disk I/O": errno.EIO}
+"""What SQLite says, and the error number of it."""
 COLUMNS = ", ".join(Sample._fields)
 
 
@@ -143,9 +145,10 @@ class LedgerTables:
         try:
             yield
         except sqlite3.OperationalError as error:
-            if "full" not in str(error):
+            number = next((number for text, number in REASONS.items() if text in str(error)), None)
+            if number is None:
                 raise
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path)) from error
+            raise OSError(number, os.strerror(number), str(self._path)) from error
         except sqlite3.DatabaseError as error:
             if type(error) is not sqlite3.DatabaseError:
                 raise

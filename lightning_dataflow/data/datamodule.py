@@ -178,8 +178,8 @@ class DataFlowDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor, the settings that define the order it counts in, and counts of the samples before it. Plain data."""
-        if self.trainer is not None:
-            cast(Any, self.trainer.lightning_module).count_last_step()
+        if (count := getattr(getattr(self.trainer, "lightning_module", None), "count_last_step", None)) is not None:
+            count()
         self._saved_seq = self.next_seq
         return {
             "next_seq": self.next_seq,

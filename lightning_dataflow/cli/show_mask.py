@@ -29,7 +29,7 @@ def show_mask(config: TrainConfig) -> None:
     training, held_out = builder.prompts
     left_out = ", ".join(f"{count} {reason}" for reason, count in training.skipped.items()) or "none"
     print(
-        f"{len(training)} samples of {training.num_conversations} records to train on, {len(held_out)} held out; "
+        f"{len(training)} samples of {training.num_records} records to train on, {len(held_out)} held out; "
         f"left out: {left_out}"
     )
 

@@ -29,7 +29,10 @@ class Prefetcher:
         assert depth > 0, "reading nothing ahead needs no thread"
         self._batches = batches
         self._ready: queue.SimpleQueue[tuple[Batch | None, Any]] = queue.SimpleQueue()
-        self._room = threading.Semaphore(depth)
+        # No semaphore: it is Python code, and an interrupt inside of it leaves it locked for good.
+        self._room: queue.SimpleQueue[None] = queue.SimpleQueue()
+        for _ in range(depth):
+            self._room.put(None)
         self._stop = threading.Event()
         self._device = device
         self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
@@ -41,7 +44,7 @@ class Prefetcher:
             batch, event = self._ready.get()
             if self._stop.is_set():
                 return
-            self._room.release()
+            self._room.put(None)
             if batch is None:
                 if event is not None:
                     raise event
@@ -55,7 +58,7 @@ class Prefetcher:
     def close(self) -> None:
         """End the thread, and a reader's wait for it. Raises RuntimeError when it does not end in time."""
         self._stop.set()
-        self._room.release()
+        self._room.put(None)
         self._ready.put((None, None))
         self._thread.join(JOIN_TIMEOUT_S)
         if self._thread.is_alive():
@@ -66,7 +69,7 @@ class Prefetcher:
             stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
             for batch in self._batches:
                 copied = (batch, None) if stream is None else _copy_on(stream, batch)
-                self._room.acquire()
+                self._room.get()
                 if self._stop.is_set():
                     return
                 self._ready.put(copied)

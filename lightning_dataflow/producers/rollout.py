@@ -82,9 +82,10 @@ class RolloutWorker:
             PeerTimeoutError: no trainer began, or the trainer gave no sign of life.
             StoreUnavailableError: the store did not come back. No sample is charged with a failure.
             CaptureMismatchError: the target captures something else than was announced.
-            PeerFailedError: no capture server is left.
+            PeerFailedError: no capture server has answered for too long.
             UserError: a watermark is below a window.
         """
+        self.plane.ledger.renew(self.name, 0)  # those of a process that had this name and died
         with Heartbeat(self.plane.ledger, self.name, lambda: self.state, renew_s=self.lease_s).until("finished"):
             self._drive(should_stop)
 

@@ -106,7 +106,7 @@ class PromptDataset(Sequence[TokenizedPrompt]):
         return np.diff(self.bounds)
 
     @property
-    def num_conversations(self) -> int:
+    def num_records(self) -> int:
         """Records that the prompts come from."""
         return len(np.unique(self.arrays.samples["record"]))
 

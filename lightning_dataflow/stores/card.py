@@ -5,22 +5,26 @@ import hmac
 import json
 import os
 import secrets
+import zlib
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from lightning_dataflow.contracts import SampleRef, UserError
+from lightning_dataflow.contracts.foreign import parse_json
+from lightning_dataflow.contracts.validation import check_id
 from lightning_dataflow.stores.base import Tensors
 
 FILE = "store.json"
+MAX_CARD_BYTES = 1 << 16
 
 
 class StoreCard:
     """The first process to attach writes the card; all others must have the same secret.
 
     The card holds half of what scrypt derives from the secret. The other half signs files: an HMAC over the ids and the
-    bytes of a sample's features. Without a secret nothing is signed.
+    bytes of a sample's features. Without a secret, files carry checksums, which reveal damage and guard against nobody.
 
     Raises:
         PermissionError: wrong secret.
@@ -45,22 +49,34 @@ class StoreCard:
             )
 
     def sign(self, ref: SampleRef, tensors: Tensors) -> dict[str, str]:
-        """What a file of `ref` says to prove that its writer knew the secret; empty without a secret."""
+        """What a file of `ref` says to prove that its writer knew the secret; without one, the checksum of each tensor."""
+        ids = f"{self.store_id}/{ref.sample_id}/{ref.generation}"
         if self._key is None:
-            return {}
-        mac = hmac.new(self._key, f"{self.store_id}/{ref.sample_id}/{ref.generation}".encode(), "sha256")
+            return {f"crc32.{name}": _checksum(tensor, f"{ids}/{name}") for name, tensor in tensors.items()}
+        mac = hmac.new(self._key, ids.encode(), "sha256")
         for name, tensor in sorted(tensors.items()):
             mac.update(f"/{name}/{tensor.dtype}/{tuple(tensor.shape)}/".encode())
-            mac.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            mac.update(_bytes(tensor))
         return {"hmac": mac.hexdigest()}
 
     def verify(self, ref: SampleRef, tensors: Tensors, metadata: dict[str, str]) -> None:
-        """Raise PermissionError unless `metadata` is what `sign` returned for these tensors."""
+        """Compare `metadata` with what `sign` returns for these tensors. Files of earlier releases have no checksums.
+
+        Raises:
+            KeyError: a checksum differs.
+            PermissionError: the signature differs, or there is none.
+        """
         for name, value in self.sign(ref, tensors).items():
-            if not hmac.compare_digest(metadata.get(name, ""), value):
+            known = metadata.get(name, "")
+            if self._key is None and known not in ("", value):
+                raise KeyError(
+                    f"features of {ref.sample_id} generation {ref.generation} are damaged: {name.removeprefix('crc32.')} "
+                    f"is not what was written (crc32 {value}, then {known})"
+                )
+            if self._key is not None and not hmac.compare_digest(known, value):
                 raise PermissionError(
                     f"{ref.sample_id} generation {ref.generation} was not written with this store's secret (or by version "
-                    f"0.1, which signed nothing): remove {self._path.parent} and capture again"
+                    f"0.1, which signed nothing), or is damaged: remove {self._path.parent} and capture again"
                 )
 
     def _write(self, secret: str | None) -> None:
@@ -76,12 +92,22 @@ class StoreCard:
 
     def _read(self) -> dict[str, str]:
         try:
-            card = json.loads(self._path.read_text())
-            return {name: card[name] for name in ("store_id", "salt", "digest")}
+            card = parse_json(self._path.read_bytes(), str(self._path), MAX_CARD_BYTES)
+            return {name: check_id(card[name], name) for name in ("store_id", "salt", "digest")}
         except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{self._path.parent} is no longer a feature store ({error!r}): point at the folder again"
             ) from error
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _checksum(tensor: torch.Tensor, ids: str) -> str:
+    """CRC-32 reads 1.4 GB/s on a core, about as fast as a disk."""
+    start = zlib.crc32(f"{ids}/{tensor.dtype}/{tuple(tensor.shape)}".encode())
+    return f"{zlib.crc32(_bytes(tensor), start):08x}"
 
 
 def _derive(secret: str | None, salt: str) -> tuple[str, bytes]:

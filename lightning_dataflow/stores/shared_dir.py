@@ -34,13 +34,15 @@ LOCK = "capacity.lock"
 LOCK_TIMEOUT_S, LOCK_POLL_S = 60.0, 0.01
 ORPHAN_AGE_S = 600.0
 MKDIR_TRIES = 10
+MAX_HEADER_BYTES = 1 << 20
 
 
 class SharedDirFeatureStore(FeatureStore):
     """One file per sample and generation: `samples/{sample_id}/{generation}.safetensors`, put in place by a rename.
 
     The presence of a file is the truth for every process: freeing unlinks it, and `get` checks again after its bytes have
-    landed, so a freed sample is never returned. Leases are counted in this process: the last one frees the sample for all.
+    landed, so a freed sample is never returned. A file carries a checksum of each tensor, and one that differs is as lost
+    as a missing one. Leases are counted in this process: the last one frees the sample for all.
 
     Args:
         root: the folder; made if missing.
@@ -91,12 +93,14 @@ class SharedDirFeatureStore(FeatureStore):
         return ref
 
     def get(self, ref: SampleRef) -> tuple[Tensors, FeatureHandle]:
-        """Read a file; the tensors are private copies."""
+        """Read a file and check its bytes; the tensors are private copies."""
         self._card.check()
         if ref.uri != self.uri:
             raise of_another_store(ref, self.uri)
         path = self._path(ref)
         try:
+            if (size := path.stat().st_size) > ref.num_bytes + MAX_HEADER_BYTES:  # before memory is taken for it
+                raise KeyError(f"features of {ref.sample_id} have {size} bytes, the ref says {ref.num_bytes}")
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
                 metadata = file.metadata() or {}

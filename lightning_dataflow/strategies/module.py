@@ -37,6 +37,7 @@ TARGET_SIZES = (
     "head_dim",
     "rms_norm_eps",
     "rope_theta",
+    "rope_scaling",
 )
 """Sizes that a draft has from its target, unless it is told otherwise."""
 Draft = TypeVar("Draft", bound=nn.Module)
@@ -146,7 +147,8 @@ class DraftModule(SumsModule):
         settings = {name: value for name in names if (value := self.hparams.get(name)) is not None}
         if self._start is not None:
             check_settings(self._start, settings)
-        sizes = {name: getattr(self.target_info, name) for name in TARGET_SIZES} | {"num_aux_layers": len(self.layer_ids)}
+        sizes = {name: getattr(self.target_info, name) for name in TARGET_SIZES if name in names}
+        sizes |= {"num_aux_layers": len(self.layer_ids)}
         return {**sizes, **defaults, **settings, **(self.hparams["network"] or {})}
 
     def new_draft(self, draft: Callable[[Any], Draft], config: Any) -> Draft:
@@ -184,14 +186,14 @@ class DraftModule(SumsModule):
 
     def check_features(self, card: FeatureCard) -> None:
         """Raise UserError naming the first way in which captured features do not fit this draft."""
-        strategy, target = self.strategy_name, self.target_info
+        strategy, target, weights = self.strategy_name, self.target_info, card.target_model_version
         if missing := set(self.features) - set(card.features):
             raise UserError(f"the features lack {', '.join(sorted(missing))}, which {strategy} needs: capture again")
         for what, actual, wanted in (
             ("hidden size", card.capture.hidden_size, target.hidden_size),
             ("norm of the last hidden state", card.capture.norm, "post"),
             ("tokenizer", card.tokenizer_version, target.tokenizer_version),
-            ("target weights", card.target_model_version, target.model_version),
+            ("target weights", weights, weights if target.has_version(weights) else target.model_version),
         ):
             if actual != wanted:
                 raise UserError(
@@ -248,7 +250,9 @@ class DraftModule(SumsModule):
 
     def check_checkpoint(self, checkpoint: Mapping[str, Any], data: Any) -> None:
         """Raise UserError naming the first way in which a checkpoint is of another training than this module and data."""
-        saved = checkpoint.get("identity", {})
+        saved = dict(checkpoint.get("identity", {}))
+        if self.target_info.has_version(saved.get("target weights", "")):
+            saved["target weights"] = self.target_info.model_version
         for name, value in self.identity().items():
             if saved.get(name) != value:
                 raise UserError(

@@ -141,7 +141,7 @@ def test_a_target_that_gives_nothing_finite(tmp_path, infinite_weight, settings)
     ids=["ddp", "online", "interleaved", "disagg_online", "durable"],
 )
 def test_a_target_with_nan_in_an_embedding(tmp_path, nan_in_an_embedding, settings):
-    """With two ranks only one has such features, and both skip the step; a resumed run knows. All topologies train alike."""
+    """With two ranks only one has such features, and both skip the step; a resumed run knows."""
     shown = python(TRAIN, *TINY, *nan_in_an_embedding, *settings, "run_name=nan", cwd=tmp_path)
     assert "step 1, of samples " in shown.stdout + shown.stderr
     run = result(tmp_path, "nan")

@@ -1,10 +1,11 @@
 -- The ledger's operations on samples; MetadataStore says what they mean. SAMPLES: seq → its row as JSON: state (leased, wanted or
 -- published), attempt, tries, bytes, and the worker of a leased one, the generation of a published one. OPEN: seqs that are not
--- published, by the time from which on they can be leased: the end of their lease, or 0.
+-- published, by the end of their lease; the wanted ones come first, in order, below all times.
+local BEFORE_TIME = 2 ^ 52
 
 local function get(seq)
   local text = redis.call('HGET', SAMPLES, seq)
-  return text and cjson.decode(text)
+  return text and decode(text, 'row of sample ' .. seq, {'attempt', 'tries', 'bytes'})
 end
 
 local function put(seq, row, ends)
@@ -12,7 +13,7 @@ local function put(seq, row, ends)
   if row.state == 'published' then
     redis.call('ZREM', OPEN, seq)
   else
-    redis.call('ZADD', OPEN, ends or 0, seq)
+    redis.call('ZADD', OPEN, ends or seq - BEFORE_TIME, seq)
   end
 end
 
@@ -48,25 +49,25 @@ end
 
 -- the lowest seq that is wanted, or whose lease has ended
 local function first_open(time)
-  local lowest
-  for _, seq in ipairs(redis.call('ZRANGEBYSCORE', OPEN, '-inf', string.format('(%.17g', time))) do
+  local first = redis.call('ZRANGE', OPEN, 0, 0, 'WITHSCORES')
+  local lowest = #first > 0 and tonumber(first[2]) < 0 and tonumber(first[1]) or nil
+  for _, seq in ipairs(redis.call('ZRANGEBYSCORE', OPEN, 0, string.format('(%.17g', time))) do
     lowest = math.min(lowest or seq, seq)
   end
   return lowest
 end
 
 local function must_wait(seq, bytes, num_new, window, marks)
-  local totals = redis.call('HMGET', TOTALS, 'bytes_in_flight', 'paused', 'trained_seq')
-  local in_bytes, in_refs = tonumber(totals[1]), redis.call('HLEN', SAMPLES)
+  local in_bytes, in_refs = total('bytes_in_flight', 0), redis.call('HLEN', SAMPLES)
   local fits = in_bytes + bytes <= marks.high_bytes and in_refs + num_new <= marks.high_refs
   local low = in_bytes <= marks.low_bytes and in_refs <= marks.low_refs
-  local was_paused = totals[2] == '1'
+  local was_paused = redis.call('HGET', TOTALS, 'paused') == '1'
   local paused = not fits or (was_paused and not low)
   if paused ~= was_paused then
     redis.call('HINCRBY', TOTALS, 'capture_waits', paused and 1 or 0)
     redis.call('HSET', TOTALS, 'paused', paused and 1 or 0)
   end
-  if seq < tonumber(totals[3]) + window then  -- the trainer waits for it
+  if seq < total('trained_seq', 0) + window then  -- the trainer waits for it
     local lost = num_new == 0  -- of a resumed run; what survived must not keep it out
     return not fits and not lost
   end
@@ -75,12 +76,12 @@ end
 
 -- first, sizes: the group that the caller expects to be next, and the bytes of its samples. Those of another are asked for.
 function ops.lease(worker, group, lease_s, marks, first, sizes)
-  local totals = redis.call('HMGET', TOTALS, 'plan', 'finished_at', 'frontier')
+  local totals = redis.call('HMGET', TOTALS, 'plan', 'finished_at')
   local text, finished_at = totals[1] or nil, totals[2] or nil
   if finished_at or not text then
     return {reason = finished_at and 'finished' or 'not begun', plan = text, finished_at = finished_at}
   end
-  local plan, time, frontier = cjson.decode(text), now(), tonumber(totals[3])
+  local plan, time, frontier = decode(text, 'plan', {'start', 'stop', 'window'}), now(), total('frontier', 0)
   local seq = first_open(time) or frontier
   if seq >= plan.stop then
     return {reason = 'nothing left', plan = text}
@@ -123,10 +124,10 @@ function ops.lease(worker, group, lease_s, marks, first, sizes)
 end
 
 function ops.renew(worker, lease_s)
-  local ends = now() + lease_s
-  for _, seq in ipairs(redis.call('ZRANGE', OPEN, 0, -1)) do
+  local time = now()
+  for _, seq in ipairs(redis.call('ZRANGEBYSCORE', OPEN, time, '+inf')) do
     if get(seq).worker == worker then
-      redis.call('ZADD', OPEN, ends, seq)
+      redis.call('ZADD', OPEN, time + lease_s, seq)
     end
   end
   return true

@@ -9,12 +9,40 @@ local function now()
   return tonumber(time[1]) + tonumber(time[2]) / 1e6
 end
 
--- Entries are called number-client. Numbers count up from 1; the client tells apart what two histories of one server, which lost
--- some of the first, wrote under one number: a client of the first that was answered then does not write to the second.
+local function damaged(what)
+  error({err = 'DAMAGED ' .. what})
+end
+
+-- a JSON object, whose fields `names` are numbers
+local function decode(text, what, names)
+  local ok, value = pcall(cjson.decode, text)
+  if not ok or type(value) ~= 'table' then
+    damaged(what)
+  end
+  for _, name in ipairs(names) do
+    if type(value[name]) ~= 'number' then
+      damaged(what .. ', field ' .. name .. ',')
+    end
+  end
+  return value
+end
+
+-- a whole number of the run
+local function total(name, otherwise)
+  local text = redis.call('HGET', TOTALS, name)
+  local value = tonumber(text or otherwise)
+  if not value or value % 1 ~= 0 or value < 0 then
+    damaged(name)
+  end
+  return value
+end
+
+-- Entries are called number-time. Numbers count up from 1. A server that lost some entries gives their numbers to others; by the
+-- time, in microseconds, a reader that has read the lost ones notices.
 function ops.append(lines)
-  local last = redis.call('HINCRBY', TOTALS, 'records', #lines) - #lines
+  local last, time = redis.call('HINCRBY', TOTALS, 'records', #lines) - #lines, redis.call('TIME')
   for i, line in ipairs(lines) do
-    redis.call('XADD', LOG, string.format('%d-%s', last + i, ARGV[1]), 'record', line)
+    redis.call('XADD', LOG, string.format('%d-%s%06d', last + i, time[1], time[2]), 'record', line)
   end
   return true
 end
@@ -23,7 +51,7 @@ end
 function ops.trim(seq, position)
   local entries = redis.call('XRANGE', LOG, '-', position, 'COUNT', SLICE + 1)
   for i, entry in ipairs(entries) do
-    if i == #entries or tonumber(string.match(entry[2][2], '"seq":(%d+)')) >= seq then
+    if i == #entries or tonumber(string.match(entry[2][2], '"seq":(%d+)') or damaged('record ' .. entry[1])) >= seq then
       redis.call('XTRIM', LOG, 'MINID', entry[1])
       return i > SLICE
     end

@@ -355,11 +355,24 @@ def test_a_choice_from_a_folder_of_the_users(run, tmp_path):
     assert result["settings"]["optimizer"]["weight_decay"] == 0.3
 
 
-def test_show_mask(run, capsys):
-    assert run(show_mask.main, "show_mask.count=2", "show_mask.colour=false") == 0
+def test_show_mask(run, tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"instruction": "q", "output": answer}) + "\n" for answer in "abc") + "{broken")
+    settings = ("data.prepare=null", f"data.path={prompts}", "data.num_eval_samples=1", "data.template_args={x: 1}")
+    chosen = ("show_mask.start=1", "show_mask.count=3", "show_mask.colour=false", "show_mask.output=rows.json")
+    assert run(show_mask.main, *settings, *chosen, "data.max_broken=1") == 0
     shown = capsys.readouterr().out
-    assert shown.count("⟦") >= 2
-    assert "88 samples to train on, 8 held out; records left out: none" in shown
+    assert [shown.count(f"⟦{answer}<|im_end|>⟧") for answer in "abc"] == [0, 1, 1]
+    assert f"{prompts}, line 4: left out: not JSON" in shown
+    assert "2 samples of 2 records to train on, 1 held out; left out: 1 broken" in shown
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["turn"], len(row["spans"])) for row in rows] == [(1, 1), (1, 1), (None, 0)]
+
+
+def test_broken_records_end_a_command_in_one_line(run, tmp_path, capsys):
+    (tmp_path / "prompts.jsonl").write_text("{broken")
+    assert run(train.main, "data.prepare=null", f"data.path={tmp_path / 'prompts.jsonl'}") == 1
+    assert "prompts.jsonl, line 1: not JSON" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_sigterm_after_ctrl_c_does_not_disturb_its_answer(run, monkeypatch):

@@ -90,6 +90,25 @@ def test_leases_are_renewed_by_worker(ledger):
     assert lease(ledger, "c").seqs == (8, 9, 10, 11)
 
 
+def test_a_lease_that_has_expired_is_not_renewed(ledger):
+    begin(ledger)
+    lease(ledger, "a", lease_s=-1)
+    ledger.renew("a", 60)
+    found = lease(ledger, "b")
+    assert (found.seqs, found.tries) == ((0, 1, 2, 3), 1)
+
+
+def test_what_is_wanted_again_is_leased_in_order_with_what_expired(ledger):
+    begin(ledger, wanted={17: 1, 5: 1, 12: 1}, frontier=20)
+    lease(ledger, "dead", group=1)
+    for _ in range(2):
+        lease(ledger, "alive", group=1)
+    lease(ledger, "dead", group=1)
+    ledger.renew("dead", 0)
+    time.sleep(0.001)
+    assert [lease(ledger, group=1).seqs[0] for _ in range(3)] == [5, 20, 21]
+
+
 def test_what_is_given_back_is_leased_first_and_given_up_after_bounded_tries(ledger):
     begin(ledger)
     found = lease(ledger)

@@ -1,6 +1,8 @@
+import itertools
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -75,6 +77,43 @@ def test_closing_while_the_reader_waits_for_a_batch():
     reader.join(2)
     assert not reader.is_alive()
     assert len(seen) == 1
+
+
+def is_interrupted(act: Callable[[], object], number: int) -> bool:
+    """Whether `act` gets as far as its bytecode of that number, where a KeyboardInterrupt is raised."""
+    numbers = itertools.count()
+
+    def trace(frame, event, argument):
+        frame.f_trace_opcodes = True
+        if event == "opcode" and next(numbers) == number:
+            raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        act()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+def test_closing_after_a_reader_that_was_interrupted_anywhere():
+    """Locks of `threading` that are written in Python stay locked when the interrupt comes at the wrong bytecode."""
+
+    def close_interrupted_at(number: int) -> bool:
+        batches = Prefetcher(counted([], 50), depth=1, device=CPU)
+        stream = iter(batches)
+        interrupted = is_interrupted(lambda: (next(stream), next(stream)), number)
+        closing = threading.Thread(target=batches.close, daemon=True)
+        closing.start()
+        closing.join(5)
+        assert not closing.is_alive(), f"it hangs after an interrupt at bytecode {number}"
+        return interrupted
+
+    numbers = itertools.takewhile(close_interrupted_at, itertools.count())
+    assert sum(1 for _ in numbers) > 20
 
 
 def test_tensors_within_tuples_are_copied_too(monkeypatch):

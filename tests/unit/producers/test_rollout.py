@@ -39,6 +39,16 @@ def records(plane):
     return [(one.kind, one.seq) for one in plane.log.poll(10_000) if one.kind != "end"]
 
 
+def test_a_worker_ends_the_leases_of_a_dead_process_that_had_its_name(plane, store):
+    """A container that is started again has the host name and the process id of the one before."""
+    begin(plane, stop=8)
+    dead = make_worker(plane, store, group=4)
+    plane.lease(dead.name, group=4, num_bytes=dead.feed.num_bytes, watermarks=WIDE, lease_s=30.0)
+    worker = make_worker(plane, store, group=4)
+    worker.run(lambda: worker.num_captured == 8 or worker.state == "all captured")
+    assert worker.feed.captured == [((0, 1, 2, 3), 1), ((4, 5, 6, 7), 0)]
+
+
 def feed_that_fails(on, error):
     def before(seqs, attempt):
         if on(seqs, attempt):

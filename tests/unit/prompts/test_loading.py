@@ -44,7 +44,7 @@ def test_prompts_are_named_by_record_and_by_turn_where_turns_are_split(im, write
     path = write(ICE, IDS)
     prompts, _ = load(path, im, chat_template=THINK)
     assert [prompt.source_id for prompt in prompts] == ["00000001-t1", "00000001-t3", "00000002"]
-    assert (len(prompts), prompts.num_conversations) == (3, 2)
+    assert (len(prompts), prompts.num_records) == (3, 2)
     assert [prompt.source_id for prompt in load(path, im)[0]] == ["00000001", "00000002"]
     assert [prompt.source_id for prompt in load(path, im, turns="last")[0]] == ["00000001-t3", "00000002"]
 

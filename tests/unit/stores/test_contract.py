@@ -361,6 +361,27 @@ store.put({{"a": __import__("torch").ones(2)}}, origin("run:2"))
         path.write_bytes(signed)
         assert store.get(ref)[0]["a"].eq(1).all()
 
+    def test_a_damaged_file_is_a_lost_one(self, tmp_path):
+        """One flipped bit of one tensor, or the file of another sample, was read as features."""
+        store = SharedDirFeatureStore(tmp_path)
+        ref, other = store.put(tensors(), origin()), store.put(tensors(2.0), origin("run:2"))
+        path, another = (tmp_path / "samples" / one.sample_id / f"{one.generation}.safetensors" for one in (ref, other))
+        written = path.read_bytes()
+        flipped = bytearray(written)
+        flipped[-1] ^= 1
+        for content in (bytes(flipped), another.read_bytes()):
+            path.write_bytes(content)
+            with pytest.raises(KeyError, match=r"features of run:1 generation .* are damaged: \w+ is not what was written"):
+                store.get(ref)
+        path.write_bytes(written)
+        assert store.get(ref)[0]["a"].eq(1).all()
+
+    def test_files_of_earlier_releases_have_no_checksums(self, tmp_path):
+        store = SharedDirFeatureStore(tmp_path)
+        ref = store.put(tensors(), origin())
+        save_file(tensors(), tmp_path / "samples" / ref.sample_id / f"{ref.generation}.safetensors")
+        assert store.get(ref)[0]["a"].eq(1).all()
+
     def test_two_writers_cannot_take_the_same_room(self, tmp_path, monkeypatch):
         """Two objects on one folder stand for two processes: neither knows of the other."""
         stores = [SharedDirFeatureStore(tmp_path, capacity_bytes=1500) for _ in range(2)]

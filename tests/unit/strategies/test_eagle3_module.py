@@ -8,6 +8,7 @@ import torch
 
 from lightning_dataflow.callbacks import AcceptanceEvaluation, ResultWriter
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts.fingerprint import early_fingerprint
 from lightning_dataflow.data import DataFlowDataModule
 from lightning_dataflow.producers import OnlineSource
 from lightning_dataflow.strategies.checkpoint import load_module
@@ -264,6 +265,7 @@ def test_a_data_module_of_ours_is_needed(target_path, prompts, target, tmp_path)
         ({"norm": "pre"}, "norm of the last hidden state"),
         ({"tokenizer_version": "other"}, "tokenizer"),
         ({"target_model_version": "other"}, "target weights"),
+        ({"target_model_version": "2-0123456789abcdef"}, "target weights"),
     ],
 )
 def test_features_of_another_target(target_path, prompts, target, tmp_path, change, what):
@@ -277,6 +279,19 @@ def test_features_of_another_target(target_path, prompts, target, tmp_path, chan
         data.source.card = replace(card, capture=replace(card.capture, **change))
     with pytest.raises(UserError, match=f"another {what} .*capture again"):
         make_trainer(tmp_path, data).fit(make_module(target_path), data)
+
+
+def test_features_and_checkpoints_of_an_earlier_release_are_told_by_its_fingerprint(target_path, prompts, target, tmp_path):
+    from dataclasses import replace
+
+    module, data = make_module(target_path), make_data(prompts, target)
+    early = early_fingerprint(target_path)
+    module.check_features(replace(data.source.card, target_model_version=early))
+    identity = {**module.identity(), "target weights": early}
+    draft_vocab = {"prompts": "", "version": ""}
+    module.check_checkpoint({"identity": identity, "draft_vocab": draft_vocab}, None)
+    with pytest.raises(UserError, match=r"target weights=0123456789abcdef, this one has 2-"):
+        module.check_checkpoint({"identity": {**identity, "target weights": "0123456789abcdef"}}, None)
 
 
 def test_features_of_other_layers(target_path, prompts, target, tmp_path):

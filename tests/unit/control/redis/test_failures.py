@@ -82,6 +82,24 @@ def test_a_replica_that_is_behind_is_told_to_whom_it_concerns(own):
         reader.poll()
 
 
+def test_a_lost_record_is_noticed_where_its_reader_comes_upon_a_change_that_was_tried_again(own):
+    """The change has the same number for one of its records in both histories, and other records there."""
+    server = own()
+    log, other, reader = channel(server), channel(server), channel(server)
+    log.announce({"run_id": "run"})
+    log.publish(refs(0))
+    kept = {key: log.server.ask("DUMP", key) for key in log.server.keys if log.server.ask("EXISTS", key)}
+    other.publish(refs(1))
+    log.publish(refs(2, 3))
+    assert [record.seq for record in reader.poll(3)] == [0, 1, 2]
+    for key, value in kept.items():  # a replica that is behind takes over
+        log.server.ask("RESTORE", key, 0, value, "REPLACE")
+    log.server._request, log.server._acked = log.server._request - 1, log.server._acked - 1  # its answer was lost, too
+    log.publish(refs(2, 3))
+    with pytest.raises(PeerFailedError, match="lost record 3 of run run, which was read"):
+        reader.poll()
+
+
 @pytest.mark.integration
 def test_while_somebodys_script_runs_for_long_others_wait(own):
     server = own("busy-reply-threshold 100")

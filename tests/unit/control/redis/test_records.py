@@ -4,6 +4,7 @@ import pytest
 
 from lightning_dataflow.contracts import LogRecord
 from lightning_dataflow.control import MAX_ATTEMPTS, ControlPlane, RedisMetadataStore, RunPlan
+from lightning_dataflow.control.leases import Sample
 from lightning_dataflow.control.redis.log import RedisChannel
 from lightning_dataflow.control.redis.server import RedisServer
 from tests.records import WIDE, make_ref
@@ -112,6 +113,27 @@ def test_a_look_at_the_log_costs_what_is_new(plane, redis_run):
 def num_bytes_sent(server: RedisServer) -> int:
     lines = server.ask("INFO", "STATS").decode().split()
     return next(int(line.partition(":")[2]) for line in lines if line.startswith("total_net_output_bytes"))
+
+
+@pytest.mark.parametrize(
+    "act", [lambda plane: lease(plane, "a", 4), lambda plane: plane.ledger.renew("b", 60)], ids=["lease", "renew"]
+)
+def test_a_call_costs_the_same_however_many_samples_are_wanted(plane, redis_run, act):
+    """As many as there are, after a store was lost. The fastest of ten calls counts."""
+
+    def cost(num_wanted: int) -> int:
+        wanted = {seq: Sample("wanted", 1) for seq in range(num_wanted)}
+        plane.ledger.begin(RunPlan(start=0, stop=50000, window=4), wanted, frontier=num_wanted)
+        redis_run.ask("SLOWLOG", "RESET")
+        for _ in range(10):
+            act(plane)
+        entries = redis_run.ask("SLOWLOG", "GET", 100)
+        return min(micros for _, _, micros, command, *_ in entries if command[0].startswith(b"EVAL"))
+
+    redis_run.ask("CONFIG", "SET", "slowlog-log-slower-than", 0)
+    few, many = cost(50), cost(20000)
+    redis_run.ask("CONFIG", "SET", "slowlog-log-slower-than", 10000)
+    assert many < 3 * few
 
 
 def num_leased(redis_run) -> int:

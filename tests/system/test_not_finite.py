@@ -79,7 +79,7 @@ def fail(folder, *settings) -> tuple[str, dict, list[str]]:
     (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
     run = folder / "runs" / "fails"
     result = json.loads((run / "result.json").read_text(), parse_constant=pytest.fail)
-    assert result["status"].startswith("failed: step ")
+    assert result["status"].startswith(("failed: step ", "failed: trainer: step "))
     return error, result, sorted(path.name for path in run.glob("checkpoints/*"))
 
 

@@ -17,7 +17,8 @@ from lightning_dataflow.contracts import (
     assert_no_tensors,
 )
 from lightning_dataflow.contracts.log import MAX_REASON, record_from_json
-from lightning_dataflow.contracts.validation import check_schema, ref_from_json
+from lightning_dataflow.contracts.validation import check_id, check_schema, ref_from_json
+from lightning_dataflow.contracts.waiting import Wait
 
 MAX_LINE_BYTES = 1 << 20
 POLL_S = (0.002, 0.05)
@@ -42,7 +43,8 @@ class StreamingRefChannel(ABC):
         assert_no_tensors(card, "card")
         mine = orjson.dumps({**card, "schema_version": SCHEMA_VERSION})
         self._write_once("card", mine)
-        check_card(orjson.loads(self._read("card") or b"{}"), orjson.loads(mine), self.name)
+        found = self.card()
+        check_card({"schema_version": SCHEMA_VERSION, **(found or {})}, orjson.loads(mine), self.name)
 
     def card(self) -> dict[str, Any] | None:
         """What was announced; None before that. Raises UserError for a log of another release."""
@@ -51,7 +53,7 @@ class StreamingRefChannel(ABC):
             return None
         try:
             card = orjson.loads(text)
-            version, self._run_id = card.pop("schema_version"), card["run_id"]
+            version, self._run_id = card.pop("schema_version"), check_id(card["run_id"], "run_id")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"the card of {self.name} is damaged ({error!r}): start again under another run_name, or remove the run"
@@ -66,7 +68,7 @@ class StreamingRefChannel(ABC):
         """
         while (nonce := self._read("nonce")) is None:
             self._write_once("nonce", secrets.token_hex(8).encode())
-        return nonce.decode()
+        return check_id(nonce.decode(errors="replace"), f"the nonce of {self.name}")
 
     @abstractmethod
     def append(self, lines: Sequence[bytes]) -> None:
@@ -137,9 +139,9 @@ class StreamingRefChannel(ABC):
 
     def wait_for_card(self, timeout_s: float, who: str) -> dict[str, Any]:
         """The card, once somebody announced it. Raises PeerTimeoutError naming `who`."""
-        deadline = time.monotonic() + timeout_s
+        wait = Wait(f"{who} to announce the run in {self.name}")
         while (card := self.card()) is None:
-            if time.monotonic() > deadline:
+            if wait.seconds() > timeout_s:
                 raise PeerTimeoutError(
                     f"waited {timeout_s:.0f} s for {who} to announce the run in {self.name}: is it running, with "
                     "this run_name and channel.path?"
@@ -149,7 +151,7 @@ class StreamingRefChannel(ABC):
 
     def stream(self, idle_timeout_s: float) -> Iterator[LogRecord]:
         """Records as they come, up to `end`. Raises PeerTimeoutError when none came for `idle_timeout_s`."""
-        last, wait = time.monotonic(), POLL_S[0]
+        wait, pause = Wait(f"a record from the producers of {self.name}"), POLL_S[0]
         while True:
             records = self.poll()
             for record in records:
@@ -157,12 +159,13 @@ class StreamingRefChannel(ABC):
                 if record.kind == "end":
                     return
             if records:
-                last, wait = time.monotonic(), POLL_S[0]
-            elif time.monotonic() - last > idle_timeout_s:
+                wait.restart()
+                pause = POLL_S[0]
+            elif wait.seconds() > idle_timeout_s:
                 raise PeerTimeoutError(f"no record came in {idle_timeout_s:.0f} s from the producers of {self.name}")
             else:
-                time.sleep(wait)
-                wait = min(2 * wait, POLL_S[1])
+                time.sleep(pause)
+                pause = min(2 * pause, POLL_S[1])
 
 
 def _read_ref(line: bytes, place: str) -> SampleRef:

@@ -7,6 +7,7 @@ from typing import Any
 from lightning_dataflow.checkpoints.markers import latest_checkpoint
 from lightning_dataflow.checkpoints.reading import HEADER, read_header
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts.foreign import parse_json
 from lightning_dataflow.export.card import conversion_section, model_card
 from lightning_dataflow.export.folder import DTYPES, check_destination, write_draft
 from lightning_dataflow.export.serve import check_engine
@@ -101,7 +102,7 @@ def describe(module: DraftModule, *, dtype: str = "bfloat16", num_draft_tokens: 
         num_draft_tokens: that a published draft says; by default as the module trains.
     """
     info = module.target_info
-    config = json.loads((Path(info.path) / "config.json").read_text())
+    config = parse_json((Path(info.path) / "config.json").read_text(), "config.json")
     return DraftDescription(
         strategy=module.strategy_name,
         network=module.draft.config,

@@ -16,7 +16,7 @@ from lightning_dataflow.contracts import UserError
 from lightning_dataflow.stores.base import dtype_name
 from lightning_dataflow.targets.base import HIDDEN_STATES, TargetEngine
 from lightning_dataflow.targets.hardware import default_device, multiplies_bfloat16
-from lightning_dataflow.targets.info import auto_class, read_eos_token_ids, read_target_info
+from lightning_dataflow.targets.info import auto_class, loading, read_eos_token_ids, read_target_info, reason
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,12 @@ class HFTargetEngine(TargetEngine):
 def _load(path: str | Path, dtype: str, attention: str) -> PreTrainedModel:
     """The model with every weight from its files. Raises UserError where transformers cannot load it."""
     kind = auto_class(path)
-    options = {"dtype": dtype, "attn_implementation": attention, "output_loading_info": True}
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": attention,
+        "output_loading_info": True,
+        **loading(path),
+    }
     try:
         try:
             model, loaded = kind.from_pretrained(path, **options)
@@ -128,7 +133,7 @@ def _load(path: str | Path, dtype: str, attention: str) -> PreTrainedModel:
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        raise UserError(f"transformers cannot load {path}: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"transformers cannot load {path}: {reason(error)}") from error
     if missing := sorted(loaded["missing_keys"]):
         raise UserError(
             f"the safetensors of {path} lack {len(missing)} of the model's tensors ({missing[0]} is one), which would be "

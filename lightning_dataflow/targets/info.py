@@ -18,10 +18,13 @@ from transformers import (
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.contracts.fingerprint import PREFIX, early_fingerprint, model_fingerprint, tokenizer_fingerprint
+from lightning_dataflow.contracts.foreign import first_line
 from lightning_dataflow.targets.files import weight_files
 from lightning_dataflow.targets.logits import IDENTITY, LogitsTransform, read_logits_transform
 from lightning_dataflow.targets.rope import Rope, read_rope
 from lightning_dataflow.targets.sizes import check_count, check_eps, check_theta
+
+_trusted: set[Path] = set()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,17 +60,30 @@ class TargetInfo:
         return version == (early_fingerprint(Path(self.path)) if is_early else self.model_version)
 
 
+def trust_remote_code(path: str | Path) -> None:
+    """Let transformers run the code in a target's folder, in this process.
+
+    It is the process that trusts: no checkpoint, card or setting of a module can ask for it.
+    """
+    _trusted.add(Path(path).resolve())
+
+
+def loading(path: str | Path) -> dict[str, bool]:
+    """Arguments of every `from_pretrained` of a target, its config or its tokenizer."""
+    return {"trust_remote_code": Path(path).resolve() in _trusted}
+
+
 def read_target_info(path: str | Path) -> TargetInfo:
     """Read `config.json` and fingerprint a target's folder. Raises UserError when it is not one."""
     folder = Path(path)
     _check_folder(folder)
     try:
-        config = AutoConfig.from_pretrained(folder).get_text_config(decoder=True)
+        config = _read_config(folder).get_text_config(decoder=True)
         sizes = _sizes(config, folder / "config.json")
     except UserError:
         raise
     except Exception as error:  # a config.json can make transformers raise almost anything
-        raise UserError(f"cannot read {folder}/config.json: {_first_line(error)}") from error
+        raise UserError(f"cannot read {folder}/config.json: {reason(error)}") from error
     weight_files(folder)
     return TargetInfo(
         path=str(folder),
@@ -104,9 +120,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The fast tokenizer in `path`. Raises UserError when there is none."""
     _check_folder(Path(path))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, **loading(path))
     except (ValueError, OSError, KeyError) as error:
-        raise UserError(f"cannot load a tokenizer from {path}: {_first_line(error)}") from error
+        raise UserError(f"cannot load a tokenizer from {path}: {reason(error)}") from error
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer in {path} is not a fast one, character offsets are needed: add a tokenizer.json")
     return tokenizer
@@ -118,15 +134,15 @@ def read_eos_token_ids(path: str | Path) -> tuple[int, ...]:
     if (Path(path) / "generation_config.json").is_file():
         ids = GenerationConfig.from_pretrained(path).eos_token_id
     else:
-        ids = GenerationConfig.from_model_config(AutoConfig.from_pretrained(path)).eos_token_id
+        ids = GenerationConfig.from_model_config(_read_config(Path(path))).eos_token_id
     return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
 
 
 def auto_class(path: str | Path) -> Any:
     """The auto class of transformers that loads the language model of `path`, a multimodal one's with the rest of it.
     Raises UserError when there is none."""
-    config = AutoConfig.from_pretrained(path)
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+    config = _read_config(Path(path))
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
         return AutoModelForCausalLM
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return AutoModelForImageTextToText
@@ -136,7 +152,7 @@ def auto_class(path: str | Path) -> Any:
 def tensor_names(path: str | Path) -> tuple[list[str], list[str]]:
     """Names that the token embedding and the head have in a target's modules, by building it without memory."""
     with torch.device("meta"):
-        model = auto_class(path).from_config(AutoConfig.from_pretrained(path))
+        model = auto_class(path).from_config(_read_config(Path(path)), **loading(path))
 
     def names(wanted: Any) -> list[str]:
         return [f"{name}.weight" for name, module in model.named_modules() if module is wanted]
@@ -144,10 +160,23 @@ def tensor_names(path: str | Path) -> tuple[list[str], list[str]]:
     return names(model.get_input_embeddings()), names(model.get_output_embeddings())
 
 
+def _read_config(folder: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder, **loading(folder))
+    except Exception as error:  # a config.json can make transformers raise almost anything
+        raise UserError(f"cannot read {folder}/config.json: {reason(error)}") from error
+
+
+def reason(error: Exception) -> str:
+    """Why transformers cannot load something, in one line that advises nothing unsafe."""
+    if "trust_remote_code" not in str(error):
+        return first_line(error)
+    return (
+        "it needs code of its own, which is not run (target.trust_remote_code=false): choose a target that transformers "
+        "supports by itself"
+    )
+
+
 def _check_folder(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise UserError(f"no target model in {folder} (config.json is missing): set target.path to a Hugging Face folder")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
+from lightning_dataflow.contracts.foreign import without_advice
 from lightning_dataflow.evaluation.acceptance import Decoded, Decoding
 from lightning_dataflow.services.server import end_process, start_process
 
@@ -139,7 +140,7 @@ class VLLMDecoder:
                 raise PeerFailedError(f"vLLM ended with status {status} and no result: see {log_file}")
             result: dict[str, Any] = json.loads(result_file.read_text())
         if "error" in result:
-            raise UserError(f"vLLM: {result['error']} (see {log_file})")
+            raise UserError(f"vLLM: {without_advice(str(result['error']))} (see {log_file})")
         return result
 
 

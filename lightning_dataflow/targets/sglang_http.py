@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lightning_dataflow.contracts import (
+    BrokenFeaturesError,
     CapacityError,
     CaptureMismatchError,
     PeerGoneError,
@@ -97,6 +98,7 @@ class CaptureServer:
         Raises:
             PeerGoneError: no answer, or the server lost its store. The features may be stored all the same: ask for the
                 next attempt.
+            BrokenFeaturesError: the features hold NaN or infinity.
             CapacityError: the store is full.
             CaptureMismatchError: the server read other tokens.
             CaptureFailedError: the server failed with this prompt.
@@ -131,6 +133,8 @@ class CaptureServer:
                 f"{self._name} does not capture: run `pip install lightning-dataflow` in its environment, and look for "
                 "'lightning_dataflow' in its log"
             ) from error
+        if answer.get("error") == "not_finite":
+            raise BrokenFeaturesError(answer.get("message"))
         if "error" in answer:
             raise ERRORS.get(answer["error"], CaptureFailedError)(f"{self._name}: {answer.get('message')}")
         return answer

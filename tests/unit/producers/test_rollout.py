@@ -164,7 +164,7 @@ def test_what_may_have_been_published_is_not_freed(plane, store, monkeypatch):
     begin(plane)
     worker = make_worker(plane, store)
 
-    def publish(plane, lease, refs):
+    def publish(plane, lease, refs, skips):
         raise PeerTimeoutError("no answer")
 
     monkeypatch.setattr(type(plane), "publish", publish)

@@ -3,7 +3,7 @@
 import logging
 import platform
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -64,7 +64,7 @@ class ResultWriter(L.Callback):
         status = "interrupted" if interrupted else f"failed: {exception if is_explained else type(exception).__name__}"
         try:
             self._write(trainer, pl_module, status)
-        except OSError as error:  # must not hide the exception that ended the run
+        except (OSError, TypeError) as error:  # must not hide the exception that ended the run
             log.warning(f"no result was written: {error}")
 
     def _write(self, trainer: L.Trainer, pl_module: Any, status: str) -> None:
@@ -121,11 +121,22 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
     part = path.with_name(f".{path.name}.part")
     try:
         options = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS
-        part.write_bytes(orjson.dumps(result, dict, options))  # `dict`: of a mapping that is none, as OmegaConf's are
+        part.write_bytes(orjson.dumps(result, _plain, options))
         part.replace(path)
     except OSError:
         part.unlink(missing_ok=True)
         raise
+
+
+def _plain(value: Any) -> Any:
+    """For settings that are no plain data: subclasses of float and tuple, numbers of numpy, mappings of OmegaConf."""
+    if isinstance(value, float):
+        return float(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Sequence | Set) and not isinstance(value, bytes):
+        return list(value)
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def _versions() -> dict[str, str]:

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lightning_dataflow.contracts.foreign import parse_json
+
 log = logging.getLogger(__name__)
 
 SUFFIX, PART = ".complete", ".part"
@@ -137,7 +139,7 @@ def _marker(path: Path) -> Path:
 
 
 def _read_marker(path: Path) -> dict[str, Any]:
-    return json.loads(_marker(path).read_text())
+    return parse_json(_marker(path).read_bytes(), _marker(path).name)
 
 
 def _age(path: Path) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import torch
 
 from lightning_dataflow.checkpoints.markers import has_marker, incomplete
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts.foreign import first_line
 
 METADATA, HEADER = ".metadata", "meta.pt"
 _DAMAGED = (LookupError, TypeError, AttributeError, ValueError, OSError, EOFError, RuntimeError, pickle.UnpicklingError)
@@ -49,8 +50,7 @@ def read_header(path: str | Path) -> dict[str, Any]:
             header = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         header["strategy"], header["hyper_parameters"]
     except _DAMAGED as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} is not a draft's checkpoint ({reason})") from error
+        raise UserError(f"{path} is not a draft's checkpoint ({first_line(error)})") from error
     return header
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lightning_dataflow.run.builder import Builder
 
 SHARES, WIDTH = "acceptance_per_position", 28
+JSON = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,7 @@ def evaluate(config: TrainConfig) -> None:
                 measurements.append({"name": draft.name, "step": draft.step, **report.to_json()})
                 if output is not None:
                     content = {"measurements": measurements, "settings": used}
-                    output.write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+                    output.write_bytes(orjson.dumps(content, option=JSON))
                 if len(drafts) > 1:
                     length = f"acceptance length {report.acceptance_length:.3f}"
                     print(f"{draft.name}: {length}, {number} of {len(drafts)} drafts", flush=True)

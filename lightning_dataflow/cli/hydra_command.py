@@ -16,15 +16,19 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, read_write
 
+from lightning_dataflow.cli.printable_log import log_printable
+from lightning_dataflow.cli.private_files import private_files, share_files
 from lightning_dataflow.config.conditions import drop_conditions
 from lightning_dataflow.config.parsing import check_choices, parse_config, register_settings
 from lightning_dataflow.config.schema import TrainConfig
 from lightning_dataflow.contracts import CapacityError, NotFiniteError, PeerFailedError, PeerTimeoutError, UserError
 from lightning_dataflow.contracts.errors import BAD_SETTINGS, INTERRUPTED, RETRYABLE, TERMINATED
+from lightning_dataflow.contracts.foreign import one_line
 from lightning_dataflow.run.claim import claim
 from lightning_dataflow.run.ranks import rank_from_environment
 from lightning_dataflow.run.signals import Terminated, signals_interrupt
 
+MAX_ERROR = 2000
 MISCONFIGURATION = "MisconfigurationException"
 """Lightning's error for wrong settings."""
 
@@ -42,8 +46,13 @@ class ClaimRun(Callback):
 
     wanted = False
 
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """The folder of a sweep, too, can be shared."""
+        share_files(config.shared_files)
+
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Exits with one line where another process owns the folder: Hydra drops exceptions of its hooks."""
+        share_files(config.shared_files)
         if not self.wanted or config.role == "producer":
             return
         if rank_from_environment() > 0:
@@ -74,10 +83,15 @@ def command(function: Command, *, keeps_folder: bool = True, owns_folder: bool =
     @hydra.main(version_base="1.3", config_path="pkg://lightning_dataflow.conf", config_name="train")
     @wraps(function)
     def run(config: DictConfig) -> Any:
+        log_printable()
         try:
             drop_conditions(config)
             parsed = parse_config(config)
             _check_run_name(parsed)
+            if parsed.target.trust_remote_code:
+                from lightning_dataflow.targets.info import trust_remote_code  # takes seconds
+
+                trust_remote_code(parsed.target.path)
             return function(parsed)
         except BaseException as error:
             _exit(error, config.role)
@@ -88,7 +102,7 @@ def command(function: Command, *, keeps_folder: bool = True, owns_folder: bool =
     @wraps(function)
     def main() -> None:
         ClaimRun.wanted = owns_folder
-        with signals_interrupt():
+        with signals_interrupt(), private_files():
             try:
                 check_choices(sys.argv[1:])
                 register_settings(sys.argv[1:])
@@ -109,7 +123,7 @@ def _exit(error: BaseException, role: str) -> NoReturn:
     if not _is_explained(error):
         raise error
     if not isinstance(error, NotFiniteError) or rank_from_environment() == 0:  # every rank raises the same
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {one_line(error, MAX_ERROR)}", file=sys.stderr, flush=True)
     sys.exit(RETRYABLE if role != "auto" and _is_retryable(error) else BAD_SETTINGS)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from lightning_dataflow.config.files import redis_address
 from lightning_dataflow.config.run_id import run_id
 from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
+from lightning_dataflow.contracts.foreign import one_line
 from lightning_dataflow.control.redis.address import RedisAddress
 from lightning_dataflow.control.redis.server import KEYS, PREFIX, RedisServer
 from lightning_dataflow.services.redis import ADDRESS, SECRET
@@ -40,7 +41,7 @@ def errors_in_one_line() -> Iterator[None]:
         yield
     except (UserError, PermissionError, PeerTimeoutError, PeerFailedError) as error:
         names = re.sub(r"channel\.(\w+)", lambda match: f"--redis-{match[1].replace('_', '-')}", str(error))
-        sys.exit(f"error: {names.replace('--redis-address', '--redis')}")
+        sys.exit(f"error: {one_line(names.replace('--redis-address', '--redis'), limit=2000)}")
 
 
 def local_address(folder: Path) -> RedisAddress | None:

@@ -18,6 +18,7 @@ from lightning_dataflow.cli.redis_runs import (
     runs_at,
 )
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts.foreign import printable
 from lightning_dataflow.control import MetadataStore, RedisMetadataStore, SqliteMetadataStore
 from lightning_dataflow.control.heartbeat import FRESH_S
 from lightning_dataflow.control.plane import LEDGER
@@ -35,10 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("say which run: its folder, or --redis HOST:PORT and its name")
     with errors_in_one_line():
         if options.run is None:
-            return print("\n".join(runs_at(address(options))))
+            return print(printable("\n".join(runs_at(address(options)))))
         status = measure(open_ledger(options), options.interval)
     text = orjson.dumps(status, option=orjson.OPT_INDENT_2).decode() if options.json else "\n".join(describe(status))
-    print(text)
+    print(printable(text))
 
 
 def open_ledger(options: argparse.Namespace) -> MetadataStore:

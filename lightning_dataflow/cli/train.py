@@ -12,6 +12,7 @@ from lightning_dataflow.config.files import write_date
 from lightning_dataflow.config.rules import check_topology, check_training
 from lightning_dataflow.config.schema import TrainConfig
 from lightning_dataflow.contracts import NotFiniteError, UserError
+from lightning_dataflow.contracts.foreign import printable
 from lightning_dataflow.run.ranks import leave_process_group
 from lightning_dataflow.run.resume import (
     invalidate_later_checkpoints,
@@ -93,7 +94,7 @@ def _train(builder: "Builder", checkpoint: str | None, run_dir: Path) -> None:
     save_final_checkpoint(trainer, run_dir)
     if skipped := builder.data.skipped():
         first = ", ".join(f"{seq} ({reason})" for seq, reason in sorted(skipped.items())[:3])
-        print(f"{len(skipped)} samples were not trained: seq {first}", flush=True)
+        print(printable(f"{len(skipped)} samples were not trained: seq {first}"), flush=True)
     if trainer.is_global_zero:
         _show_result(run_dir)
     leave_process_group()

@@ -31,6 +31,7 @@ class TargetConfig:
         path: a Hugging Face folder.
         prepare: write the tiny random target to this folder, unless it exists.
         dtype, device: of `hf`, and of the target that decodes; see HFTargetEngine.
+        trust_remote_code: let transformers run Python code in `path`. Servers have a flag of their own, see docs/design.md.
         capture_batch_size: prompts per forward pass while capturing; servers choose their own batches.
         urls: of capture servers, `http://HOST:PORT`; none starts one on this machine.
         api_key_file: a file with the servers' key.
@@ -44,6 +45,7 @@ class TargetConfig:
     prepare: str | None = None
     dtype: str = one_of(*DTYPES, default="auto")
     device: str = "auto"
+    trust_remote_code: bool = False
     capture_batch_size: int = number(1, at_least=1)
     urls: list[str] = field(default_factory=list)
     api_key_file: str | None = None
@@ -282,6 +284,8 @@ class TrainConfig:
         imports: modules that register strategies of your own.
         sweep_metric: what a sweep optimises: `loss`, `acceptance_length`, or a logged metric.
         role: `auto` starts all processes of a run; `trainer` and `producer` are one of them.
+        shared_files: files are made as the umask says, for a group that works on a run together; else only their owner may
+            read them.
         num_threads: CPU threads of torch in each process; null for torch's default, or for an equal share of the cores
             where the supervisor starts several processes.
     """
@@ -301,6 +305,7 @@ class TrainConfig:
     show_mask: ShowMaskConfig = field(default_factory=ShowMaskConfig)
     role: str = one_of("auto", "trainer", "producer", default="auto")
     seed: int = number(0, at_least=0, at_most=2**32 - 1)
+    shared_files: bool = False
     num_threads: int | None = number(None, at_least=1)
     run_name: str = MISSING
     run_dir: str = MISSING

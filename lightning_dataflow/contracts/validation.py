@@ -87,19 +87,24 @@ def ref_from_json(data: Any) -> SampleRef:
 def _check_origin(origin: SampleOrigin) -> None:
     for name in ("sample_id", "source_task_id", "source_id", "run_id"):
         check_id(getattr(origin, name), name)
-    whose, capture = f"of ref {origin.sample_id}", origin.capture
-    _check_text(origin.target_model_version, f"target_model_version {whose}")
-    _check_text(origin.tokenizer_version, f"tokenizer_version {whose}")
-    _check_count(origin.attempt, 0, MAX_ATTEMPT, f"attempt {whose}")
-    _check_count(origin.num_tokens, 1, MAX_TOKENS, f"num_tokens {whose}")
-    _check_count(capture.hidden_size, 1, MAX_TOKENS, f"hidden_size {whose}")
-    are_ids = 0 < len(capture.layer_ids) <= MAX_FEATURES and all(isinstance(layer, int) for layer in capture.layer_ids)
+    whose = f"of ref {origin.sample_id}"
+    check_text(origin.target_model_version, f"target_model_version {whose}")
+    check_text(origin.tokenizer_version, f"tokenizer_version {whose}")
+    check_count(origin.attempt, 0, MAX_ATTEMPT, f"attempt {whose}")
+    check_count(origin.num_tokens, 1, MAX_TOKENS, f"num_tokens {whose}")
+    check_capture(origin.capture, whose)
+
+
+def check_capture(capture: CaptureSpec, whose: str) -> None:
+    """Raise UserError for a field that no capture has."""
+    check_count(capture.hidden_size, 1, MAX_TOKENS, f"hidden_size {whose}")
+    are_ids = 0 < len(capture.layer_ids) <= MAX_FEATURES and all(type(layer) is int for layer in capture.layer_ids)
     if capture.norm not in ("post", "pre") or not are_ids:
         raise UserError(f"capture {whose} is {_short(capture)}: it needs layer ids and norm post or pre")
 
 
 def _check_features(ref: SampleRef) -> None:
-    _check_text(ref.uri, f"uri of ref {ref.sample_id}")
+    check_text(ref.uri, f"uri of ref {ref.sample_id}")
     if not _GENERATION.fullmatch(ref.generation):
         raise UserError(f"ref {ref.sample_id} has generation {_short(ref.generation)}, expected attempt-nonce")
     if not 0 < len(ref.features) <= MAX_FEATURES:
@@ -130,12 +135,14 @@ def _feature_bytes(name: str, spec: FeatureSpec, ref: SampleRef) -> int:
     return math.prod(shape) * DTYPE_BYTES[spec.dtype]
 
 
-def _check_text(value: Any, what: str) -> None:
+def check_text(value: Any, what: str) -> None:
+    """Raise UserError unless `value` is a short text."""
     if not isinstance(value, str) or not 0 < len(value) <= MAX_TEXT:
         raise UserError(f"{what} is {_short(value)}, expected up to {MAX_TEXT} characters")
 
 
-def _check_count(value: Any, lowest: int, highest: int, what: str) -> None:
+def check_count(value: Any, lowest: int, highest: int, what: str) -> None:
+    """Raise UserError unless `value` is a whole number within these bounds."""
     if type(value) is not int or not lowest <= value <= highest:
         raise UserError(f"{what} is {_short(value)}, expected a whole number from {lowest} to {highest}")
 

@@ -52,7 +52,7 @@ class Heartbeat:
 
     @contextmanager
     def until(self, last_words: str) -> Iterator[None]:
-        """End the thread with the block. An error, unless it is an interrupt, is reported; one in the settings is fatal."""
+        """Stop when the block ends. An error, unless it is an interrupt, is reported; one in the settings is fatal."""
         try:
             yield
         except KeyboardInterrupt:

@@ -92,7 +92,7 @@ class Sample(NamedTuple):
     Attributes:
         tries: failures in this run; attempts also count those of earlier ones.
         bytes: reserved, or published.
-        worker, expires: of a lease; what is wanted can be leased at any time, as an expired one.
+        worker, expires: of a lease. What is wanted has expired: it can be leased at any time.
         generation: of what is published.
     """
 

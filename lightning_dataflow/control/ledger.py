@@ -1,10 +1,11 @@
 """The contract of every MetadataStore: who captures which sample, and what became of it."""
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
+from lightning_dataflow.control.fields import read_count, read_number, read_part, read_plan
 from lightning_dataflow.control.leases import CommitEntry, Lease, NoLease, RunPlan, Sample, Watermarks
 from lightning_dataflow.control.log import StreamingRefChannel
 
@@ -59,7 +60,7 @@ class MetadataStore(ABC):
     def plan(self) -> RunPlan | None:
         """The plan of the latest `begin`; None before it."""
         text = self._run_values().get("plan")
-        return None if text is None else RunPlan(**json.loads(text))
+        return None if text is None else read_plan(text)
 
     @abstractmethod
     def lease(
@@ -129,7 +130,7 @@ class MetadataStore(ABC):
     def finished(self, since: float = 0.0) -> str | None:
         """The status of `finish`; None while the run goes on, and when it finished before `since`, a time of `now`."""
         values = self._run_values()
-        return values.get("finished") if float(values.get("finished_at", 0)) >= since else None
+        return values.get("finished") if read_number(values, "finished_at") >= since else None
 
     @abstractmethod
     def now(self) -> float:
@@ -165,8 +166,8 @@ class MetadataStore(ABC):
         """The last sign of life of each process of the run: name, host, pid, pids (whose process ids these are, see
         `pid_space`), state, seen_s_ago, failed, fatal.
         """
-        now, parts = self.now(), {name: json.loads(text) for name, text in self._part_texts().items()}
-        return [{"name": name, "seen_s_ago": now - part.pop("seen"), **part} for name, part in sorted(parts.items())]
+        now = self.now()
+        return [read_part(name, text, now) for name, text in sorted(self._part_texts().items())]
 
     @abstractmethod
     def in_flight(self) -> tuple[int, int]:
@@ -176,10 +177,10 @@ class MetadataStore(ABC):
         """Counts and states for people; see `lightning-dataflow status`."""
         values, samples, num_in_flight = self._run_values(), self._sample_states(), self.in_flight()[0]
         states = [state for state, _ in samples.values()]
-        numbers = {name: int(values.get(name, 0)) for name in TOTALS} | {"refs_in_flight": num_in_flight}
+        numbers = {name: read_count(values, name) for name in TOTALS} | {"refs_in_flight": num_in_flight}
         kept = [size for seq, (state, size) in samples.items() if state == "published" and seq < numbers["trained_seq"]]
         return {
-            "plan": json.loads(values["plan"]) if "plan" in values else None,
+            "plan": asdict(read_plan(values["plan"])) if "plan" in values else None,
             "finished": values.get("finished"),
             **numbers,
             "leased": states.count("leased"),

@@ -17,7 +17,7 @@ from lightning_dataflow.contracts import (
     assert_no_tensors,
 )
 from lightning_dataflow.contracts.log import MAX_REASON, record_from_json
-from lightning_dataflow.contracts.validation import check_schema, ref_from_json
+from lightning_dataflow.contracts.validation import check_id, check_schema, ref_from_json
 
 MAX_LINE_BYTES = 1 << 20
 POLL_S = (0.002, 0.05)
@@ -42,7 +42,8 @@ class StreamingRefChannel(ABC):
         assert_no_tensors(card, "card")
         mine = orjson.dumps({**card, "schema_version": SCHEMA_VERSION})
         self._write_once("card", mine)
-        check_card(orjson.loads(self._read("card") or b"{}"), orjson.loads(mine), self.name)
+        found = self.card()
+        check_card({"schema_version": SCHEMA_VERSION, **(found or {})}, orjson.loads(mine), self.name)
 
     def card(self) -> dict[str, Any] | None:
         """What was announced; None before that. Raises UserError for a log of another release."""
@@ -51,7 +52,7 @@ class StreamingRefChannel(ABC):
             return None
         try:
             card = orjson.loads(text)
-            version, self._run_id = card.pop("schema_version"), card["run_id"]
+            version, self._run_id = card.pop("schema_version"), check_id(card["run_id"], "run_id")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"the card of {self.name} is damaged ({error!r}): start again under another run_name, or remove the run"
@@ -66,7 +67,7 @@ class StreamingRefChannel(ABC):
         """
         while (nonce := self._read("nonce")) is None:
             self._write_once("nonce", secrets.token_hex(8).encode())
-        return nonce.decode()
+        return check_id(nonce.decode(errors="replace"), f"the nonce of {self.name}")
 
     @abstractmethod
     def append(self, lines: Sequence[bytes]) -> None:
@@ -83,9 +84,11 @@ class StreamingRefChannel(ABC):
         try:
             tokens = {"num_tokens": record.num_tokens} if record.kind == "skip" else {}
             line = orjson.dumps({"kind": record.kind, "seq": record.seq, "ref": record.ref, "reason": reason, **tokens})
-        except TypeError:
+        except TypeError as error:
             assert_no_tensors(record.ref, "record.ref")
-            raise
+            raise TypeError(
+                f"the record of seq {record.seq} cannot be logged ({error}): records hold plain data"
+            ) from error
         if len(line) > MAX_LINE_BYTES:
             raise UserError(
                 f"the record of seq {record.seq} has {len(line)} bytes, the limit is {MAX_LINE_BYTES}: give its sample "

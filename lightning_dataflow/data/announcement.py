@@ -5,7 +5,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts.log import MAX_SEQ
+from lightning_dataflow.contracts.validation import MAX_SAMPLE_BYTES, MAX_TOKENS, check_count, check_id
 from lightning_dataflow.data.source import FeatureCard
+
+MAX_SAMPLES = 1 << 28
+"""Of a pass: their order takes 8 bytes each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +43,19 @@ class Announcement:
         try:
             counts = {int(token): int(count) for token, count in data["token_counts"].items()}
             announced = cls(**{**data, "card": FeatureCard.from_json(data["card"]), "token_counts": counts})
-            if announced.num_samples < 1 or min((*counts, *counts.values()), default=0) < 0:
-                raise ValueError(f"{announced.num_samples} samples")
+            announced._check()
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise UserError(f"what {where} announces is damaged ({error!r}): start again under another run_name") from error
+            reason = str(error) if isinstance(error, UserError) else repr(error)[:200]
+            raise UserError(f"what {where} announces is damaged ({reason}): start again under another run_name") from error
         return announced
+
+    def _check(self) -> None:
+        check_id(self.run_id, "run_id")
+        check_count(self.num_samples, 1, MAX_SAMPLES, "num_samples")
+        check_count(self.capture_batch_size, 1, MAX_SAMPLES, "capture_batch_size")
+        check_count(self.largest_bytes, 0, MAX_SAMPLE_BYTES, "largest_bytes")
+        if self.seed is not None:
+            check_count(self.seed, 0, 2**32 - 1, "seed")
+        for token, count in self.token_counts.items():
+            check_count(token, 0, MAX_TOKENS, "a token of token_counts")
+            check_count(count, 0, MAX_SEQ, f"token_counts of {token}")

@@ -96,6 +96,7 @@ class DataFlowDataModule(L.LightningDataModule):
         window = self.batching.global_batch_size
         stop = self.next_seq + (trainer.max_steps - trainer.global_step) * window
         plan = RunPlan(start=self.next_seq, stop=stop, window=window)
+        self.source.check_order()
         if trainer.global_rank > 0:  # rank 0 first: it voids what an earlier fit left in the log
             trainer.strategy.barrier("the run has begun")
         self.source.begin(plan, trainer.global_rank, trainer.world_size)
@@ -120,8 +121,9 @@ class DataFlowDataModule(L.LightningDataModule):
         A DataFlowTrainer calls this itself. For other Trainers, StreamCursor does at the next batch.
         """
         if self._saved_seq is not None:
-            frees_now = self.source.release_at == "durable" and self._reader is not None
-            freed = self._reader.release(self._saved_seq) if frees_now and self._reader else []
+            freed: list[int] = []
+            if self._reader is not None and self.source.release_at == "durable":
+                freed = self._reader.release(self._saved_seq)
             self.source.durable(self._saved_seq, global_step, freed)
             self._saved_seq = None
 

@@ -5,16 +5,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_dataflow.contracts import SCHEMA_VERSION, SampleRef, UserError, assert_no_tensors, ref_from_json, ref_to_json
+from lightning_dataflow.contracts.foreign import parse_json
 from lightning_dataflow.contracts.old_refs import ref_from_old_json
 from lightning_dataflow.contracts.records import OLD_SCHEMA_VERSION
 from lightning_dataflow.contracts.validation import check_schema
 from lightning_dataflow.control import resolve_control_plane
+from lightning_dataflow.control.log import MAX_LINE_BYTES
 from lightning_dataflow.data.source import FeatureCard, IndexedSource, RefWindow
 from lightning_dataflow.stores import SharedDirFeatureStore
 from lightning_dataflow.stores.finite import skip_reason
@@ -46,14 +49,15 @@ class OfflineSource(IndexedSource):
                 f"no finished capture in {folder} ({MANIFEST} is missing): run "
                 f"`lightning-dataflow capture store.root={folder}`"
             )
+        text = (self.folder / MANIFEST).read_text()
         try:
-            manifest = json.loads((self.folder / MANIFEST).read_text())
+            manifest = parse_json(text, MANIFEST)
             if (version := manifest["schema_version"]) != OLD_SCHEMA_VERSION:
                 check_schema(version, str(folder), "capture again")
-            self.card = FeatureCard.from_json(manifest["card"])
+            self.card = _read_card(manifest["card"], self.folder)
             self.refs = _read_refs(self.folder / REFS, version)
             num_samples, self.broken = manifest["num_samples"], {**manifest.get("broken", {})}
-        except (KeyError, TypeError, AttributeError, OSError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, FileNotFoundError) as error:
             raise UserError(f"the capture in {self.folder} is damaged ({error!r}): capture again") from error
         self.store = SharedDirFeatureStore(self.folder, retain=True, secret=secret)
         if len(self.refs) != num_samples:
@@ -85,7 +89,7 @@ class OfflineSource(IndexedSource):
     def token_counts(self, vocab_size: int) -> Tensor:
         try:
             counts = load_file(self.folder / COUNTS)["token_counts"]
-        except (OSError, SafetensorError, KeyError) as error:
+        except (FileNotFoundError, SafetensorError, KeyError) as error:
             raise UserError(f"the capture in {self.folder} is damaged ({error}): capture again") from error
         if len(counts) != vocab_size:
             raise UserError(
@@ -121,11 +125,18 @@ def write_manifest(
     part.replace(folder / MANIFEST)
 
 
+def _read_card(data: Any, folder: Path) -> FeatureCard:
+    try:
+        return FeatureCard.from_json(data)
+    except UserError as error:
+        raise UserError(f"the capture in {folder} is damaged ({error}): capture again") from error
+
+
 def _read_refs(path: Path, version: int) -> list[SampleRef]:
     refs, from_json = [], ref_from_old_json if version == OLD_SCHEMA_VERSION else ref_from_json
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         try:
-            refs.append(from_json(json.loads(line)))
+            refs.append(from_json(parse_json(line, REFS, MAX_LINE_BYTES)))
         except ValueError as error:
             raise UserError(f"{path}, line {number}: {error}") from error
     return refs

@@ -22,7 +22,7 @@ class StreamingRefQueue:
     """Reads the log and hands out windows that are complete.
 
     Every rank reads the whole log and sees the same windows, so ranks need no dispatcher and never differ in their number
-    of batches. Which of several records of a seq counts is `contracts.log.replaces`; the refs of others are unwanted.
+    of batches. Which of several records of a seq counts is `contracts.log.replaces`; others are unwanted.
     Memory holds what is in flight: a window is kept until it is acknowledged, so that a later record of it is noticed.
 
     One thread reads; `ack`, `cancel` and the counts may be used from another.
@@ -52,7 +52,7 @@ class StreamingRefQueue:
         self._first: dict[int, LogRecord] = {}  # where another counts now: its sizes do, so that all ranks count alike
         self._handed_out: set[int] = set()  # seqs whose current record was
         self._lost: set[int] = set()  # seqs whose records are void: the next is waited for
-        self._unwanted: list[tuple[int, SampleRef]] = []
+        self._unwanted: list[LogRecord] = []
         self._end: int | None = None
         self._lock = threading.RLock()
         self._cancelled = threading.Event()
@@ -94,8 +94,8 @@ class StreamingRefQueue:
         """Payload of a complete window, the same on every rank."""
         return sum(record.num_bytes for record in self._first_records(seqs))
 
-    def ack(self, next_seq: int) -> list[SampleRef]:
-        """Everything before `next_seq` has been trained. Returns refs of it that nobody reads, to be freed."""
+    def ack(self, next_seq: int) -> list[LogRecord]:
+        """Everything before `next_seq` has been trained. Returns records of it whose features nobody reads, to be freed."""
         with self._lock:
             for seq in range(self._start, next_seq):
                 record = self._records.pop(seq, None)
@@ -125,13 +125,14 @@ class StreamingRefQueue:
     def unread(self) -> list[SampleRef]:
         """Refs that were not acknowledged."""
         with self._lock:
-            return [record.ref for record in self._records.values() if record.ref is not None] + self.take_unwanted()
+            records = [*self._records.values(), *self.take_unwanted()]
+        return [record.ref for record in records if record.ref is not None]
 
-    def take_unwanted(self, below: int = MAX_SEQ + 1) -> list[SampleRef]:
-        """Refs so far that do not count, of seqs below that."""
+    def take_unwanted(self, below: int = MAX_SEQ + 1) -> list[LogRecord]:
+        """Records so far with features that do not count, of seqs below that. Only who frees them needs their refs."""
         with self._lock:
-            taken = [ref for seq, ref in self._unwanted if seq < below]
-            self._unwanted = [(seq, ref) for seq, ref in self._unwanted if seq >= below]
+            taken = [record for record in self._unwanted if record.seq < below]
+            self._unwanted = [record for record in self._unwanted if record.seq >= below]
             return taken
 
     def cancel(self) -> None:
@@ -181,8 +182,8 @@ class StreamingRefQueue:
             self._discard(record)
 
     def _discard(self, record: LogRecord) -> None:
-        if record.ref is not None:
-            self._unwanted.append((record.seq, record.ref))
+        if record.has_ref:
+            self._unwanted.append(record)
 
     def _wait(self, seqs: Sequence[int]) -> None:
         """Until each of `seqs` has its record."""

@@ -1,5 +1,6 @@
 """From windows of references to collated micro-batches of one rank."""
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -82,6 +83,8 @@ class WindowReader:
     def _read(self) -> list[SampleRows]:
         """The next micro-batches, as many as one round trip should read."""
         micro_batches = self._next_micro_batches()
+        for ref in itertools.chain.from_iterable(map(_refs, micro_batches)):
+            self.source.card.check_ref(ref)
         results = iter(self.source.store.get_many([ref for rows in micro_batches for ref in _refs(rows)]))
         samples = {
             seq: self._sample(seq, ref, None if ref is None else next(results))
@@ -115,6 +118,8 @@ class WindowReader:
         """What to train in this place; None if the sample was skipped."""
         while ref is not None and isinstance(result, KeyError):
             ref = self.source.replace(seq, ref, str(result.args[0]))
+            if ref is not None:
+                self.source.card.check_ref(ref)
             (result,) = self.source.store.get_many([ref]) if ref is not None else [None]
         if ref is None or not isinstance(result, tuple):
             self._held.append((seq, None))

@@ -9,6 +9,17 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lightning_dataflow.contracts import CaptureSpec, SampleRef, UserError
+from lightning_dataflow.contracts.foreign import one_line
+from lightning_dataflow.contracts.log import MAX_SEQ
+from lightning_dataflow.contracts.validation import (
+    DTYPE_BYTES,
+    MAX_FEATURES,
+    MAX_TOKENS,
+    check_capture,
+    check_count,
+    check_id,
+    check_text,
+)
 from lightning_dataflow.control import ControlPlane, RunPlan
 from lightning_dataflow.data.windows import PassOrder
 from lightning_dataflow.stores import FeatureStore
@@ -42,9 +53,39 @@ class FeatureCard:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "FeatureCard":
-        """Rebuild a card from `json.loads` output. Raises KeyError, TypeError or AttributeError for anything else."""
+        """Rebuild a card from parsed JSON. Raises UserError, KeyError, TypeError or AttributeError for anything else."""
         capture = CaptureSpec(**{**data["capture"], "layer_ids": tuple(data["capture"]["layer_ids"])})
-        return cls(**{**data, "features": tuple(data["features"]), "capture": capture})
+        card = cls(**{**data, "features": tuple(data["features"]), "capture": capture})
+        for name in ("prompts_version", "target_model_version", "tokenizer_version"):
+            check_text(getattr(card, name), f"{name} of the card")
+        check_capture(capture, "of the card")
+        check_count(card.max_num_tokens, 1, MAX_TOKENS, "max_num_tokens of the card")
+        check_count(len(card.features), 1, MAX_FEATURES, "the number of features of the card")
+        for feature in card.features:
+            check_id(feature, "feature of the card")
+        for reason, count in card.skipped.items():
+            check_count(count, 0, MAX_SEQ, f"skipped of the card, {one_line(reason, 60)},")
+        if card.dtype not in DTYPE_BYTES:
+            raise UserError(f"dtype of the card is {str(card.dtype)[:80]}, known: {', '.join(DTYPE_BYTES)}")
+        return card
+
+    def check_ref(self, ref: SampleRef) -> None:
+        """Raise UserError, before memory is taken for it, for a ref to other features than these."""
+        wrong, size = None, self.capture.hidden_size
+        widths = {"aux_hidden_states": (len(self.capture.layer_ids) * size,), "last_hidden_state": (size,)}
+        if ref.num_tokens > self.max_num_tokens:
+            wrong = f"has {ref.num_tokens} tokens, the longest sample has {self.max_num_tokens}"
+        elif set(ref.features) != set(self.features):
+            wrong = f"has the features {', '.join(ref.features)}, captured are {', '.join(self.features)}"
+        for name, spec in ref.features.items():
+            if name in widths and (spec.shape[1:], spec.dtype) != (widths[name], self.dtype):
+                wrong = (
+                    f"has {name} of {list(spec.shape)} {spec.dtype}, expected: {widths[name][0]} columns of {self.dtype}"
+                )
+            elif name not in widths and len(spec.shape) > 1:
+                wrong = f"has {name} of {list(spec.shape)}, expected is one value a token"
+        if wrong is not None:
+            raise UserError(f"ref {ref.sample_id} {wrong}: the ref is damaged, or of another run; capture the sample again")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +150,11 @@ class RefSource(ABC):
         num_refs, num_bytes = self.plane.ledger.in_flight()
         return {"refs_in_flight": num_refs, "bytes_in_flight": num_bytes}
 
+    def check_order(self) -> None:  # noqa: B027
+        """Raise UserError when `order` is not that of the producers. Every rank calls it before any waits for another."""
+
     def begin(self, plan: RunPlan, rank: int, world_size: int) -> None:
-        """A fit starts. Rank 0 calls it first. Raises UserError when `order` is not that of the producers."""
+        """A fit starts. Rank 0 calls it first."""
         self._skipped = {}
 
     def replace(self, seq: int, ref: SampleRef, reason: str) -> SampleRef | None:

@@ -72,13 +72,15 @@ class StreamingSource(RefSource):
     def __len__(self) -> int:
         return self._announced.num_samples
 
-    def begin(self, plan: RunPlan, rank: int, world_size: int) -> None:
-        """Rank 0 rebuilds the ledger from what the log and the store hold."""
+    def check_order(self) -> None:
         if self._announced.seed not in (None, self.order.seed):
             raise UserError(
                 f"the producers of {self.plane.log.name} count samples in the order of seed {self._announced.seed}, this "
                 f"trainer has seed {self.order.seed}: use one seed for all processes of a run"
             )
+
+    def begin(self, plan: RunPlan, rank: int, world_size: int) -> None:
+        """Rank 0 rebuilds the ledger from what the log and the store hold."""
         if rank == 0:
             claim_trainer(self.plane.ledger, self.plane.run_id)
         else:
@@ -137,7 +139,7 @@ class StreamingSource(RefSource):
         unwanted = self.queue.ack(next_seq)
         if self._rank == 0:
             self.plane.ledger.ack(next_seq, global_step, seqs)
-            self.free(unwanted)
+            self.free([record.ref for record in unwanted if record.ref is not None])
             if not self.resumable:  # a resume would read what comes after its checkpoint
                 self.plane.log.trim(next_seq)
         elif seqs:

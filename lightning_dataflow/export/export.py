@@ -7,11 +7,13 @@ from typing import Any
 from lightning_dataflow.checkpoints.markers import latest_checkpoint
 from lightning_dataflow.checkpoints.reading import HEADER, read_header
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts.foreign import parse_json
 from lightning_dataflow.export.card import conversion_section, model_card
 from lightning_dataflow.export.folder import DTYPES, check_destination, write_draft
 from lightning_dataflow.export.serve import check_engine
 from lightning_dataflow.export.training import training_sections
 from lightning_dataflow.strategies.checkpoint import load_module
+from lightning_dataflow.strategies.common.target_tensors import has_head_bias
 from lightning_dataflow.strategies.module import DraftModule
 from lightning_dataflow.strategies.published.contract import DraftDescription
 from lightning_dataflow.strategies.published.engines import resolve_engine
@@ -100,7 +102,7 @@ def describe(module: DraftModule, *, dtype: str = "bfloat16", num_draft_tokens: 
         num_draft_tokens: that a published draft says; by default as the module trains.
     """
     info = module.target_info
-    config = json.loads((Path(info.path) / "config.json").read_text())
+    config = parse_json((Path(info.path) / "config.json").read_text(), "config.json")
     return DraftDescription(
         strategy=module.strategy_name,
         network=module.draft.config,
@@ -110,6 +112,7 @@ def describe(module: DraftModule, *, dtype: str = "bfloat16", num_draft_tokens: 
         num_draft_tokens=num_draft_tokens or module.num_draft_tokens,
         target=info.path,
         target_architectures=tuple(config.get("architectures") or ()),
+        head_bias=has_head_bias(info),
         dtype=dtype,
     )
 

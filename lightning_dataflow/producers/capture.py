@@ -1,6 +1,7 @@
 """Captures a group of prompts and checks that the features are what the run was announced with."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 import torch
 
@@ -39,11 +40,13 @@ def capture_prompts(
 
 def verify_capture_spec(spec: CaptureSpec, card: FeatureCard) -> None:
     """Raise CaptureMismatchError if a target captures other layers, another width or another norm than was announced."""
-    if spec != card.capture:
-        raise CaptureMismatchError(
-            f"the target captures {spec}, the run was announced with {card.capture}: give the producer the settings of "
-            "the run"
-        )
+    announced = asdict(card.capture)
+    for name, value in asdict(spec).items():
+        if value != announced[name]:
+            raise CaptureMismatchError(
+                f"the target captures {name}={value!r}, the run was announced with {name}={announced[name]!r}: give the "
+                "producer the settings of the run"
+            )
 
 
 def sample_origin(task: PromptTask, target: TargetEngine) -> SampleOrigin:

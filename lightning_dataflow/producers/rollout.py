@@ -89,7 +89,7 @@ class RolloutWorker:
             StoreUnavailableError: the store did not come back. No sample is charged with a failure.
             CaptureMismatchError: the target captures something else than was announced.
             NotFiniteError: the target captures nothing but NaN or infinity.
-            PeerFailedError: no capture server is left.
+            PeerFailedError: no capture server has answered for too long.
             UserError: a watermark is below a window.
         """
         self.plane.ledger.renew(self.name, 0)  # those of a process that had this name and died

@@ -1,6 +1,5 @@
 """Show which tokens of records are supervised, and why others are not."""
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -8,6 +7,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts.foreign import printable
 from lightning_dataflow.prompts.encoding import EncodedSample, Encoder
 from lightning_dataflow.prompts.records import normalise
 from lightning_dataflow.prompts.sources import Record
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 SUPERVISED = "\x1b[30;42m"
 PLAIN = "\x1b[0m"
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +37,7 @@ class Preview:
     def as_text(self, tokenizer: "PreTrainedTokenizerBase", *, colour: bool = True) -> str:
         """The samples, supervised tokens on green or between ⟦ and ⟧, and why turns are not supervised."""
         if self.reason is not None:
-            return f"{self.where}: left out: {_printable(self.reason)}"
+            return f"{self.where}: left out: {printable(self.reason)}"
         blocks = [_sample_as_text(self.where, sample, tokenizer, colour) for sample in self.samples]
         reasons = [
             f"{self.where}, message {turn.index + 1}: not supervised: {turn.reason}" for turn in self.turns if turn.reason
@@ -87,13 +86,8 @@ def _sample_as_text(where: str, sample: EncodedSample, tokenizer: "PreTrainedTok
     for supervised, tokens in groupby(
         zip(sample.loss_mask.tolist(), sample.input_ids.tolist(), strict=True), itemgetter(0)
     ):
-        text = _printable(str(tokenizer.decode([token for _, token in tokens])))
+        text = printable(str(tokenizer.decode([token for _, token in tokens])))
         pieces.append(f"{start}{text}{end}" if supervised else text)
     turn = "" if sample.turn is None else f", message {sample.turn + 1}"
     header = f"{where}{turn}: {len(sample.input_ids)} tokens, {int(sample.loss_mask.sum())} supervised"
     return f"{header}\n{''.join(pieces)}"
-
-
-def _printable(text: str) -> str:
-    """Control characters of the data are for no terminal."""
-    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)

@@ -40,6 +40,7 @@ from lightning_dataflow.run.streams import (
 from lightning_dataflow.run.target import check_one_engine, local_target, served_target
 from lightning_dataflow.run.trainer import EndAtSigterm, count_steps, make_callbacks, make_loggers, make_trainer
 from lightning_dataflow.stores import FeatureStore
+from lightning_dataflow.strategies.common.head_check import check_head
 from lightning_dataflow.strategies.module import DraftModule
 from lightning_dataflow.strategies.registry import resolve_strategy
 from lightning_dataflow.targets import HFTargetEngine, TargetEngine, load_tokenizer
@@ -145,7 +146,9 @@ class Builder:
             return served_target(self.config, self.shared_store, store_id(self.plane), self.resources, **capture)
         if target.engine == "sglang":
             return local_target(self.config, self.resources, **capture)
-        return HFTargetEngine(target.path, dtype=target.dtype, device=target.device, **capture)
+        engine = HFTargetEngine(target.path, dtype=target.dtype, device=target.device, **capture)
+        check_head(engine)
+        return engine
 
     def workers(self, name: str) -> list[RolloutWorker]:
         """The producers of this process."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.contracts.errors import NO_LOCKS
+from lightning_dataflow.contracts.foreign import one_line, parse_json
 from lightning_dataflow.contracts.waiting import try_lock, wait_until
 from lightning_dataflow.control.processes import pid_space
 
@@ -50,7 +51,8 @@ def claim(folder: Path, remedy: str) -> None:
         if not wait_until(lambda: _lock(file, folder), PATIENCE_S, POLL_S):
             owner = _read_owner(file)
             os.close(file)
-            whose = "process {pid} on {host} since {since}".format(**owner) if owner else "another process"
+            known = owner.keys() >= {"pid", "host", "since"}
+            whose = one_line("process {pid} on {host} since {since}".format(**owner)) if known else "another process"
             raise UserError(f"{folder} is in use by {whose}: {remedy}")
     _write_owner(file)
     _claims[path] = file
@@ -82,9 +84,10 @@ def _write_owner(file: int) -> None:
 def _read_owner(file: int) -> dict[str, Any]:
     """Empty until the owner has written it."""
     try:
-        return json.loads(os.pread(file, 4096, 0))
-    except ValueError:
+        owner = parse_json(os.pread(file, 4096, 0), LOCK)
+    except UserError:
         return {}
+    return owner if isinstance(owner, dict) else {}
 
 
 def _release_in_child() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts.foreign import without_advice
 from lightning_dataflow.contracts.waiting import wait_until
 from lightning_dataflow.services.leash import leashed_command
 
@@ -136,7 +137,7 @@ class LocalServer(ABC):
         text = self.log_path.read_bytes()[self._log_start :].decode(errors="replace")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         errors = [line for line in lines if "Error" in line or "error:" in line]
-        return f"see {self.log_path}: {' | '.join(errors[-1:] or lines[-4:] or ['empty'])[:400]}"
+        return f"see {self.log_path}: {without_advice(' | '.join(errors[-1:] or lines[-4:])) or 'empty'}"
 
 
 def start_together(servers: Sequence[LocalServer], timeout_s: float = START_TIMEOUT_S) -> None:

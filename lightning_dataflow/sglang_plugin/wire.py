@@ -87,7 +87,7 @@ def request_from_text(text: Any, num_tokens: int) -> CaptureRequest:
         well_formed = _is_count(attempt, 10**9) and all(_is_count(run, MAX_TOKENS) for run in runs)
     except UserError:
         raise
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"not a capture request ({type(error).__name__}): use the client of this package") from error
     if not well_formed:
         raise UserError("attempt and mask of a capture request are whole numbers from 0: use the client of this package")

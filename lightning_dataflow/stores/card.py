@@ -12,9 +12,12 @@ from pathlib import Path
 import torch
 
 from lightning_dataflow.contracts import SampleRef, UserError
+from lightning_dataflow.contracts.foreign import parse_json
+from lightning_dataflow.contracts.validation import check_id
 from lightning_dataflow.stores.base import Tensors
 
 FILE = "store.json"
+MAX_CARD_BYTES = 1 << 16
 
 
 class StoreCard:
@@ -89,8 +92,8 @@ class StoreCard:
 
     def _read(self) -> dict[str, str]:
         try:
-            card = json.loads(self._path.read_text())
-            return {name: card[name] for name in ("store_id", "salt", "digest")}
+            card = parse_json(self._path.read_bytes(), str(self._path), MAX_CARD_BYTES)
+            return {name: check_id(card[name], name) for name in ("store_id", "salt", "digest")}
         except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{self._path.parent} is no longer a feature store ({error!r}): point at the folder again"

@@ -34,6 +34,7 @@ LOCK = "capacity.lock"
 LOCK_TIMEOUT_S, LOCK_POLL_S = 60.0, 0.01
 ORPHAN_AGE_S = 600.0
 MKDIR_TRIES = 10
+MAX_HEADER_BYTES = 1 << 20
 
 
 class SharedDirFeatureStore(FeatureStore):
@@ -98,6 +99,8 @@ class SharedDirFeatureStore(FeatureStore):
             raise of_another_store(ref, self.uri)
         path = self._path(ref)
         try:
+            if (size := path.stat().st_size) > ref.num_bytes + MAX_HEADER_BYTES:  # before memory is taken for it
+                raise KeyError(f"features of {ref.sample_id} have {size} bytes, the ref says {ref.num_bytes}")
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
                 metadata = file.metadata() or {}

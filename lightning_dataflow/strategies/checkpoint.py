@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_dataflow.checkpoints.reading import HEADER, read_header
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts.foreign import first_line
 from lightning_dataflow.strategies.module import DraftModule
 from lightning_dataflow.strategies.published.reading import is_published, read_draft
 from lightning_dataflow.strategies.registry import resolve_strategy
@@ -70,6 +71,8 @@ def _rebuild(path: Path, checkpoint: Mapping[str, Any], target: str | None) -> D
     if "target" not in hparams or "target_model_version" not in checkpoint:
         raise _incomplete(path, "the name of its target")
     hparams |= {"target": target or hparams["target"], "init_from": None}  # its sizes are in `network`
+    if "rope_theta" in (saved := checkpoint.get("identity", {})) and "rope_scaling" not in saved:
+        hparams["network"] = {**(hparams.get("network") or {}), "rope_scaling": None}  # release 0.1 trained without any
     try:
         module: DraftModule = resolve_strategy(name).module(**hparams)
     except TypeError as error:
@@ -99,7 +102,7 @@ def _read_shards(path: Path, module: DraftModule) -> dict[str, Any]:
     try:
         dcp.load(state, checkpoint_id=path, no_dist=True)
     except CheckpointException as error:  # torch's; it is not an Exception
-        reasons = [str(cause).splitlines()[0] for cause, _ in error.failures.values() if str(cause)]
+        reasons = [first_line(cause) for cause, _ in error.failures.values()]
         raise UserError(f"{path} cannot be read ({', '.join(reasons)}): {REMEDY}") from error
     return state[place]
 

@@ -37,6 +37,7 @@ TARGET_SIZES = (
     "head_dim",
     "rms_norm_eps",
     "rope_theta",
+    "rope_scaling",
 )
 """Sizes that a draft has from its target, unless it is told otherwise."""
 Draft = TypeVar("Draft", bound=nn.Module)
@@ -146,7 +147,8 @@ class DraftModule(SumsModule):
         settings = {name: value for name in names if (value := self.hparams.get(name)) is not None}
         if self._start is not None:
             check_settings(self._start, settings)
-        sizes = {name: getattr(self.target_info, name) for name in TARGET_SIZES} | {"num_aux_layers": len(self.layer_ids)}
+        sizes = {name: getattr(self.target_info, name) for name in TARGET_SIZES if name in names}
+        sizes |= {"num_aux_layers": len(self.layer_ids)}
         return {**sizes, **defaults, **settings, **(self.hparams["network"] or {})}
 
     def new_draft(self, draft: Callable[[Any], Draft], config: Any) -> Draft:

@@ -2,7 +2,7 @@
 
 from lightning_dataflow.targets.base import TargetEngine
 from lightning_dataflow.targets.hf import HFTargetEngine
-from lightning_dataflow.targets.info import TargetInfo, load_tokenizer, read_target_info
+from lightning_dataflow.targets.info import TargetInfo, load_tokenizer, read_target_info, trust_remote_code
 from lightning_dataflow.targets.sglang_server import SGLangServerTarget
 
 __all__ = [
@@ -12,4 +12,5 @@ __all__ = [
     "TargetInfo",
     "load_tokenizer",
     "read_target_info",
+    "trust_remote_code",
 ]

@@ -1,5 +1,6 @@
 """Several sequences that the target decodes together."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,10 +31,15 @@ class TargetBatch:
         lengths: tokens of each row so far.
 
     Raises:
-        UserError: several rows, and the target keeps more than keys and values of full attention.
+        UserError: several rows, and the target takes no positions or keeps more than keys and values of full attention.
     """
 
     def __init__(self, target: HFTargetEngine, prompts: Sequence[Sequence[int]], room: int):
+        if len(prompts) > 1 and "position_ids" not in inspect.signature(target.model.forward).parameters:
+            raise UserError(
+                f"several sequences at a time need positions of their own, which a {type(target.model).__name__} does not "
+                "take: set evaluate.batch_size=1"
+            )
         self.target = target
         self.logits: list[Tensor] = []
         self.aux: list[Tensor] = []
@@ -79,6 +85,9 @@ class TargetBatch:
         for layer in self._layers:
             layer.place(positions, total)
         visible = torch.arange(total, device=device) <= positions[:, None, :, None]
+        if self.target.model.config._attn_implementation == "eager":  # it adds the mask, whatever its dtype
+            dtype = self.target.model.dtype
+            visible = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
         with self.target.recorded() as states:
             output = self.target.model(
                 input_ids=ids,

@@ -1,20 +1,24 @@
 """Target engine `hf`: any transformers causal language model, in this process."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.stores.base import dtype_name
 from lightning_dataflow.targets.base import HIDDEN_STATES, TargetEngine
 from lightning_dataflow.targets.hardware import default_device, multiplies_bfloat16
-from lightning_dataflow.targets.info import read_eos_token_ids, read_target_info
+from lightning_dataflow.targets.info import auto_class, loading, read_eos_token_ids, read_target_info, reason
+
+log = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -29,7 +33,7 @@ class HFTargetEngine(TargetEngine):
         dtype: `float32`, `bfloat16`, `float16`, or `auto`: the checkpoint's, but float32 where the hardware only
             emulates bfloat16. Features have this dtype.
         device: `auto` (this rank's GPU when there is one), or a torch device.
-        attention: transformers' `attn_implementation`.
+        attention: transformers' `attn_implementation`; `eager` where the architecture does not support it.
 
     Attributes:
         eos_token_ids: tokens that end a generation.
@@ -51,7 +55,7 @@ class HFTargetEngine(TargetEngine):
             raise UserError(f"target.dtype={dtype} is unknown: use {', '.join(DTYPES)}")
         self.info = read_target_info(path)
         self.device = default_device() if device == "auto" else torch.device(device)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention)
+        model = _load(path, dtype, attention)
         if dtype == "auto" and model.dtype == torch.bfloat16 and not multiplies_bfloat16(self.device):
             model = model.float()
         self.model = model.to(self.device).eval()  # type: ignore[arg-type]
@@ -82,6 +86,14 @@ class HFTargetEngine(TargetEngine):
         on_cpu = {name: captured[name].cpu() for name in self.features}
         return [{name: rows[row, :length] for name, rows in on_cpu.items()} for row, length in enumerate(lengths)]
 
+    @torch.no_grad()
+    def logits_of(self, token_ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last hidden state [S, H] of one sequence, as `capture` returns it, and the target's own logits [S, V]."""
+        ids = torch.tensor([list(token_ids)], device=self.device)
+        with torch.autocast(self.device.type, enabled=False):
+            last = self._decoder(input_ids=ids, use_cache=False).last_hidden_state
+            return last[0], self.model(input_ids=ids, use_cache=False).logits[0]
+
     @contextmanager
     def recorded(self) -> Iterator[dict[int, torch.Tensor]]:
         """A dict that a forward pass fills with the output [B, S, H] of every capture layer."""
@@ -99,6 +111,35 @@ class HFTargetEngine(TargetEngine):
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _load(path: str | Path, dtype: str, attention: str) -> PreTrainedModel:
+    """The model with every weight from its files. Raises UserError where transformers cannot load it."""
+    kind = auto_class(path)
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": attention,
+        "output_loading_info": True,
+        **loading(path),
+    }
+    try:
+        try:
+            model, loaded = kind.from_pretrained(path, **options)
+        except ValueError as error:
+            if "attention implementation" not in str(error) or attention == "eager":
+                raise
+            log.info("%s: its architecture does not support attention=%s, using eager", path, attention)
+            model, loaded = kind.from_pretrained(path, **options | {"attn_implementation": "eager"})
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UserError(f"transformers cannot load {path}: {reason(error)}") from error
+    if missing := sorted(loaded["missing_keys"]):
+        raise UserError(
+            f"the safetensors of {path} lack {len(missing)} of the model's tensors ({missing[0]} is one), which would be "
+            "random: fetch the target again, or correct its config.json"
+        )
+    return model
 
 
 def decoder_layers(decoder: nn.Module, num_layers: int) -> nn.ModuleList:

@@ -20,6 +20,7 @@ from lightning_dataflow.contracts import (
     UserError,
     ref_from_json,
 )
+from lightning_dataflow.contracts.foreign import parse_json, without_advice
 from lightning_dataflow.sglang_plugin.wire import (
     PARAM,
     CaptureRequest,
@@ -32,6 +33,8 @@ from lightning_dataflow.sglang_plugin.wire import (
 )
 
 CONNECT_TIMEOUT_S = 5.0
+MAX_ANSWER_BYTES = 16 << 20
+"""What is longer is cut, and then no JSON."""
 
 
 class CaptureFailedError(RuntimeError):
@@ -115,9 +118,9 @@ class CaptureServer:
         with self._lock:
             self._stopping = True
             for connection in self._connections:
-                if connection.sock is not None:
+                if (sock := connection.sock) is not None:  # read once: its own thread may close it meanwhile
                     with suppress(OSError):
-                        socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
+                        socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
     def _generate(self, token_ids: Sequence[int], request: CaptureRequest) -> dict[str, Any]:
         """The plugin's answer to a request."""
@@ -127,7 +130,7 @@ class CaptureServer:
             if finish.get("type") == "abort":
                 raise PeerGoneError(f"{self._name} aborted the request: {finish.get('message')}")
             (text,) = output["meta_info"]["hidden_states"]
-            answer = dict(json.loads(text))
+            answer = dict(parse_json(text, "an answer"))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ServerRefusalError(
                 f"{self._name} does not capture: run `pip install lightning-dataflow` in its environment, and look for "
@@ -149,7 +152,7 @@ class CaptureServer:
         if status != 200:
             raise PeerGoneError(f"{self._name} answered {status}: {_reason(text)}")
         with suppress(ValueError):
-            answer = json.loads(text)
+            answer = parse_json(text, "an answer")
             if isinstance(answer, dict):
                 return answer
         raise ServerRefusalError(f"what answers at {self.url} is no SGLang server")
@@ -160,7 +163,7 @@ class CaptureServer:
             with self._connected() as connection:
                 connection.request(method, self._prefix + path, data, self._headers)
                 response = connection.getresponse()
-                return response.status, response.read()
+                return response.status, response.read(MAX_ANSWER_BYTES)
         except (OSError, http.client.HTTPException) as error:
             raise PeerGoneError(f"{self._name} does not answer ({str(error) or type(error).__name__})") from error
 
@@ -194,8 +197,8 @@ def _generate_body(token_ids: Sequence[int], request: CaptureRequest) -> dict[st
 def _reason(text: bytes) -> str:
     """The message of SGLang's error answer."""
     try:
-        data = json.loads(text)
+        data = parse_json(text, "an answer")
         message = data["error"]["message"] if isinstance(data.get("error"), dict) else data.get("message", data)
     except (ValueError, KeyError, AttributeError):
         message = text.decode(errors="replace")
-    return " ".join(str(message).split())[:300]
+    return without_advice(str(message))

@@ -24,7 +24,7 @@ class Member:
         probe: a client of the same server with a short timeout, to check whether a lost server is back.
         lost: why the server is not used; None while it is.
         num_lost: requests in a row that it did not answer.
-        lost_since: when it left the first of these unanswered; None once it has answered one.
+        lost_since: since when it has answered none; None while all are answered.
     """
 
     server: CaptureServer
@@ -100,8 +100,8 @@ class ServerPool:
             member.in_flight -= 1
             self._changed.notify_all()
             if lost is None:
-                if member.lost is None:  # otherwise it answers what it was asked before it was lost
-                    member.num_lost, member.lost_since = 0, None
+                member.num_lost = 0  # also where it answers, while it counts as lost, what it was asked before
+                member.lost_since = None if member.lost is None else now
                 return
             member.lost_since = member.lost_since or now
             if member.lost is None and not self._stopping:

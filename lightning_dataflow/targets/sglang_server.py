@@ -41,7 +41,7 @@ class SGLangServerTarget(TargetEngine):
         layer_ids: layers to capture; the servers' own flags must name the same.
         features: hidden states to store.
         in_flight: prompts at a time and server.
-        absence_s: the run fails after all servers were lost for this long.
+        absence_s: the run fails after no server has answered a request for this long.
 
     Attributes:
         num_requests: prompts that are captured at a time.
@@ -97,7 +97,7 @@ class SGLangServerTarget(TargetEngine):
 
         Raises:
             PeerGoneError: no answer. The features may be stored all the same: ask for the next attempt.
-            PeerFailedError: no server is left.
+            PeerFailedError: no server has answered for too long.
             BrokenFeaturesError: the features hold NaN or infinity; nothing was stored.
             CapacityError: the store is full; nothing was stored.
             CaptureMismatchError: the features are not what this run was announced with.

@@ -14,6 +14,7 @@ import pytest
 
 from lightning_dataflow.services.mooncake import LocalMooncake
 from tests.processes import (
+    BUSY,
     ROOT,
     TINY,
     TRAIN,
@@ -111,7 +112,7 @@ def test_ctrl_c_while_starting(folder, moment):
     with started(folder, *DISAGG, f"run_name=early-{moment}") as process:
         wait_until(lambda: signs[moment] in process.shown(), 60, process.shown)
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=10) in (130, -signal.SIGINT)
+        assert process.wait(timeout=BUSY * 10) in (130, -signal.SIGINT)
         past_imports = [line for line in process.shown().splitlines() if not line.startswith("[trainer]")]
         assert "Traceback" not in "".join(past_imports) or moment != "announced"
     assert not processes_in(folder)
@@ -128,7 +129,7 @@ def test_ctrl_c_while_training_and_an_exact_resume(folder, strategy):
         wait_until(lambda: list(checkpoints.glob("step-00000[4-9].ckpt")), 60, process.shown)
         during = status(folder, stopped)
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=10) == 130
+        assert process.wait(timeout=BUSY * 10) == 130
         assert "Traceback" not in process.shown()
     assert not processes_in(folder)
     assert during["finished"] is None
@@ -157,7 +158,7 @@ def test_a_run_that_runs_is_not_started_again(folder):
         assert "Mooncake" not in again.stdout
         assert len(processes_in(folder)) == before
         process.terminate()
-        assert process.wait(timeout=10) == 143
+        assert process.wait(timeout=BUSY * 10) == 143
     assert status(folder, "twice")["finished"] == "interrupted"
 
 
@@ -180,7 +181,7 @@ def test_a_part_that_dies_ends_the_run(folder, part, message):
     with started(folder, *DISAGG, "trainer.max_steps=1000", f"run_name={name}") as process:
         wait_until(lambda: "tokens/s" in process.shown() or "it/s" in process.shown(), 60, process.shown)
         os.kill(find(folder, part), signal.SIGKILL)
-        assert process.wait(timeout=20) == 1
+        assert process.wait(timeout=BUSY * 20) == 1
         assert message in process.shown()
         assert "Traceback" not in process.shown()
 

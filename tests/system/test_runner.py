@@ -9,14 +9,19 @@ import pytest
 from tests.processes import environment, processes_in, wait_until
 
 SLEEPER = """
-import subprocess, sys, pytest
+import pathlib, subprocess, sys, pytest
 from lightning_dataflow.cli import train
 
 def test_sleep(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "topology=nowhere"])
     with pytest.raises(SystemExit):
         train.main()  # has signal handlers of its own while it runs
-    subprocess.run([sys.executable, "-c", "import time; time.sleep(600)", "child"])
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as child:
+        try:
+            pathlib.Path("started").touch()  # an interrupt inside Popen, though the child may run, would leave it behind
+            child.wait()
+        finally:
+            child.kill()
 """
 
 
@@ -30,7 +35,7 @@ def test_sigterm_ends_the_tests_and_what_they_started(tmp_path, workers):
     def shown() -> str:
         return f"{processes_in(tmp_path)}\n{(tmp_path / 'log').read_text()}"
 
-    wait_until(lambda: any("child" in line for line in processes_in(tmp_path).values()), 30, shown)
+    wait_until((tmp_path / "started").exists, 30, shown)
     run.send_signal(signal.SIGTERM)
     wait_until(lambda: run.poll() is not None, 20, shown)
     wait_until(lambda: not processes_in(tmp_path), 5, shown)

@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning_dataflow.contracts import PeerFailedError, UserError
 from lightning_dataflow.contracts.errors import TAKEN_OVER
+from lightning_dataflow.control.fields import read_part
 from lightning_dataflow.control.leases import MAX_ATTEMPTS, CommitEntry, Lease, NoLease, RunPlan, Sample, Watermarks
 from lightning_dataflow.control.ledger import SILENT_S, MetadataStore
 from lightning_dataflow.control.local.tables import LedgerTables
@@ -168,7 +169,7 @@ class SqliteMetadataStore(MetadataStore):
     def claim(self, name: str, state: str, before: tuple[str, int] | None) -> bool:
         with self._tables.transaction():
             text = self._part_texts().get(name)
-            last = None if text is None else json.loads(text)
+            last = None if text is None else read_part(name, text, time.time())
             if before != (None if last is None else (last["host"], last["pid"])):
                 return False
             me = this_process(state)

@@ -3,6 +3,7 @@
 import fcntl
 import logging
 import os
+import re
 import secrets
 import threading
 import zlib
@@ -19,9 +20,13 @@ log = logging.getLogger(__name__)
 
 FILES = {"card": "run.json", "nonce": "nonce"}
 SEGMENT_BYTES = 8 << 20
+SEGMENT = re.compile(r"log-(\d{8})\.jsonl")
+FILE_MODE = 0o644
 CHUNK_BYTES = 2 * MAX_LINE_BYTES
 TORN = b" torn"
 """Ends what a killed writer left of a line. No whole line ends like this."""
+LOST = bytes(512)
+"""A file has such sectors after a power cut where data had not reached the disk. No line holds a zero."""
 CHECKSUM = b',"crc32":'
 
 
@@ -29,7 +34,8 @@ class FileChannel(StreamingRefChannel):
     """JSON lines in segments `log-00000000.jsonl`, `log-00000001.jsonl`, …; trimming removes whole segments.
 
     Appends are made under a file lock. A writer that was killed leaves at most one torn line: readers wait at it, the next
-    writer marks it, and then readers skip it and log that they did. A checksum in each line tells of damage.
+    writer marks it, and then readers skip it and log that they did. Lines that a power cut turned into zeros are torn, too.
+    A checksum in each line tells of other damage.
 
     Args:
         folder: made if missing.
@@ -45,17 +51,18 @@ class FileChannel(StreamingRefChannel):
         self.segment_bytes = segment_bytes
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock_file = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            self._lock_file = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, FILE_MODE)
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error.strerror}; choose another channel.path") from error
         self._lock = threading.Lock()
         self._highest: dict[int, int] = {}  # highest seq of every segment that this reader has read from
         self._segment, self._offset = -1, 0  # below the first segment
+        self._after_zeros = False  # what is left of the line at the offset has lost its beginning
         self.card()
 
     def append(self, lines: Sequence[bytes]) -> None:
         data = b"".join(add_crc(line) + b"\n" for line in lines)
-        with self._exclusive(), open(self._last_segment(), "ab+") as segment:
+        with self._exclusive(), open(self._last_segment(), "ab+", opener=_open) as segment:
             if size := segment.tell():
                 segment.seek(size - 1)
                 if segment.read(1) != b"\n":
@@ -74,6 +81,10 @@ class FileChannel(StreamingRefChannel):
                 if record is not None:
                     records.append(record)
                     self._highest[self._segment] = max(self._highest.get(self._segment, -1), record.seq)
+            if len(rest) == CHUNK_BYTES and LOST in rest:
+                self._offset += CHUNK_BYTES
+                self._after_zeros = True
+                continue
             if len(rest) == CHUNK_BYTES:
                 raise UserError(f"{self._path(self._segment)} has a line of over {MAX_LINE_BYTES} bytes: it is no log")
             if not lines:
@@ -81,11 +92,11 @@ class FileChannel(StreamingRefChannel):
                     break
                 if rest:
                     self._skip_torn()
-                self._segment, self._offset = following, 0
+                self._segment, self._offset, self._after_zeros = following, 0, False
         return records
 
     def rewind(self) -> None:
-        self._segment, self._offset = -1, 0
+        self._segment, self._offset, self._after_zeros = -1, 0, False
         self._highest.clear()
 
     def trim(self, seq: int) -> None:
@@ -103,7 +114,10 @@ class FileChannel(StreamingRefChannel):
 
     def _write_once(self, what: str, content: bytes) -> None:
         temporary = self.folder / f".{what}-{secrets.token_hex(8)}"
-        temporary.write_bytes(content)
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # after a power cut the name must not stand for an empty file
         try:
             with suppress(FileExistsError):
                 os.link(temporary, self.folder / FILES[what])
@@ -121,7 +135,9 @@ class FileChannel(StreamingRefChannel):
 
     def _record(self, line: bytes) -> LogRecord | None:
         """The record of a line; None for a torn one."""
-        if line.endswith(TORN):
+        is_torn = line.endswith(TORN) or LOST in line or self._after_zeros
+        self._after_zeros = False
+        if is_torn:
             self._skip_torn()
             return None
         place = f"{self._path(self._segment)}, the line at byte {self._offset},"
@@ -133,15 +149,16 @@ class FileChannel(StreamingRefChannel):
 
     def _skip_torn(self) -> None:
         path = self._path(self._segment)
-        log.warning("skipped a torn line in %s at byte %d: its writer was killed inside the write", path, self._offset)
+        cause = "its writer was killed inside the write, or the machine lost power"
+        log.warning("skipped a torn line in %s at byte %d: %s", path, self._offset, cause)
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         with self._lock:
             # The kernel gives the lock of a process that was killed to the next.
             lock = partial(fcntl.flock, self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            wait_for_others(lock, f"append to the log in {self.folder}")
             try:
+                wait_for_others(lock, f"append to the log in {self.folder}")
                 yield
             finally:
                 fcntl.flock(self._lock_file, fcntl.LOCK_UN)
@@ -153,11 +170,15 @@ class FileChannel(StreamingRefChannel):
         return self._path(last + 1) if full else path
 
     def _segments(self) -> list[int]:
-        names = [entry.name for entry in os.scandir(self.folder)]
-        return sorted(int(name[4:12]) for name in names if name.startswith("log-") and name.endswith(".jsonl"))
+        names = [match for entry in os.scandir(self.folder) if (match := SEGMENT.fullmatch(entry.name))]
+        return sorted(int(match[1]) for match in names)
 
     def _path(self, segment: int) -> Path:
         return self.folder / f"log-{segment:08d}.jsonl"
+
+
+def _open(name: str, flags: int) -> int:
+    return os.open(name, flags, FILE_MODE)
 
 
 def add_crc(line: bytes) -> bytes:

@@ -77,7 +77,7 @@ class LedgerTables:
 
     def rows(self, statement: str, *parameters: Any) -> list[Any]:
         """What a statement that only reads finds."""
-        with self._lock:
+        with self._lock, self._explained():
             return self._patiently(statement, *parameters).fetchall()
 
     def run(self) -> dict[str, Any]:
@@ -128,12 +128,12 @@ class LedgerTables:
     def transaction(self) -> Iterator[None]:
         """All or nothing, and nobody else in between; an exception inside undoes it."""
         with self._lock, self._explained():
-            self._patiently("BEGIN IMMEDIATE")
             try:
+                self._patiently("BEGIN IMMEDIATE")
                 yield
                 self.db.execute("COMMIT")
             except BaseException:
-                if self.db.in_transaction:  # SQLite has undone it itself when the disk is full
+                if self.db.in_transaction:  # SQLite undoes it itself when the disk is full; or it had not begun
                     self.db.execute("ROLLBACK")
                 raise
 
@@ -155,5 +155,5 @@ class LedgerTables:
             ) from error
 
     def _patiently(self, statement: str, *parameters: Any) -> sqlite3.Cursor:
-        """Execute, and wait for other processes while they hold the file: SQLite's own pauses grow to 0.1 s."""
+        """Execute; while other processes hold the file, try again. SQLite's own pauses would grow to 0.1 s."""
         return wait_for_others(lambda: self.db.execute(statement, parameters), f"use the ledger {self._path}")

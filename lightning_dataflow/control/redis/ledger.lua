@@ -5,7 +5,7 @@ local BEFORE_TIME = 2 ^ 52
 
 local function get(seq)
   local text = redis.call('HGET', SAMPLES, seq)
-  return text and cjson.decode(text)
+  return text and decode(text, 'row of sample ' .. seq, {'attempt', 'tries', 'bytes'})
 end
 
 local function put(seq, row, ends)
@@ -58,17 +58,16 @@ local function first_open(time)
 end
 
 local function must_wait(seq, bytes, num_new, window, marks)
-  local totals = redis.call('HMGET', TOTALS, 'bytes_in_flight', 'paused', 'trained_seq')
-  local in_bytes, in_refs = tonumber(totals[1]), redis.call('HLEN', SAMPLES)
+  local in_bytes, in_refs = total('bytes_in_flight', 0), redis.call('HLEN', SAMPLES)
   local fits = in_bytes + bytes <= marks.high_bytes and in_refs + num_new <= marks.high_refs
   local low = in_bytes <= marks.low_bytes and in_refs <= marks.low_refs
-  local was_paused = totals[2] == '1'
+  local was_paused = redis.call('HGET', TOTALS, 'paused') == '1'
   local paused = not fits or (was_paused and not low)
   if paused ~= was_paused then
     redis.call('HINCRBY', TOTALS, 'capture_waits', paused and 1 or 0)
     redis.call('HSET', TOTALS, 'paused', paused and 1 or 0)
   end
-  if seq < tonumber(totals[3]) + window then  -- the trainer waits for it
+  if seq < total('trained_seq', 0) + window then  -- the trainer waits for it
     local lost = num_new == 0  -- of a resumed run; what survived must not keep it out
     return not fits and not lost
   end
@@ -77,12 +76,12 @@ end
 
 -- first, sizes: the group that the caller expects to be next, and the bytes of its samples. Those of another are asked for.
 function ops.lease(worker, group, lease_s, marks, first, sizes)
-  local totals = redis.call('HMGET', TOTALS, 'plan', 'finished_at', 'frontier')
+  local totals = redis.call('HMGET', TOTALS, 'plan', 'finished_at')
   local text, finished_at = totals[1] or nil, totals[2] or nil
   if finished_at or not text then
     return {reason = finished_at and 'finished' or 'not begun', plan = text, finished_at = finished_at}
   end
-  local plan, time, frontier = cjson.decode(text), now(), tonumber(totals[3])
+  local plan, time, frontier = decode(text, 'plan', {'start', 'stop', 'window'}), now(), total('frontier', 0)
   local seq = first_open(time) or frontier
   if seq >= plan.stop then
     return {reason = 'nothing left', plan = text}

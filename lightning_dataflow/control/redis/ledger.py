@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from lightning_dataflow.control.fields import read_count, read_number, read_plan, read_sample
 from lightning_dataflow.control.leases import MAX_ATTEMPTS, CommitEntry, Lease, NoLease, RunPlan, Sample, Watermarks
 from lightning_dataflow.control.ledger import SILENT_S, MetadataStore
 from lightning_dataflow.control.log import StreamingRefChannel
@@ -50,9 +51,9 @@ class RedisMetadataStore(MetadataStore):
             sizes = [num_bytes(seq) for seq in expected]
             offer = (worker, group, lease_s, asdict(watermarks), expected.start, sizes)
             answer = self.server.change(GROWING, "lease", *offer)
-            plan = RunPlan(**json.loads(answer["plan"])) if "plan" in answer else None
+            plan = read_plan(answer["plan"]) if "plan" in answer else None
             if "reason" in answer:
-                return NoLease(answer["reason"], plan, float(answer.get("finished_at", 0)))
+                return NoLease(answer["reason"], plan, read_number(answer, "finished_at"))
             assert plan is not None, "something is leased only of a run that has begun"
             self._expected = range(answer["first"], answer["stop"])
             if "wanted" in answer:
@@ -96,8 +97,9 @@ class RedisMetadataStore(MetadataStore):
         return True
 
     def in_flight(self) -> tuple[int, int]:
-        num_bytes = self.server.ask("HGET", self.server.key("totals"), "bytes_in_flight")
-        return self.server.ask("HLEN", self.server.key("samples")), int(num_bytes or 0)
+        name = "bytes_in_flight"
+        num_bytes = self.server.ask("HGET", self.server.key("totals"), name)
+        return self.server.ask("HLEN", self.server.key("samples")), read_count({name: num_bytes or 0}, name)
 
     def close(self) -> None:
         """The last process that leaves a completed run removes what it kept in Redis."""
@@ -110,8 +112,7 @@ class RedisMetadataStore(MetadataStore):
         return self._hash("totals")
 
     def _sample_states(self) -> Mapping[int, tuple[str, int]]:
-        rows = {int(seq): json.loads(text) for seq, text in self._hash("samples").items()}
-        return {seq: (row["state"], row["bytes"]) for seq, row in rows.items()}
+        return {int(seq): read_sample(seq, text) for seq, text in self._hash("samples").items()}
 
     def _part_texts(self) -> Mapping[str, str]:
         return self._hash("parts")
@@ -120,5 +121,5 @@ class RedisMetadataStore(MetadataStore):
         return self.server.change(ALWAYS, operation, *arguments)
 
     def _hash(self, name: str) -> dict[str, str]:
-        flat = [text.decode() for text in self.server.ask("HGETALL", self.server.key(name))]
+        flat = [text.decode(errors="replace") for text in self.server.ask("HGETALL", self.server.key(name))]
         return dict(zip(flat[::2], flat[1::2], strict=True))

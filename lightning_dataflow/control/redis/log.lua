@@ -9,6 +9,34 @@ local function now()
   return tonumber(time[1]) + tonumber(time[2]) / 1e6
 end
 
+local function damaged(what)
+  error({err = 'DAMAGED ' .. what})
+end
+
+-- a JSON object, whose fields `names` are numbers
+local function decode(text, what, names)
+  local ok, value = pcall(cjson.decode, text)
+  if not ok or type(value) ~= 'table' then
+    damaged(what)
+  end
+  for _, name in ipairs(names) do
+    if type(value[name]) ~= 'number' then
+      damaged(what .. ', field ' .. name .. ',')
+    end
+  end
+  return value
+end
+
+-- a whole number of the run
+local function total(name, otherwise)
+  local text = redis.call('HGET', TOTALS, name)
+  local value = tonumber(text or otherwise)
+  if not value or value % 1 ~= 0 or value < 0 then
+    damaged(name)
+  end
+  return value
+end
+
 -- Entries are called number-time. Numbers count up from 1. A server that lost some entries gives their numbers to others; by the
 -- time, in microseconds, a reader that has read the lost ones notices.
 function ops.append(lines)
@@ -23,7 +51,7 @@ end
 function ops.trim(seq, position)
   local entries = redis.call('XRANGE', LOG, '-', position, 'COUNT', SLICE + 1)
   for i, entry in ipairs(entries) do
-    if i == #entries or tonumber(string.match(entry[2][2], '"seq":(%d+)')) >= seq then
+    if i == #entries or tonumber(string.match(entry[2][2], '"seq":(%d+)') or damaged('record ' .. entry[1])) >= seq then
       redis.call('XTRIM', LOG, 'MINID', entry[1])
       return i > SLICE
     end

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_dataflow.contracts import LogRecord
-from lightning_dataflow.control.log import StreamingRefChannel
+from lightning_dataflow.contracts import LogRecord, UserError
+from lightning_dataflow.control.log import MAX_LINE_BYTES, StreamingRefChannel, damaged
 from lightning_dataflow.control.redis.scripts import ALWAYS, GROWING
 from lightning_dataflow.control.redis.server import RedisServer
 
@@ -34,7 +34,10 @@ class RedisChannel(StreamingRefChannel):
         records: list[LogRecord] = []
         while len(records) < max_records and (entries := self._entries(min(READ_ENTRIES, max_records - len(records)))):
             for name, fields in entries:
-                records.append(self._parse(fields[1], f"{self.name}, record {_number(name)},"))
+                place = f"{self.name}, record {_number(name)},"
+                if len(fields) != 2 or len(fields[1]) > MAX_LINE_BYTES:
+                    raise damaged(place, UserError(f"it is no line of at most {MAX_LINE_BYTES} bytes"))
+                records.append(self._parse(fields[1], place))
                 self._position = name
         return records
 

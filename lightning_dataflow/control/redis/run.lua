@@ -3,7 +3,7 @@
 local function forget_parts(silent_s, and_failed)
   local oldest, flat = now() - silent_s, redis.call('HGETALL', PARTS)
   for i = 1, #flat, 2 do
-    local part = cjson.decode(flat[i + 1])
+    local part = decode(flat[i + 1], 'report of ' .. flat[i], {'seen'})
     if part.seen < oldest or (and_failed and part.failed) then
       redis.call('HDEL', PARTS, flat[i])
     end
@@ -69,7 +69,7 @@ end
 -- host, pid: of the process that last reported that name; '' and 0 for none
 function ops.claim(name, part, host, pid)
   local text = redis.call('HGET', PARTS, name)
-  local last = text and cjson.decode(text) or {host = '', pid = 0}
+  local last = text and decode(text, 'report of ' .. name, {'pid', 'seen'}) or {host = '', pid = 0}
   if last.host ~= host or last.pid ~= pid then
     return false
   end

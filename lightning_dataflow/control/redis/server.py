@@ -11,7 +11,9 @@ import orjson
 
 from lightning_dataflow.contracts import CapacityError, PeerFailedError, PeerTimeoutError, UserError
 from lightning_dataflow.contracts.errors import TAKEN_OVER
+from lightning_dataflow.contracts.foreign import first_line
 from lightning_dataflow.contracts.validation import check_schema
+from lightning_dataflow.control.fields import damaged
 from lightning_dataflow.control.redis.address import CONNECT_S, RedisAddress, redis_library
 from lightning_dataflow.control.redis.scripts import LEAVE, Script
 
@@ -82,7 +84,10 @@ class RedisServer:
             command = (self._client, self._acked, self._request, self.term, operation, orjson.dumps(arguments))
             reply = self._patiently(lambda: self._evaluate(script, *command))
             self._acked = self._request
-            return orjson.loads(reply)
+            try:
+                return orjson.loads(reply)
+            except ValueError as error:
+                raise PeerFailedError(f"{self.name} answers {operation} with what is no JSON: {_reason(error)}") from error
 
     def ask(self, *command: Argument) -> Any:
         """Send a command that may be sent twice; returns the reply as it comes."""
@@ -105,7 +110,7 @@ class RedisServer:
             raise self._explained(error) from error
         except (errors.ConnectionError, errors.TimeoutError, errors.InvalidResponse, OSError, ValueError) as error:
             raise UserError(
-                f"no Redis answers at {self.where.address} ({_first_line(error)}): start one there, or correct "
+                f"no Redis answers at {self.where.address} ({_reason(error)}): start one there, or correct "
                 f"channel.address or channel.tls (now {str(self.where.tls).lower()}); see docs/redis.md"
             ) from error
         self._check_info(dict(line.split(":", 1) for line in lines if ":" in line))
@@ -151,7 +156,7 @@ class RedisServer:
         def give_up_when_late(error: Exception) -> None:
             if time.monotonic() > deadline:
                 raise PeerTimeoutError(
-                    f"{self.name} could not be used for {patience:.0f} s ({_first_line(error)}): is it running, and "
+                    f"{self.name} could not be used for {patience:.0f} s ({_reason(error)}): is it running, and "
                     f"can this machine reach it? Start it, then {INTERRUPTED_RUN}"
                 ) from error
 
@@ -187,9 +192,11 @@ class RedisServer:
             return self._send("EVAL", script.text, len(KEYS), *self.keys, *arguments)
 
     def _explained(self, error: Exception) -> Exception:
-        text = _first_line(error)
+        text = _reason(error)
         if text.startswith("LOST"):
             return self.lost("what this process had written there")
+        if text.startswith("DAMAGED"):
+            return damaged(text.removeprefix("DAMAGED ").split(" script: ")[0], f"in {self.name}")
         if text.startswith("TAKEN"):
             return PeerFailedError(TAKEN_OVER.format(text.removeprefix("TAKEN ")))
         if isinstance(error, self._errors.OutOfMemoryError) or text.startswith("OOM"):
@@ -205,5 +212,5 @@ class RedisServer:
         return PeerFailedError(f"{self.name} answers: {text}")
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).split("\n")[0].rstrip(".")[:200]
+def _reason(error: Exception) -> str:
+    return first_line(error).rstrip(".")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
+from lightning_dataflow.contracts.foreign import MAX_JSON_BYTES, parse_json
 from lightning_dataflow.evaluation.acceptance import AcceptanceReport, Decoded, Decoding
 
 WARM_UP_TOKENS = 8
@@ -127,7 +128,7 @@ class SGLangDecoder:
         request = urllib.request.Request(self.url.rstrip("/") + path, data, headers)
         try:
             with urllib.request.urlopen(request, timeout=self.timeout_s) as response:
-                return json.loads(response.read())
+                return parse_json(response.read(MAX_JSON_BYTES + 1), f"the answer of {self.url}")
         except urllib.error.HTTPError as error:
             reason = f"answered {error.code}: {' '.join(error.read().decode(errors='replace').split())[:300]}"
             if error.code in (401, 403):

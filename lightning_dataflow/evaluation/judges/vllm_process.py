@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
+from lightning_dataflow.contracts.foreign import without_advice
 from lightning_dataflow.evaluation.acceptance import Decoded, Decoding
 from lightning_dataflow.services.server import end_process, start_process
 
@@ -139,7 +140,7 @@ class VLLMDecoder:
                 raise PeerFailedError(f"vLLM ended with status {status} and no result: see {log_file}")
             result: dict[str, Any] = json.loads(result_file.read_text())
         if "error" in result:
-            raise UserError(f"vLLM: {result['error']} (see {log_file})")
+            raise UserError(f"vLLM: {without_advice(str(result['error']))} (see {log_file})")
         return result
 
 
@@ -153,11 +154,12 @@ def find_python(path: str | None) -> str:
     """The Python to run vLLM with. Raises UserError unless it exists and has vLLM."""
     if path is None:
         raise UserError("backend vllm needs the Python of an environment with vLLM: set evaluate.python=…/bin/python")
+    program = str(Path(path).absolute())
     code = "import importlib.util as u, sys; sys.exit(0 if u.find_spec('vllm') else 3)"
     try:
-        probe = subprocess.run([path, "-c", code], stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
+        probe = subprocess.run([program, "-c", code], stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"evaluate.python={path} does not run ({error}): give a Python with vLLM") from error
     if probe.returncode:
         raise UserError(f"evaluate.python={path} has no vLLM: install it there (scripts/vllm_cpu.sh builds one for CPUs)")
-    return str(Path(path).absolute())
+    return program

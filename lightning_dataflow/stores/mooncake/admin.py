@@ -1,8 +1,8 @@
 """What the master of a Mooncake says over HTTP."""
 
-import json
 import urllib.request
 
+from lightning_dataflow.contracts.foreign import parse_json
 from lightning_dataflow.stores.base import StoreUnavailableError
 
 
@@ -28,7 +28,7 @@ class MooncakeAdmin:
 
     def is_ready(self) -> bool:
         """Whether the master says so."""
-        return bool(json.loads(self._read("/health")).get("service_ready"))
+        return bool(parse_json(self._read("/health"), "/health").get("service_ready"))
 
     def _read(self, path: str) -> str:
         try:

@@ -141,6 +141,10 @@ class MooncakeClient:
         """Which of `keys` are stored completely."""
         return [code == 1 for code in _checked(self._store.batch_is_exist(list(keys)))]
 
+    def stored_bytes(self, key: str) -> int:
+        """Size of an object, or a code below 0. Takes a read lease."""
+        return _checked([self._store.get_size(key)])[0]
+
     def remove(self, keys: Sequence[str]) -> None:
         """Remove by force, even while a reader has a lease. Keys that do not exist count as removed."""
         _checked(self._store.batch_remove(list(keys), True))
@@ -216,16 +220,16 @@ class MooncakeClient:
             raise MemoryError(f"no memory for a transfer buffer of {num_bytes} bytes: free memory, or use smaller samples")
         # The address is the base of a new block, so only a lost peer can refuse it.
         if self._raw and self._store.register_buffer(block.address, num_bytes):
-            self._give_back(block)
+            self._release_memory(block)
             raise TransientError(UNREACHABLE[1])
         return block
 
     def _free(self, block: Block) -> None:
         if self._raw and not self._closed:  # closing has unregistered everything, and the library would crash
             self._store.unregister_buffer(block.address)
-        self._give_back(block)
+        self._release_memory(block)
 
-    def _give_back(self, block: Block) -> None:
+    def _release_memory(self, block: Block) -> None:
         if self._shared_memory is not None:
             self._shared_memory.free(block.address)
 

@@ -14,6 +14,8 @@ from lightning_dataflow.stores.mooncake.buffers import offsets
 from lightning_dataflow.stores.mooncake.client import LEASE_EXPIRED, MooncakeClient
 
 READ_ATTEMPTS = 3
+LARGE_BYTES = 256 << 20
+"""A ref that claims more is compared with what is stored before memory is taken for it: one more round trip."""
 
 
 def stored_features(ref: SampleRef) -> list[FeatureSpec]:
@@ -58,6 +60,11 @@ def stage(client: MooncakeClient, ref: SampleRef, tensors: Mapping[str, torch.Te
 
 def read(client: MooncakeClient, keys: Sequence[Sequence[str]], refs: Sequence[SampleRef]) -> list[Tensors | KeyError]:
     """Private tensors of each ref; a KeyError unless every promised byte arrived. One call for all."""
+    wrong = {index: error for index in range(len(refs)) if (error := _wrong_size(client, keys[index], refs[index]))}
+    if wrong:
+        left = [index for index in range(len(refs)) if index not in wrong]
+        others = iter(read(client, [keys[index] for index in left], [refs[index] for index in left]) if left else [])
+        return [wrong[index] if index in wrong else next(others) for index in range(len(refs))]
     buffers = [Staged(client, ref) for ref in refs]
     addresses = [address for staged in buffers for address in staged.addresses]
     sizes = [size for staged in buffers for size in staged.sizes]
@@ -72,3 +79,15 @@ def read(client: MooncakeClient, keys: Sequence[Sequence[str]], refs: Sequence[S
         missing = KeyError(f"{ref.sample_id} generation {ref.generation} is not stored completely: codes {received}")
         results.append(staged.views() if received == staged.sizes else missing)
     return results
+
+
+def _wrong_size(client: MooncakeClient, keys: Sequence[str], ref: SampleRef) -> KeyError | None:
+    """Why a large ref cannot be read, if an object of it is missing or of another size."""
+    if ref.num_bytes <= LARGE_BYTES:
+        return None
+    for key, spec in zip(keys, stored_features(ref), strict=True):
+        stored, claimed = client.stored_bytes(key), math.prod(spec.shape) * DTYPE_BYTES[spec.dtype]
+        if stored != claimed:
+            name = f"{ref.sample_id} generation {ref.generation}"
+            return KeyError(f"{name} is not stored: {spec.name} has {max(stored, 0)} bytes, the ref says {claimed}")
+    return None

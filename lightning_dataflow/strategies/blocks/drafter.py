@@ -45,7 +45,9 @@ class BlockDrafter(Drafter):
         return self._choose(hidden, logits, temperature, generator)
 
     def _choose(self, hidden: Tensor, logits: Tensor, temperature: float, generator: torch.Generator) -> Proposal:
-        """Tokens from d [K, H] and logits [K, V], each independent of the others."""
+        """Tokens from d [K, H] and the head's products [K, V], each independent of the others."""
+        if self.target.transform is not None:
+            logits = self.target.transform.apply_(logits)
         if temperature == 0:
             return Proposal(logits.argmax(-1).tolist())
         probabilities = torch.softmax(logits / temperature, -1)

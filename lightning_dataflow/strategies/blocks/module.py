@@ -25,7 +25,8 @@ class BlockDraftModule(DraftModule):
     """Trains a draft on blocks of tokens at random anchors.
 
     Subclasses name the classes of their network, its configuration and its drafter, and set `block_objective`. It is called
-    with what the network hands to `score`, and with the target's `head`, `blocks`, `context` and the labels' `rows`.
+    with what the network hands to `score`, and with the target's `head`, `blocks`, `context` and the labels' `rows`; also
+    with `transform` if the target has one.
 
     Args:
         num_layers: of the draft; None for 5.
@@ -112,6 +113,8 @@ class BlockDraftModule(DraftModule):
     def objective(self, batch: Batch, context: StepContext) -> ObjectiveSums:
         target, blocks = self.frozen_target, batch["blocks"]
         given = {"head": target.head, "blocks": blocks, "context": context, "rows": batch["label_rows"]}
+        if target.transform is not None:
+            given["transform"] = target.transform
         score = partial(self.block_objective, **given)
         return self.draft(batch["aux_hidden_states"], target.embedding, blocks, score, position=batch["position"])
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ class BlockConfig:
         mask_token_id: stands for the tokens to be drafted.
         layer_types: `full_attention` or `sliding_attention` for each layer; empty for full attention everywhere.
         sliding_window: positions that a sliding layer sees, the query's own included.
+        rope_scaling: see `read_rope`.
     """
 
     hidden_size: int
@@ -44,6 +45,7 @@ class BlockConfig:
     sliding_window: int | None = None
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.num_layers < 1:

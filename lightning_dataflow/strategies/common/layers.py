@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lightning_dataflow.targets.rope import scaled_frequencies
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension, computed in float32."""
@@ -92,10 +94,17 @@ def rotary_tables(positions: Tensor, config: Any) -> tuple[Tensor, Tensor]:
 
     Frequencies are not a buffer: casting the module to bfloat16 would round them, and so every angle.
     """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
-    angles = positions[..., None].float() * (1.0 / config.rope_theta**exponents)
+    if config.rope_scaling is None:
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
+        frequencies, amplitude = 1.0 / config.rope_theta**exponents, 1.0
+    else:
+        scaling = tuple(config.rope_scaling.items())
+        frequencies, amplitude = scaled_frequencies(config.head_dim, config.rope_theta, scaling, positions.device)
+    angles = positions[..., None].float() * frequencies
     angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
+    if amplitude == 1:
+        return angles.cos(), angles.sin()
+    return angles.cos() * amplitude, angles.sin() * amplitude
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lightning_dataflow.targets.logits import LogitsTransform
+
 TILE_ROWS = 512
 """Rows of logits held at once; the full [positions, V] never are."""
 
@@ -39,11 +41,12 @@ class LogitTile:
     """Logits of one tile [T, V] and what cross-entropy needs of them. They are turned into a gradient in place.
 
     Args:
-        logits: float32 or float64; overwritten.
+        logits: float32 or float64; overwritten. With a transform, the products that it turns into logits.
         labels: [T].
     """
 
-    def __init__(self, logits: Tensor, labels: Tensor):
+    def __init__(self, logits: Tensor, labels: Tensor, transform: LogitsTransform | None = None):
+        self._slope = None if transform is None else transform.slope(transform.apply_(logits))
         top, index = logits.max(-1)
         of_label = logits.gather(-1, labels[:, None]).squeeze(-1)
         self.probabilities = torch.softmax(logits, -1, out=logits)
@@ -53,8 +56,10 @@ class LogitTile:
         self._labels = labels[:, None]
 
     def subtract_label(self) -> None:
-        """Make `probabilities` d cross-entropy / d logits."""
+        """Make `probabilities` d cross-entropy / d logits, or with a transform / d products."""
         self.probabilities.scatter_add_(-1, self._labels, self.probabilities.new_full(self._labels.shape, -1))
+        if self._slope is not None:
+            self.probabilities.mul_(self._slope)
 
 
 class TileBuffer:

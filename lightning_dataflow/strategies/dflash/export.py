@@ -39,6 +39,11 @@ class DFlashExport(DraftExport):
     }
 
     def check(self, draft: DraftDescription, engine: Engine) -> None:
+        if draft.head_bias:
+            raise UserError(
+                f"the head of {draft.target} has a bias, which {engine.title} leaves out of the logits of a "
+                f"{draft.strategy} draft: train a strategy whose drafts have a head of their own"
+            )
         if engine is SPECULATORS and len(set(draft.network.layer_types)) > 1:
             raise UserError(
                 f"the speculators format has one causality for all layers, this draft has layer_types="

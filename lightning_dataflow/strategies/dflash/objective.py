@@ -12,6 +12,7 @@ from lightning_dataflow.strategies.blocks.labels import BlockLabels
 from lightning_dataflow.strategies.common.gradients import with_gradients
 from lightning_dataflow.strategies.common.sums import ObjectiveSums, Quotient
 from lightning_dataflow.strategies.common.tiles import LogitTile, TileBuffer, compute_dtype, sum_dtype, tiles
+from lightning_dataflow.targets.logits import LogitsTransform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,7 @@ class DFlashObjective:
         blocks: Blocks,
         context: StepContext | None = None,
         rows: Tensor | None = None,
+        transform: LogitsTransform | None = None,
     ) -> ObjectiveSums:
         """Score blocks.
 
@@ -43,12 +45,13 @@ class DFlashObjective:
             head: the target's frozen head [V, H].
             context: not needed here.
             rows: see BlockLabels.
+            transform: what the target does to the products of its head.
 
         Metrics: `accuracy`, `accuracy_per_position` (a vector over the B − 1 drafted tokens), `acceptance_length`.
         """
         labels = BlockLabels.of(blocks, rows=rows)
         row_hidden = hidden.flatten(0, 1).index_select(0, labels.rows)
-        cross_entropy, correct = frozen_head_cross_entropy(row_hidden, head, labels.row_labels)
+        cross_entropy, correct = frozen_head_cross_entropy(row_hidden, head, labels.row_labels, transform)
         if self.dpace:
             weight = dpace_weights(labels, cross_entropy.detach(), self.dpace_alpha)
             denominator = num_samples(blocks)
@@ -78,14 +81,18 @@ def num_samples(blocks: Blocks) -> Tensor:
     return (counts.index_add(0, index, blocks.valid.float()) > 0).sum().float()
 
 
-def frozen_head_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def frozen_head_cross_entropy(
+    hidden: Tensor, head: Tensor, labels: Tensor, transform: LogitsTransform | None = None
+) -> tuple[Tensor, Tensor]:
     """Cross-entropy [R] of rows [R, H] through a frozen head, in tiles, and whether the argmax is the label."""
-    cross_entropy, correct, grad = _score_tiles(hidden, head, labels)
+    cross_entropy, correct, grad = _score_tiles(hidden, head, labels, transform)
     return with_gradients(cross_entropy, [hidden], [grad]), correct
 
 
 @torch.no_grad()
-def _score_tiles(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _score_tiles(
+    hidden: Tensor, head: Tensor, labels: Tensor, transform: LogitsTransform | None
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = compute_dtype(hidden)
     states, head = hidden.to(dtype), head.to(dtype)
     cross_entropy = torch.empty(len(labels), dtype=sum_dtype(states), device=hidden.device)
@@ -93,7 +100,7 @@ def _score_tiles(hidden: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, 
     grad, buffer = torch.empty_like(states), TileBuffer()
     with torch.autocast(hidden.device.type, enabled=False):
         for tile in tiles(len(labels)):
-            scored = LogitTile(buffer.product(states[tile], head.T), labels[tile])
+            scored = LogitTile(buffer.product(states[tile], head.T), labels[tile], transform)
             cross_entropy[tile], correct[tile] = scored.cross_entropy, scored.correct
             scored.subtract_label()
             torch.mm(scored.probabilities.to(dtype), head, out=grad[tile])

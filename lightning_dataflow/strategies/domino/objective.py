@@ -14,6 +14,7 @@ from lightning_dataflow.strategies.blocks.labels import BlockLabels
 from lightning_dataflow.strategies.common.gradients import with_gradients
 from lightning_dataflow.strategies.common.sums import ObjectiveSums, Quotient
 from lightning_dataflow.strategies.common.tiles import LogitTile, TileBuffer, add_product, compute_dtype, sum_dtype, tiles
+from lightning_dataflow.targets.logits import LogitsTransform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,7 @@ class DominoObjective:
         blocks: Blocks,
         context: StepContext,
         rows: Tensor | None = None,
+        transform: LogitsTransform | None = None,
     ) -> ObjectiveSums:
         """Score blocks.
 
@@ -55,6 +57,7 @@ class DominoObjective:
             hidden, features, weight: d [M, B, H], u [M, B, E] and W [V, E] of the draft.
             head: the target's frozen head [V, H].
             rows: see BlockLabels.
+            transform: what the target does to the products of its head; it follows the correction.
 
         Metrics: those of DFlashObjective on the corrected logits, the same on the base logits with the prefix `base_`, and
         `final_loss`, `base_loss`, `base_share` (λ).
@@ -63,7 +66,7 @@ class DominoObjective:
         row_weight = labels.decay(self.gamma)
         row_hidden, row_features = (x.flatten(0, 1).index_select(0, labels.rows) for x in (hidden, features))
         inputs = row_hidden, row_features, weight
-        scores = _score_tiles(inputs, head, labels.row_labels, row_weight, share)
+        scores = _score_tiles(inputs, head, labels.row_labels, row_weight, share, transform)
         total = with_gradients((row_weight * torch.lerp(scores.final, scores.base, share)).sum(), inputs, scores.grads)
         denominator = row_weight.sum()
         metrics = {
@@ -86,7 +89,14 @@ class _Scores(NamedTuple):
 
 
 @torch.no_grad()
-def _score_tiles(inputs: Sequence[Tensor], head: Tensor, labels: Tensor, row_weight: Tensor, share: float) -> _Scores:
+def _score_tiles(
+    inputs: Sequence[Tensor],
+    head: Tensor,
+    labels: Tensor,
+    row_weight: Tensor,
+    share: float,
+    transform: LogitsTransform | None,
+) -> _Scores:
     """Score rows of d [R, H] and u [R, E], with W [V, E]. Each tile takes one product for the base logits and one for the
     gradient of d."""
     dtype = compute_dtype(inputs[0])
@@ -98,8 +108,9 @@ def _score_tiles(inputs: Sequence[Tensor], head: Tensor, labels: Tensor, row_wei
     with torch.autocast(hidden.device.type, enabled=False):
         for tile in tiles(len(labels)):
             base_logits = buffers[0].product(hidden[tile], head.T)
-            final = LogitTile(buffers[1].product(features[tile], weight.T).add_(base_logits), labels[tile])
-            base = LogitTile(base_logits, labels[tile])
+            corrected = buffers[1].product(features[tile], weight.T).add_(base_logits)
+            final = LogitTile(corrected, labels[tile], transform)
+            base = LogitTile(base_logits, labels[tile], transform)
             losses[0, tile], losses[1, tile] = final.cross_entropy, base.cross_entropy
             correct[0, tile], correct[1, tile] = final.correct, base.correct
             final.subtract_label()

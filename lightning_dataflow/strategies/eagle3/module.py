@@ -81,6 +81,8 @@ class Eagle3Module(DraftModule):
             self.draft.set_target_ids(self._cut_vocab(data))
             self._vocab_prompts = data.source.card.prompts_version
         self.draft.lm_head.weight.copy_(target.head[self.draft.target_ids.to(target.head.device)])
+        if target.transform is not None:
+            self.draft.lm_head.weight.mul_(target.transform.scale)
         if config.train_embeddings:
             self.draft.embed_tokens.weight.copy_(target.embedding)
 
@@ -123,6 +125,7 @@ class Eagle3Module(DraftModule):
             target_ids=draft.target_ids,
             t2d=draft.t2d,
             rows=batch["target_rows"],
+            transform=target.transform,
         )
         next_ids = F.pad(batch["input_ids"][:, 1:], (0, 1))
         embedding = None if draft.config.train_embeddings else target.embedding
@@ -143,7 +146,9 @@ class Eagle3Module(DraftModule):
 
 
 def default_layer_ids(num_layers: int) -> tuple[int, ...]:
-    """Low, middle and high: [1, L // 2 − 1, L − 4]."""
+    """Low, middle and high: [1, L // 2 − 1, L − 4]; of a shallow target the first, middle and last but one."""
+    if num_layers < 7:
+        return tuple(sorted({0, max(0, num_layers - 2) // 2, max(0, num_layers - 2)}))
     return 1, num_layers // 2 - 1, num_layers - 4
 
 

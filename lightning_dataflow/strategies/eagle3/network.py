@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ class Eagle3Config:
     Attributes:
         num_aux_layers: how many of the target's layers are concatenated as input.
         vocab_size, draft_vocab_size: V of the target and V_d of the draft.
+        rope_scaling: see `read_rope`.
         train_embeddings: hold the token embedding as a parameter; otherwise the target's frozen one is lent.
     """
 
@@ -38,6 +39,7 @@ class Eagle3Config:
     num_aux_layers: int = 3
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
     train_embeddings: bool = False
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_dataflow.strategies.common.gradients import with_gradients
 from lightning_dataflow.strategies.common.sums import ObjectiveSums, Quotient
 from lightning_dataflow.strategies.common.tiles import add_product, compute_dtype, tiles
+from lightning_dataflow.targets.logits import LogitsTransform
 
 LKLoss = Literal["alpha", "lambda"]
 
@@ -75,6 +76,7 @@ class Eagle3Objective:
         t2d: Tensor,
         rows: TargetRows,
         normaliser: Tensor | None = None,
+        transform: LogitsTransform | None = None,
     ) -> ObjectiveSums:
         """Score K steps.
 
@@ -87,6 +89,7 @@ class Eagle3Objective:
             t2d: bool [V].
             rows: see `supervised_positions`.
             normaliser: the loss's denominator, M by default.
+            transform: what the target does to the products of its head; the draft's own head is plain.
 
         Metrics, each a vector over steps: `loss`, `accuracy` (draft's argmax is the target's, over loss-masked
         positions) and `acceptance_rate` (Σ_v min(p_v, q_v), p over the full vocabulary, over supervised positions: those
@@ -95,7 +98,7 @@ class Eagle3Objective:
         if normaliser is None:
             # Not torch.tensor, which copies from the host and waits for the device.
             normaliser = torch.full((), float(len(rows.teacher)), dtype=torch.float32, device=hidden.device)
-        teacher = _Teacher(last_hidden_state.flatten(0, 1), target_head, target_ids, t2d, rows)
+        teacher = _Teacher(last_hidden_state.flatten(0, 1), target_head, target_ids, t2d, rows, transform)
         run = _Run(hidden, lm_head, teacher, self, normaliser)
         loss_k, correct, masked, accepted, supervised = run.score()
         total = (run.step_weights * loss_k).sum()
@@ -131,11 +134,14 @@ class _Teacher:
     target_ids: Tensor
     t2d: Tensor
     rows: TargetRows
+    transform: LogitsTransform | None = None
 
     def tile(self, part: slice) -> _TeacherTile:
         """One full-vocabulary pass over a part of the rows."""
         states = self.states[self.rows.teacher[part]].to(self.head.dtype)
         logits = (states @ self.head.T).float()
+        if self.transform is not None:
+            self.transform.apply_(logits)
         argmax = logits.argmax(-1)
         lse = torch.logsumexp(logits, -1, keepdim=True)
         kept = logits if len(self.target_ids) == logits.shape[-1] else logits.index_select(-1, self.target_ids)

@@ -26,6 +26,7 @@ class DraftDescription:
         layer_ids: target layers that the draft reads; id i is the output of decoder layer i, counted from 0.
         num_target_layers, max_position_embeddings: of the target.
         num_draft_tokens: how many tokens it was trained to draft at a time, or its published folder names.
+        head_bias: whether the target adds a bias to its head's products.
         target, target_architectures: where the target is, and its Hugging Face classes.
         dtype: of the stored weights.
     """
@@ -38,6 +39,7 @@ class DraftDescription:
     num_draft_tokens: int
     target: str
     target_architectures: tuple[str, ...] = ()
+    head_bias: bool = False
     dtype: str = "bfloat16"
 
 
@@ -145,7 +147,7 @@ class DraftExport(ABC):
             "hidden_act": "silu",
             "attention_bias": False,
             "rms_norm_eps": network.rms_norm_eps,
-            "rope_parameters": {"rope_type": "default", "rope_theta": network.rope_theta},
+            "rope_parameters": {"rope_type": "default", **(network.rope_scaling or {}), "rope_theta": network.rope_theta},
             "max_position_embeddings": draft.max_position_embeddings,
             "vocab_size": network.vocab_size,
             "tie_word_embeddings": False,

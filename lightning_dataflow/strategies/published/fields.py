@@ -1,10 +1,13 @@
 """The fields of a published draft's configuration, checked. What our networks cannot express is refused by name."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.targets.rope import SCALING_FIELDS, Rope, scaling_of
+from lightning_dataflow.targets.sizes import check_count, check_eps, check_theta
 
 DRAFT_TOKENS = "speculative_tokens"
 
@@ -22,11 +25,7 @@ SUPPORTED: Allowed = {
     "quantization_config": (),
     "logit_scale": (1.0,),
 }
-_DEFAULT_ROPE: Allowed = {
-    "rope_type": ("default",),
-    "type": ("default",),
-    "partial_rotary_factor": (1.0,),
-}
+_DEFAULT_ROPE: Allowed = {"partial_rotary_factor": (1.0,)}
 
 
 class Fields:
@@ -56,10 +55,7 @@ class Fields:
 
     def count(self, name: str, default: int | None = None, *, least: int = 1) -> int:
         """A field that is a size."""
-        value = self.get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise UserError(f"{self.path}: {name}={value!r} is no size")
-        return value
+        return check_count(self.get(name, default), name, self.path, least=least)
 
     def optional_count(self, name: str) -> int | None:
         """The same, None if the folder does not say."""
@@ -91,27 +87,35 @@ class Fields:
             "num_attention_heads": heads,
             "num_key_value_heads": self.count("num_key_value_heads", heads),
             "head_dim": self.count("head_dim", self.count("hidden_size") // heads),
-            "rms_norm_eps": self._real("rms_norm_eps", self.values.get("rms_norm_eps", 1e-6)),
-            "rope_theta": self._rope_theta(),
+            "rms_norm_eps": check_eps(self.values.get("rms_norm_eps", 1e-6), self.path),
+            **self._rope(),
         }
 
-    def _rope_theta(self) -> float:
-        theta = self.values.get("rope_theta", 10000.0)
+    def _rope(self) -> dict[str, Any]:
+        """Base and scaling of the rotary embedding."""
+        theta, scaling = self.values.get("rope_theta", 10000.0), None
         for name in ("rope_scaling", "rope_parameters"):  # older transformers' name, and today's
             rope = self.values.get(name) or {}
             if not isinstance(rope, dict):
                 raise UserError(f"{self.path}: {name}={rope!r} is no object")
-            for field, value in rope.items():
-                if field == "rope_theta":
-                    theta = theta if value is None else value
-                elif value is not None and value not in _DEFAULT_ROPE.get(field, ()):
-                    raise UserError(
-                        f"{self.path}: {name} has {field}={value!r}: only default rotary embeddings of all of a head, the "
-                        "same in all layers, are supported"
-                    )
-        return self._real("rope_theta", theta)
+            given = {field: value for field, value in rope.items() if value is not None}
+            theta = given.pop("rope_theta", theta)
+            scaling = self._scaling(name, given) or scaling
+        return {"rope_theta": check_theta(theta, self.path), "rope_scaling": scaling}
 
-    def _real(self, name: str, value: Any) -> float:
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise UserError(f"{self.path}: {name}={value!r} is no number")
-        return float(value)
+    def _scaling(self, name: str, given: dict[str, Any]) -> Rope | None:
+        scaling = scaling_of(given, self.optional_count("max_position_embeddings"))
+        known = SCALING_FIELDS.get(scaling["rope_type"], {}) if scaling else {}
+        for field, value in given.items():
+            if field in ("rope_type", "type"):
+                wrong = value != (scaling or {}).get("rope_type", "default")
+            elif field in known:
+                wrong = not isinstance(value, int | float) or not 0 < value < math.inf
+            else:
+                wrong = value not in _DEFAULT_ROPE.get(field, ())
+            if wrong:
+                raise UserError(
+                    f"{self.path}: {name} has {field}={value!r}: only default rotary embeddings of all of a head, the "
+                    f"same in all layers, and {', '.join(SCALING_FIELDS)} with all of their fields are supported"
+                )
+        return scaling

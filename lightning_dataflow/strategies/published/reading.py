@@ -1,11 +1,11 @@
 """Reading a draft's folder, ours or another tool's: its strategy, and its tensors by our names. Nothing is unpickled."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts.foreign import parse_json
 from lightning_dataflow.strategies.common.target_tensors import stored_names
 from lightning_dataflow.strategies.published.contract import Config, DraftExport, PublishedDraft
 from lightning_dataflow.strategies.published.engines import MODEL_TYPE, SPECULATORS, engine_of
@@ -59,7 +59,7 @@ def read_draft(folder: str | Path) -> PublishedDraft:
 def _read_config(folder: Path) -> Config:
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_text())
+        config = parse_json(path.read_text(), str(path))
     except FileNotFoundError:
         raise UserError(
             f"no draft in {folder} ({CONFIG} is missing): give a folder for SGLang or vLLM, as lightning-dataflow export "

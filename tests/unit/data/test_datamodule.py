@@ -1,4 +1,6 @@
+import errno
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,6 +72,22 @@ def test_a_sample_that_is_gone_is_named(prompts, target, tmp_path):
     next(tmp_path.rglob("0-*.safetensors")).unlink()
     with pytest.raises(UserError, match=r"a sample is lost: features of offline:.* capture again"):
         take(make(OfflineSource(tmp_path)), 2)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "refs.jsonl"])
+def test_a_file_that_cannot_be_read_is_not_called_damaged(prompts, target, tmp_path, monkeypatch, name):
+    """To capture again would be no remedy."""
+    capture_to_folder(data_set(prompts[0][:4]), target, tmp_path)
+    read = Path.read_text
+
+    def fail(path):
+        if path.name == name:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_text", fail)
+    with pytest.raises(OSError, match=f"Input/output error: .*{name}"):
+        OfflineSource(tmp_path)
 
 
 def test_a_folder_that_cannot_be_written_is_read(prompts, target, tmp_path, monkeypatch):

@@ -3,10 +3,11 @@
 import sys
 import threading
 import time
+from collections.abc import Sequence
 
 import pytest
 
-from lightning_dataflow.contracts import LogRecord, PeerFailedError, PeerTimeoutError, UserError
+from lightning_dataflow.contracts import LogRecord, PeerFailedError, PeerTimeoutError, SampleRef, UserError
 from lightning_dataflow.control import ControlPlane
 from lightning_dataflow.data import StreamingRefQueue, queue as queue_module
 from lightning_dataflow.data.queue import QueueCancelledError
@@ -77,6 +78,10 @@ def test_ranks_share_every_window(plane):
         assert {one.num_tokens for one in found} == {sum(refs[seq].num_tokens for seq in seqs)}
 
 
+def unwanted(records: Sequence[LogRecord]) -> list[SampleRef | None]:
+    return [record.ref for record in records]
+
+
 def test_duplicates_are_unwanted_and_a_later_attempt_counts(plane):
     queue = queue_of(plane)
     first = publish(plane, 0, 1)
@@ -86,7 +91,7 @@ def test_duplicates_are_unwanted_and_a_later_attempt_counts(plane):
     window = queue.get(range(2), range(2))
     assert window.refs == [first[0], newer[1]]
     assert queue.recaptured == [1]
-    assert queue.ack(2) == [second[0], first[1], older[1]]
+    assert unwanted(queue.ack(2)) == [second[0], first[1], older[1]]
     assert queue.unread() == []
 
 
@@ -95,11 +100,11 @@ def test_unwanted_refs_are_handed_over_once_their_window_is_trained(plane):
     publish(plane, *range(8))
     twice = publish(plane, 1, 6)
     queue.get(range(4), range(4))
-    assert queue.ack(4) == [twice[1]]
+    assert unwanted(queue.ack(4)) == [twice[1]]
     assert queue.ack(4) == []
     late = publish(plane, 2, attempt=1)  # of a worker that was stopped for long
     queue.get(range(4, 8), range(4, 8))
-    assert queue.ack(8) == [twice[6], late[2]]
+    assert unwanted(queue.ack(8)) == [twice[6], late[2]]
 
 
 def test_a_skipped_seq_keeps_its_place(plane):
@@ -128,7 +133,7 @@ def test_skip_ids_are_not_trained_and_are_freed(plane):
     refs = publish(plane, 0, 1)
     assert queue.get(range(2), range(2)).refs == [refs[0], None]
     assert queue.skipped == {1: "listed in skip_ids"}
-    assert queue.ack(2) == [refs[1]]
+    assert unwanted(queue.ack(2)) == [refs[1]]
 
 
 def test_a_resumed_queue_drops_what_is_before_its_start(plane):
@@ -136,7 +141,7 @@ def test_a_resumed_queue_drops_what_is_before_its_start(plane):
     old = publish(plane, *range(4))
     publish(plane, *range(4, 8))
     queue.catch_up()
-    assert queue.take_unwanted() == list(old.values())
+    assert unwanted(queue.take_unwanted()) == list(old.values())
     assert [ref.origin.source_id for ref in queue.get(range(4, 8), range(4, 8)).refs] == ["s4", "s5", "s6", "s7"]
     assert len(queue.unread()) == 4
 
@@ -169,7 +174,7 @@ def test_a_lost_sample_is_captured_again(plane):
     assert replaced == again[2]
     assert replaced.origin.attempt == 1
     assert queue.recaptured == [2]
-    assert queue.ack(4) == [refs[2]]
+    assert unwanted(queue.ack(4)) == [refs[2]]
 
 
 def test_the_new_ref_came_before_the_loss_was_noticed(plane):

@@ -3,13 +3,14 @@
 import json
 import subprocess
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lightning_dataflow.contracts import PeerFailedError, PeerTimeoutError, UserError
-from lightning_dataflow.control import ControlPlane, RunPlan, resolve_control_plane
-from lightning_dataflow.data import ManifestSource, PassOrder, queue as queue_module
+from lightning_dataflow.control import ControlPlane, RunPlan, log as log_module, resolve_control_plane
+from lightning_dataflow.data import DataFlowDataModule, ManifestSource, PassOrder, queue as queue_module
 from lightning_dataflow.data.announcement import Announcement
 from lightning_dataflow.stores import MemoryFeatureStore, SharedDirFeatureStore
 from tests.records import PLAN, memory_plane, rank_slice
@@ -177,11 +178,35 @@ def test_a_trainer_that_never_began_ends_nobodys_run(plane, store):
     wrong = make_source(another_reader(plane), store)
     wrong.order = PassOrder(300, 5)
     with pytest.raises(UserError, match="count samples in the order of seed 0, this trainer has seed 5: use one seed"):
-        wrong.begin(PLAN, 0, 1)
+        wrong.check_order()
     wrong.finish("failed: another seed")
     assert plane.ledger.finished() is None
     assert train(running, 0) == [0, 1, 2, 3]
     running.finish("completed")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_rank_refuses_another_seed_before_it_waits_for_others(plane, store, rank):
+    make_worker(plane, store)
+    data = DataFlowDataModule(make_source(plane, store), global_batch_size=4, seed=5)
+    place = {"global_rank": rank, "world_size": 2, "global_step": 0, "max_steps": 3, "checkpoint_callbacks": ()}
+    data.trainer = SimpleNamespace(**place, strategy=SimpleNamespace(barrier=lambda name: pytest.fail("it waits")))
+    with pytest.raises(UserError, match="this trainer has seed 5"):
+        data.start(resumed=False)
+
+
+def test_only_the_rank_that_frees_features_builds_the_refs_of_a_fit_before(plane, store, monkeypatch):
+    worker = make_worker(plane, store)
+    first = make_source(plane, store)
+    first.begin(PLAN, 0, 1)
+    capture(worker, 8)
+    built = []
+    read = log_module.ref_from_json
+    monkeypatch.setattr(log_module, "ref_from_json", lambda data: built.append(data) or read(data))
+    resumed = make_source(another_reader(plane), store)
+    resumed.begin(RunPlan(start=8, stop=40, window=4), 1, 2)
+    assert built == []
+    first.finish("completed")
 
 
 def test_nobody_announces(plane, store):

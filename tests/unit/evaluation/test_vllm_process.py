@@ -38,6 +38,18 @@ def test_a_python_without_vllm(path, message):
         find_python(path)
 
 
+def test_the_program_that_was_asked_is_the_one_that_runs(tmp_path, monkeypatch):
+    """A bare name is a file of the current folder, as the message of a missing one says, and none of PATH."""
+    path = script(tmp_path, "exit 0")
+    monkeypatch.chdir(tmp_path)
+    assert find_python("python") == path
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(UserError, match="python=python does not run"):
+        find_python("python")
+
+
 def test_an_error_is_one_line_and_its_log_is_named(tmp_path):
     with pytest.raises(UserError, match=r"vLLM: ModuleNotFoundError: No module named 'vllm' \(see .*vllm-plain.log\)"):
         decoder(tmp_path).decode([[1]])

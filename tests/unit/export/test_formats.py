@@ -32,6 +32,7 @@ LLAMA = {
     "vocab_size": 40,
     "tie_word_embeddings": False,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 32.0, "beta_slow": 1.0}
 QWEN3 = {name: value for name, value in LLAMA.items() if name != "mlp_bias"} | {
     "model_type": "qwen3",
     "num_hidden_layers": 2,
@@ -76,6 +77,14 @@ def test_sglang():
     }
     assert config("domino", "sglang") == PLAIN_DFLASH | {"dflash_config": PLAIN_DFLASH["dflash_config"] | domino}
     assert config("domino-shifted", "sglang")["dflash_config"]["shift_label"] is True
+
+
+@pytest.mark.parametrize("kind", ["eagle3", "dflash"])
+def test_scaled_rotary_embeddings(kind):
+    network = replace(NETWORKS[kind], rope_scaling=YARN)
+    for engine, form in (("sglang", "plain"), ("vllm", "plain"), ("vllm", "speculators")):
+        fields = config(kind, engine, form, network=network)
+        assert fields.get("transformer_layer_config", fields)["rope_parameters"] == YARN | {"rope_theta": 5e5}
 
 
 def test_sliding_windows_are_given_as_transformers_wants_them():
@@ -137,6 +146,8 @@ def test_speculators():
 @pytest.mark.parametrize(
     ("kind", "engine", "form", "fields", "message"),
     [
+        ("dflash", "sglang", "plain", {"head_bias": True}, "the head of models/tiny has a bias, which SGLang leaves out"),
+        ("dflash", "vllm", "speculators", {"head_bias": True}, "has a bias, which vLLM's speculators format leaves out"),
         ("domino", "vllm", "plain", {}, "vLLM does not serve domino drafts, only dflash, eagle3"),
         ("domino", "vllm", "speculators", {}, "vLLM's speculators format does not serve domino drafts"),
         ("eagle3-own-embedding", "sglang", "plain", {}, "SGLang gives every EAGLE3 draft the target's token embedding"),

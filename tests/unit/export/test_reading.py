@@ -12,6 +12,7 @@ from lightning_dataflow.export.folder import write_draft
 from lightning_dataflow.export.serve import check_draft
 from lightning_dataflow.strategies.published.engines import resolve_engine
 from lightning_dataflow.strategies.published.reading import read_draft
+from tests.targets import LLAMA3
 from tests.unit.export.drafts import NETWORKS, describe, make_draft
 
 SPECULATORS = {"speculators_model_type": "eagle3", "lightning_dataflow": None, "norm_before_residual": False}
@@ -139,6 +140,12 @@ def test_vllm_has_another_name_for_the_window(folder):
         ("eagle3", {"hidden_act": "gelu"}, "hidden_act=gelu"),
         ("eagle3", {"num_hidden_layers": 2}, "num_hidden_layers=2 is another network than is trained here"),
         ("eagle3", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters has rope_type='llama3'"),
+        ("eagle3", {"rope_parameters": LLAMA3 | {"factor": -1}}, "rope_parameters has factor=-1"),
+        ("eagle3", {"rope_parameters": LLAMA3 | {"mscale": 1.0}}, r"rope_parameters has mscale=1\.0"),
+        ("eagle3", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_parameters has rope_type='dynamic'"),
+        ("eagle3", {"rms_norm_eps": 7.0}, r"rms_norm_eps=7\.0 is no number above 0 and up to 1"),
+        ("eagle3", {"hidden_size": 10**9}, "hidden_size=1000000000 is no size"),
+        ("eagle3", {"rope_theta": float("inf"), "rope_parameters": None}, "rope_theta=inf is no number above 1"),
         ("eagle3", {"rope_parameters": "linear"}, "rope_parameters='linear' is no object"),
         ("eagle3", {"rope_scaling": {"type": "yarn"}}, "rope_scaling has type='yarn': only default rotary embeddings"),
         ("eagle3", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters has partial_rotary_factor=0.5"),
@@ -171,6 +178,14 @@ def test_another_network_than_ours_is_refused_by_name(folder, kind, fields, mess
     with pytest.raises(UserError, match=message) as raised:
         read_draft(edit(folder(kind), **fields))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_scaled_rotary_embeddings(folder, older):
+    name = "rope_scaling" if older else "rope_parameters"
+    fields = {"rope_parameters": None, "rope_theta": 5e5, name: LLAMA3}
+    network = read_draft(edit(folder(), **fields)).network
+    assert (network["rope_theta"], network["rope_scaling"]) == (5e5, LLAMA3)
 
 
 def test_what_is_no_draft(folder, tmp_path):

@@ -65,7 +65,7 @@ def test_a_request_is_input_not_truth(changes, message):
         request_from_text(json.dumps(GOOD | changes), 5)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "null", 7, None, '{"protocol": 3}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", "null", 7, None, '{"protocol": 3}', "[" * 100_000])
 def test_what_is_no_request(text):
     with pytest.raises(UserError, match="not a capture request"):
         request_from_text(text, 5)

@@ -1,5 +1,6 @@
 """What only the Mooncake store does."""
 
+import resource
 import socket
 import subprocess
 import sys
@@ -300,3 +301,19 @@ except ValueError as error:
     assert "pip install 'lightning-dataflow[mooncake]'" in result.stdout
     assert "libibverbs1" in result.stdout
     assert result.stdout.count("\n") == 1
+
+
+@pytest.mark.parametrize("columns", [1 << 29, 1 << 33])
+def test_a_ref_that_claims_more_than_is_stored_takes_no_memory(store, columns):
+    """8 GiB, or 128 GiB, of a sample of a few bytes; others that are read with it come."""
+    small, other = store.put(tensors(), origin("a")), store.put(tensors(), origin("b"))
+    name = next(iter(small.features))
+    shape = (small.num_tokens, columns)
+    features = {**small.features, name: replace(small.features[name], shape=shape, dtype="float32")}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    wrong, right = store.get_many([replace(small, features=features, num_bytes=columns * small.num_tokens * 4), other])
+    assert isinstance(wrong, KeyError)
+    assert f"{name} has " in str(wrong)
+    assert torch.equal(right[0][name], tensors()[name])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
+    store.release(right[1])

@@ -106,16 +106,6 @@ def test_bad_folders(tmp_path, target_path):
         HFTargetEngine(target_path, dtype="int8")
 
 
-@pytest.mark.parametrize("option", [{"final_logit_softcapping": 30.0}, {"logit_scale": 0.06}, {"logits_scaling": 8.0}])
-def test_targets_that_change_their_logits_are_refused(target_path, tmp_path, option):
-    import json
-
-    config = json.loads((target_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | option))
-    with pytest.raises(UserError, match=f"{next(iter(option))}=.* is not supported"):
-        read_target_info(tmp_path)
-
-
 def test_fingerprints_tell_weights_and_tokenizers_apart(target_path, tmp_path):
     from lightning_dataflow.targets.tiny import write_tiny_target
 

@@ -1,6 +1,7 @@
 """The client of capture servers, against servers that fail on demand; tests/system/test_sglang.py has the real one."""
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ from lightning_dataflow.sglang_plugin.wire import (
 from lightning_dataflow.stores import MemoryFeatureStore
 from lightning_dataflow.stores.base import new_ref
 from lightning_dataflow.targets import SGLangServerTarget, sglang_pool, sglang_server
-from lightning_dataflow.targets.sglang_http import CaptureFailedError, ServerRefusalError
+from lightning_dataflow.targets.sglang_http import CaptureFailedError, CaptureServer, ServerRefusalError
 from tests.conftest import LAYER_IDS
 from tests.unit.sglang_plugin.test_wire import RIGHT
 
@@ -500,6 +501,19 @@ def test_servers_that_come_back_and_lose_everything_end_the_run(connect, servers
         for _ in range(20):
             with suppress(PeerGoneError):
                 ask(engine)
+
+
+def test_a_connection_that_is_closed_while_the_run_ends(servers):
+    """By its own thread, at any moment."""
+
+    class Closing:
+        socks = iter([socket.socket(), None])
+        sock = property(lambda self: next(self.socks))
+
+    server = CaptureServer(servers[0].url)
+    server._connections.add(closing := Closing())
+    server.stop_waiting()
+    assert closing.sock is None, "read once"
 
 
 def test_who_waits_for_an_answer_is_freed_when_the_run_ends(connect, servers, caplog):

@@ -11,7 +11,7 @@ import pytest
 from lightning_dataflow.contracts import PeerTimeoutError, UserError
 from lightning_dataflow.control import MAX_ATTEMPTS, SqliteMetadataStore
 from lightning_dataflow.control.leases import CommitEntry
-from lightning_dataflow.control.local import waiting
+from lightning_dataflow.control.local import tables, waiting
 from lightning_dataflow.control.local.log import FileChannel
 from tests.records import forked
 from tests.unit.control.ledgers import begin, commit, in_flight, lease
@@ -183,6 +183,23 @@ def test_a_full_disk_is_an_error_of_the_system_with_the_path(tmp_path):
             commit(ledger, lease(ledger, group=8))
     ledger._tables.db.execute("PRAGMA max_page_count = 100000")
     commit(ledger, lease(ledger, group=8))  # and it goes on where there is room again
+
+
+def test_an_interrupt_as_a_transaction_begins_leaves_none_open(tmp_path, monkeypatch):
+    path = tmp_path / "ledger.sqlite"
+    ledger, other = SqliteMetadataStore(path), SqliteMetadataStore(path)
+    begin(ledger)
+
+    def interrupt(act, purpose):
+        act()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tables, "wait_for_others", interrupt)
+        lease(ledger)
+    assert lease(other).seqs == (0, 1, 2, 3)
+    ledger.finish("interrupted")
+    assert other.finished() == "interrupted"
 
 
 @pytest.mark.parametrize("act", [lease, lambda ledger: ledger.renew("b", 60)], ids=["lease", "renew"])

@@ -1,12 +1,14 @@
 """The log in a folder: what any number of writers append, every reader sees once, whole and in order."""
 
 import json
+import os
 from typing import Any
 
 import pytest
 
 from lightning_dataflow.contracts import LogRecord, PeerTimeoutError, UserError, ref_to_json
-from lightning_dataflow.control.local.log import FileChannel, add_crc
+from lightning_dataflow.control.local import log as log_module
+from lightning_dataflow.control.local.log import CHUNK_BYTES, FileChannel, add_crc
 from tests.records import make_ref
 
 RUN = {"run_id": "run", "settings": {"seed": 0, "layers": [1, 3]}}
@@ -53,6 +55,29 @@ def test_a_torn_line_is_waited_for_then_closed_by_the_next_writer_and_logged(cha
     assert num_torn(caplog) == 1
 
 
+def test_an_interrupt_as_an_append_begins_keeps_nobody_from_it(channel, monkeypatch):
+    def interrupt(act, purpose):
+        act()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(log_module, "wait_for_others", interrupt)
+        channel.publish(refs(0))
+    monkeypatch.setattr("lightning_dataflow.control.local.waiting.TIMEOUT_S", 0.1)
+    reader(channel).publish(refs(1))
+    assert [record.seq for record in channel.poll()] == [1]
+
+
+def test_nobody_else_may_write_to_the_log(tmp_path):
+    before = os.umask(0)
+    try:
+        channel = FileChannel(tmp_path)
+        channel.publish(refs(0))
+    finally:
+        os.umask(before)
+    assert {path.name for path in tmp_path.iterdir() if path.stat().st_mode & 0o022} == set()
+
+
 def test_a_line_that_is_completed_later_is_read_then(channel, caplog):
     channel.publish(refs(0))
     path = channel.folder / segments(channel)[0]
@@ -63,6 +88,41 @@ def test_a_line_that_is_completed_later_is_read_then(channel, caplog):
     path.write_bytes(whole)
     assert [one.seq for one in late.poll()] == [0]
     assert num_torn(caplog) == 0
+
+
+@pytest.mark.parametrize("num_zeros", [1, 300, 4096, 2 * CHUNK_BYTES, 3 * CHUNK_BYTES + 17])
+@pytest.mark.parametrize("kept", [0, 60])
+def test_zeros_after_a_power_cut_are_a_torn_line(tmp_path, caplog, num_zeros, kept):
+    """They stand for lines, or a part of one, that did not reach the disk."""
+    channel = FileChannel(tmp_path)
+    channel.announce(RUN)
+    channel.publish(refs(0))
+    path = channel.folder / segments(channel)[0]
+    with open(path, "ab") as file:
+        file.write(path.read_bytes()[:kept] + bytes(num_zeros))
+    early = reader(channel)
+    assert [one.seq for one in early.poll()] == [0]
+    assert early.poll() == []
+    reader(channel).publish(refs(1, 2))
+    for each in (early, reader(channel)):
+        assert [one.seq for one in each.poll()] == ([1, 2] if each is early else [0, 1, 2])
+        assert num_torn(caplog) == 1
+        assert each.poll() == []
+
+
+def test_zeros_in_the_middle_cost_the_lines_that_they_hit(tmp_path, caplog):
+    """Pages reach the disk in any order."""
+    channel = FileChannel(tmp_path)
+    channel.announce(RUN)
+    channel.publish(refs(*range(60)))
+    path = channel.folder / segments(channel)[0]
+    data = bytearray(path.read_bytes())
+    data[4096:8192] = bytes(4096)
+    path.write_bytes(bytes(data))
+    left = [one.seq for one in channel.poll()]
+    assert left == [seq for seq in range(60) if seq in left]
+    assert 40 < len(left) < 59
+    assert num_torn(caplog) == 1
 
 
 def test_a_torn_line_at_the_end_of_a_full_segment(channel, caplog):

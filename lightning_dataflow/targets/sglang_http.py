@@ -33,6 +33,8 @@ from lightning_dataflow.sglang_plugin.wire import (
 )
 
 CONNECT_TIMEOUT_S = 5.0
+MAX_PLACE = 100
+"""Characters of where features are broken, as a server says it."""
 MAX_ANSWER_BYTES = 16 << 20
 """What is longer is cut, and then no JSON."""
 
@@ -137,7 +139,7 @@ class CaptureServer:
                 "'lightning_dataflow' in its log"
             ) from error
         if answer.get("error") == "not_finite":
-            raise BrokenFeaturesError(answer.get("message"))
+            raise BrokenFeaturesError(str(answer.get("message"))[:MAX_PLACE])
         if "error" in answer:
             raise ERRORS.get(answer["error"], CaptureFailedError)(f"{self._name}: {answer.get('message')}")
         return answer

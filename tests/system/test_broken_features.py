@@ -122,3 +122,10 @@ def test_a_target_that_gives_nothing_else_ends_the_run(tmp_path, settings):
     assert "aux_hidden_states (layer 3) of sample " in error
     assert " holds NaN or infinity, and so do all of the first 8 samples: check the target's weights" in error
     assert not list(tmp_path.glob("runs/fails/checkpoints/*.ckpt"))
+
+
+@pytest.mark.slow
+def test_the_capture_command_counts_them(tmp_path, broken_token):
+    command = ("-m", "lightning_dataflow", "capture", *TINY, *broken_token, "store=shared_dir", "store.root=features")
+    shown = python(*command, "data.num_samples=36", cwd=tmp_path).stdout
+    assert " of them hold NaN or infinity and will be skipped: sample 000000" in shown

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 import transformers
 
+from lightning_dataflow.targets.tiny import byte_tokenizer
+
 SIZES: dict[str, Any] = {
-    "vocab_size": 96,
+    "vocab_size": 320,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 5,
@@ -35,7 +37,7 @@ def _make(name: str, **more: Any) -> Callable[[], torch.nn.Module]:
 
 
 def _bloom() -> torch.nn.Module:
-    return transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=96, hidden_size=32, n_layer=5, n_head=4))
+    return transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=320, hidden_size=32, n_layer=5, n_head=4))
 
 
 def _qwen2_5_vl() -> torch.nn.Module:
@@ -44,10 +46,10 @@ def _qwen2_5_vl() -> torch.nn.Module:
     config = transformers.Qwen2_5_VLConfig(
         text_config={**SIZES, "model_type": "qwen2_5_vl_text", "rope_parameters": rope},
         vision_config={**vision, "hidden_size": 32, "intermediate_size": 32},
-        image_token_id=60,
-        video_token_id=61,
-        vision_start_token_id=62,
-        vision_end_token_id=63,
+        image_token_id=300,
+        video_token_id=301,
+        vision_start_token_id=302,
+        vision_end_token_id=303,
     )
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
@@ -69,10 +71,11 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
 
 
 def write_target(name: str, folder: Path) -> Path:
-    """Save one of MODELS with weights large enough for every part to matter."""
+    """Save one of MODELS, and a tokenizer, with weights large enough for every part to matter."""
     torch.manual_seed(0)
     model = MODELS[name]()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     return folder

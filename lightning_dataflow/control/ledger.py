@@ -9,7 +9,7 @@ from lightning_dataflow.control.fields import read_count, read_number, read_part
 from lightning_dataflow.control.leases import CommitEntry, Lease, NoLease, RunPlan, Sample, Watermarks
 from lightning_dataflow.control.log import StreamingRefChannel
 
-SILENT_S = 60.0
+SILENT_S = 90.0
 """A process elsewhere that said nothing for so long has died."""
 TOTALS = (
     "frontier",

@@ -18,6 +18,7 @@ from lightning_dataflow.contracts import (
 )
 from lightning_dataflow.contracts.log import MAX_REASON, record_from_json
 from lightning_dataflow.contracts.validation import check_id, check_schema, ref_from_json
+from lightning_dataflow.contracts.waiting import Wait
 
 MAX_LINE_BYTES = 1 << 20
 POLL_S = (0.002, 0.05)
@@ -139,9 +140,9 @@ class StreamingRefChannel(ABC):
 
     def wait_for_card(self, timeout_s: float, who: str) -> dict[str, Any]:
         """The card, once somebody announced it. Raises PeerTimeoutError naming `who`."""
-        deadline = time.monotonic() + timeout_s
+        wait = Wait(f"{who} to announce the run in {self.name}")
         while (card := self.card()) is None:
-            if time.monotonic() > deadline:
+            if wait.seconds() > timeout_s:
                 raise PeerTimeoutError(
                     f"waited {timeout_s:.0f} s for {who} to announce the run in {self.name}: is it running, with "
                     "this run_name and channel.path?"
@@ -151,7 +152,7 @@ class StreamingRefChannel(ABC):
 
     def stream(self, idle_timeout_s: float) -> Iterator[LogRecord]:
         """Records as they come, up to `end`. Raises PeerTimeoutError when none came for `idle_timeout_s`."""
-        last, wait = time.monotonic(), POLL_S[0]
+        wait, pause = Wait(f"a record from the producers of {self.name}"), POLL_S[0]
         while True:
             records = self.poll()
             for record in records:
@@ -159,12 +160,13 @@ class StreamingRefChannel(ABC):
                 if record.kind == "end":
                     return
             if records:
-                last, wait = time.monotonic(), POLL_S[0]
-            elif time.monotonic() - last > idle_timeout_s:
+                wait.restart()
+                pause = POLL_S[0]
+            elif wait.seconds() > idle_timeout_s:
                 raise PeerTimeoutError(f"no record came in {idle_timeout_s:.0f} s from the producers of {self.name}")
             else:
-                time.sleep(wait)
-                wait = min(2 * wait, POLL_S[1])
+                time.sleep(pause)
+                pause = min(2 * pause, POLL_S[1])
 
 
 def _read_ref(line: bytes, place: str) -> SampleRef:

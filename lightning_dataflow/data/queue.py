@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 from lightning_dataflow.contracts import LogRecord, PeerFailedError, PeerTimeoutError, SampleRef, UserError
 from lightning_dataflow.contracts.log import MAX_SEQ, replaces
+from lightning_dataflow.contracts.waiting import Wait
 from lightning_dataflow.control import ControlPlane
 from lightning_dataflow.control.heartbeat import producer_failures
 from lightning_dataflow.control.log import POLL_S
@@ -187,7 +188,8 @@ class StreamingRefQueue:
 
     def _wait(self, seqs: Sequence[int]) -> None:
         """Until each of `seqs` has its record."""
-        has_waited, last_news, last_check, pause = False, time.monotonic(), 0.0, POLL_S[0]
+        has_waited, last_check, pause = False, 0.0, POLL_S[0]
+        wait = Wait(lambda: f"{self.waiting_for} from {self._producers()}")
         while True:
             records = self._plane.log.poll()
             self._take_in(records)
@@ -199,11 +201,11 @@ class StreamingRefQueue:
                 raise QueueCancelledError
             now = time.monotonic()
             if records:
-                last_news = now
+                wait.restart()
             elif now - last_check > CHECK_PEERS_S:
                 last_check = now
                 self.waiting_for = f"{num_missing} of the {len(seqs)} samples of the window at seq {min(seqs)}"
-                self._check_peers(seqs, now - last_news)
+                self._check_peers(seqs, wait.seconds())
             if not records and not has_waited:
                 has_waited = True
                 self._plane.ledger.count_wait()
@@ -226,11 +228,11 @@ class StreamingRefQueue:
                 "trainer.max_steps, or start producers with the settings of this trainer"
             )
         if idle_s > self._idle_timeout_s:
-            parts = [part for part in self._plane.ledger.parts() if part["name"].startswith("producer")]
-            who = ", ".join(
-                f"{part['name']} on {part['host']} ({part['state']}, seen {part['seen_s_ago']:.0f} s ago)" for part in parts
-            )
             raise PeerTimeoutError(
-                f"no sample came for {idle_s:.0f} s; waiting for {self.waiting_for} from "
-                f"{who or 'a producer, none has started'}"
+                f"no sample came for {idle_s:.0f} s; waiting for {self.waiting_for} from {self._producers()}"
             )
+
+    def _producers(self) -> str:
+        parts = [part for part in self._plane.ledger.parts() if part["name"].startswith("producer")]
+        who = (f"{part['name']} on {part['host']} ({part['state']}, seen {part['seen_s_ago']:.0f} s ago)" for part in parts)
+        return ", ".join(who) or "a producer, none has started"

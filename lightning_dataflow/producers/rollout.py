@@ -19,6 +19,7 @@ from lightning_dataflow.contracts import (
     SampleRef,
     UserError,
 )
+from lightning_dataflow.contracts.waiting import Wait
 from lightning_dataflow.control import MAX_ATTEMPTS, ControlPlane, Lease, NoLease, RunPlan, Watermarks
 from lightning_dataflow.control.heartbeat import Heartbeat
 from lightning_dataflow.data.announcement import Announcement
@@ -27,7 +28,7 @@ from lightning_dataflow.stores import FeatureStore, StoreUnavailableError
 
 State = Literal["captured", "failed", "idle", "finished"]
 IDLE_S = (0.002, 0.1)
-WAITING = "waiting for the trainer to begin"
+WAITING, ALL_CAPTURED = "waiting for the trainer to begin", "all captured"
 LOADED_AT = time.monotonic()
 MAX_FAILURES = 3 * MAX_ATTEMPTS
 """A worker stops after this many failed leases in a row: three groups, each with all its tries."""
@@ -125,7 +126,7 @@ class RolloutWorker:
     def _without_lease(self, answer: NoLease) -> State:
         if answer.reason == "finished" and answer.finished_at >= self._since:
             return "finished"
-        reasons = {"paused": "waiting for the trainer to free samples", "nothing left": "all captured"}
+        reasons = {"paused": "waiting for the trainer to free samples", "nothing left": ALL_CAPTURED}
         self.state = reasons.get(answer.reason, WAITING)
         if answer.reason == "nothing left" and answer.plan is not None:
             self._end_log(answer.plan)
@@ -139,17 +140,22 @@ class RolloutWorker:
             self._closed_plan = plan
 
     def _drive(self, should_stop: Callable[[], bool]) -> None:
-        pause, waiting_since = IDLE_S[0], time.monotonic()
+        pause, wait = IDLE_S[0], Wait(self._waited_for)
         while not should_stop():
             state = self.run_once()
             if state == "finished":
                 return
             if state != "idle":
-                pause, waiting_since = IDLE_S[0], time.monotonic()
+                pause = IDLE_S[0]
+                wait.restart()
                 continue
-            self._check_trainer(time.monotonic() - waiting_since)
+            self._check_trainer(wait.seconds())
             time.sleep(pause)
             pause = min(2 * pause, IDLE_S[1])
+
+    def _waited_for(self) -> str:
+        is_done = self.state == ALL_CAPTURED
+        return "the trainer to finish: all is captured" if is_done else self.state.removeprefix("waiting for ")
 
     def _capture(self, lease: Lease) -> State:
         refs: dict[int, SampleRef] = {}
@@ -170,12 +176,12 @@ class RolloutWorker:
 
     def _put(self, sample: CapturedSample) -> SampleRef:
         """Store a sample. While the store is full, retry for up to `lease_s`."""
-        deadline, pause = time.monotonic() + self.lease_s, IDLE_S[0]
+        wait, pause = Wait(f"room in the store, for {sample.origin.sample_id}"), IDLE_S[0]
         while True:
             try:
                 return self.feed.put(sample, self.store)
             except CapacityError:
-                if time.monotonic() > deadline or self._stop_waiting.is_set() or self.plane.ledger.finished() is not None:
+                if wait.seconds() > self.lease_s or self._stop_waiting.is_set() or self.plane.ledger.finished() is not None:
                     raise
                 self.state = "waiting for room in the store"
                 self._stop_waiting.wait(pause)

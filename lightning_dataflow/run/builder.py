@@ -146,7 +146,11 @@ class Builder:
             return served_target(self.config, self.shared_store, store_id(self.plane), self.resources, **capture)
         if target.engine == "sglang":
             return local_target(self.config, self.resources, **capture)
-        engine = HFTargetEngine(target.path, dtype=target.dtype, device=target.device, **capture)
+        return self._load_target(target.dtype, **capture)
+
+    def _load_target(self, dtype: str, **capture: Any) -> HFTargetEngine:
+        """The target in this process, once its logits are those that drafts are trained on."""
+        engine = HFTargetEngine(self.config.target.path, dtype=dtype, device=self.config.target.device, **capture)
         check_head(engine)
         return engine
 
@@ -270,7 +274,7 @@ class Builder:
         same = self.config.topology.name == "online" and target.dtype == dtype
         if same and isinstance(self.target, HFTargetEngine):
             return self.target
-        return HFTargetEngine(target.path, dtype=dtype, device=target.device)
+        return self._load_target(dtype)
 
     def _acceptance_arguments(self) -> tuple[Callable[[], HFTargetEngine], list[Sequence[int]]]:
         return lambda: self.evaluation_target, [prompt.question for prompt in self.prompts[1]]

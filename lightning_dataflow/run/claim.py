@@ -48,7 +48,7 @@ def claim(folder: Path, remedy: str) -> None:
         owner = _read_owner(file)
         if (owner.get("pids"), owner.get("pid")) == (pid_space(), os.getppid()):
             return os.close(file)
-        if not wait_until(lambda: _lock(file, folder), PATIENCE_S, POLL_S):
+        if not wait_until(lambda: _lock(file, folder), PATIENCE_S, POLL_S, f"the owner of {folder}"):
             owner = _read_owner(file)
             os.close(file)
             known = owner.keys() >= {"pid", "host", "since"}

@@ -63,7 +63,7 @@ def num_processes(trainer: Mapping[str, Any]) -> int:
 def wait_for_first_rank(is_done: Callable[[], bool], what: str) -> None:
     """Wait until rank 0 has finished `what`. Raises UserError after TIMEOUT_S."""
     log.info("waiting for rank 0 to finish %s, at most %.0f s", what, TIMEOUT_S)
-    if not wait_until(is_done, TIMEOUT_S, POLL_S):
+    if not wait_until(is_done, TIMEOUT_S, POLL_S, f"rank 0 to finish {what}"):
         raise UserError(f"waited {TIMEOUT_S:.0f} s for rank 0 to finish {what}: see rank 0's messages")
 
 

@@ -18,6 +18,7 @@ from lightning_dataflow.run.ranks import num_devices
 from lightning_dataflow.run.streams import store_settings
 from lightning_dataflow.services.sglang import LocalSGLang
 from lightning_dataflow.stores import FeatureStore, SharedDirFeatureStore
+from lightning_dataflow.strategies.common.head_check import check_served_head
 from lightning_dataflow.targets import SGLangServerTarget
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ def served_target(
     capture |= {"urls": urls, "api_key": api_key, "store": store, "store_id": store_id}
     target = SGLangServerTarget(settings.path, in_flight=settings.requests_in_flight, **capture)
     resources.callback(target.stop_waiting)
+    check_served_head(target)
     return target
 
 

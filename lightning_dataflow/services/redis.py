@@ -112,7 +112,7 @@ class LocalRedis(LocalServer):
 def _lock(path: Path) -> IO[str]:
     """Two servers must not write the same append-only file."""
     file = path.open("a")
-    if not wait_until(lambda: try_lock(file.fileno()), LOCK_TIMEOUT_S, POLL_S):
+    if not wait_until(lambda: try_lock(file.fileno()), LOCK_TIMEOUT_S, POLL_S, f"the Redis in {path.parent} to end"):
         file.close()
         raise UserError(
             f"another process runs a Redis in {path.parent}: the run goes on, so end it first, or choose another run_name"

@@ -106,7 +106,7 @@ class LocalServer(ABC):
         assert self.process.stdin is not None, "a pipe"
         with suppress(BrokenPipeError), self.process.stdin as pipe:  # it may have ended already
             pipe.write(self.standard_input().encode())
-        if not wait_until(self._answers, timeout_s, POLL_S):
+        if not wait_until(self._answers, timeout_s, POLL_S, f"{self.name} to start, see {self.log_path}"):
             raise UserError(f"{self.name} was not ready within {timeout_s:g} s, {self._last_words()}")
 
     def poll(self) -> int | None:

@@ -173,7 +173,9 @@ class SharedDirFeatureStore(FeatureStore):
 
     def _wait_for(self, lock: int) -> None:
         try:
-            is_locked = wait_until(lambda: try_lock(lock), LOCK_TIMEOUT_S, LOCK_POLL_S)
+            is_locked = wait_until(
+                lambda: try_lock(lock), LOCK_TIMEOUT_S, LOCK_POLL_S, f"a process that writes to {self.root}"
+            )
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise

@@ -22,7 +22,7 @@ FIRST_FAILURE_S = 1.0
 PRODUCERS_END_S = 30.0
 LONGEST_PAUSE_S = 8.0
 """Longest delay before a restart. It must stay below the 15 to 20 s that clients of a store wait for it."""
-LEDGER_TIMEOUT_S = 60.0
+LEDGER_TIMEOUT_S = 90.0
 """How long restarts are put off while the ledger does not answer; the processes themselves wait for it as long."""
 Answer = TypeVar("Answer")
 

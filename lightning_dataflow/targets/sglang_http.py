@@ -115,6 +115,22 @@ class CaptureServer:
             raise CaptureMismatchError(f"{self._name} read other tokens than were sent")
         return ref_from_json(answer.get("ref"))
 
+    def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float] | None:
+        """The log-probability of each token after the first, by the server's own logits; None if it does not give them."""
+        body = {
+            "rid": f"ldf-{secrets.token_hex(16)}",
+            "input_ids": list(token_ids),
+            "return_logprob": True,
+            "logprob_start_len": 0,
+            "sampling_params": {"max_new_tokens": 1, "temperature": 0.0},
+        }
+        try:
+            entries = self._request("POST", "/generate", body)["meta_info"]["input_token_logprobs"]
+            logprobs = [float(entry[0]) for entry in entries[1:]]
+        except (UserError, PeerGoneError, LookupError, TypeError, ValueError):
+            return None
+        return logprobs if len(logprobs) == len(token_ids) - 1 else None
+
     def stop_waiting(self) -> None:
         """Make all calls, running and later ones, raise PeerGoneError at once."""
         with self._lock:

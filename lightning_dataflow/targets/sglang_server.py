@@ -75,6 +75,7 @@ class SGLangServerTarget(TargetEngine):
         self.servers = [CaptureServer(url, api_key=api_key, timeout_s=timeout_s) for url in urls]
         probes = [CaptureServer(url, api_key=api_key, timeout_s=min(timeout_s, PROBE_TIMEOUT_S)) for url in urls]
         members = [Member(server, probe) for server, probe in zip(self.servers, probes, strict=True)]
+        self._probe = probes[0]
         self._pool = ServerPool(members, admit=self._admit, in_flight=in_flight, absence_s=absence_s)
         self._executor = ThreadPoolExecutor(self.num_requests, thread_name_prefix="capture")
         self.set_capture_layers(layer_ids)
@@ -112,6 +113,16 @@ class SGLangServerTarget(TargetEngine):
             raise PeerGoneError(lost) from error
         finally:
             self._pool.give_back(member, lost=lost)
+
+    def logprobs_of(self, token_ids: Sequence[int]) -> tuple[torch.Tensor, list[float] | None]:
+        """The last hidden state [S, H] of one prompt, and the log-probability of each token after the first by a server's
+        own logits; None if it does not give them. Before other captures only."""
+        features, self.features = self.features, ("last_hidden_state",)
+        try:
+            (captured,) = self.capture([token_ids])
+        finally:
+            self.features = features
+        return captured["last_hidden_state"], self._probe.prompt_logprobs(token_ids)
 
     def stop_waiting(self) -> None:
         """The run is ending: all calls, running and later ones, raise PeerGoneError at once."""

@@ -38,7 +38,7 @@ def write_tiny_conversations(file: str | Path, *, num_conversations: int = 96, s
 
 
 def _write_target(folder: Path, seed: int) -> None:
-    tokenizer = _byte_tokenizer()
+    tokenizer = byte_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = LlamaConfig(
@@ -59,7 +59,8 @@ def _write_target(folder: Path, seed: int) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _byte_tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each of the 256 bytes, three special tokens, and CHAT_TEMPLATE."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

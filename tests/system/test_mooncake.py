@@ -24,6 +24,8 @@ from lightning_dataflow.stores.mooncake.admin import MooncakeAdmin
 from tests.processes import ROOT, environment, nightly
 from tests.unit.stores.test_contract import origin
 
+STOOD_STILL_S = 16.0
+
 PEER = """
 import json, os, sys, time
 from dataclasses import replace
@@ -382,7 +384,7 @@ def test_the_storage_process_dies_and_comes_back(tmp_path):
 
 
 @pytest.mark.nightly
-def test_a_storage_process_that_comes_back_unnoticed_is_an_error_and_no_lost_sample(tmp_path):
+def test_a_storage_process_that_comes_back_unnoticed_gets_new_memory(tmp_path):
     with LocalMooncake(capacity_bytes=32 << 20, log_dir=tmp_path) as mooncake:
         writer, reader = attach(mooncake), attach(mooncake)
         for store in (writer, reader):
@@ -392,11 +394,50 @@ def test_a_storage_process_that_comes_back_unnoticed_is_an_error_and_no_lost_sam
         mooncake.storage.start()
         fresh = attach(mooncake)
         readable = fresh.put(sample(2), origin("run:2"))
-        for action in (lambda: writer.put(sample(1), origin("run:3")), lambda: reader.get(readable)):
-            error, _ = timed(action)
-            assert isinstance(error, StoreUnavailableError)
-            assert "does not know the memory of this process: it was started again before" in str(error)
+        assert torch.equal(reader.get(readable)[0]["x"], sample(2)["x"])
+        assert torch.equal(fresh.get(writer.put(sample(1), origin("run:3")))[0]["x"], sample(1)["x"])
         for store in (writer, reader, fresh):
+            store.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"client_address": None}], ids=["shared_memory", "tcp"])
+def test_a_process_that_stood_still_goes_on(tmp_path, options):
+    """Longer than the 10 s after which Mooncake forgets it."""
+    with LocalMooncake(capacity_bytes=64 << 20, log_dir=tmp_path) as mooncake:
+        store, peer = attach(mooncake), Peer(mooncake, **options)
+        peer(f"get({ref_to_json(store.put(sample(1), origin('run:1')))})")
+        peer.run("kept = store.get(ref_from_json(put('run:0', 7)))[0]['x']")
+        peer.process.send_signal(signal.SIGSTOP)
+        ref = store.put(sample(2), origin("run:2"))
+        time.sleep(STOOD_STILL_S)
+        peer.process.send_signal(signal.SIGCONT)
+        assert peer(f"get({ref_to_json(ref)})") == [2]
+        put = ref_from_json(peer("put('run:3', 3)"))
+        assert (store.get(put)[0]["x"] == 3).all()
+        assert peer("kept.unique().tolist()") == [7]
+        peer.kill()
+        store.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["master", nightly("storage")])
+def test_a_mooncake_that_stood_still_goes_on(tmp_path, part):
+    """What the storage process held may be lost, and is captured again."""
+    with LocalMooncake(capacity_bytes=64 << 20, log_dir=tmp_path) as mooncake:
+        near, far = attach(mooncake), attach(mooncake, client_address=None)
+        ref = near.put(sample(1), origin("run:1"))
+        stopped = getattr(mooncake, part).process
+        stopped.send_signal(signal.SIGSTOP)
+        with ThreadPoolExecutor(2) as pool:
+            found = [pool.submit(store.get_many, [ref]) for store in (near, far)]
+            time.sleep(STOOD_STILL_S)
+            stopped.send_signal(signal.SIGCONT)
+            for future in found:
+                (result,) = future.result(timeout=90)
+                assert isinstance(result, KeyError) or torch.equal(result[0]["x"], sample(1)["x"])
+        for number, store in enumerate((near, far), start=2):
+            store.put(sample(number), origin(f"run:{number}"))
             store.close()
 
 

@@ -11,6 +11,7 @@ import threading
 import time
 import urllib.request
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,8 +26,10 @@ from lightning_dataflow.services.sglang import LocalSGLang
 from lightning_dataflow.sglang_plugin.settings import REST_S
 from lightning_dataflow.sglang_plugin.wire import MAX_ANSWER_BYTES, CaptureRequest
 from lightning_dataflow.stores import MemoryFeatureStore, MooncakeFeatureStore
+from lightning_dataflow.strategies.common.head_check import check_served_head
 from lightning_dataflow.targets import HFTargetEngine, SGLangServerTarget
 from lightning_dataflow.targets.conformance import compare_engines, make_prompts, table
+from lightning_dataflow.targets.logits import LogitsTransform
 from lightning_dataflow.targets.sglang_http import CaptureServer
 from tests.conftest import LAYER_IDS
 from tests.decoding import greedy_decode
@@ -107,6 +110,15 @@ def test_features_are_those_of_transformers(server, connect, target_path):
     actual = compare_engines(every, engine, make_prompts(320, 505, lengths=(1, 2, 3, 5, 8, 13, 33, 100, 257, 400, 505)))
     assert [one.problems for one in actual if one.problems] == []
     assert max(error for one in actual for _, error in one.differences.values()) < 1e-5
+
+
+def test_its_log_probabilities_are_those_of_the_head(server, connect):
+    engine = connect(server, features=("aux_hidden_states",))
+    assert engine.logprobs_of([0, 20, 40])[1] is not None
+    check_served_head(engine)
+    engine.info = replace(engine.info, logits=LogitsTransform(scale=0.8))
+    with pytest.raises(UserError, match="its log-probabilities differ by up to"):
+        check_served_head(engine)
 
 
 def test_a_request_costs_the_same_bytes_whatever_its_length(server, connect, store, monkeypatch):

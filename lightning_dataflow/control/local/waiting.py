@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from lightning_dataflow.contracts import PeerTimeoutError
+from lightning_dataflow.contracts.waiting import Wait
 
 TIMEOUT_S = 30.0
 PAUSE_S = 0.0001
@@ -19,14 +20,14 @@ def wait_for_others(act: Callable[[], Result], purpose: str) -> Result:
     Raises:
         PeerTimeoutError: it did for TIMEOUT_S.
     """
-    deadline = time.monotonic() + TIMEOUT_S
+    wait = Wait(f"another process of the run, to {purpose}")
     while True:
         try:
             return act()
         except (BlockingIOError, sqlite3.OperationalError) as error:
             if isinstance(error, sqlite3.OperationalError) and "locked" not in str(error):
                 raise
-            if time.monotonic() > deadline:
+            if wait.seconds() > TIMEOUT_S:
                 raise PeerTimeoutError(
                     f"could not {purpose} within {TIMEOUT_S:.0f} s ({error}): is a process of the run stopped inside a "
                     "write? Continue or end it"

@@ -3,7 +3,6 @@
 import contextlib
 import secrets
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +12,9 @@ from lightning_dataflow.contracts import CapacityError, PeerFailedError, PeerTim
 from lightning_dataflow.contracts.errors import TAKEN_OVER
 from lightning_dataflow.contracts.foreign import first_line
 from lightning_dataflow.contracts.validation import check_schema
+from lightning_dataflow.contracts.waiting import Wait
 from lightning_dataflow.control.fields import damaged
-from lightning_dataflow.control.redis.address import CONNECT_S, RedisAddress, redis_library
+from lightning_dataflow.control.redis.address import ANSWER_S, CONNECT_S, RedisAddress, redis_library
 from lightning_dataflow.control.redis.scripts import LEAVE, Script
 
 PREFIX = "ldf"
@@ -22,7 +22,8 @@ KEYS = ("card", "nonce", "log", "totals", "clients", "samples", "open", "parts")
 """Of a run; the scripts know them by this order."""
 OLDEST = (7, 0)
 """The first version of Redis whose scripts have flags."""
-PATIENCE_S = 60.0
+PATIENCE_S = 90.0
+"""A server that stands still for a minute, and comes back, ends nothing."""
 PAUSE_S = (0.01, 0.5)
 INTERRUPTED_RUN = "resume with ckpt_path=last"
 
@@ -151,10 +152,10 @@ class RedisServer:
         if self._lost is not None:
             raise self._lost
         patience = at_most_s or self.patience_s
-        deadline = time.monotonic() + patience
+        wait = Wait(f"{self.name}", longest_call_s=ANSWER_S + CONNECT_S)
 
         def give_up_when_late(error: Exception) -> None:
-            if time.monotonic() > deadline:
+            if wait.seconds() > patience:
                 raise PeerTimeoutError(
                     f"{self.name} could not be used for {patience:.0f} s ({_reason(error)}): is it running, and "
                     f"can this machine reach it? Start it, then {INTERRUPTED_RUN}"

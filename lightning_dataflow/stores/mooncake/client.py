@@ -7,11 +7,11 @@ import os
 import secrets
 import socket
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts.waiting import Wait
 from lightning_dataflow.stores.base import StoreUnavailableError
 from lightning_dataflow.stores.mooncake.buffers import Block, BufferPool
 
@@ -26,6 +26,10 @@ STAGING_BYTES = 256 << 20
 """Memory inside Mooncake for the plain calls: the largest value that they move."""
 PUT_TRIES = 3
 PROBE_TIMEOUT_S = 1.0
+LONGEST_CALL_S = 35.0
+"""The library gives a peer that stands still up after 30 s."""
+PATIENCE_S = 90.0
+"""A peer that stands still for a minute, and comes back, ends nothing."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 0.5
 
 # The Mooncake library reads these from the environment when a client is made; a variable that is already set wins.
@@ -78,11 +82,13 @@ class MooncakeClient:
         rdma_devices: str = "",
         local_hostname: str = "127.0.0.1",
         zero_copy: bool = True,
-        owner_timeout_s: float = 15.0,
-        unavailable_timeout_s: float = 20.0,
+        owner_timeout_s: float = PATIENCE_S,
+        unavailable_timeout_s: float = PATIENCE_S,
     ):
         self.master_address, self.client_address = master_address, client_address
         self.owner_timeout_s, self.unavailable_timeout_s = owner_timeout_s, unavailable_timeout_s
+        self._addresses = {"mooncake_client": client_address} if client_address else {}
+        self._addresses |= {"Mooncake master": master_address}
         mooncake = import_mooncake()
         self._raw = zero_copy and _has_raw_calls(mooncake.MooncakeDistributedStore)
         # Setup itself would block for 90 s when nothing listens.
@@ -112,22 +118,21 @@ class MooncakeClient:
         return self.retry(lambda: self.pool.lease(num_bytes))
 
     def put(self, keys: Sequence[str], addresses: Sequence[int], sizes: Sequence[int]) -> list[int]:
-        """Copy registered memory to new objects; a code for each: 0 or NO_SPACE."""
+        """Copy registered memory to new objects; a code for each: 0 or NO_SPACE.
+
+        Raises TransientError where `mooncake_client` no longer knows this memory: lease other memory, and try again.
+        """
         if not self._raw:
             values = [ctypes.string_at(address, size) for address, size in zip(addresses, sizes, strict=True)]
             return [self._put_plain(key, value) for key, value in zip(keys, values, strict=True)]
         codes = _checked(self._store.batch_put_from(list(keys), list(addresses), list(sizes), self._pinned))
         if REFUSED in codes:
-            # The library registers its memory with a new mooncake_client only if it noticed that the old one was gone.
-            raise StoreUnavailableError(
-                f"mooncake_client {self.client_address} does not know the memory of this process: it was started again "
-                "before this process missed it. Start this process again, and next time wait 8 s before starting "
-                "mooncake_client"
-            )
+            self._register_again()
+            raise TransientError(REFUSED)
         return codes
 
     def get(self, keys: Sequence[str], addresses: Sequence[int], sizes: Sequence[int]) -> list[int]:
-        """Copy objects to registered memory; the number of bytes for each, or a code below 0."""
+        """Copy objects to registered memory; the number of bytes for each, or a code below 0. Raises as `put` does."""
         if not self._raw:
             return [self._get_plain(*each) for each in zip(keys, addresses, sizes, strict=True)]
         codes = _checked(self._store.batch_get_into(list(keys), list(addresses), list(sizes)))
@@ -160,13 +165,14 @@ class MooncakeClient:
             StoreUnavailableError: master or mooncake_client stayed away for `unavailable_timeout_s`.
             OwnerGoneError: the storage process stayed away for `owner_timeout_s`.
         """
-        began, pause, num_discarded = time.monotonic(), FIRST_PAUSE_S, 0
+        wait, pause, num_discarded = Wait(self._peers, longest_call_s=LONGEST_CALL_S), FIRST_PAUSE_S, 0
         while True:
             try:
                 return action()
             except TransientError as error:
                 if error.code == NOT_FOUND:  # the master answers, however long the call took
-                    num_discarded, began = num_discarded + 1, time.monotonic()
+                    num_discarded += 1
+                    wait.restart()
                     if num_discarded == PUT_TRIES:
                         raise StoreUnavailableError(
                             f"Mooncake master {self.master_address} discarded a put {PUT_TRIES} times before it was "
@@ -174,11 +180,14 @@ class MooncakeClient:
                             "--put_start_discard_timeout_sec"
                         ) from None
                 patience = self.owner_timeout_s if error.code == OWNER_GONE else self.unavailable_timeout_s
-                waited = time.monotonic() - began
+                waited = wait.seconds()
                 if waited + pause > patience or self._stopping.is_set():
                     raise self._absence(error.code, waited) from None
             self._stopping.wait(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    def _peers(self) -> str:
+        return " or ".join(f"{name} {address}" for name, address in self._addresses.items())
 
     def stop_waiting(self) -> None:
         """From now on `retry` tries once."""
@@ -193,6 +202,16 @@ class MooncakeClient:
         if self.client_address is None:
             self._store.close()
         del self._store  # `close` of a shared-memory client would complain on stderr that it is not connected
+
+    def _register_again(self) -> None:
+        """From now on lease new memory.
+
+        `mooncake_client` forgets a process that was not heard of for 10 s, because it stood still or the client did, and so
+        does one that was started again. It then takes in what the process allocates from then on, and nothing older.
+        """
+        logger.warning("mooncake_client %s no longer knows the memory of this process, which gets new", self.client_address)
+        old, self.pool = self.pool, BufferPool(self._allocate, self._free)
+        old.close()
 
     def _put_plain(self, key: str, value: bytes) -> int:
         (code,) = _checked([self._store.put(key, value, self._pinned)])
@@ -239,9 +258,10 @@ class MooncakeClient:
             return OwnerGoneError(
                 f"the storage process behind Mooncake master {self.master_address} is gone for {waited:.0f} s: {remedy}"
             )
-        peers = {self.client_address: "mooncake_client", self.master_address: "Mooncake master"}
-        silent = [f"{name} {address}" for address, name in peers.items() if address and not listens(address)]
+        silent = [f"{name} {address}" for name, address in self._addresses.items() if not listens(address)]
         peer = " and ".join(silent) or f"Mooncake at {self.client_address or self.master_address}"
+        if code == REFUSED:
+            return StoreUnavailableError(f"{peer} does not take the memory of this process: start this process again")
         return StoreUnavailableError(f"{peer} did not answer for {waited:.0f} s (code {code}): {remedy}")
 
 

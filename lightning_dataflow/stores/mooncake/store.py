@@ -20,12 +20,13 @@ from lightning_dataflow.stores.base import (
 )
 from lightning_dataflow.stores.mooncake.admin import MooncakeAdmin
 from lightning_dataflow.stores.mooncake.client import (
+    PATIENCE_S,
     MooncakeClient,
     OwnerGoneError,
     TransientError,
 )
 from lightning_dataflow.stores.mooncake.generations import Generations, check_fits, refusal
-from lightning_dataflow.stores.mooncake.transfer import Staged, read, stage
+from lightning_dataflow.stores.mooncake.transfer import read, stage
 
 MAX_REMEMBERED_PUTS = 1 << 14
 
@@ -76,8 +77,8 @@ class MooncakeFeatureStore(FeatureStore):
         zero_copy: bool = True,
         retain: bool = False,
         capacity_bytes: int | None = None,
-        owner_timeout_s: float = 15.0,
-        unavailable_timeout_s: float = 20.0,
+        owner_timeout_s: float = PATIENCE_S,
+        unavailable_timeout_s: float = PATIENCE_S,
     ):
         self.store_id = check_id(store_id, "store_id")
         self.uri = f"mooncake://{store_id}"
@@ -111,13 +112,12 @@ class MooncakeFeatureStore(FeatureStore):
             raise ValueError(f"{origin.sample_id} has only empty tensors: Mooncake cannot store 0 bytes")
         if self.capacity_bytes is not None:
             check_fits(draft, self.capacity_bytes)
-        staged = stage(self._client, draft, tensors)
         previous = self._puts.get(origin.sample_id)
         if origin.attempt:
             self._generations.supersede(draft)
         elif previous is not None and previous.origin.attempt == 0:
             self.free(previous)
-        ref = self._client.retry(lambda: self._store(draft, staged))
+        ref = self._client.retry(lambda: self._store(draft, tensors))
         self._remember(ref)
         return ref
 
@@ -205,12 +205,13 @@ class MooncakeFeatureStore(FeatureStore):
         """Disconnect. Tensors that were read stay valid."""
         self._client.close()
 
-    def _store(self, draft: SampleRef, staged: Staged) -> SampleRef:
+    def _store(self, draft: SampleRef, tensors: Mapping[str, torch.Tensor]) -> SampleRef:
         """Try once, under a new generation.
 
         To a put on an existing key Mooncake answers 0 and stores nothing, so after a failure a second put under the same
         keys would leave unknown content.
         """
+        staged = stage(self._client, draft, tensors)
         ref = replace(draft, generation=new_generation(draft.origin.attempt))
         keys = self._generations.objects(ref)
         try:

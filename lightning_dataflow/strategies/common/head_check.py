@@ -3,10 +3,11 @@
 import logging
 
 import torch
+from torch import Tensor
 
-from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts import CapacityError, UserError
 from lightning_dataflow.strategies.common.target_tensors import FrozenTarget
-from lightning_dataflow.targets.hf import HFTargetEngine
+from lightning_dataflow.targets import HFTargetEngine, SGLangServerTarget, TargetInfo
 
 log = logging.getLogger(__name__)
 
@@ -21,38 +22,66 @@ def check_head(engine: HFTargetEngine) -> None:
         UserError: the target does something else with its logits, or its head or embedding was not found in its files. The
             message has the measured difference.
     """
-    info, model = engine.info, engine.model
+    info, model, ids = engine.info, engine.model, _probe(engine.info)
     target = FrozenTarget.of(info, model.dtype).to(engine.device)
-    ids = [index * info.vocab_size // PROBE_TOKENS for index in range(PROBE_TOKENS)]
     last, theirs = engine.logits_of(ids)
-    ours = (last @ target.head.T).float()
-    if target.transform is not None:
-        target.transform.apply_(ours)
-    what = f"{info.path}: {type(model).__name__}"
+    ours = _logits(target, last)
     if ours.shape != theirs.shape:
         raise UserError(
-            f"{what} gives {theirs.shape[-1]} logits a token, its head has {ours.shape[-1]} rows: drafts are trained on "
-            "one logit a row, name another target"
+            f"{info.path} gives {theirs.shape[-1]} logits a token, its head has {ours.shape[-1]} rows: drafts are trained "
+            "on one logit a row, name another target"
         )
-    theirs = theirs.float()
-    comparable = ours.isfinite() & theirs.isfinite()
-    if not comparable.any():
-        log.warning("%s: its logits hold NaN or infinity only, so they were not compared with its head", info.path)
+    if not _compare(info, "logits", ours, theirs.float(), _rounding(ours, model.dtype)):
         return
-    ours, theirs = ours[comparable], theirs[comparable]
-    difference, largest = float((ours - theirs).abs().max()), float(theirs.abs().max())
-    if difference > _tolerance(model.dtype) * max(largest, float(ours.abs().max())):
-        ratio = float(theirs @ ours / (ours @ ours))
-        raise UserError(
-            f"{what} changes its logits in a way that is not known here: on one prompt they differ by up to "
-            f"{difference:.3g} from the head times the last hidden state (the largest is {largest:.3g}; on average they "
-            f"are {ratio:.3g} times as large), so drafts would be trained on another distribution: name another target"
-        )
     rows = torch.tensor(ids, device=engine.device)
     if not torch.equal(target.embedding[rows].nan_to_num(), model.get_input_embeddings().weight[rows].nan_to_num()):
-        raise UserError(f"{what} has another token embedding than was found in its files: name another target")
+        raise UserError(f"{info.path} has another token embedding than was found in its files: name another target")
 
 
-def _tolerance(dtype: torch.dtype) -> float:
-    """Of the largest logit: the product's rounding, and TF32 on a GPU."""
-    return max(4 * torch.finfo(dtype).eps, 1e-3)
+@torch.no_grad()
+def check_served_head(engine: SGLangServerTarget) -> None:
+    """The same by the log-probabilities that a server gives a prompt; where it gives none, that is logged."""
+    info, ids = engine.info, _probe(engine.info)
+    try:
+        last, logprobs = engine.logprobs_of(ids)
+    except CapacityError:  # a store full of this run's features, which was checked when it began
+        return
+    if logprobs is None:
+        log.warning("%s: a server gives no log-probabilities, so its head was not compared with its logits", info.path)
+        return
+    logits = _logits(FrozenTarget.of(info, torch.float32), last.float())
+    ours = logits.log_softmax(-1)[:-1].gather(-1, torch.tensor(ids)[1:, None]).squeeze(-1)
+    _compare(info, "log-probabilities", ours, torch.tensor(logprobs), 2 * _rounding(logits, last.dtype))
+
+
+def _probe(info: TargetInfo) -> list[int]:
+    return [index * info.vocab_size // PROBE_TOKENS for index in range(PROBE_TOKENS)]
+
+
+def _logits(target: FrozenTarget, last: Tensor) -> Tensor:
+    products = (last @ target.head.T).float()
+    return products if target.transform is None else target.transform.apply_(products)
+
+
+def _rounding(logits: Tensor, dtype: torch.dtype) -> float:
+    """By how much logits may differ: the rounding of products in `dtype`, and TF32 on a GPU."""
+    largest = float(logits.nan_to_num(0, 0, 0).abs().max())
+    return largest * max(4 * torch.finfo(dtype).eps, 1e-3) + 1e-5
+
+
+def _compare(info: TargetInfo, what: str, ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
+    """Raise UserError where they differ by more than `tolerance`; False if none can be compared."""
+    comparable = ours.isfinite() & theirs.isfinite()
+    if not comparable.any():
+        log.warning("%s: its %s hold NaN or infinity only, so they were not compared with its head", info.path, what)
+        return False
+    ours, theirs = ours[comparable], theirs[comparable]
+    difference, largest = float((ours - theirs).abs().max()), float(theirs.abs().max())
+    if difference > tolerance:
+        ratio = float(theirs @ ours / (ours @ ours))
+        raise UserError(
+            f"{info.path} changes its logits in a way that is not known here: on one prompt its {what} differ by up to "
+            f"{difference:.3g} from those of the head times the last hidden state (the largest is {largest:.3g}; they are "
+            f"{ratio:.3g} times as large), so drafts would be trained on another distribution: name another target"
+        )
+    return True

@@ -92,12 +92,25 @@ def _happen(fault: dict[str, Any], arguments: Sequence[Any]) -> None:
         waker = f"sleep {fault['seconds']}; kill -CONT {pid}"
         subprocess.Popen(["sh", "-c", waker], start_new_session=True, cwd="/")
         os.kill(pid, signal.SIGSTOP)
+    elif fault["action"] == "start a twin of":
+        _start_twin()
     elif fault["action"] == "disk full":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     elif fault["action"] == "store full":
         _fill(*arguments)
     elif fault["action"] == "lose the reply of":
         _lose_reply(arguments[0].server)
+
+
+def _start_twin() -> None:
+    """The command of this run once more. It must end with one line, and change nothing."""
+    supervisor = _find("supervisor")
+    if supervisor is None:
+        return
+    command = Path(f"/proc/{supervisor}/cmdline").read_text().split("\0")[:-1]
+    name = f"twin-{time.time_ns()}.txt"
+    with (FOLDER / name).open("w") as output:
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def _lose_reply(server: Any) -> None:

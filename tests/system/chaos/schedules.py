@@ -8,6 +8,8 @@ from tests.system.chaos.trial import Fault
 PRODUCER = ("capture", "put", "publish", "append")
 TRAINER = ("read", "optimizer step", "ack", "checkpoint")
 STORE = ("mooncake_master", "mooncake_client")
+STOPS = (1, 5, 60)
+"""Seconds. After a minute, every peer has given up whoever stood still."""
 REDIS = ("channel=redis", "control=redis")
 
 
@@ -49,15 +51,17 @@ def random_fault(dice: random.Random, num_producers: int, own_services: bool, re
     if of_trainer and kind < 0.15:
         return fault | {"moment": "half a checkpoint", "count": 1}
     if kind < 0.3:
-        return fault | {"action": "stop", "seconds": dice.choice((1, 5))}
+        return fault | {"action": "stop", "seconds": dice.choice(STOPS)}
     if kind < (0.55 if redis else 0.45):
         services = (*STORE, *["redis-server"] * (3 * redis))
         victims = ("supervisor",) if own_services else ("supervisor", *services)
-        cut_off = {"action": "stop", "seconds": dice.choice((1, 5))} if dice.random() < 0.4 else {}
+        cut_off = {"action": "stop", "seconds": dice.choice(STOPS)} if dice.random() < 0.4 else {}
         return fault | {"victim": dice.choice(victims)} | cut_off
-    if kind < 0.55 and moment in ("before append", "before checkpoint"):
+    if kind < (0.62 if redis else 0.52):
+        return fault | {"action": "start a twin of"}
+    if kind < 0.75 and moment in ("before append", "before checkpoint"):
         return fault | {"action": "disk full"}
-    if redis and kind < 0.75:
+    if redis and kind < 0.82:
         return fault | _lost_reply(dice, of_trainer)
     return fault
 

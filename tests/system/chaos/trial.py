@@ -24,11 +24,12 @@ STEPS, WINDOW = 8, 8
 SETTINGS = (
     "experiment=tiny", "topology=disagg_online", "logger=none", "callbacks=no_evaluation", f"run_name={RUN}",
     "imports=[tests.system.chaos.faults]", "callbacks.checkpoint.every_n_train_steps=2",
-    "topology.lease_s=3", "topology.idle_timeout_s=60", "topology.start_timeout_s=60",
+    "topology.lease_s=3", "topology.idle_timeout_s=150", "topology.start_timeout_s=150",
 )  # fmt: skip
 MAX_STARTS = 5
-RUN_TIMEOUT_S = 240
+RUN_TIMEOUT_S = 480
 END_TIMEOUT_S = 15
+REFUSED = "error: runs/chaos is in use by process "
 
 
 @dataclass
@@ -87,6 +88,7 @@ def run_trial(
             outcome.wrong.append(f"did not end well in {MAX_STARTS} starts: {outcome.errors}")
             return outcome
         _read_outcome(work, folder / "chaos", outcome)
+        _check_twins(folder / "chaos", outcome)
         if "control=redis" in settings:
             _check_redis(work, redis, outcome)
         else:
@@ -181,6 +183,14 @@ def _read_outcome(work: Path, chaos: Path, outcome: Outcome) -> None:
     trained = [name for samples in outcome.samples.values() for name in samples]
     if len(set(trained)) != STEPS * WINDOW:
         outcome.wrong.append(f"{len(set(trained))} of {STEPS * WINDOW} samples were trained")
+
+
+def _check_twins(chaos: Path, outcome: Outcome) -> None:
+    """A twin that was started while the run was going on has printed one line."""
+    for path in chaos.glob("twin-*.txt"):
+        lines = path.read_text().splitlines()
+        if len(lines) != 1 or not lines[0].startswith(REFUSED):
+            outcome.wrong.append(f"a twin printed {lines[-3:]}")
 
 
 def _processes(work: Path) -> dict[int, str]:

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.strategies.checkpoint import _rebuild
 from lightning_dataflow.strategies.common.layers import SwiGLU, rotary_tables
 from lightning_dataflow.strategies.common.target_tensors import FrozenTarget
 from lightning_dataflow.strategies.eagle3.attention import (
@@ -156,6 +157,19 @@ def test_rotary_tables_are_the_target_s(tmp_path, name):
     expected = LlamaRotaryEmbedding(LlamaConfig.from_pretrained(tmp_path))(torch.zeros(1), positions)
     for ours, theirs in zip(rotary_tables(positions, config), expected, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_a_checkpoint_from_before_scaled_rotary_embeddings_keeps_its_own(tmp_path):
+    info = read_target_info(write_target("yarn", tmp_path))
+    saved = {
+        "strategy": "eagle3",
+        "hyper_parameters": {"target": str(tmp_path)},
+        "target_model_version": info.model_version,
+        "identity": {"rope_theta": info.rope_theta},
+    }
+    assert _rebuild(tmp_path, saved, None).draft.config.rope_scaling is None
+    saved["identity"]["rope_scaling"] = info.rope_scaling
+    assert _rebuild(tmp_path, saved, None).draft.config.rope_scaling == info.rope_scaling
 
 
 def test_frozen_target_reads_two_tensors(target, target_path):

@@ -50,6 +50,7 @@ class Server(ThreadingHTTPServer):
         dead: it drops connections, once it has read a request.
         hung: it does not answer while this is set.
         requests: for capture, in the order of their arrival.
+        logprobs: what it answers who asks for log-probabilities.
         looks: at once at this server, and the most there were.
     """
 
@@ -63,6 +64,7 @@ class Server(ThreadingHTTPServer):
         self.closed = False
         self.dead, self.num_captures, self.rids, self.requests = False, 0, [], []
         self.num_looks = self.most_looks = 0
+        self.logprobs: dict[str, Any] = {}
         self.hung = threading.Event()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
@@ -106,7 +108,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.may_answer():
+        if body.get("return_logprob"):
+            self.reply({"meta_info": self.server.logprobs})
+        elif self.may_answer():
             self.reply({"text": "", "meta_info": {"hidden_states": [json.dumps(self.server.answer(body))]}})
 
     def may_answer(self) -> bool:
@@ -184,6 +188,18 @@ def test_features_come_by_way_of_the_store(connect, servers, store, target):
     rids = [rid for server in servers for rid in server.rids]
     assert len(rids) == len(set(rids)) == len(PROMPTS) + 4
     assert store.health()["num_samples"] == 0
+
+
+def test_log_probabilities_of_a_prompt(connect, servers, store, target):
+    engine, ids = connect(features=("aux_hidden_states",)), [5, 6, 7]
+    for answer in ({}, {"input_token_logprobs": [[None, 5, None]]}, {"input_token_logprobs": [None, None, None]}):
+        servers[0].logprobs = answer
+        assert engine.logprobs_of(ids)[1] is None
+    servers[0].logprobs = {"input_token_logprobs": [[None, 5, None], [-1.5, 6, None], [-2, 7, None]]}
+    last, logprobs = engine.logprobs_of(ids)
+    assert logprobs == [-1.5, -2.0]
+    torch.testing.assert_close(last, target.capture([ids])[0]["last_hidden_state"], atol=1e-4, rtol=1e-4)
+    assert engine.features == ("aux_hidden_states",) and store.health()["num_samples"] == 0
 
 
 def test_a_prompt_that_fails_leaves_nothing_of_the_others_in_the_store(connect, servers, store):

@@ -54,6 +54,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert self.headers["Authorization"] == f"Bearer {self.key}"
+        if body.get("return_logprob"):
+            return self.reply({"meta_info": {"input_token_logprobs": self.logprobs(body["input_ids"])}})
         request = request_from_text(body["sampling_params"]["custom_params"][PARAM], len(body["input_ids"]))
         with LOCK, self.stores.use(request.store_id) as store:
             answer = self.capture(body["input_ids"], request, store)
@@ -69,6 +71,12 @@ class Handler(BaseHTTPRequestHandler):
             "disable_radix_cache": True,
             "cuda_graph_config": {"prefill": {"backend": "disabled"}},
         }
+
+    def logprobs(self, token_ids: list[int]) -> list[list[Any]]:
+        with LOCK:
+            logprobs = self.target.logits_of(token_ids)[1].log_softmax(-1)
+        after_first = zip(token_ids[1:], logprobs, strict=False)
+        return [[None, token_ids[0], None], *([float(row[token]), token, None] for token, row in after_first)]
 
     def capture(self, token_ids: list[int], request: Any, store: Any) -> dict[str, Any]:
         info, spec = self.target.info, self.target.capture_spec

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_dataflow.checkpoints.files import CheckpointFiles
 from lightning_dataflow.checkpoints.markers import make_room, mark_complete
@@ -17,7 +18,7 @@ from lightning_dataflow.data import DataFlowDataModule
 
 
 class DataFlowTrainer(L.Trainer):
-    """`lightning.Trainer`, with the same arguments, and checkpoints that survive a kill at any moment.
+    """`lightning.Trainer`, with one argument more, and checkpoints that survive a kill at any moment.
 
     Every save, by a ModelCheckpoint or by you, full or sharded, ends with a completion marker, written once all ranks are
     done. `latest_checkpoint(folder)` finds the newest checkpoint that has one. Only then does the source learn that its
@@ -26,11 +27,20 @@ class DataFlowTrainer(L.Trainer):
 
     Files on remote file systems (`s3://…`) are saved as Lightning saves them, without markers.
 
+    Args:
+        max_bad_steps: after so many steps in a row whose loss or gradient norm was NaN or infinity, the fit ends; None for
+            never.
+
     Raises:
         UserError: there is another CheckpointIO among the plugins; it could return before the checkpoint is written.
     """
 
-    def __init__(self, *, plugins: Any = None, **kwargs: Any):
+    def __init__(self, *, plugins: Any = None, max_bad_steps: int | None = 3, **kwargs: Any):
+        if max_bad_steps is not None and (not isinstance(max_bad_steps, int) or max_bad_steps < 1):
+            raise UserError(
+                f"max_bad_steps={max_bad_steps} is no number of steps: give 1 to end at the first bad one, null for never"
+            )
+        self.max_bad_steps = max_bad_steps
         given = [] if plugins is None else list(plugins) if isinstance(plugins, Sequence) else [plugins]
         if any(isinstance(plugin, CheckpointIO) for plugin in given):
             raise UserError("Trainer(plugins=…): a DataFlowTrainer writes checkpoints itself, leave CheckpointIO out")
@@ -59,20 +69,24 @@ class DataFlowTrainer(L.Trainer):
     ) -> None:
         """Weights alone are no checkpoint to resume from, so they get no marker.
 
-        Raises NotFiniteError, before anything is written or voided, if the weights are not finite or such an error has
-        ended the fit. While such an error is ending the fit, this does nothing, whichever callback calls it.
+        Raises NotFiniteError, before anything is written or voided, if the weights are not finite, or a loss through them,
+        or such an error has ended the fit. While such an error is ending the fit, this does nothing, whichever callback
+        calls it. Nothing is saved either while all steps of the run were bad.
         """
         if self.training and getattr(self.lightning_module, "failure", None) is not None:
             return
         check = getattr(self.lightning_module, "check_weights", None)
         if check is not None:
             check()
+        data = getattr(self, "datamodule", None)
+        if isinstance(data, DataFlowDataModule) and 0 < self.global_step <= data.num_bad_steps:
+            rank_zero_warn(f"{filepath} is not written: no step has changed the draft, their numbers were not finite")
+            return
         local = local_path(filepath)
         self._checkpoint_files.admit(os.path.dirname(filepath if local is None else local))
         if local is not None and self.is_global_zero:
             make_room(local)
         self.strategy.barrier("what had this name is void")
-        data = getattr(self, "datamodule", None)
         try:
             super().save_checkpoint(filepath if local is None else local, weights_only, storage_options)
             if local is not None and self.is_global_zero and not weights_only:

@@ -1,11 +1,12 @@
 """The LightningDataModule: windows of references in, micro-batches out."""
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import distributed
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.control import RunPlan
@@ -14,6 +15,9 @@ from lightning_dataflow.data.prefetch import Prefetcher
 from lightning_dataflow.data.reader import WindowReader
 from lightning_dataflow.data.source import RefSource
 from lightning_dataflow.data.windows import Batching, PassOrder
+
+BAD_STEP = "the loss or gradient of its step was NaN or infinity"
+"""The reason of samples that are skipped for this. It names no sample, so that counts by reason stay short."""
 
 
 class DataFlowDataModule(L.LightningDataModule):
@@ -25,6 +29,9 @@ class DataFlowDataModule(L.LightningDataModule):
     Batches are dicts. Beside what the module's `collate` makes they hold: `window_num_tokens`, the tokens of the window
     over all ranks; `next_seq`, the cursor after the window's optimizer step; the `source_ids` of their samples; and
     `broken`, the error message if features hold NaN or infinity, otherwise None.
+
+    Attributes:
+        num_bad_steps: how many of the newest steps were bad, one after the other; see `count_step`.
 
     Args:
         source: where references come from, for example `OnlineSource` or `OfflineSource`.
@@ -71,7 +78,8 @@ class DataFlowDataModule(L.LightningDataModule):
         self._reader: WindowReader | None = None
         self._prefetcher: Prefetcher | None = None
         self._saved_seq: int | None = None
-        self._skipped_before: dict[int, str] = {}  # in the fits that this one resumes
+        self._skipped: dict[int, str] = {}  # in the fits that this one resumes, on other ranks, and in bad steps
+        self.num_bad_steps = 0
         self._recaptured_before = 0
         self._closed = False
 
@@ -86,7 +94,7 @@ class DataFlowDataModule(L.LightningDataModule):
     def start(self, *, resumed: bool) -> None:
         """A fit begins, at the first sample or at the checkpoint's cursor. Called on every rank."""
         if not resumed:
-            self.next_seq, self._skipped_before, self._recaptured_before = 0, {}, 0
+            self.next_seq, self._skipped, self.num_bad_steps, self._recaptured_before = 0, {}, 0, 0
         self._closed = False
         self.wait_seconds = 0.0
         trainer = self.trainer
@@ -114,6 +122,16 @@ class DataFlowDataModule(L.LightningDataModule):
         freed = self._reader.release(next_seq) if self.source.release_at == "applied" else []
         self.source.applied(freed, next_seq, global_step)
 
+    def count_step(self, seqs: Iterable[int], *, is_bad: bool) -> int:
+        """Whether the step that used `seqs` was bad: then it changed nothing, and they count as skipped.
+
+        Returns the number of bad steps in a row up to this one.
+        """
+        self.num_bad_steps = self.num_bad_steps + 1 if is_bad else 0
+        if is_bad:
+            self._skipped |= dict.fromkeys(seqs, BAD_STEP)
+        return self.num_bad_steps
+
     def mark_saved(self, global_step: int) -> None:
         """The checkpoint for which `state_dict` was last called is complete. Does nothing the second time.
 
@@ -131,8 +149,19 @@ class DataFlowDataModule(L.LightningDataModule):
         self._saved_seq = None
 
     def skipped(self) -> dict[int, str]:
-        """Seqs that were not trained, with the reasons, since the run began."""
-        return self._skipped_before | self.source.skipped()
+        """Seqs that were not trained, with the reasons, since the run began; of all ranks once a checkpoint was written or
+        training has ended."""
+        return self._skipped | self.source.skipped()
+
+    def share_skipped(self) -> None:
+        """Tell all ranks which samples each has skipped, where they do not see it in a log. A collective."""
+        trainer = self.trainer
+        if trainer is None or trainer.world_size == 1 or self.source.sees_all_skips:
+            return
+        gathered: list[Any] = [None] * trainer.world_size
+        distributed.all_gather_object(gathered, self.source.skipped())
+        for skipped in gathered:
+            self._skipped |= skipped
 
     def num_recaptured(self) -> int:
         """Samples that were captured again because their features were lost, since the run began."""
@@ -163,11 +192,15 @@ class DataFlowDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor, the settings that define the order it counts in, and counts of the samples before it. Plain data."""
+        if (count := getattr(getattr(self.trainer, "lightning_module", None), "count_last_step", None)) is not None:
+            count()
         self._saved_seq = self.next_seq
+        self.share_skipped()
         return {
             "next_seq": self.next_seq,
             "skipped": {seq: reason for seq, reason in self.skipped().items() if seq < self.next_seq},
             "recaptured": self._recaptured_before + sum(seq < self.next_seq for seq in self.source.recaptured()),
+            "bad_steps": self.num_bad_steps,
             "run_id": self.run_id,
             **self._identity(),
         }
@@ -176,7 +209,8 @@ class DataFlowDataModule(L.LightningDataModule):
         """Continue at the checkpoint's cursor. Raises UserError; see `check_state`."""
         self.check_state(state_dict)
         self.next_seq = state_dict["next_seq"]
-        self._skipped_before, self._recaptured_before = dict(state_dict["skipped"]), state_dict["recaptured"]
+        self._skipped, self._recaptured_before = dict(state_dict["skipped"]), state_dict["recaptured"]
+        self.num_bad_steps = state_dict.get("bad_steps", 0)  # 0.1 has none
 
     def check_state(self, state_dict: dict[str, Any]) -> None:
         """Raise UserError if a checkpoint counts samples in another order, or belongs to another run."""

@@ -30,7 +30,7 @@ class WindowReader:
 
     A row without samples, because all of them were skipped or it is empty, becomes a few tokens without loss weight.
     Features with NaN or infinity are detected here, wherever they were captured. Raising would leave other ranks waiting,
-    so the batch carries the message, and the optimizer step, where all ranks meet, ends the run.
+    so the batch carries the message, and the optimizer step, where all ranks meet, changes nothing.
 
     Attributes:
         next_seq: where the next window starts.

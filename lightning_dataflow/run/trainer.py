@@ -37,9 +37,9 @@ class EndAtSigterm(L.Callback):
 
 
 def check_arguments(trainer: Mapping[str, Any]) -> None:
-    """Raise UserError for an argument that Lightning's Trainer does not have."""
-    known = signature(L.Trainer).parameters
-    if unknown := sorted(trainer.keys() - known.keys() - {"_target_"}):
+    """Raise UserError for an argument that neither Lightning's Trainer nor ours has."""
+    known = signature(L.Trainer).parameters.keys() | {"max_bad_steps"}
+    if unknown := sorted(trainer.keys() - known - {"_target_"}):
         near = get_close_matches(unknown[0], known)
         hint = f"did you mean trainer.{near[0]}" if near else "see Lightning's documentation of Trainer"
         raise UserError(f"trainer.{unknown[0]}: Lightning's Trainer has no such argument, {hint}")

@@ -14,7 +14,11 @@ from lightning_dataflow.contracts import UserError
 def adamw(
     parameters: Iterable[tuple[str, nn.Parameter]], *, lr: float, betas: tuple[float, float], weight_decay: float
 ) -> AdamW:
-    """AdamW over named parameters; norms and biases do not decay. Names tell them apart, since FSDP1 flattens shapes."""
+    """AdamW over named parameters; norms and biases do not decay. Names tell them apart, since FSDP1 flattens shapes.
+
+    On GPUs it is fused, so that a step can be skipped there, see `skip_step_if`. On a CPU the fused one rounds otherwise
+    than torch's default, and would save nothing: the host has the flag.
+    """
     decaying: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in parameters:
@@ -22,7 +26,10 @@ def adamw(
         if parameter.requires_grad:
             (others if "norm" in owner or name.endswith("bias") else decaying).append(parameter)
     groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return AdamW(groups, lr=lr, betas=betas)
+    optimizer = AdamW(groups, lr=lr, betas=betas, fused=_all_on_gpu([*decaying, *others]) or None)
+    # A fused AdamW can also unscale gradients, and Lightning then refuses to clip them: leave that to the GradScaler.
+    optimizer._step_supports_amp_scaling = False
+    return optimizer
 
 
 def warmup_cosine(optimizer: Optimizer, *, warmup_ratio: float, min_lr_ratio: float, total_steps: int) -> LambdaLR:
@@ -40,6 +47,18 @@ def warmup_cosine(optimizer: Optimizer, *, warmup_ratio: float, min_lr_ratio: fl
     return LambdaLR(optimizer, factor)
 
 
+def skip_step_if(bad: torch.Tensor, optimizer: Optimizer) -> None:
+    """Let the coming step of `optimizer` change no weight and no state if `bad`, a bool scalar on its device, is true.
+
+    A fused optimizer reads the flag on its device. For any other, the host waits for it, and takes the gradients away:
+    torch's optimizers leave alone what has none.
+    """
+    if all(group.get("fused") for group in optimizer.param_groups):
+        optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+    elif bad.item():
+        optimizer.zero_grad(set_to_none=True)
+
+
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: torch.Tensor) -> None:
     """Multiply every gradient by a scalar on its device, shard by shard under FSDP2, without a host sync."""
     local = _local_gradients(parameters)
@@ -55,6 +74,10 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
     local = _local_gradients(parameters)
     dtype = torch.promote_types(local[0].dtype, torch.float32)
     return torch.stack(torch._foreach_norm(local, dtype=dtype)).sum().float()
+
+
+def _all_on_gpu(parameters: Iterable[nn.Parameter]) -> bool:
+    return all(parameter.device.type == "cuda" for parameter in parameters)
 
 
 def _local_gradients(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:

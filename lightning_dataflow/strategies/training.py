@@ -30,9 +30,10 @@ class SumsModule(L.LightningModule):
     numerator · W · A / P (W ranks and A micro-batches, by which Lightning divides, and P the window's tokens), and
     `on_before_optimizer_step`, which runs before clipping, multiplies the gradients by P / D.
 
-    A loss or gradient norm that is not finite ends the fit on every rank before the weights change. Weights that are not
-    finite are not saved. Both raise NotFiniteError. Under `16-mixed` precision the gradient is left to the GradScaler,
-    which skips the steps that overflow: that is how it finds its scale.
+    A step whose loss or gradient norm is not finite changes nothing, on every rank; its samples count as skipped. The
+    Trainer's `max_bad_steps` of them in a row, and weights that are not finite, or give no finite loss, when they are to be
+    saved, raise NotFiniteError. Under `16-mixed` precision the gradient is left to the GradScaler, which skips the steps
+    that overflow: that is how it finds its scale.
 
     Attributes:
         step_losses: the loss of every optimizer step so far.
@@ -62,9 +63,13 @@ class SumsModule(L.LightningModule):
         return self._numbers.failure
 
     def check_weights(self) -> None:
-        """Raise NotFiniteError on every rank if such an error has ended the fit, or if a weight of the draft is NaN or
-        infinity. A collective."""
+        """Raise NotFiniteError on every rank if such an error has ended the fit, or if a weight of the draft, or the loss
+        through its weights, is NaN or infinity. A collective."""
         self._numbers.check_weights(self.draft, self.trainer)
+
+    def count_last_step(self) -> None:
+        """Tell the DataModule now, and not with the next step, whether the last one was bad. A collective."""
+        self._numbers.read(self.trainer)
 
     def configure_callbacks(self) -> list[L.Callback]:
         """The callbacks that a run needs, except those whose class the user passed."""
@@ -98,12 +103,20 @@ class SumsModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         trainer = self.trainer
-        total_steps = trainer.max_steps if trainer.max_steps > 0 else None
-        sums = self.objective(batch, StepContext(global_step=trainer.global_step, total_steps=total_steps))
+        sums = self._sums(batch)
         self._window.add(sums)
         self._window_tokens = batch["window_num_tokens"]
-        self._numbers.add(batch, self._data().next_seq)
+        self._numbers.add(batch, self._data().next_seq, sums.loss.denominator)
         return sums.loss.numerator * (trainer.world_size * trainer.accumulate_grad_batches / self._window_tokens)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The numerator of a micro-batch's loss, as the draft stands; to try weights before they are saved."""
+        return self._sums(batch).loss.numerator
+
+    def _sums(self, batch: Batch) -> ObjectiveSums:
+        trainer = self.trainer
+        total_steps = trainer.max_steps if trainer.max_steps > 0 else None
+        return self.objective(batch, StepContext(global_step=trainer.global_step, total_steps=total_steps))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Reduce the window's sums once, scale the gradients, log the means."""
@@ -111,8 +124,8 @@ class SumsModule(L.LightningModule):
             self.trainer.strategy.reduce, self._numbers.norm(self.parameters(), self.trainer)
         )
         factor = torch.where(denominator > 0, self._window_tokens / denominator.clamp(min=1e-12), 0)
-        self._numbers.check_step(means["loss"], norm * factor, self.trainer)
         scale_gradients(self.parameters(), factor)
+        self._numbers.judge(means["loss"], norm * factor, optimizer, self.trainer)
         self.step_losses.append(means["loss"])
         self._log_means(means)
 

@@ -1,5 +1,6 @@
 """Two ranks on gloo give what one process gives."""
 
+import json
 import os
 import subprocess
 import sys
@@ -117,3 +118,12 @@ def test_a_rank_ends_well_when_gloo_comes_late(tmp_path):
         for process in busy:
             process.kill()
             process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fused", ["fused", nightly("default")])
+@pytest.mark.parametrize("trainer", ["fsdp2", nightly("ddp"), nightly("fsdp1")])
+def test_a_bad_step_of_one_rank_changes_nothing_on_any(tmp_path, target_path, conversations, trainer, fused):
+    worker, output = str(ROOT / "tests" / "distributed" / "bad_step_worker.py"), tmp_path / "skipped.json"
+    torchrun(worker, str(target_path), str(conversations), trainer, fused, str(output), cwd=tmp_path)
+    assert json.loads(output.read_text()) == [4, 5, 6, 7]

@@ -128,7 +128,7 @@ class BlockDraftModule(DraftModule):
         num_steps = len(self.step_losses)
         if self._has_blocks or (data.next_seq < len(data.source) and num_steps < self.trainer.max_steps):
             return
-        self._has_blocks = any(float(loss) > 0 for loss in self.step_losses)
+        self._has_blocks = any(float(loss) != 0 for loss in self.step_losses)
         if not self._has_blocks:
             raise UserError(
                 f"no sample of {num_steps} steps has two supervised tokens in a row, so there is no block to train "

@@ -1,4 +1,4 @@
-"""NaN and infinity end a fit before they get into the weights, and nothing is saved from then on."""
+"""A step with NaN or infinity changes nothing, several in a row end a fit, and no checkpoint holds spoiled weights."""
 
 import json
 import math
@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from lightning_dataflow import DataFlowTrainer, Eagle3Module, latest_checkpoint
 from lightning_dataflow.checkpoints.markers import mark_complete
-from lightning_dataflow.contracts import NotFiniteError
+from lightning_dataflow.contracts import NotFiniteError, UserError
 from lightning_dataflow.data import DataFlowDataModule
+from lightning_dataflow.data.datamodule import BAD_STEP
 from lightning_dataflow.producers import OnlineSource
+from lightning_dataflow.stores import MemoryFeatureStore
 from lightning_dataflow.strategies.optimisation import gradient_norm
 from tests.unit.strategies.test_eagle3_module import make_trainer
 
@@ -23,20 +25,49 @@ SPOILS = {"lr": 1e20, "warmup_ratio": 0.0}
 
 
 class Module(Eagle3Module):
-    """Keeps the weights that each window began with."""
+    """Keeps the weights that each window began with, by the number of steps before it."""
+
+    def on_train_start(self):
+        super().on_train_start()
+        self.before = {}
 
     def training_step(self, batch, batch_idx):
-        self.before = [parameter.detach().clone() for parameter in self.parameters()]
+        self.before[self.trainer.global_step] = [parameter.detach().clone() for parameter in self.parameters()]
         return super().training_step(batch, batch_idx)
 
 
 class InfiniteGradient(Module):
     """Of one weight, from the second step on; the loss stays finite."""
 
+    bad_steps = range(2, 100)
+
     def on_before_optimizer_step(self, optimizer):
-        if self.trainer.global_step == 1:
+        if self.trainer.global_step + 1 in self.bad_steps:
             self.draft.fc.weight.grad[0, 0] = math.inf
         super().on_before_optimizer_step(optimizer)
+
+
+class OneBadStep(InfiniteGradient):
+    bad_steps = (2,)
+
+
+class OneBadFusedStep(OneBadStep):
+    """With the optimizer that a GPU would have."""
+
+    def configure_optimizers(self):
+        configured = super().configure_optimizers()
+        for group in configured["optimizer"].param_groups:
+            group["fused"] = True
+        return configured
+
+
+class OneBadStepOfSGD(OneBadStep):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+
+
+class NothingButBadSteps(InfiniteGradient):
+    bad_steps = range(100)
 
 
 class Spoiled(Module):
@@ -49,23 +80,20 @@ class Spoiled(Module):
                 self.draft.fc.weight[0, 0] = math.inf
 
 
-class BrokenTarget:
-    """Stands before a target; the n-th sample that it captures has an infinity."""
+class BrokenStore(MemoryFeatureStore):
+    """The n-th sample that is read has an infinity: features went bad on the way."""
 
-    def __init__(self, target, number):
-        self.target, self.number, self.count = target, number, 0
+    def __init__(self, number):
+        super().__init__()
+        self.number, self.count = number, 0
 
-    def __getattr__(self, name):
-        return getattr(self.target, name)
-
-    def capture(self, batch):
-        captured = self.target.capture(batch)
-        for features in captured:
-            self.count += 1
-            if self.count == self.number:
-                features["last_hidden_state"] = features["last_hidden_state"].clone()
-                features["last_hidden_state"][0, 5] = math.inf
-        return captured
+    def get(self, ref):
+        tensors, handle = super().get(ref)
+        self.count += 1
+        if self.count == self.number:
+            tensors["last_hidden_state"] = tensors["last_hidden_state"].clone()
+            tensors["last_hidden_state"][0, 5] = math.inf
+        return tensors, handle
 
 
 @pytest.fixture
@@ -76,17 +104,20 @@ def fit(tmp_path, target_path, prompts, target):
         cls=Module,
         *,
         max_steps=4,
-        engine=target,
+        store=None,
         callbacks=None,
         trainer_cls=DataFlowTrainer,
         plugins=None,
         ckpt_path=None,
+        max_bad_steps=3,
         **options,
     ):
         callbacks = [saves(tmp_path)] if callbacks is None else callbacks
         module = cls(str(target_path), **{"draft_vocab_size": 64, "num_steps": 2, "lr": 1e-3} | options)
-        data = DataFlowDataModule(OnlineSource(prompts[0], engine), global_batch_size=2, micro_batch_size=1)
+        data = DataFlowDataModule(OnlineSource(prompts[0], target, store), global_batch_size=2, micro_batch_size=1)
         options = {"callbacks": callbacks, "enable_checkpointing": bool(callbacks), "plugins": plugins or []}
+        if trainer_cls is DataFlowTrainer:
+            options["max_bad_steps"] = max_bad_steps
         trainer = make_trainer(tmp_path, data, max_steps, trainer_cls, **options)
         try:
             trainer.fit(module, data, ckpt_path=ckpt_path)
@@ -113,45 +144,116 @@ def status(folder) -> str:
     return json.loads((folder / "result.json").read_text(), parse_constant=refuse)["status"]
 
 
+def moments(optimizer) -> list[torch.Tensor]:
+    return [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+
+
 @pytest.mark.parametrize(
     ("cls", "broken", "reason"),
     [
-        (InfiniteGradient, None, "the gradient's norm is NaN or infinity"),
+        (OneBadStep, None, "the gradient's norm is NaN or infinity"),
+        (OneBadFusedStep, None, "the gradient's norm is NaN or infinity"),
+        (OneBadStepOfSGD, None, "the gradient's norm is NaN or infinity"),
         (Module, 4, "last_hidden_state of sample NAME"),
     ],
 )
-def test_a_step_that_is_not_finite_does_not_run(fit, tmp_path, prompts, target, cls, broken, reason):
-    engine = target if broken is None else BrokenTarget(target, broken)
-    error, module, trainer = fit(cls, engine=engine)
+def test_a_bad_step_changes_nothing_but_counts(fit, tmp_path, prompts, target, caplog, cls, broken, reason):
+    store = None if broken is None else BrokenStore(broken)
+    error, module, trainer = fit(cls, store=store)
+    assert error is None
+    before, optimizer = module.before, trainer.optimizers[0]
+    assert all(map(torch.equal, before[1], before[2])), "the bad step is the second"
+    assert not all(map(torch.equal, before[0], before[1])) and not all(map(torch.equal, before[2], before[3]))
+    assert all(tensor.isfinite().all() for tensor in moments(optimizer))
+    assert {int(state["step"]) for state in optimizer.state.values() if "step" in state} in ({3}, set())
+    assert trainer.global_step == len(module.step_losses) == 4
     names = [
         prompts[0][index].source_id for index in map(lambda seq: trainer.datamodule.source.order.locate(seq)[0], (2, 3))
     ]
-    assert f"step 2, of samples {names[0]}, {names[1]} (seq 2 to 3): {reason.replace('NAME', names[1])}" in str(error)
-    assert "\n" not in str(error)
-    assert all(map(torch.equal, module.parameters(), module.before))
-    assert trainer.global_step == len(module.step_losses) == 1
-    assert written(tmp_path) == ["last.ckpt", "step=1.ckpt"]
-    assert status(tmp_path) == f"failed: {error}"
+    (warning,) = [record.getMessage() for record in caplog.records if "changed nothing" in record.getMessage()]
+    assert f"step 2, of samples {names[0]}, {names[1]} (seq 2 to 3), changed nothing: " in warning
+    assert reason.replace("NAME", names[1]) in warning and "\n" not in warning
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["status"] == "completed"
+    assert (result["samples_trained"], result["samples_skipped"]) == (6, 2)
+    assert result["seqs_skipped_while_training"] == [2, 3]
+    assert result["samples_skipped_by_reason"] == {BAD_STEP: 2}
 
 
-def test_a_loss_that_is_not_finite_ends_the_fit(fit, tmp_path):
-    error, *_ = fit(callbacks=[], **SPOILS)
-    assert str(error).startswith("step 2, of samples ")
+@pytest.mark.parametrize(("max_bad_steps", "step"), [(1, 2), (3, 4)])
+def test_bad_steps_in_a_row_end_the_fit(fit, tmp_path, max_bad_steps, step):
+    error, _, trainer = fit(callbacks=[], max_steps=8, max_bad_steps=max_bad_steps, **SPOILS)
+    assert str(error).startswith(f"step {step}, of samples ")
     assert "the loss is NaN or infinity: start again with a lower optimizer.lr" in str(error)
+    assert (f"; 3 steps in a row were such (trainer.max_bad_steps={max_bad_steps})" in str(error)) == (max_bad_steps == 3)
+    assert trainer.global_step == step
     assert status(tmp_path) == f"failed: {error}"
+
+
+def test_without_a_limit_the_last_weights_are_tried(fit, tmp_path):
+    error, *_ = fit(callbacks=[], max_steps=6, max_bad_steps=None, **SPOILS)
+    assert str(error).startswith("step 6, of samples ")
+    assert "the loss through the draft's weights after it is NaN or infinity, so they are not saved" in str(error)
+
+
+@pytest.mark.parametrize("value", [0, -1, "many"])
+def test_a_limit_is_a_number_of_steps(value):
+    with pytest.raises(UserError, match=f"max_bad_steps={value} is no number of steps: give 1"):
+        DataFlowTrainer(max_bad_steps=value)
+
+
+@pytest.mark.parametrize("trainer_cls", [DataFlowTrainer, L.Trainer])
+def test_finite_weights_that_give_no_finite_loss_are_not_saved(fit, tmp_path, trainer_cls):
+    error, *_ = fit(trainer_cls=trainer_cls, **SPOILS)
+    assert str(error).startswith("step 1, of samples ")
+    assert "the loss through the draft's weights after it is NaN or infinity" in str(error)
+    assert written(tmp_path) == []
+
+
+def test_nothing_is_saved_before_a_step_was_good(fit, tmp_path):
+    with pytest.warns(UserWarning, match=r"step=1.ckpt is not written: no step has changed the draft"):
+        error, *_ = fit(NothingButBadSteps, max_steps=8)
+    assert str(error).startswith("step 3, of samples ")
+    assert written(tmp_path) == []
+
+
+def test_a_resumed_fit_knows_of_bad_steps(fit, tmp_path):
+    """Their samples stay skipped, and those that the checkpoint ends with count."""
+    error, _, trainer = fit(InfiniteGradient, max_steps=3)
+    assert error is None
+    skipped = trainer.datamodule.skipped()
+    assert sorted(skipped) == [2, 3, 4, 5]
+    error, _, trainer = fit(InfiniteGradient, max_steps=8, ckpt_path=tmp_path / "checkpoints" / "step=3.ckpt")
+    assert str(error).startswith("step 4, of samples ")
+    assert sorted(trainer.datamodule.skipped()) == [2, 3, 4, 5, 6, 7]
+
+
+def test_trying_weights_draws_no_random_numbers(fit, tmp_path):
+    class Draws(Module):
+        def objective(self, batch, context):
+            torch.rand(1)
+            return super().objective(batch, context)
+
+    states = []
+    for callbacks in ([], None):
+        torch.manual_seed(0)
+        fit(Draws, callbacks=callbacks)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
 
 
 @pytest.mark.parametrize("trainer_cls", [DataFlowTrainer, L.Trainer])
 def test_no_model_checkpoint_saves_what_an_exception_ends(fit, tmp_path, trainer_cls):
-    callback = saves(tmp_path, every_n_train_steps=3)
-    error, *_ = fit(InfiniteGradient, callbacks=[callback], trainer_cls=trainer_cls)
+    callback = saves(tmp_path, every_n_train_steps=100)
+    error, *_ = fit(InfiniteGradient, max_steps=8, callbacks=[callback], trainer_cls=trainer_cls)
     assert error is not None
     assert written(tmp_path) == []
 
 
 @pytest.mark.parametrize("trainer_cls", [DataFlowTrainer, L.Trainer])
 def test_nothing_else_saves_through_the_trainer(fit, tmp_path, trainer_cls):
-    error, *_ = fit(InfiniteGradient, callbacks=[OnExceptionCheckpoint(tmp_path)], trainer_cls=trainer_cls)
+    callbacks = [OnExceptionCheckpoint(tmp_path)]
+    error, *_ = fit(InfiniteGradient, max_steps=8, callbacks=callbacks, trainer_cls=trainer_cls)
     assert error is not None
     assert written(tmp_path) == []
 
@@ -160,7 +262,7 @@ def test_nothing_else_saves_through_the_trainer(fit, tmp_path, trainer_cls):
 def test_weights_that_are_not_finite_are_not_saved(fit, tmp_path, trainer_cls):
     """Also where the loss of the step that made them so is finite."""
     error, *_ = fit(Spoiled, trainer_cls=trainer_cls)
-    assert "the draft's weights hold NaN or infinity (fc.weight) and are not saved" in str(error)
+    assert "the draft's weights hold NaN or infinity (fc.weight), so they are not saved" in str(error)
     assert str(error).startswith("step 2, of samples ")
     assert written(tmp_path) == ["last.ckpt", "step=1.ckpt"]
     for name in ("last", "step=1"):
@@ -187,17 +289,17 @@ def test_the_last_step_counts_too(fit, tmp_path):
 
 def test_a_fit_after_a_failed_one_saves_as_ever(fit, tmp_path):
     """Also inside of the `except` block, where a script may try again with a lower rate."""
-    callback = saves(tmp_path, every_n_train_steps=3)
+    callback = saves(tmp_path, every_n_train_steps=4)
     try:
-        error, _, trainer = fit(InfiniteGradient, callbacks=[callback])
+        error, _, trainer = fit(InfiniteGradient, max_steps=8, callbacks=[callback])
         raise error
     except NotFiniteError:
-        with pytest.raises(NotFiniteError, match="step 2, of samples"):
+        with pytest.raises(NotFiniteError, match="step 4, of samples"):
             trainer.save_checkpoint(tmp_path / "late.ckpt")
         error, *_ = fit(callbacks=[callback])
     assert error is None
     assert callback.save_on_exception
-    assert written(tmp_path) == ["last.ckpt", "step=3.ckpt"]
+    assert written(tmp_path) == ["last.ckpt", "step=4.ckpt"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

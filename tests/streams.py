@@ -49,6 +49,7 @@ class SeqFeed(Feed):
     seed = 0
 
     def __init__(self, before: Callable[[Sequence[int], int], None] = lambda seqs, attempt: None, *, length: int = 300):
+        super().__init__()
         self.before = before
         self.sizes = [self.num_bytes(seq) for seq in range(length)]
         self.captured: list[tuple[tuple[int, ...], int]] = []

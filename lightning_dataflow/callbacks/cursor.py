@@ -29,6 +29,9 @@ class StreamCursor(StepCallback):
     def on_step(self, trainer: L.Trainer, pl_module: Any, batch: Any) -> None:
         trainer.datamodule.mark_applied(batch["next_seq"], trainer.global_step)  # type: ignore[attr-defined]
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.datamodule.share_skipped()  # type: ignore[attr-defined]
+
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.datamodule.mark_saved(trainer.global_step)  # type: ignore[attr-defined]
 

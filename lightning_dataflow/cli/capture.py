@@ -2,6 +2,7 @@
 
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
 
@@ -10,6 +11,9 @@ from lightning_dataflow.config.files import read_secret
 from lightning_dataflow.config.parsing import quoted
 from lightning_dataflow.config.schema import TrainConfig
 from lightning_dataflow.contracts import UserError
+
+if TYPE_CHECKING:
+    from lightning_dataflow.data import OfflineSource
 
 
 def capture(config: TrainConfig) -> None:
@@ -27,9 +31,17 @@ def capture(config: TrainConfig) -> None:
     source = OfflineSource(folder, secret=read_secret(config.store))
     skipped = ", ".join(f"{count} {reason}" for reason, count in source.card.skipped.items()) or "none"
     print(f"{len(source)} samples in {folder}, {source.num_bytes / 1e9:.2f} GB; records left out: {skipped}")
+    if source.broken:
+        print(f"{len(source.broken)} of them hold NaN or infinity and will be skipped: sample {_broken(source)}")
     others = [each for each in HydraConfig.get().overrides.task if not each.startswith(("store", "topology"))]
     root = str(folder) if str(folder).replace("/", "").isalnum() else quoted(folder)
     print("train on them:", shlex.join(["python", "train.py", "topology=offline", f"store.root={root}", *others]))
+
+
+def _broken(source: "OfflineSource") -> str:
+    """The first few broken samples, by name."""
+    first = list(source.broken.items())[:3]
+    return ", ".join(f"{source.source_ids[int(index)]} ({where})" for index, where in first)
 
 
 main = command(capture)

@@ -1,6 +1,7 @@
 """The records that parts exchange. Standard library only: importing this never imports torch."""
 
 from lightning_dataflow.contracts.errors import (
+    BrokenFeaturesError,
     CapacityError,
     CaptureMismatchError,
     NotFiniteError,
@@ -26,6 +27,7 @@ from lightning_dataflow.contracts.validation import ref_from_json, ref_to_json
 
 __all__ = [
     "SCHEMA_VERSION",
+    "BrokenFeaturesError",
     "CapacityError",
     "CaptureMismatchError",
     "CaptureSpec",

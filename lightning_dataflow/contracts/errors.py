@@ -31,6 +31,11 @@ class CaptureMismatchError(UserError):
     """A target returned other features than the run was announced with; the message names the difference."""
 
 
+class BrokenFeaturesError(ValueError):
+    """Features of a sample hold NaN or infinity, so it is skipped. The message says where: the first such feature, and of
+    several layers the first such layer."""
+
+
 class NotFiniteError(UserError):
     """NaN or infinity where training needs numbers. It ends the run, and no checkpoint is written from then on; the message
     names where."""

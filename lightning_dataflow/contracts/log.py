@@ -5,7 +5,7 @@ from typing import Any, Literal, Self, cast, get_args
 
 from lightning_dataflow.contracts.errors import UserError
 from lightning_dataflow.contracts.records import SCHEMA_VERSION, SampleRef
-from lightning_dataflow.contracts.validation import MAX_SAMPLE_BYTES
+from lightning_dataflow.contracts.validation import MAX_SAMPLE_BYTES, MAX_TOKENS
 
 Kind = Literal["begin", "ref", "supersede", "skip", "end"]
 MAX_SEQ = 10**14 - 1
@@ -26,14 +26,18 @@ class LogRecord:
             it no longer holds. `end`: no seq from this one on will follow.
         seq: position of the sample in the run, over all passes.
         reason: of `skip`.
-        attempt, num_tokens, num_bytes: of the ref; 0 without one.
+        attempt, num_bytes: of the ref; 0 without one.
+        num_tokens: of the sample, as far as is known: a sample that was skipped because of its features counts like others
+            where a window's tokens are counted; otherwise 0 without a ref.
     """
 
-    def __init__(self, *, kind: Kind, seq: int, ref: SampleRef | None = None, reason: str | None = None):
+    def __init__(
+        self, *, kind: Kind, seq: int, ref: SampleRef | None = None, reason: str | None = None, num_tokens: int = 0
+    ):
         self.kind = kind
         self.seq = seq
         self.reason = reason
-        self.attempt, self.num_tokens, self.num_bytes = (0, 0, 0) if ref is None else _counts(ref)
+        self.attempt, self.num_tokens, self.num_bytes = (0, num_tokens, 0) if ref is None else _counts(ref)
         self._ref = ref
         self._read_ref: Callable[[], SampleRef] | None = None
 
@@ -64,7 +68,7 @@ class LogRecord:
         return f"LogRecord{self._fields()}"
 
     def _fields(self) -> tuple[Any, ...]:
-        return self.kind, self.seq, self.ref, self.reason
+        return self.kind, self.seq, self.ref, self.reason, self.num_tokens
 
 
 def _counts(ref: SampleRef) -> tuple[int, int, int]:
@@ -97,7 +101,12 @@ def record_from_json(data: Any, run_id: str | None, read_ref: Callable[[], Sampl
     reason = data.get("reason")
     if kind == "skip" and not (isinstance(reason, str) and 0 < len(reason) <= MAX_REASON):
         raise UserError(f"the skip of seq {seq} gives no reason: {str(reason)[:80]}")
-    return LogRecord(kind=kind, seq=seq, reason=reason if kind == "skip" else None)
+    if kind != "skip":
+        return LogRecord(kind=kind, seq=seq)
+    num_tokens = data.get("num_tokens", 0)
+    if type(num_tokens) is not int or not 0 <= num_tokens <= MAX_TOKENS:
+        raise UserError(f"the skip of seq {seq} is of {str(num_tokens)[:80]} tokens, expected 0 to {MAX_TOKENS}")
+    return LogRecord(kind=kind, seq=seq, reason=reason, num_tokens=num_tokens)
 
 
 def _checked_counts(data: Any, run_id: str | None, read_ref: Callable[[], SampleRef]) -> tuple[int, int, int]:

@@ -109,6 +109,7 @@ class CommitEntry(NamedTuple):
     """What the ledger and the log are told of a captured sample.
 
     Attributes:
+        generation: of its features; "" where they hold NaN or infinity, so that the sample is given up.
         num_bytes: payload of its features.
         line: its record, encoded by the log.
     """

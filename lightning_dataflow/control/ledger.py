@@ -93,6 +93,7 @@ class MetadataStore(ABC):
     def commit(self, lease: Lease, captured: Mapping[int, CommitEntry], log: StreamingRefChannel) -> list[int]:
         """Commit what was captured and append it to `log`, in one transaction. Returns the seqs whose commit this is.
 
+        Samples without a generation are given up.
         Leaves out seqs that another attempt took over or published, and everything once the run is finished.
         """
 

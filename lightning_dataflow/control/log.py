@@ -83,7 +83,8 @@ class StreamingRefChannel(ABC):
         """
         reason = record.reason and record.reason[:MAX_REASON]
         try:
-            line = orjson.dumps({"kind": record.kind, "seq": record.seq, "ref": record.ref, "reason": reason})
+            tokens = {"num_tokens": record.num_tokens} if record.kind == "skip" else {}
+            line = orjson.dumps({"kind": record.kind, "seq": record.seq, "ref": record.ref, "reason": reason, **tokens})
         except TypeError as error:
             assert_no_tensors(record.ref, "record.ref")
             raise TypeError(

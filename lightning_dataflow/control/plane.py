@@ -1,8 +1,9 @@
 """The control plane of a run: its log and its ledger, chosen by where the parts run."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, get_args
 
 from lightning_dataflow.contracts import LogRecord, SampleRef, UnknownNameError, UserError
@@ -54,8 +55,14 @@ class ControlPlane:
             reason = f"given up after {lease.tries} tries, the last of which ended or stopped its producer"
             self.give_back(lease, reason, counts=False)
 
-    def publish(self, lease: Lease, refs: dict[int, SampleRef]) -> list[int]:
-        """Commit and publish in one transaction. Returns the seqs whose refs are in the log now; free the others."""
+    def publish(
+        self, lease: Lease, refs: Mapping[int, SampleRef], skips: Mapping[int, LogRecord] = MappingProxyType({})
+    ) -> list[int]:
+        """Commit and publish in one transaction. Returns the seqs whose records are in the log now; free the others' refs.
+
+        Args:
+            skips: of samples whose features hold NaN or infinity.
+        """
         kind: Literal["supersede", "ref"] = "supersede" if lease.attempt else "ref"
         captured = {
             seq: CommitEntry(
@@ -64,7 +71,7 @@ class ControlPlane:
                 line=self.log.encode(LogRecord(kind=kind, seq=seq, ref=ref)),
             )
             for seq, ref in refs.items()
-        }
+        } | {seq: CommitEntry(generation="", num_bytes=0, line=self.log.encode(record)) for seq, record in skips.items()}
         return self.ledger.commit(lease, captured, self.log)
 
     def give_back(self, lease: Lease, reason: str, *, counts: bool = True) -> None:

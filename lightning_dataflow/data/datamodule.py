@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import lightning as L
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import distributed
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.control import RunPlan
@@ -77,7 +78,7 @@ class DataFlowDataModule(L.LightningDataModule):
         self._reader: WindowReader | None = None
         self._prefetcher: Prefetcher | None = None
         self._saved_seq: int | None = None
-        self._skipped: dict[int, str] = {}  # in the fits that this one resumes, and in bad steps
+        self._skipped: dict[int, str] = {}  # in the fits that this one resumes, on other ranks, and in bad steps
         self.num_bad_steps = 0
         self._recaptured_before = 0
         self._closed = False
@@ -148,8 +149,19 @@ class DataFlowDataModule(L.LightningDataModule):
         self._saved_seq = None
 
     def skipped(self) -> dict[int, str]:
-        """Seqs that were not trained, with the reasons, since the run began."""
+        """Seqs that were not trained, with the reasons, since the run began; of all ranks once a checkpoint was written or
+        training has ended."""
         return self._skipped | self.source.skipped()
+
+    def share_skipped(self) -> None:
+        """Tell all ranks which samples each has skipped, where they do not see it in a log. A collective."""
+        trainer = self.trainer
+        if trainer is None or trainer.world_size == 1 or self.source.sees_all_skips:
+            return
+        gathered: list[Any] = [None] * trainer.world_size
+        distributed.all_gather_object(gathered, self.source.skipped())
+        for skipped in gathered:
+            self._skipped |= skipped
 
     def num_recaptured(self) -> int:
         """Samples that were captured again because their features were lost, since the run began."""
@@ -183,6 +195,7 @@ class DataFlowDataModule(L.LightningDataModule):
         if (count := getattr(getattr(self.trainer, "lightning_module", None), "count_last_step", None)) is not None:
             count()
         self._saved_seq = self.next_seq
+        self.share_skipped()
         return {
             "next_seq": self.next_seq,
             "skipped": {seq: reason for seq, reason in self.skipped().items() if seq < self.next_seq},

@@ -1,9 +1,10 @@
 """Features on disk: what `capture` writes and `topology=offline` reads, any number of times."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safetensors import SafetensorError
@@ -19,6 +20,7 @@ from lightning_dataflow.control import resolve_control_plane
 from lightning_dataflow.control.log import MAX_LINE_BYTES
 from lightning_dataflow.data.source import FeatureCard, IndexedSource, RefWindow
 from lightning_dataflow.stores import SharedDirFeatureStore
+from lightning_dataflow.stores.finite import skip_reason
 
 MANIFEST, REFS, COUNTS = "manifest.json", "refs.jsonl", "token_counts.safetensors"
 
@@ -28,6 +30,8 @@ class OfflineSource(IndexedSource):
 
     Attributes:
         refs: of all samples, in the order of the prompts.
+        broken: where features held NaN or infinity when they were captured, by index of the sample, as text. There is no
+            file of those; they are skipped.
 
     Args:
         folder: written by `lightning-dataflow capture`.
@@ -52,7 +56,7 @@ class OfflineSource(IndexedSource):
                 check_schema(version, str(folder), "capture again")
             self.card = _read_card(manifest["card"], self.folder)
             self.refs = _read_refs(self.folder / REFS, version)
-            num_samples = manifest["num_samples"]
+            num_samples, self.broken = manifest["num_samples"], {**manifest.get("broken", {})}
         except (KeyError, TypeError, AttributeError, FileNotFoundError) as error:
             raise UserError(f"the capture in {self.folder} is damaged ({error!r}): capture again") from error
         self.store = SharedDirFeatureStore(self.folder, retain=True, secret=secret)
@@ -71,7 +75,13 @@ class OfflineSource(IndexedSource):
 
     def window(self, seqs: range, share: Sequence[int]) -> RefWindow:
         """The same ref in every pass."""
-        return self.make_window(seqs, {seq: self.refs[self.order.locate(seq)[0]] for seq in share})
+        indices = {seq: self.order.locate(seq)[0] for seq in seqs}
+        broken = {
+            seq: skip_reason(self.broken[str(index)], self.source_ids[index])
+            for seq, index in indices.items()
+            if str(index) in self.broken
+        }
+        return self.make_window(seqs, {seq: self.refs[indices[seq]] for seq in share}, broken)
 
     def discard(self, refs: Sequence[SampleRef]) -> None:
         """Keep the files for the next pass."""
@@ -94,12 +104,22 @@ def is_captured(folder: str | Path) -> bool:
     return (Path(folder) / MANIFEST).is_file()
 
 
-def write_manifest(folder: Path, refs: Sequence[SampleRef], card: FeatureCard, token_counts: Tensor) -> None:
-    """Describe a finished capture. `manifest.json` is written last: where it is, everything else is too."""
+def write_manifest(
+    folder: Path,
+    refs: Sequence[SampleRef],
+    card: FeatureCard,
+    token_counts: Tensor,
+    broken: Mapping[int, str] = MappingProxyType({}),
+) -> None:
+    """Describe a finished capture. `manifest.json` is written last: where it is, everything else is too.
+
+    Args:
+        broken: see OfflineSource, by index.
+    """
     assert_no_tensors(refs)
     (folder / REFS).write_text("".join(json.dumps(ref_to_json(ref)) + "\n" for ref in refs))
     save_file({"token_counts": token_counts}, folder / COUNTS)
-    manifest = {"schema_version": SCHEMA_VERSION, "num_samples": len(refs), "card": asdict(card)}
+    manifest = {"schema_version": SCHEMA_VERSION, "num_samples": len(refs), "card": asdict(card), "broken": dict(broken)}
     part = folder / f".{MANIFEST}.part"
     part.write_text(json.dumps(manifest, indent=1))
     part.replace(folder / MANIFEST)

@@ -74,7 +74,7 @@ class StreamingRefQueue:
         self._lost.update(seqs)
 
     def num_tokens(self, seq: int) -> int:
-        """Length of the sample at `seq`, 0 where it was skipped, once it is there. Raises as `get` does."""
+        """Length of the sample at `seq`, 0 where its capture failed, once it is there. Raises as `get` does."""
         self._wait([seq])
         return self._num_tokens([seq])
 

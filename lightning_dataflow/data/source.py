@@ -114,6 +114,7 @@ class RefSource(ABC):
         release_at: whether features are freed when their step is `applied`, or when a checkpoint made it `durable`.
         resumable: whether this fit writes checkpoints; set before `begin`.
         skip_ids: source ids of samples that are not trained; set before `begin`.
+        sees_all_skips: whether `skipped` is of all ranks; otherwise of those that this rank captured.
     """
 
     card: FeatureCard
@@ -125,6 +126,7 @@ class RefSource(ABC):
     release_at: ReleaseAt = "applied"
     resumable: bool = True
     skip_ids: frozenset[str] = frozenset()
+    sees_all_skips: bool = True
     _skipped: Mapping[int, str] = MappingProxyType({})
 
     @abstractmethod
@@ -224,10 +226,16 @@ class IndexedSource(RefSource):
     def num_tokens(self, seq: int) -> int:
         return self.lengths[self.order.locate(seq)[0]]
 
-    def make_window(self, seqs: range, refs: Mapping[int, SampleRef]) -> RefWindow:
-        """A rank's share, `refs` by seq, without those that are listed, which are freed."""
+    def make_window(
+        self, seqs: range, refs: Mapping[int, SampleRef | None], broken: Mapping[int, str] = MappingProxyType({})
+    ) -> RefWindow:
+        """A rank's share, `refs` by seq, without those that are listed, which are freed, and those that are broken.
+
+        Args:
+            broken: seq → why it is skipped, of samples whose features hold NaN or infinity.
+        """
         listed = {seq: SKIP_REASON for seq in seqs if self.source_ids[self.order.locate(seq)[0]] in self.skip_ids}
-        self._skipped = {**self._skipped, **listed}
-        self.discard([ref for seq, ref in refs.items() if seq in listed])
-        kept = [None if seq in listed else ref for seq, ref in refs.items()]
+        self._skipped = {**self._skipped, **listed, **broken}
+        self.discard([ref for seq, ref in refs.items() if seq in listed and ref is not None])
+        kept = [None if seq in listed or seq in broken else ref for seq, ref in refs.items()]
         return RefWindow(refs=kept, num_tokens=sum(map(self.num_tokens, seqs)))

@@ -42,6 +42,7 @@ class ColocatedSource(StreamingSource):
         idle_timeout_s: float = 600.0,
     ):
         self._prompts = prompts
+        self.sees_all_skips = False
         self.order = PassOrder(len(prompts), seed)
         self._window, self._share = 1, range(1)
         feed = PromptFeed(prompts, target, seed=seed, run_id=plane.run_id, locate=self._locate)

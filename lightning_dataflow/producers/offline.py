@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from lightning_dataflow.contracts import NotFiniteError, SampleRef, UserError
-from lightning_dataflow.data.finite import broken_features
+from lightning_dataflow.contracts import BrokenFeaturesError, SampleRef, UserError
 from lightning_dataflow.data.offline import is_captured, write_manifest
 from lightning_dataflow.producers.capture import capture_prompts
-from lightning_dataflow.producers.feeds import PromptFeed
+from lightning_dataflow.producers.feeds import PromptFeed, to_put
 from lightning_dataflow.prompts import PromptDataset
 from lightning_dataflow.stores import SharedDirFeatureStore
+from lightning_dataflow.stores.base import new_ref
 from lightning_dataflow.targets import TargetEngine
 
 RUN_ID = "offline"
@@ -28,7 +28,8 @@ def capture_to_folder(
 ) -> int:
     """Capture every prompt into `folder` and describe it in a manifest. Returns the bytes written.
 
-    An interrupted capture leaves no manifest. Running it again replaces its files.
+    An interrupted capture leaves no manifest. Running it again replaces its files. A sample whose features hold NaN or
+    infinity gets no file; the manifest says where they do.
 
     Args:
         seed: of the order of seqs, in which groups of `capture_batch_size` prompts are captured.
@@ -36,7 +37,7 @@ def capture_to_folder(
 
     Raises:
         UserError: the folder cannot be written, or holds a finished capture; or the prompts do not fit the target.
-        NotFiniteError: the target captures NaN or infinity.
+        NotFiniteError: the target captures nothing but NaN or infinity.
         CapacityError: the disk is full, or `capacity_bytes` is reached.
     """
     if is_captured(folder):
@@ -44,15 +45,17 @@ def capture_to_folder(
     feed, seqs = PromptFeed(prompts, target, seed=seed, run_id=RUN_ID), range(len(prompts))
     store = SharedDirFeatureStore(folder, retain=True, capacity_bytes=capacity_bytes, secret=secret)
     refs: dict[int, SampleRef] = {}
+    broken: dict[int, str] = {}
     for start in range(0, len(seqs), capture_batch_size):
         group = seqs[start : start + capture_batch_size]
         captured = capture_prompts(feed.tasks(group, 0), target, feed.card)
-        for origin, tensors in captured:
-            if broken := broken_features(tensors, origin.source_id, origin.sample_id):
-                raise NotFiniteError(broken)
         for seq, (origin, tensors) in zip(group, captured, strict=True):
-            refs[feed.locate(seq)[0]] = store.put(tensors, origin)
+            index = feed.locate(seq)[0]
+            try:
+                refs[index] = feed.put(to_put(seq, origin, tensors), store)
+            except BrokenFeaturesError as error:
+                refs[index], broken[index] = new_ref(tensors, origin, store.uri), str(error.__cause__)
         progress(len(refs), len(seqs))
     in_order = [refs[index] for index in seqs]
-    write_manifest(Path(folder), in_order, feed.card, feed.token_counts())
-    return sum(ref.num_bytes for ref in in_order)
+    write_manifest(Path(folder), in_order, feed.card, feed.token_counts(), broken)
+    return sum(ref.num_bytes for index, ref in refs.items() if index not in broken)

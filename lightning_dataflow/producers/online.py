@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lightning_dataflow.contracts import SampleRef
+from lightning_dataflow.contracts import BrokenFeaturesError, SampleRef
 from lightning_dataflow.control import ControlPlane, resolve_control_plane
 from lightning_dataflow.data.source import IndexedSource, RefWindow
 from lightning_dataflow.producers.feeds import PromptFeed
@@ -28,6 +28,7 @@ class OnlineSource(IndexedSource):
         UserError: the prompts hold tokens that the target does not know, or are longer than its positions.
     """
 
+    sees_all_skips = False
     prefetch_windows = 0  # a prefetch thread would run the target while the trainer computes on the same device
 
     def __init__(
@@ -51,12 +52,17 @@ class OnlineSource(IndexedSource):
         self.lengths = prompts.lengths.tolist()
 
     def window(self, seqs: range, share: Sequence[int]) -> RefWindow:
-        """Captures the share now."""
-        refs: dict[int, SampleRef] = {}
+        """Captures the share now. Raises NotFiniteError when the target captures nothing but NaN or infinity."""
+        refs: dict[int, SampleRef | None] = {}
+        broken: dict[int, str] = {}
         for start in range(0, len(share), self.capture_batch_size):
             group = share[start : start + self.capture_batch_size]
-            refs |= {sample.seq: sample.put(self.store) for sample in self._feed.capture(group, 0, group)}
-        return self.make_window(seqs, refs)
+            for sample in self._feed.capture(group, 0, group):
+                try:
+                    refs[sample.seq] = self._feed.put(sample, self.store)
+                except BrokenFeaturesError as error:
+                    refs[sample.seq], broken[sample.seq] = None, str(error)
+        return self.make_window(seqs, refs, broken)
 
     def in_flight(self) -> dict[str, int]:
         health = self.store.health()

@@ -8,8 +8,11 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Literal
 
 from lightning_dataflow.contracts import (
+    BrokenFeaturesError,
     CapacityError,
     CaptureMismatchError,
+    LogRecord,
+    NotFiniteError,
     PeerFailedError,
     PeerGoneError,
     PeerTimeoutError,
@@ -29,7 +32,10 @@ WAITING, ALL_CAPTURED = "waiting for the trainer to begin", "all captured"
 LOADED_AT = time.monotonic()
 MAX_FAILURES = 3 * MAX_ATTEMPTS
 """A worker stops after this many failed leases in a row: three groups, each with all its tries."""
-NO_FAULT_OF_PROMPTS = (CapacityError, PeerFailedError, PeerGoneError, PeerTimeoutError, StoreUnavailableError)
+NO_FAULT_OF_PROMPTS = (
+    *(CapacityError, NotFiniteError, PeerFailedError, PeerGoneError, PeerTimeoutError),
+    StoreUnavailableError,
+)
 
 
 @dataclass(eq=False)
@@ -83,6 +89,7 @@ class RolloutWorker:
             PeerTimeoutError: no trainer began, or the trainer gave no sign of life.
             StoreUnavailableError: the store did not come back. No sample is charged with a failure.
             CaptureMismatchError: the target captures something else than was announced.
+            NotFiniteError: the target captures nothing but NaN or infinity.
             PeerFailedError: no capture server has answered for too long.
             UserError: a watermark is below a window.
         """
@@ -152,10 +159,14 @@ class RolloutWorker:
 
     def _capture(self, lease: Lease) -> State:
         refs: dict[int, SampleRef] = {}
+        skips: dict[int, LogRecord] = {}
         try:
             for sample in self.feed.capture(lease.seqs, lease.attempt, lease.wanted):
-                refs[sample.seq] = self._put(sample)
-            accepted = self.plane.publish(lease, refs)
+                try:
+                    refs[sample.seq] = self._put(sample)
+                except BrokenFeaturesError as error:
+                    skips[sample.seq] = _skip(sample, str(error))
+            accepted = self.plane.publish(lease, refs, skips)
         except BaseException as error:
             return self._give_back(lease, refs, error)
         self._free(refs[seq] for seq in refs.keys() - set(accepted))  # another attempt has published these
@@ -165,21 +176,21 @@ class RolloutWorker:
 
     def _put(self, sample: CapturedSample) -> SampleRef:
         """Store a sample. While the store is full, retry for up to `lease_s`."""
-        wait, pause = Wait(f"room in the store, for {sample.sample_id}"), IDLE_S[0]
+        wait, pause = Wait(f"room in the store, for {sample.origin.sample_id}"), IDLE_S[0]
         while True:
             try:
-                return sample.put(self.store)
+                return self.feed.put(sample, self.store)
             except CapacityError:
                 if wait.seconds() > self.lease_s or self._stop_waiting.is_set() or self.plane.ledger.finished() is not None:
                     raise
                 self.state = "waiting for room in the store"
                 self._stop_waiting.wait(pause)
                 pause = min(2 * pause, self.feed.longest_pause_s)
-            except StoreUnavailableError:
+            except (BrokenFeaturesError, NotFiniteError, StoreUnavailableError):
                 raise
             except Exception:
                 with suppress(StoreUnavailableError):
-                    self.store.abort(sample.sample_id)  # it may have been stored in part
+                    self.store.abort(sample.origin.sample_id)  # it may have been stored in part
                 raise
 
     def _give_back(self, lease: Lease, refs: Mapping[int, SampleRef], error: BaseException) -> State:
@@ -227,3 +238,7 @@ class RolloutWorker:
                 f"{last['name']} on {last['host']} gave no sign of life for {last['seen_s_ago']:.0f} s "
                 f"(it was {last['state']}): start it again, or end this producer"
             )
+
+
+def _skip(sample: CapturedSample, reason: str) -> LogRecord:
+    return LogRecord(kind="skip", seq=sample.seq, reason=reason, num_tokens=sample.origin.num_tokens)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from lightning_dataflow.contracts import (
+    BrokenFeaturesError,
     CapacityError,
     CaptureSpec,
     SampleOrigin,
@@ -37,6 +38,7 @@ from lightning_dataflow.sglang_plugin.wire import (
 )
 from lightning_dataflow.stores import FeatureStore, StoreUnavailableError
 from lightning_dataflow.stores.base import new_ref
+from lightning_dataflow.stores.finite import check_features
 
 APPEND = (
     "sglang.srt.managers.scheduler_components.batch_result_processor."
@@ -45,6 +47,7 @@ APPEND = (
 COPY = "sglang.srt.managers.utils.GenerationBatchResult.copy_to_cpu"
 MAX_NEW_TOKENS = 1
 KINDS: tuple[tuple[tuple[type[Exception], ...], ErrorKind], ...] = (
+    ((BrokenFeaturesError,), "not_finite"),
     ((CapacityError,), "full"),
     ((UserError, PermissionError), "refused"),
     ((StoreUnavailableError,), "store"),
@@ -171,6 +174,8 @@ def _capture(
         **{name: computed[name][rows.start : rows.stop] for name in request.features},
     }
     origin = server.origin(request, len(token_ids))
+    if not request.keeps_broken:
+        check_features(tensors, origin.capture.layer_ids)
     ref = new_ref(tensors, origin, store.uri) if request.dry_run else store.put(tensors, origin)
     return {"ref": ref_to_json(ref), "tokens": token_digest(token_ids)}
 

@@ -30,8 +30,9 @@ MAX_ANSWER_BYTES = 4096
 CONVENTION = "DFLASH"
 """SGLang's name of the convention in which it counts layers as we do. No draft is loaded."""
 
-ErrorKind = Literal["refused", "full", "store", "failed"]
-"""`store`: the store is gone, which is not the prompt's fault. `failed`: this prompt failed, and nothing was stored."""
+ErrorKind = Literal["refused", "full", "store", "not_finite", "failed"]
+"""`store`: the store is gone, which is not the prompt's fault. `not_finite`: the features hold NaN or infinity; the message
+says where. `failed`: this prompt failed. Nothing was stored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,7 @@ class CaptureRequest:
         loss_mask: 0 or 1 for each token.
         features: which of the hidden states to store.
         dry_run: answer what would be stored where, and store nothing.
+        keeps_broken: store features with NaN or infinity too.
     """
 
     store_id: str
@@ -51,6 +53,7 @@ class CaptureRequest:
     attempt: int = 0
     features: tuple[str, ...] = HIDDEN_STATES
     dry_run: bool = False
+    keeps_broken: bool = False
 
 
 def request_to_text(request: CaptureRequest) -> str:
@@ -64,6 +67,7 @@ def request_to_text(request: CaptureRequest) -> str:
         "features": request.features,
         "mask": [0] * (runs[:1] != [] and runs[0][0] == 1) + [length for _, length in runs],
         "dry_run": request.dry_run,
+        "keeps_broken": request.keeps_broken,
     }
     return json.dumps(data, separators=(",", ":"))
 
@@ -78,6 +82,7 @@ def request_from_text(text: Any, num_tokens: int) -> CaptureRequest:
             )
         store_id, sample_id, attempt, runs = data["store"], data["sample"], data["attempt"], data["mask"]
         features, dry_run = tuple(data["features"]), bool(data["dry_run"])
+        keeps_broken = bool(data.get("keeps_broken"))
         unknown = set(features) - set(HIDDEN_STATES)
         well_formed = _is_count(attempt, 10**9) and all(_is_count(run, MAX_TOKENS) for run in runs)
     except UserError:
@@ -94,7 +99,13 @@ def request_from_text(text: Any, num_tokens: int) -> CaptureRequest:
         raise UserError(f"features={list(features)} of {sample_id}: a server captures {' and '.join(HIDDEN_STATES)}")
     mask = tuple(index % 2 for index, run in enumerate(runs) for _ in range(run))
     return CaptureRequest(
-        store_id=store_id, sample_id=sample_id, loss_mask=mask, attempt=attempt, features=features, dry_run=dry_run
+        store_id=store_id,
+        sample_id=sample_id,
+        loss_mask=mask,
+        attempt=attempt,
+        features=features,
+        dry_run=dry_run,
+        keeps_broken=keeps_broken,
     )
 
 

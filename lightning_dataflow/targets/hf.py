@@ -159,23 +159,41 @@ class TargetSession:
 
     def __init__(self, target: HFTargetEngine):
         self.target = target
-        self.length = 0
-        self.cache = DynamicCache(config=target.model.config)
-        for layer in self.cache.layers:
-            if hasattr(layer, "activate_past_recording"):  # a sliding window would drop what `crop` needs again
-                layer.activate_past_recording()
+        self.tokens: list[int] = []
+        self.cache = self._new_cache()
 
     @torch.no_grad()
     def extend(self, token_ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Read n more tokens. Returns logits [n, V] in float32 and aux hidden states [n, n_layers·H]."""
-        ids = torch.tensor([list(token_ids)], device=self.target.device)
         with self.target.recorded() as states:
-            output = self.target.model(input_ids=ids, past_key_values=self.cache, use_cache=True)
-        self.length += len(token_ids)
+            output = self._read(token_ids)
+        self.tokens += token_ids
         aux = torch.cat([states[layer] for layer in self.target.layer_ids], dim=-1)
         return output.logits[0].float(), aux[0]
 
+    @torch.no_grad()
     def crop(self, length: int) -> None:
-        """Forget tokens from `length` on."""
-        self.cache.crop(length - self.length)  # at most 0: how many to remove from the end
-        self.length = length
+        """Forget tokens from `length` on. Recurrent states cannot be taken back: then the target reads the others again."""
+        removed = len(self.tokens) - length
+        self.tokens = self.tokens[:length]
+        if removed and any(_is_recurrent(layer) for layer in self.cache.layers):
+            self.cache = self._new_cache()
+            self._read(self.tokens)
+            removed = 0
+        self.cache.crop(-removed)
+
+    def _read(self, token_ids: Sequence[int]) -> Any:
+        ids = torch.tensor([list(token_ids)], device=self.target.device)
+        return self.target.model(input_ids=ids, past_key_values=self.cache, use_cache=True)
+
+    def _new_cache(self) -> DynamicCache:
+        cache = DynamicCache(config=self.target.model.config)
+        for layer in cache.layers:
+            if hasattr(layer, "activate_past_recording"):  # a sliding window would drop what `crop` needs again
+                layer.activate_past_recording()
+        return cache
+
+
+def _is_recurrent(layer: Any) -> bool:
+    """Whether a layer of a cache holds a state that sums up all tokens."""
+    return any(getattr(layer, "is_recurrent_states_initialized", {}).values())

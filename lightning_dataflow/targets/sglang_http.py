@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lightning_dataflow.contracts import (
+    BrokenFeaturesError,
     CapacityError,
     CaptureMismatchError,
     PeerGoneError,
@@ -32,6 +33,8 @@ from lightning_dataflow.sglang_plugin.wire import (
 )
 
 CONNECT_TIMEOUT_S = 5.0
+MAX_PLACE = 100
+"""Characters of where features are broken, as a server says it."""
 MAX_ANSWER_BYTES = 16 << 20
 """What is longer is cut, and then no JSON."""
 
@@ -100,6 +103,7 @@ class CaptureServer:
         Raises:
             PeerGoneError: no answer, or the server lost its store. The features may be stored all the same: ask for the
                 next attempt.
+            BrokenFeaturesError: the features hold NaN or infinity.
             CapacityError: the store is full.
             CaptureMismatchError: the server read other tokens.
             CaptureFailedError: the server failed with this prompt.
@@ -150,6 +154,8 @@ class CaptureServer:
                 f"{self._name} does not capture: run `pip install lightning-dataflow` in its environment, and look for "
                 "'lightning_dataflow' in its log"
             ) from error
+        if answer.get("error") == "not_finite":
+            raise BrokenFeaturesError(str(answer.get("message"))[:MAX_PLACE])
         if "error" in answer:
             raise ERRORS.get(answer["error"], CaptureFailedError)(f"{self._name}: {answer.get('message')}")
         return answer

@@ -88,18 +88,24 @@ class SGLangServerTarget(TargetEngine):
         """Capture through the store; nothing stays there. SGLang forms batches of its own."""
         return list(self._executor.map(self._capture_and_read, batch))
 
-    def capture_ref(self, token_ids: Sequence[int], loss_mask: Sequence[int], origin: SampleOrigin) -> SampleRef:
+    def capture_ref(
+        self, token_ids: Sequence[int], loss_mask: Sequence[int], origin: SampleOrigin, *, keeps_broken: bool = False
+    ) -> SampleRef:
         """Have one prompt captured and stored, and check the answer. Thread-safe.
+
+        Args:
+            keeps_broken: store features with NaN or infinity too.
 
         Raises:
             PeerGoneError: no answer. The features may be stored all the same: ask for the next attempt.
             PeerFailedError: no server has answered for too long.
+            BrokenFeaturesError: the features hold NaN or infinity; nothing was stored.
             CapacityError: the store is full; nothing was stored.
             CaptureMismatchError: the features are not what this run was announced with.
         """
         member, lost = self._pool.take(), None
         try:
-            return self._ask(member.server, token_ids, origin, loss_mask=loss_mask)
+            return self._ask(member.server, token_ids, origin, loss_mask=loss_mask, keeps_broken=keeps_broken)
         except (PeerGoneError, ServerRefusalError) as error:
             lost = str(error)
             if origin.attempt >= MAX_LOST_SERVERS:
@@ -133,7 +139,8 @@ class SGLangServerTarget(TargetEngine):
         origin = self._private_origin(len(token_ids))
         while True:
             try:
-                return self._read(self.capture_ref(token_ids, [1] * len(token_ids), origin), token_ids)
+                ref = self.capture_ref(token_ids, [1] * len(token_ids), origin, keeps_broken=True)
+                return self._read(ref, token_ids)
             except PeerGoneError:
                 if origin.attempt >= MAX_LOST_SERVERS:
                     raise
@@ -210,7 +217,8 @@ class SGLangServerTarget(TargetEngine):
 
     def _capture_one(self, server: CaptureServer, *, dry_run: bool) -> SampleRef:
         try:
-            return self._ask(server, [0], self._private_origin(1), loss_mask=[1], dry_run=dry_run)
+            request = {"loss_mask": [1], "dry_run": dry_run, "keeps_broken": True}
+            return self._ask(server, [0], self._private_origin(1), **request)
         except CaptureFailedError as error:
             raise PeerGoneError(str(error)) from error
 

@@ -128,12 +128,15 @@ class SqliteMetadataStore(MetadataStore):
             published = {}
             for seq, row in accepted.items():
                 generation, size, _ = captured[seq]
-                published[seq] = Sample("published", row.attempt, size, row.tries, generation=generation)
+                if generation:
+                    published[seq] = Sample("published", row.attempt, size, row.tries, generation=generation)
             self._tables.put(published)
+            self._tables.drop(accepted.keys() - published.keys())
             self._tables.add(
-                bytes_in_flight=sum(published[seq].bytes - row.bytes for seq, row in accepted.items()),
-                published=len(accepted),
-                recaptured=len(accepted) if lease.attempt else 0,
+                bytes_in_flight=sum(sample.bytes - accepted[seq].bytes for seq, sample in published.items()),
+                published=len(published),
+                recaptured=len(published) if lease.attempt else 0,
+                given_up=len(accepted) - len(published),
             )
             return list(accepted)
 

@@ -152,22 +152,27 @@ function ops.give_back(worker, attempt, counts, most, skips)
   return lost
 end
 
--- entries: lists of seq, generation, bytes and record
+-- entries: lists of seq, generation, bytes and record; without a generation ('') the sample is given up
 function ops.commit(worker, attempt, entries)
-  local accepted, lines, change = {}, {}, 0
+  local accepted, lines, lost, change = {}, {}, {}, 0
   for _, entry in ipairs(finished() and {} or entries) do
     local seq, generation, bytes, line = unpack(entry)
     local row = get(seq)
     if is_held(row, worker, attempt) then
-      change = change + bytes - row.bytes
-      put(seq, {state = 'published', attempt = attempt, tries = row.tries, bytes = bytes, generation = generation})
+      if generation == '' then
+        lost[#lost + 1] = seq
+      else
+        change = change + bytes - row.bytes
+        put(seq, {state = 'published', attempt = attempt, tries = row.tries, bytes = bytes, generation = generation})
+      end
       accepted[#accepted + 1], lines[#lines + 1] = seq, line
     end
   end
   ops.append(lines)
+  give_up(lost)
   redis.call('HINCRBY', TOTALS, 'bytes_in_flight', change)
-  redis.call('HINCRBY', TOTALS, 'published', #accepted)
-  redis.call('HINCRBY', TOTALS, 'recaptured', attempt > 0 and #accepted or 0)
+  redis.call('HINCRBY', TOTALS, 'published', #accepted - #lost)
+  redis.call('HINCRBY', TOTALS, 'recaptured', attempt > 0 and #accepted - #lost or 0)
   return accepted
 end
 

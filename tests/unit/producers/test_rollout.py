@@ -2,19 +2,21 @@
 
 import threading
 import time
+from collections.abc import Collection
 from dataclasses import replace
 
 import pytest
 import torch
 
-from lightning_dataflow.contracts import CaptureMismatchError, CaptureSpec, PeerTimeoutError, UserError
+from lightning_dataflow.contracts import CaptureMismatchError, CaptureSpec, NotFiniteError, PeerTimeoutError, UserError
 from lightning_dataflow.control import Watermarks, heartbeat as heartbeat_module
 from lightning_dataflow.control.heartbeat import producer_failures
 from lightning_dataflow.data import StreamingRefQueue
 from lightning_dataflow.producers import PromptFeed, rollout as rollout_module
+from lightning_dataflow.producers.feeds import to_put
 from lightning_dataflow.stores import MemoryFeatureStore, StoreUnavailableError
-from tests.records import CAPTURE, WIDE, begin, failures, memory_plane
-from tests.streams import SeqFeed, make_worker
+from tests.records import CAPTURE, WIDE, begin, failures, make_origin, memory_plane
+from tests.streams import SeqFeed, make_tensors, make_worker
 
 
 @pytest.fixture
@@ -98,6 +100,61 @@ def test_a_sample_that_always_fails_is_skipped_and_the_others_go_on(plane, store
     assert store.health()["num_samples"] == plane.ledger.status()["refs_in_flight"] == 4
 
 
+class BrokenFeed(SeqFeed):
+    """Features of the seqs in `bad` hold NaN in their second layer."""
+
+    bad: Collection[int] = ()
+
+    def capture(self, seqs, attempt, wanted):
+        self.captured.append((tuple(seqs), attempt))
+        for seq in wanted:
+            tensors = make_tensors(seq)
+            if seq in self.bad:
+                tensors["aux_hidden_states"][0, -1] = float("nan")
+            yield to_put(seq, replace(make_origin(seq, attempt), capture=replace(CAPTURE, layer_ids=(1, 3))), tensors)
+
+
+def test_a_sample_with_nan_is_skipped_at_once_and_keeps_its_tokens(plane, store, caplog):
+    begin(plane, stop=6)
+    feed = BrokenFeed()
+    feed.bad = (2, 4)
+    worker = make_worker(plane, store, feed, group=3)
+    assert until_idle(worker) == ["captured"] * 2
+    plane.log.rewind()
+    found = {one.seq: one for one in plane.log.poll() if one.kind != "end"}
+    assert {seq: one.kind for seq, one in found.items()} == {seq: "skip" if seq in (2, 4) else "ref" for seq in range(6)}
+    for seq in (2, 4):
+        reason = f"aux_hidden_states (layer 3) of sample {make_origin(seq).source_id} holds NaN or infinity"
+        assert (found[seq].reason, found[seq].num_tokens) == (reason, make_origin(seq).num_tokens)
+        assert f"skipped: {reason}" in caplog.text
+    status = plane.ledger.status()
+    assert (status["given_up"], status["published"], status["refs_in_flight"]) == (2, 4, 4)
+    assert status["bytes_in_flight"] == store.health()["num_bytes"]
+    plane.log.rewind()
+    queue = StreamingRefQueue(plane, idle_timeout_s=5.0)
+    assert queue.num_tokens(2) == make_origin(2).num_tokens
+
+
+@pytest.mark.parametrize(("length", "first"), [(300, 8), (5, 5)])
+def test_a_target_that_gives_nothing_else_ends_the_worker_at_once(plane, store, length, first):
+    begin(plane, stop=12)
+    feed = BrokenFeed(length=length)
+    feed.bad = range(12)
+    with pytest.raises(
+        NotFiniteError, match=rf"aux_hidden_states \(layer 3\) of .* all of the first {first} samples: check"
+    ):
+        until_idle(make_worker(plane, store, feed))
+    assert len(feed.captured) == first
+    assert plane.ledger.status()["leased"] == 0
+
+
+def test_a_few_broken_samples_at_the_start_do_not_end_it(plane, store):
+    begin(plane, stop=20)
+    feed = BrokenFeed()
+    feed.bad = {*range(7), *range(8, 20)}
+    assert until_idle(make_worker(plane, store, feed)) == ["captured"] * 20
+
+
 def test_a_prompt_that_kills_its_producer_every_time_is_given_up(plane, store):
     """Three die of the first group; the fourth skips it and goes on."""
     begin(plane, stop=8)
@@ -164,7 +221,7 @@ def test_what_may_have_been_published_is_not_freed(plane, store, monkeypatch):
     begin(plane)
     worker = make_worker(plane, store)
 
-    def publish(plane, lease, refs):
+    def publish(plane, lease, refs, skips):
         raise PeerTimeoutError("no answer")
 
     monkeypatch.setattr(type(plane), "publish", publish)

@@ -139,3 +139,21 @@ def test_a_worker_that_does_not_end_is_named(tmp_path, store, monkeypatch, caplo
     (shown,) = caplog.messages
     assert shown.startswith("gave up on producer-") and ": it was capturing seq " in shown
     ended.set()
+
+
+def test_a_sample_that_a_server_finds_broken_is_skipped_and_no_fault_of_the_server(start, servers, prompts):
+    workers, plane = start(1)
+    broken = prompts[0].task(workers[0].feed.locate(5)[0], 0, run_id="run", target_model_version="")
+
+    def alter(answer):
+        is_broken = answer["ref"]["origin"]["sample_id"] == f"run:{broken.task_id}"
+        return {"error": "not_finite", "message": "aux_hidden_states (layer 3)"} if is_broken else answer
+
+    for server in servers:
+        server.alter = alter
+    while workers[0].run_once() == "captured":
+        pass
+    (skip,) = [one for one in records(plane) if one.kind == "skip"]
+    assert (skip.seq, skip.num_tokens) == (5, len(broken.payload["input_ids"]))
+    assert skip.reason == f"aux_hidden_states (layer 3) of sample {broken.source_id} holds NaN or infinity"
+    assert plane.ledger.status()["given_up"] == 1

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lightning_dataflow.contracts import CapacityError, UserError
+from lightning_dataflow.contracts import BrokenFeaturesError, CapacityError, UserError
 from lightning_dataflow.sglang_plugin.hook import _answer as answer, append_prefill_hidden_states, error_to_text
 from lightning_dataflow.sglang_plugin.wire import MAX_ANSWER_BYTES, PARAM, CaptureRequest, request_to_text
 from lightning_dataflow.stores import StoreUnavailableError
@@ -14,6 +14,7 @@ from lightning_dataflow.stores import StoreUnavailableError
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
+        (BrokenFeaturesError("aux_hidden_states (layer 3)"), "not_finite"),
         (CapacityError("full"), "full"),
         (UserError("flags"), "refused"),
         (PermissionError("the secret does not match"), "refused"),

@@ -17,6 +17,7 @@ from lightning_dataflow.contracts import NotFiniteError, UserError
 from lightning_dataflow.data import DataFlowDataModule
 from lightning_dataflow.data.datamodule import BAD_STEP
 from lightning_dataflow.producers import OnlineSource
+from lightning_dataflow.stores import MemoryFeatureStore
 from lightning_dataflow.strategies.optimisation import gradient_norm
 from tests.unit.strategies.test_eagle3_module import make_trainer
 
@@ -79,23 +80,20 @@ class Spoiled(Module):
                 self.draft.fc.weight[0, 0] = math.inf
 
 
-class BrokenTarget:
-    """Stands before a target; the n-th sample that it captures has an infinity."""
+class BrokenStore(MemoryFeatureStore):
+    """The n-th sample that is read has an infinity: features went bad on the way."""
 
-    def __init__(self, target, number):
-        self.target, self.number, self.count = target, number, 0
+    def __init__(self, number):
+        super().__init__()
+        self.number, self.count = number, 0
 
-    def __getattr__(self, name):
-        return getattr(self.target, name)
-
-    def capture(self, batch):
-        captured = self.target.capture(batch)
-        for features in captured:
-            self.count += 1
-            if self.count == self.number:
-                features["last_hidden_state"] = features["last_hidden_state"].clone()
-                features["last_hidden_state"][0, 5] = math.inf
-        return captured
+    def get(self, ref):
+        tensors, handle = super().get(ref)
+        self.count += 1
+        if self.count == self.number:
+            tensors["last_hidden_state"] = tensors["last_hidden_state"].clone()
+            tensors["last_hidden_state"][0, 5] = math.inf
+        return tensors, handle
 
 
 @pytest.fixture
@@ -106,7 +104,7 @@ def fit(tmp_path, target_path, prompts, target):
         cls=Module,
         *,
         max_steps=4,
-        engine=target,
+        store=None,
         callbacks=None,
         trainer_cls=DataFlowTrainer,
         plugins=None,
@@ -116,7 +114,7 @@ def fit(tmp_path, target_path, prompts, target):
     ):
         callbacks = [saves(tmp_path)] if callbacks is None else callbacks
         module = cls(str(target_path), **{"draft_vocab_size": 64, "num_steps": 2, "lr": 1e-3} | options)
-        data = DataFlowDataModule(OnlineSource(prompts[0], engine), global_batch_size=2, micro_batch_size=1)
+        data = DataFlowDataModule(OnlineSource(prompts[0], target, store), global_batch_size=2, micro_batch_size=1)
         options = {"callbacks": callbacks, "enable_checkpointing": bool(callbacks), "plugins": plugins or []}
         if trainer_cls is DataFlowTrainer:
             options["max_bad_steps"] = max_bad_steps
@@ -160,8 +158,8 @@ def moments(optimizer) -> list[torch.Tensor]:
     ],
 )
 def test_a_bad_step_changes_nothing_but_counts(fit, tmp_path, prompts, target, caplog, cls, broken, reason):
-    engine = target if broken is None else BrokenTarget(target, broken)
-    error, module, trainer = fit(cls, engine=engine)
+    store = None if broken is None else BrokenStore(broken)
+    error, module, trainer = fit(cls, store=store)
     assert error is None
     before, optimizer = module.before, trainer.optimizers[0]
     assert all(map(torch.equal, before[1], before[2])), "the bad step is the second"

@@ -75,6 +75,20 @@ def test_eager_attention_where_it_is_needed(folder, name, caplog):
     assert torch.allclose(session.extend(IDS[5:])[0], logits[5:], atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["gemma2", "qwen3_next", "bloom", "qwen2_5_vl"])
+def test_tokens_that_are_taken_back_leave_no_trace(folder, name):
+    """Recurrent states sum up all tokens; a cache alone cannot take one back."""
+    target = engine(folder(name))
+    session = TargetSession(target)
+    session.extend(IDS[:4])
+    session.crop(4)
+    session.extend([1, 2, 3])
+    session.crop(5)
+    session.extend([6])
+    session.crop(4)
+    assert torch.allclose(session.extend(IDS[4:])[0], target.logits_of(IDS)[1][4:], atol=1e-4)
+
+
 def test_several_sequences_at_a_time_with_eager_attention(folder):
     """It adds the mask to the scores: a boolean one would hide nothing."""
     target = HFTargetEngine(folder("plain"), layer_ids=[0], dtype="float32", device="cpu", attention="eager")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lightning_dataflow.contracts import SampleOrigin, ref_to_json
+from lightning_dataflow.contracts import BrokenFeaturesError, SampleOrigin, ref_to_json
 from lightning_dataflow.sglang_plugin.settings import read_settings
 from lightning_dataflow.sglang_plugin.wire import (
     PARAM,
@@ -20,6 +20,7 @@ from lightning_dataflow.sglang_plugin.wire import (
     token_digest,
 )
 from lightning_dataflow.stores.base import new_ref
+from lightning_dataflow.stores.finite import check_features
 from lightning_dataflow.targets import HFTargetEngine
 
 LOCK = threading.Lock()
@@ -95,6 +96,11 @@ class Handler(BaseHTTPRequestHandler):
             num_tokens=len(token_ids),
             attempt=request.attempt,
         )
+        if not request.keeps_broken:
+            try:
+                check_features(tensors, spec.layer_ids)
+            except BrokenFeaturesError as error:
+                return {"error": "not_finite", "message": str(error)}
         ref = new_ref(tensors, origin, store.uri) if request.dry_run else store.put(tensors, origin)
         return {"ref": ref_to_json(ref), "tokens": token_digest(token_ids)}
 

@@ -59,7 +59,7 @@ def broken_file(folder: Path) -> str:
     [
         (["data.path=nowhere.jsonl"], "no prompt file nowhere.jsonl"),
         (["data.path=BROKEN"], "line 2: not JSON"),
-        (["data.path=MASKED"], "masked.jsonl, record 2: 6 input_ids, 0 loss_mask entries: give 0 or 1 for each"),
+        (["data.path=MASKED"], "masked.jsonl, line 2: 6 input_ids, 0 loss_mask entries: give 0 or 1 for each"),
         (["data.max_length=4"], "nothing supervised within max_length"),
         (["target.path=nowhere"], "no target model in nowhere"),
         (["strategy.draft_vocab_size=1000"], "the target's vocabulary has 320 tokens"),

@@ -164,11 +164,11 @@ def test_a_sample_lost_before_it_is_read_is_trained_in_its_place_or_named(tmp_pa
     worker = make_worker(plane, store)
     publish = plane.publish
 
-    def lose(lease, refs):
+    def lose(lease, refs, *others):
         for seq, ref in refs.items():
             if seq == 5 or (seq == 2 and not lease.attempt):
                 store.free(ref)
-        return publish(lease, refs)
+        return publish(lease, refs, *others)
 
     object.__setattr__(plane, "publish", lose)
     own = ControlPlane(run_id="run", ledger=plane.ledger, channel=memory_plane(tmp_path).log)

@@ -57,6 +57,9 @@ class SumsModule(L.LightningModule):
         """Further metrics, computed from the step's means."""
         return {}
 
+    def judge_means(self, means: Mapping[str, Tensor]) -> None:
+        """Called with the means of each step, which are the same on every rank; may end the fit by an error."""
+
     @property
     def failure(self) -> NotFiniteError | None:
         """The error that ended the last fit, if a number was not finite. Nothing is saved until another fit starts."""
@@ -126,6 +129,7 @@ class SumsModule(L.LightningModule):
         factor = torch.where(denominator > 0, self._window_tokens / denominator.clamp(min=1e-12), 0)
         scale_gradients(self.parameters(), factor)
         self._numbers.judge(means["loss"], norm * factor, optimizer, self.trainer)
+        self.judge_means(means)
         self.step_losses.append(means["loss"])
         self._log_means(means)
 

@@ -12,6 +12,7 @@ from lightning_dataflow.contracts import StepContext, UserError
 from lightning_dataflow.data.collate import Batch, SampleRows
 from lightning_dataflow.data.datamodule import DataFlowDataModule
 from lightning_dataflow.strategies.common.sums import ObjectiveSums
+from lightning_dataflow.strategies.eagle3.coverage import CoverageCheck
 from lightning_dataflow.strategies.eagle3.draft_vocab import most_frequent, version
 from lightning_dataflow.strategies.eagle3.drafter import ChainDrafter
 from lightning_dataflow.strategies.eagle3.export import Eagle3Export
@@ -136,6 +137,18 @@ class Eagle3Module(DraftModule):
         draft = self.unsharded(Eagle3Draft(self.draft.config))
         embedding = None if draft.config.train_embeddings else self.frozen_target.embedding
         return ChainDrafter(draft, embedding, num_draft_tokens=num_draft_tokens)
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self._coverage = CoverageCheck()
+
+    def judge_means(self, means: Mapping[str, Tensor]) -> None:
+        if self.draft.config.draft_vocab_size < self.draft.config.vocab_size:
+            self._coverage.add(means["vocab_coverage"])
+
+    def on_train_epoch_end(self) -> None:
+        self._coverage.finish()
+        super().on_train_epoch_end()
 
     def derived_metrics(self, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Simulated acceptance length 1 + a_0 + a_0·a_1 + …, greedy from accuracies, sampled from acceptance rates."""

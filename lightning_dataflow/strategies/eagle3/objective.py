@@ -93,8 +93,8 @@ class Eagle3Objective:
 
         Metrics, each a vector over steps: `loss_per_step`, `accuracy` (draft's argmax is the target's, over loss-masked
         positions) and `acceptance_rate` (Σ_v min(p_v, q_v), p over the full vocabulary, over supervised positions: those
-        whose target argmax is in the draft vocabulary). `vocab_coverage`, a scalar, is the share of loss-masked positions
-        that are supervised.
+        whose target argmax is in the draft vocabulary). `outside_vocab`, a scalar, is the share of loss-masked positions
+        that are not supervised.
         """
         if normaliser is None:
             # Not torch.tensor, which copies from the host and waits for the device.
@@ -111,7 +111,7 @@ class Eagle3Objective:
                 "loss_per_step": Quotient(numerator=loss_k, denominator=normaliser.expand_as(loss_k)),
                 "accuracy": Quotient(numerator=correct, denominator=masked),
                 "acceptance_rate": Quotient(numerator=accepted, denominator=supervised),
-                "vocab_coverage": Quotient(numerator=supervised[0], denominator=masked[0]),
+                "outside_vocab": Quotient(numerator=masked[0] - supervised[0], denominator=masked[0]),
             },
         )
 

@@ -15,18 +15,18 @@ from lightning_dataflow.strategies.eagle3.module import Eagle3Module
 
 
 @pytest.mark.parametrize(
-    ("coverages", "level", "text"),
+    ("shares", "level", "text"),
     [
-        ([0.6, 1.0], "INFO", "has 80.0 % of the tokens that the target predicts, in the first 2 steps"),
-        ([0.0, 1.0], "WARNING", "has 50.0 % of the tokens .* in the first 2 steps: raise strategy.draft_vocab_size"),
-        ([1.0] * NUM_WINDOWS + [0.0] * 9, "INFO", f"has 100.0 % .* in the first {NUM_WINDOWS} steps$"),
+        ([0.4, 0.0], "INFO", "has 80.0 % of the tokens that the target predicts, in the first 2 steps"),
+        ([1.0, 0.0], "WARNING", "has 50.0 % of the tokens .* in the first 2 steps: raise strategy.draft_vocab_size"),
+        ([0.0] * NUM_WINDOWS + [1.0] * 9, "INFO", f"has 100.0 % .* in the first {NUM_WINDOWS} steps$"),
     ],
 )
-def test_the_mean_of_the_first_windows_is_logged_once(caplog, coverages, level, text):
+def test_the_mean_of_the_first_windows_is_logged_once(caplog, shares, level, text):
     check = CoverageCheck()
     with caplog.at_level(logging.INFO):
-        for coverage in coverages:
-            check.add(torch.tensor(coverage))
+        for share in shares:
+            check.add(torch.tensor(share))
         check.finish()
         check.finish()
     (record,) = caplog.records

@@ -200,7 +200,7 @@ def test_gradients_and_a_clipped_sgd_step_do_not_depend_on_the_micro_batch(
         assert torch.allclose(one, two, rtol=1e-5, atol=1e-7), name
     assert first.step_losses == pytest.approx(other.step_losses, rel=1e-5)
     if kind == "domino":  # one λ for all micro-batches of a step, 0 from half way on
-        assert first.shares == pytest.approx([1.0] * 4 + [0.5] * 4 + [0.0] * 8)
+        assert first.shares == pytest.approx([1.0] * 4 + [0.5] * 4 + [0.0] * 8 + [0.0])  # the last to try the weights
 
 
 @pytest.mark.integration

@@ -19,7 +19,7 @@ from lightning_dataflow.data.datamodule import BAD_STEP
 from lightning_dataflow.producers import OnlineSource
 from lightning_dataflow.stores import MemoryFeatureStore
 from lightning_dataflow.strategies.optimisation import gradient_norm
-from tests.unit.strategies.test_eagle3_module import make_trainer
+from tests.unit.strategies.fits import make_trainer
 
 SPOILS = {"lr": 1e20, "warmup_ratio": 0.0}
 

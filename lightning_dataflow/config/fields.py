@@ -9,6 +9,7 @@ from omegaconf import MISSING
 
 from lightning_dataflow.contracts import UnknownNameError, UserError
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 BOUNDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le}
 """What a number must be; NaN is none of these."""
 

@@ -11,12 +11,8 @@ from typing import Self
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.services.server import HOST, LocalServer, free_port, start_together
 from lightning_dataflow.stores.mooncake.admin import MooncakeAdmin
-from lightning_dataflow.stores.mooncake.client import (
-    INSTALL,
-    TRANSFER_SETTINGS,
-    MooncakeClient,
-    listens,
-)
+from lightning_dataflow.stores.mooncake.client import MooncakeClient, listens
+from lightning_dataflow.stores.mooncake.library import INSTALL, TRANSFER_SETTINGS
 
 SMALLEST_CAPACITY = 16 << 20
 CLIENT_PAUSE_S = 8.0

@@ -15,7 +15,7 @@ from typing import IO
 from lightning_dataflow.control.processes import is_running
 from lightning_dataflow.services.mooncake import find_program
 from lightning_dataflow.services.redis import PROGRAM
-from lightning_dataflow.stores.mooncake.client import TRANSFER_SETTINGS
+from lightning_dataflow.stores.mooncake.library import TRANSFER_SETTINGS
 from tests.processes import TRAIN, environment
 
 NETWORK = "10.213.77"

@@ -3,17 +3,17 @@
 import ctypes
 import logging
 import mmap
-import os
 import secrets
 import socket
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.contracts.waiting import Wait
 from lightning_dataflow.stores.base import StoreUnavailableError
 from lightning_dataflow.stores.mooncake.buffers import Block, BufferPool
+from lightning_dataflow.stores.mooncake.library import has_raw_calls, import_mooncake
 
 T = TypeVar("T")
 
@@ -21,7 +21,6 @@ NO_SPACE, REFUSED, LEASE_EXPIRED, OWNER_GONE = -200, -600, -707, -800
 UNREACHABLE = (-1, -900, -901)
 NOT_FOUND = -704
 """For a put: the master discarded the incomplete object, because it took longer than `--put_start_discard_timeout_sec`."""
-RAW_CALLS = ("batch_put_from", "batch_get_into", "register_buffer")
 STAGING_BYTES = 256 << 20
 """Memory inside Mooncake for the plain calls: the largest value that they move."""
 PUT_TRIES = 3
@@ -31,18 +30,6 @@ LONGEST_CALL_S = 35.0
 PATIENCE_S = 90.0
 """A peer that stands still for a minute, and comes back, ends nothing."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 0.5
-
-# The Mooncake library reads these from the environment when a client is made; a variable that is already set wins.
-# Kept connections and slices of 1 MB move 64 MB tensors 1.1 to 1.4 times as fast as the defaults.
-TRANSFER_SETTINGS = {"MC_TCP_ENABLE_CONNECTION_POOL": "1", "MC_TCP_SLICE_SIZE": str(1 << 20)}
-# Its messages would mix with our output.
-LOG_SETTINGS = {"MC_LOG_LEVEL": "ERROR"}
-
-INSTALL = (
-    "pip install 'lightning-dataflow[mooncake]' (with an NVIDIA GPU: [mooncake-cuda]); "
-    "Debian packages: libibverbs1 librdmacm1 libnuma1"
-)
-
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +77,7 @@ class MooncakeClient:
         self._addresses = {"mooncake_client": client_address} if client_address else {}
         self._addresses |= {"Mooncake master": master_address}
         mooncake = import_mooncake()
-        self._raw = zero_copy and _has_raw_calls(mooncake.MooncakeDistributedStore)
+        self._raw = zero_copy and has_raw_calls(mooncake.MooncakeDistributedStore)
         # Setup itself would block for 90 s when nothing listens.
         check_listening(master_address, "Mooncake master", "start mooncake_master there, or correct store.address")
         if client_address is not None:
@@ -265,17 +252,6 @@ class MooncakeClient:
         return StoreUnavailableError(f"{peer} did not answer for {waited:.0f} s (code {code}): {remedy}")
 
 
-def import_mooncake() -> Any:
-    """Mooncake's store module. Raises UserError with the remedy when it is missing."""
-    for name, value in (TRANSFER_SETTINGS | LOG_SETTINGS).items():
-        os.environ.setdefault(name, value)
-    try:
-        import mooncake.store
-    except ImportError as error:  # the package, or one of the shared libraries that it needs
-        raise UserError(f"cannot load Mooncake ({error}): {INSTALL}") from error
-    return mooncake.store
-
-
 def listens(address: str) -> bool:
     """Whether something accepts connections at host:port."""
     host, _, port = address.rpartition(":")
@@ -293,13 +269,6 @@ def check_listening(address: str, what: str, remedy: str) -> None:
         raise UserError(f"the address of the {what} is {address!r}, expected host:port")
     if not listens(address):
         raise UserError(f"no {what} listens at {address}: {remedy}")
-
-
-def _has_raw_calls(backend: type) -> bool:
-    missing = [name for name in RAW_CALLS if not hasattr(backend, name)]
-    if missing:
-        logger.warning("this release of Mooncake has no %s: tensors are copied once more (zero_copy=false)", missing[0])
-    return not missing
 
 
 def _checked(codes: list[int]) -> list[int]:

@@ -21,7 +21,7 @@ from lightning_dataflow.services.mooncake import find_program
 from lightning_dataflow.services.redis import PROGRAM
 from lightning_dataflow.services.sglang import LAUNCHER
 from lightning_dataflow.sglang_plugin.wire import SERVER_FILE, server_command
-from lightning_dataflow.stores.mooncake.client import TRANSFER_SETTINGS
+from lightning_dataflow.stores.mooncake.library import TRANSFER_SETTINGS
 from lightning_dataflow.strategies.registry import resolve_strategy
 from tests.processes import ROOT
 from tests.unit.config.test_config import GROUPS, make, parse_config

@@ -3,7 +3,6 @@
 import atexit
 import importlib
 import logging
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
@@ -23,12 +22,11 @@ from lightning_dataflow.config.schema import TrainConfig
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.control import ControlPlane
 from lightning_dataflow.data import DataFlowDataModule, FeatureCard, OfflineSource, RefSource
-from lightning_dataflow.data.offline import is_captured
-from lightning_dataflow.producers import RolloutWorker, capture_to_folder
+from lightning_dataflow.producers import RolloutWorker
 from lightning_dataflow.producers.feeds import Feed, FolderFeed, PromptFeed, ServedFeed
 from lightning_dataflow.prompts import PromptDataset, load_prompts
-from lightning_dataflow.run.claim import claim
-from lightning_dataflow.run.ranks import num_processes, rank_from_environment, wait_for_first_rank
+from lightning_dataflow.run.captured import capture_once, named_folder
+from lightning_dataflow.run.ranks import num_processes
 from lightning_dataflow.run.streams import (
     colocated_source,
     control_plane,
@@ -47,10 +45,6 @@ from lightning_dataflow.targets import HFTargetEngine, TargetEngine, load_tokeni
 from lightning_dataflow.targets.base import HIDDEN_STATES
 from lightning_dataflow.targets.info import read_eos_token_ids
 from lightning_dataflow.targets.tiny import write_tiny_conversations, write_tiny_target
-
-log = logging.getLogger(__name__)
-
-PROGRESS_S = 10.0
 
 
 class Builder:
@@ -183,38 +177,19 @@ class Builder:
 
     def _offline_folder(self) -> Path:
         """The captured features; where none are given they are captured into the run folder now."""
-        if (given := self._captured_folder()) is not None:
+        if (given := named_folder(self.config)) is not None:
             return Path(given)
         folder = Path(self.config.run_dir) / "features"
         self.capture_once(folder)
         return folder
 
-    def _captured_folder(self) -> str | None:
-        return self.config.topology.features if self.config.topology.is_disaggregated else self.config.store.root
-
     def capture_once(self, folder: Path) -> None:
         """Capture into `folder`, unless that is done; every rank but the first waits for it."""
-        if is_captured(folder):
-            return
-        if rank_from_environment() > 0:
-            return wait_for_first_rank(lambda: is_captured(folder), f"features in {folder}")
-        claim(folder, "wait for it, or choose another store.root")
-        config = self.config
-        guarded = not config.topology.is_disaggregated  # otherwise the settings of the store are those of the shared one
-        capture_to_folder(
-            self.prompts[0],
-            self.target,
-            folder,
-            seed=config.seed,  # then groups are those that `online` captures
-            capture_batch_size=config.target.capture_batch_size,
-            capacity_bytes=config.store.capacity_bytes if guarded else None,
-            secret=read_secret(config.store) if guarded else None,
-            progress=_log_progress(),
-        )
+        capture_once(self.config, folder, lambda: (self.prompts[0], self.target))
 
     def _check_prompts(self, card: FeatureCard, where: str) -> None:
         """Held-out prompts are told from trained ones by the settings of the capture, so they must be the same now."""
-        captured_here = self.config.topology.name == "offline" and self._captured_folder() is None
+        captured_here = self.config.topology.name == "offline" and named_folder(self.config) is None
         evaluates = "acceptance" in (self.config.callbacks or {}) and self.config.role != "producer"
         if evaluates:
             self.module.check_features(card)  # another target tokenises otherwise, and is the better explanation
@@ -278,19 +253,6 @@ class Builder:
 
     def _acceptance_arguments(self) -> tuple[Callable[[], HFTargetEngine], list[Sequence[int]]]:
         return lambda: self.evaluation_target, [prompt.question for prompt in self.prompts[1]]
-
-
-def _log_progress() -> Callable[[int, int], None]:
-    """A callback for (done, total) that logs now and then, and at the end."""
-    last = time.monotonic()
-
-    def report(done: int, total: int) -> None:
-        nonlocal last
-        if done == total or time.monotonic() - last > PROGRESS_S:
-            last = time.monotonic()
-            log.info("captured %d/%d", done, total)
-
-    return report
 
 
 def _import(modules: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ from lightning_dataflow.services.mooncake import CLIENT_PAUSE_S, LocalMooncake
 from lightning_dataflow.stores import MooncakeFeatureStore, StoreUnavailableError
 from lightning_dataflow.stores.mooncake.admin import MooncakeAdmin
 from tests.processes import ROOT, environment, nightly
-from tests.unit.stores.test_contract import origin
+from tests.unit.stores.samples import origin
 
 STOOD_STILL_S = 16.0
 
@@ -33,7 +33,7 @@ import torch
 from lightning_dataflow.contracts import ref_from_json, ref_to_json
 from lightning_dataflow.stores import MooncakeFeatureStore
 from lightning_dataflow.services.mooncake import LocalMooncake
-from tests.unit.stores.test_contract import origin
+from tests.unit.stores.samples import origin
 
 def put(sample_id, value, num_bytes=1 << 20, attempt=0):
     tensor = torch.full((4, num_bytes // 16), value, dtype=torch.int32)

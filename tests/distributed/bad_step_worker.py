@@ -7,18 +7,11 @@ import sys
 from pathlib import Path
 
 import torch
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from torch.distributed.fsdp import FullyShardedDataParallel
+from lightning.pytorch.strategies import ModelParallelStrategy
+from small_fits import QUIET, FSDP1OnCPU, online_data
 
 import lightning_dataflow as ldf
 from lightning_dataflow.run.ranks import leave_process_group
-
-
-class OnCPU(FSDPStrategy):
-    """Lightning refuses FSDPStrategy on a CPU, but not a subclass; torch accepts a CPU that is named."""
-
-    def _setup_model(self, model):
-        return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **self.kwargs)
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -50,13 +43,11 @@ target_path, prompt_file, trainer_name, fused, output = sys.argv[1:]
 began: list[list[torch.Tensor]] = []
 strategies = {
     "ddp": lambda module: "ddp",
-    "fsdp1": lambda module: OnCPU(auto_wrap_policy={type(module.draft)}, state_dict_type="sharded"),
+    "fsdp1": lambda module: FSDP1OnCPU(auto_wrap_policy={type(module.draft)}, state_dict_type="sharded"),
     "fsdp2": lambda module: ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
 }
 module = Module(target_path, draft_vocab_size=96, num_steps=3)
-target = ldf.HFTargetEngine(target_path, layer_ids=module.layer_ids, dtype="float32", device="cpu")
-prompts, _ = ldf.load_prompts(prompt_file, ldf.load_tokenizer(target_path), max_length=128)
-data = ldf.DataFlowDataModule(ldf.OnlineSource(prompts, target), global_batch_size=4, micro_batch_size=2)
+data = online_data(module, target_path, prompt_file, 4)
 trainer = ldf.DataFlowTrainer(
     accelerator="cpu",
     devices=2,
@@ -65,9 +56,7 @@ trainer = ldf.DataFlowTrainer(
     max_epochs=1,
     limit_train_batches=3,
     gradient_clip_val=0.5,
-    logger=False,
-    enable_checkpointing=False,
-    enable_progress_bar=False,
+    **QUIET,
 )
 trainer.fit(module, data)
 trainer.save_checkpoint(Path(output).with_suffix(".ckpt"))

@@ -6,6 +6,7 @@ import sys
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from small_fits import QUIET, online_data
 from torch.distributed.tensor import DTensor
 
 import lightning_dataflow as ldf
@@ -54,9 +55,7 @@ module_class, options = MODULES[strategy]
 module = module_class(target_path, **options)
 if strategy == "domino":  # a new draft corrects nothing, so that its GRU has no gradient
     torch.nn.init.normal_(module.draft.correction_weight, generator=torch.Generator().manual_seed(0))
-target = ldf.HFTargetEngine(target_path, layer_ids=module.layer_ids, dtype="float32", device="cpu")
-prompts, _ = ldf.load_prompts(prompt_file, ldf.load_tokenizer(target_path), max_length=128)
-data = ldf.DataFlowDataModule(ldf.OnlineSource(prompts, target), global_batch_size=GLOBAL_BATCH, micro_batch_size=2)
+data = online_data(module, target_path, prompt_file, GLOBAL_BATCH)
 accumulation = data.accumulate_grad_batches(devices)
 trainer = L.Trainer(
     accelerator="cpu",
@@ -67,9 +66,7 @@ trainer = L.Trainer(
     accumulate_grad_batches=accumulation,
     limit_train_batches=STEPS * accumulation,
     gradient_clip_val=float(clip) or None,
-    logger=False,
-    enable_checkpointing=False,
-    enable_progress_bar=False,
+    **QUIET,
 )
 trainer.fit(module, data)
 weights = {name: whole(parameter) for name, parameter in module.named_parameters()}

@@ -10,7 +10,7 @@ from lightning_dataflow.callbacks import AcceptanceEvaluation, acceptance
 from lightning_dataflow.checkpoints.markers import incomplete, latest_checkpoint
 from lightning_dataflow.checkpoints.trainer import DataFlowTrainer
 from lightning_dataflow.evaluation.acceptance import AcceptanceReport
-from tests.unit.strategies.test_eagle3_module import make_data, make_module
+from tests.unit.strategies.fits import make_data, make_module
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_dataflow.contracts import UserError
-from tests.unit.strategies.test_eagle3_module import make_data, make_module, make_trainer
+from tests.unit.strategies.fits import make_data, make_module, make_trainer
 
 
 @pytest.fixture

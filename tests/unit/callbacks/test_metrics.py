@@ -1,7 +1,7 @@
 """What RunMetrics counts, over one fit and over several."""
 
 from lightning_dataflow.callbacks import RunMetrics
-from tests.unit.strategies.test_eagle3_module import make_data, make_module, make_trainer
+from tests.unit.strategies.fits import make_data, make_module, make_trainer
 
 
 def test_a_second_fit_counts_from_zero(prompts, target, target_path, tmp_path):

@@ -1,6 +1,5 @@
 """Prompts are tokenised once, by as many processes as help, and lie in files that the processes of a machine share."""
 
-import json
 import multiprocessing
 import os
 import time
@@ -11,30 +10,8 @@ import numpy as np
 import pytest
 
 from lightning_dataflow.contracts import PeerTimeoutError, UserError
-from lightning_dataflow.prompts import cache as cache_module, load_prompts, parallel
-from tests.unit.prompts.tiny import PLAIN, THINK, byte_tokenizer, chat
-
-ICE = chat("Is water wet?", "Yes, it is.", "And ice?", "Ice is solid.")
-IDS = {"input_ids": [5, 6, 7, 8]}
-
-
-@pytest.fixture(scope="module")
-def im():
-    return byte_tokenizer()
-
-
-@pytest.fixture
-def write(tmp_path):
-    def records(*lines, name: str = "prompts.jsonl") -> str:
-        file = tmp_path / name
-        file.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
-        return str(file)
-
-    return records
-
-
-def load(path, tokenizer, **options):
-    return load_prompts(path, tokenizer, **{"max_length": 200, **options})
+from lightning_dataflow.prompts import cache as cache_module, parallel
+from tests.unit.prompts.tiny import ICE, IDS, PLAIN, THINK, byte_tokenizer, chat, load
 
 
 @pytest.fixture

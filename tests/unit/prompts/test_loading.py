@@ -1,35 +1,12 @@
 """What of the records is trained on and held out, what is counted."""
 
-import json
 import logging
 
 import pytest
 
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.prompts import load_prompts, loading
-from tests.unit.prompts.tiny import THINK, byte_tokenizer, chat, mark
-
-ICE = chat("Is water wet?", "Yes, it is.", "And ice?", "Ice is solid.")
-IDS = {"input_ids": [5, 6, 7, 8]}
-
-
-@pytest.fixture(scope="module")
-def im():
-    return byte_tokenizer()
-
-
-@pytest.fixture
-def write(tmp_path):
-    def records(*lines, name: str = "prompts.jsonl") -> str:
-        file = tmp_path / name
-        file.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
-        return str(file)
-
-    return records
-
-
-def load(path, tokenizer, **options):
-    return load_prompts(path, tokenizer, **{"max_length": 200, **options})
+from lightning_dataflow.prompts import loading
+from tests.unit.prompts.tiny import ICE, IDS, THINK, byte_tokenizer, chat, load, mark
 
 
 def first_ids(prompts) -> list[int]:

@@ -15,11 +15,6 @@ START = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
 NEXT = "<|im_start|>user\nr<|im_end|>\n<|im_start|>assistant\n"
 
 
-@pytest.fixture(scope="module")
-def im():
-    return byte_tokenizer()
-
-
 def preview(tokenizer, data, template=None, turns="auto"):
     return preview_record(Encoder(ChatTemplate(tokenizer, template), turns), Record("data.jsonl, line 7", data))
 

@@ -6,24 +6,13 @@ import pytest
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.prompts import load_questions
-from tests.unit.prompts.tiny import byte_tokenizer
 
 USER = {"role": "user", "content": "q"}
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return byte_tokenizer()
-
-
 @pytest.fixture
-def write(tmp_path):
-    def lines(*records) -> str:
-        file = tmp_path / "questions.jsonl"
-        file.write_text("".join(json.dumps(record) + "\n" for record in records))
-        return str(file)
-
-    return lines
+def tokenizer(im):
+    return im
 
 
 @pytest.mark.parametrize(

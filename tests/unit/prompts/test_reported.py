@@ -5,9 +5,8 @@ import json
 import pytest
 
 from lightning_dataflow.contracts import UserError
-from tests.unit.prompts.tiny import ASK, IM, MISTRAL, NO_PROMPT, PLAIN, TAGGED, THINK, byte_tokenizer, chat, show
+from tests.unit.prompts.tiny import ASK, ICE, IM, MISTRAL, NO_PROMPT, PLAIN, TAGGED, THINK, byte_tokenizer, chat, show
 
-ICE = chat("Is water wet?", "Yes, it is.", "And ice?", "Ice is solid.")
 WEATHER = {"role": "user", "content": "Weather in Oslo?"}
 ASKED = "<|im_start|>user\nWeather in Oslo?<|im_end|>\n<|im_start|>assistant\n"
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}

@@ -8,17 +8,11 @@ from lightning_dataflow.contracts import UserError
 from lightning_dataflow.prompts import template as template_module
 from lightning_dataflow.prompts.encoding import Encoder
 from lightning_dataflow.prompts.template import ChatTemplate
-from tests.unit.prompts.tiny import ASK, MISTRAL, NO_PROMPT, PLAIN, TAGGED, THINK, byte_tokenizer, chat, show
+from tests.unit.prompts.tiny import ASK, ICE, MISTRAL, NO_PROMPT, PLAIN, TAGGED, THINK, byte_tokenizer, chat, show
 
-ICE = chat("Is water wet?", "Yes, it is.", "And ice?", "Ice is solid.")
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
 WEATHER = {"role": "user", "content": "Weather in Oslo?"}
 BARS = ("<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>")
-
-
-@pytest.fixture(scope="module")
-def im():
-    return byte_tokenizer()
 
 
 def im_turns(*pairs: tuple[str, str]) -> str:

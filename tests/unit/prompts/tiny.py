@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from lightning_dataflow.prompts import PromptDataset, load_prompts
 from lightning_dataflow.prompts.encoding import Encoder
 from lightning_dataflow.prompts.records import normalise
 from lightning_dataflow.prompts.template import ChatTemplate, Unusable
@@ -101,3 +102,12 @@ def mark(tokenizer: Any, input_ids: Any, loss_mask: Any) -> str:
         text = tokenizer.decode([int(token) for _, token in pairs])
         pieces.append(f"⟦{text}⟧" if is_supervised else text)
     return "".join(pieces)
+
+
+def load(path: str, tokenizer: "PreTrainedTokenizerFast", **options: Any) -> tuple[PromptDataset, PromptDataset]:
+    """`load_prompts` with room for what the tests write."""
+    return load_prompts(path, tokenizer, **{"max_length": 200, **options})
+
+
+ICE = chat("Is water wet?", "Yes, it is.", "And ice?", "Ice is solid.")
+IDS = {"input_ids": [5, 6, 7, 8]}

@@ -11,7 +11,7 @@ from lightning_dataflow import DataFlowTrainer, Eagle3Module, export_draft
 from lightning_dataflow.callbacks import AcceptanceEvaluation
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.strategies.checkpoint import load_module
-from tests.unit.strategies.test_eagle3_module import make_data, make_module, make_trainer
+from tests.unit.strategies.fits import make_data, make_module, make_trainer
 
 STEPS = 4
 

@@ -1,4 +1,4 @@
-"""What the client of capture servers asks, and what it checks of an answer; tests/system/test_sglang.py has the real one."""
+"""What the client of capture servers asks, and what it checks of an answer; tests/system/sglang has the real one."""
 
 from dataclasses import replace
 

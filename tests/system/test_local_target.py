@@ -1,4 +1,4 @@
-"""`target.engine=sglang`: a server for one process alone. A stand-in plays SGLang; test_sglang.py has the real one."""
+"""`target.engine=sglang`: a server for one process alone. A stand-in plays SGLang; sglang/ has the real one."""
 
 import pytest
 

@@ -12,7 +12,8 @@ from lightning_dataflow.run import producer
 from lightning_dataflow.run.producer import run_all
 from tests.records import begin, failures, memory_plane
 from tests.streams import SeqFeed, make_worker
-from tests.unit.targets.test_sglang_server import answer_with, connect, servers, store  # noqa: F401 (fixtures)
+from tests.unit.targets.capture_servers import answer_with
+from tests.unit.targets.conftest import connect, servers, store  # noqa: F401 (fixtures)
 
 pytestmark = pytest.mark.integration  # servers that come and go
 

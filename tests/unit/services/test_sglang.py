@@ -1,4 +1,4 @@
-"""The SGLang server that a run starts; tests/system/test_sglang.py starts a real one."""
+"""The SGLang server that a run starts; tests/system/sglang starts a real one."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What the plugin does that needs no SGLang; tests/system/test_sglang.py has the rest."""
+"""What the plugin does that needs no SGLang; tests/system/sglang has the rest."""
 
 import json
 from types import SimpleNamespace

@@ -22,7 +22,7 @@ from lightning_dataflow.stores.mooncake.admin import MooncakeAdmin
 from lightning_dataflow.stores.mooncake.client import NOT_FOUND, PUT_TRIES
 from tests.unit.config.test_config import make
 from tests.unit.stores.conftest import VARIANTS, attach
-from tests.unit.stores.test_contract import origin, tensors
+from tests.unit.stores.samples import origin, tensors
 
 pytestmark = pytest.mark.integration  # each test starts or stops clients of a real Mooncake
 

@@ -1,7 +1,7 @@
 """Stands for `sglang.launch_server`: a server that captures with transformers, one prompt at a time.
 
 It understands the flags, requests and answers that the client and the local server use, and stores features through the
-plugin's own settings. What only SGLang can show is in tests/system/test_sglang.py.
+plugin's own settings. What only SGLang can show is in tests/system/sglang.
 """
 
 import argparse

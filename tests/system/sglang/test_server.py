@@ -1,26 +1,18 @@
-"""Stock SGLang servers, a real Mooncake, a separate trainer."""
+"""Stock SGLang servers and a real Mooncake: what they capture, what they refuse, and what else they serve."""
 
-import base64
-import csv
-import hashlib
 import json
-import signal
 import subprocess
-import sys
 import threading
 import time
 import urllib.request
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 
 from lightning_dataflow.contracts import CapacityError, PeerFailedError, PeerGoneError, SampleOrigin, UserError
-from lightning_dataflow.control import RunPlan, resolve_control_plane
 from lightning_dataflow.evaluation.acceptance import Decoding
 from lightning_dataflow.evaluation.judges.sglang_server import SGLangDecoder, read_counts, sampling_params
-from lightning_dataflow.run.target import SHARED_MEMORY
 from lightning_dataflow.services.mooncake import LocalMooncake
 from lightning_dataflow.services.sglang import LocalSGLang
 from lightning_dataflow.sglang_plugin.settings import REST_S
@@ -33,50 +25,9 @@ from lightning_dataflow.targets.logits import LogitsTransform
 from lightning_dataflow.targets.sglang_http import CaptureServer
 from tests.conftest import LAYER_IDS
 from tests.decoding import greedy_decode
-from tests.processes import TINY, TRAIN, environment, processes_in, python, restore_sigint, result, wait_until
-from tests.sglang.environment import ARGUMENTS, VARIABLES, sglang_python
+from tests.system.sglang.conftest import KEY
 
-KEY = "the'key"
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def variables():
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in VARIABLES.items():
-            patch.setenv(name, value)
-        yield
-
-
-@pytest.fixture(scope="module")
-def mooncake(tmp_path_factory):
-    with LocalMooncake(capacity_bytes=64 << 20, log_dir=tmp_path_factory.mktemp("mooncake")) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def start(target_path, tmp_path_factory, mooncake):
-    """Starts a server whose store is `mooncake`."""
-
-    @contextmanager
-    def run(*arguments: str, layer_ids=LAYER_IDS, store=None):
-        """The key of all of them is KEY."""
-        server = LocalSGLang(
-            target_path,
-            layer_ids,
-            python=str(sglang_python()),
-            store=store
-            or {"store": "mooncake", "address": mooncake.master_address, "client_address": mooncake.client_address},
-            folder=tmp_path_factory.mktemp("server"),
-            api_key=KEY,
-            arguments=[*ARGUMENTS, "--context-length", "512", *arguments],
-        )
-        try:
-            yield server
-        finally:
-            server.close()
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -314,187 +265,3 @@ def test_bfloat16(start, connect, target_path):
         assert {one.dtype for one in actual} == {engine.dtype} == {"bfloat16"}
         assert [one.problems for one in actual if one.problems] == [], table(actual)
         print(table(actual))
-
-
-@pytest.mark.parametrize("strategy", ["eagle3", "dflash", "domino"])
-def test_losses_are_those_of_hf(tmp_path, strategy):
-    options = (*TINY[1:], f"strategy={strategy}")
-    python(TRAIN, *options, "topology=online", "run_name=hf", cwd=tmp_path)
-    flags = ",".join(f"'{part}'" for part in ARGUMENTS)
-    served = ("topology=disagg_online", "target.engine=sglang_server", f"target.server_python={sglang_python()}")
-    python(
-        *(TRAIN, *options, *served, f"target.server_args=[{flags}]", "store.capacity_bytes=64000000", "run_name=served"),
-        cwd=tmp_path,
-        timeout_s=600,
-        variables=VARIABLES,
-    )
-    actual, expected = result(tmp_path, "served"), result(tmp_path, "hf")
-    assert actual["samples_trained"] == expected["samples_trained"] and actual["samples_skipped"] == 0
-    torch.testing.assert_close(torch.tensor(actual["losses"]), torch.tensor(expected["losses"]), atol=1e-4, rtol=0)
-    wait_until(lambda: not processes_in(tmp_path), 10, lambda: f"processes left: {processes_in(tmp_path)}")
-
-
-def test_ctrl_c_ends_the_server_too_and_a_resume_goes_on(tmp_path):
-    """With the losses of a run that was not interrupted."""
-    flags = ",".join(f"'{part}'" for part in ARGUMENTS)
-    served = ("target.engine=sglang_server", f"target.server_python={sglang_python()}", f"target.server_args=[{flags}]")
-    options = (*TINY, "topology=disagg_online", "trainer.max_steps=40", "run_name=served", *served)
-    with open(tmp_path / "output.txt", "w+") as output:
-        run = subprocess.Popen(
-            [sys.executable, TRAIN, *options],
-            cwd=tmp_path,
-            env=VARIABLES,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            preexec_fn=restore_sigint,
-        )
-        shown = (tmp_path / "output.txt").read_text
-        checkpoints = tmp_path / "runs" / "served" / "checkpoints"
-        wait_until(lambda: any(checkpoints.glob("step-000008*")) or run.poll() is not None, 300, shown)
-        run.send_signal(signal.SIGINT)
-        assert run.wait(60) == 130, shown()
-    wait_until(lambda: not processes_in(tmp_path), 10, lambda: f"processes left: {processes_in(tmp_path)}")
-    python(TRAIN, *options, "ckpt_path=last", cwd=tmp_path, timeout_s=300, variables=VARIABLES)
-    python(TRAIN, *TINY, "trainer.max_steps=40", "run_name=hf", cwd=tmp_path)
-    actual, expected = result(tmp_path, "served"), result(tmp_path, "hf")
-    assert actual["samples_trained"] == expected["samples_trained"] == 320
-    torch.testing.assert_close(torch.tensor(actual["losses"]), torch.tensor(expected["losses"]), atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("topology", ["online", "interleaved"])
-def test_a_server_for_this_process_alone(tmp_path, topology):
-    python(TRAIN, *TINY, "topology=online", "run_name=hf", cwd=tmp_path)
-    flags = ",".join(f"'{part}'" for part in ARGUMENTS)
-    run = subprocess.run(
-        [
-            *(sys.executable, TRAIN, *TINY, f"topology={topology}", "run_name=sglang"),
-            *("target.engine=sglang", f"target.server_python={sglang_python()}", f"target.server_args=[{flags}]"),
-        ],
-        cwd=tmp_path,
-        env=VARIABLES,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    actual, expected = (torch.tensor(result(tmp_path, name)["losses"]) for name in ("sglang", "hf"))
-    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
-    assert not list(SHARED_MEMORY.glob("lightning-dataflow-*")), "nothing is left in memory"
-
-
-def test_sigterm_ends_a_producer_and_its_server(tmp_path):
-    flags = ",".join(f"'{part}'" for part in ARGUMENTS)
-    settings = (
-        *(*TINY, "topology=disagg_online", "store=shared_dir", "role=producer", "run_name=told"),
-        *("target.engine=sglang", f"target.server_python={sglang_python()}", f"target.server_args=[{flags}]"),
-    )
-    with open(tmp_path / "output.txt", "w") as output:
-        run = subprocess.Popen(
-            [sys.executable, TRAIN, *settings],
-            cwd=tmp_path,
-            env=VARIABLES,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-    shown = (tmp_path / "output.txt").read_text
-    try:
-        wait_until(lambda: "waiting for the trainer to begin" in shown() or run.poll() is not None, 300, shown)
-        plane = resolve_control_plane("disaggregated", "told", path=tmp_path / "runs" / "told" / "control")
-        plane.ledger.begin(RunPlan(start=0, stop=80, window=8), {}, frontier=0)
-        wait_until(lambda: plane.ledger.status()["published"] > 1, 60, shown)
-        run.terminate()
-        assert run.wait(15) == 143, shown()
-        assert plane.ledger.status()["leased"] == 0
-        plane.close()
-    finally:
-        run.kill()
-    wait_until(lambda: not processes_in(tmp_path), 10, lambda: f"processes left: {processes_in(tmp_path)}")
-
-
-def test_the_command_prints_the_differences(tmp_path):
-    flags = ",".join(f"'{part}'" for part in ARGUMENTS)
-    shown = python(
-        *("-m", "lightning_dataflow", "conformance", "experiment=tiny", "strategy=dflash", "topology=disagg_online"),
-        *("store=shared_dir", "target.engine=sglang_server", f"target.server_python={sglang_python()}"),
-        f"target.server_args=[{flags}]",
-        cwd=tmp_path,
-        timeout_s=300,
-        variables=VARIABLES,
-    ).stdout.splitlines()
-    assert [line.rpartition("  ")[2] for line in shown[-12:]] == ["the same"] * 12
-    assert shown[-13].split()[:3] == ["tokens", "asked", "for"]
-
-
-def test_the_last_server_killed_is_a_clear_failure(start, target_path, tmp_path, mooncake):
-    command = (
-        *(TRAIN, *TINY, "topology=disagg_online", "target.engine=sglang_server", "run_name=lost", "trainer.max_steps=400"),
-        *(f"store.address={mooncake.master_address}", f"store.metrics_address={mooncake.metrics_address}"),
-        *(f"target.prepare={target_path}", "strategy.layer_ids=[1,3,4]", "store.capacity_bytes=60000000"),
-        f"target.api_key_file={tmp_path / 'key'}",
-    )
-    (tmp_path / "key").write_text(KEY)
-    with start() as server, open(tmp_path / "output.txt", "w+") as output:
-        run = subprocess.Popen(
-            [sys.executable, *command, f"target.urls=[{server.url}]"],
-            cwd=tmp_path,
-            env=environment(),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-        while (
-            "POST /generate" not in server.log_path.read_text() or server.log_path.read_text().count("POST /generate") < 30
-        ):
-            assert run.poll() is None, (tmp_path / "output.txt").read_text()
-            threading.Event().wait(0.1)
-        server.close()
-        assert run.wait(120) == 1
-    last = (tmp_path / "output.txt").read_text().strip().splitlines()[-1]
-    assert "no capture server has answered for" in last and "captured" in last
-
-
-def test_hook_points_that_move_are_named():
-    code = (
-        "from lightning_dataflow.sglang_plugin import hook\n"
-        "print(hook.moved_hook_points())\n"
-        "import sglang, sglang.srt.managers.utils as utils\n"
-        "del utils._async_d2h\n"
-        "utils.GenerationBatchResult.copy_to_cpu = lambda self: None\n"
-        "print(hook.moved_hook_points())\n"
-        "for version in (sglang.__version__, '0.5.22'):\n"
-        "    sglang.__version__ = version\n"
-        "    try:\n"
-        "        hook.register()\n"
-        "    except ValueError as error:\n"
-        "        print(error)\n"
-    )
-    run = subprocess.run(
-        [sglang_python(), "-c", code], env=VARIABLES | {"PATH": ""}, capture_output=True, text=True, timeout=300
-    )
-    first, second, moved, version = run.stdout.strip().splitlines()[-4:]
-    assert first == "[]", run.stderr
-    assert "_async_d2h" in second and "copy_to_cpu (without return_hidden_states)" in second
-    assert "has moved" in moved
-    assert version == "SGLang 0.5.22 is not supported, capture needs sglang>=0.5.23,<0.6: install one of those"
-
-
-def test_our_requirements_leave_sglangs_pins_alone():
-    code = (
-        "from importlib.metadata import requires\n"
-        "from packaging.requirements import Requirement\n"
-        "pins = {one.name: one for one in map(Requirement, requires('sglang')) if str(one.specifier).startswith('==')}\n"
-        "for ours in map(Requirement, requires('lightning-dataflow')):\n"
-        "    if not ours.marker and ours.name in pins:\n"
-        "        pin = str(pins[ours.name].specifier)[2:]\n"
-        "        print(ours.name, pin, ours.specifier.contains(pin))\n"
-    )
-    shown = subprocess.run([sglang_python(), "-c", code], env=VARIABLES, capture_output=True, text=True, check=True).stdout
-    assert "torch" in shown and "False" not in shown, shown
-
-
-def test_no_line_of_sglang_is_changed():
-    (record,) = sglang_python().parents[1].glob("lib/*/site-packages/sglang-*.dist-info/RECORD")
-    rows = [row for row in csv.reader(record.open()) if row[0].startswith("sglang/") and row[1]]
-    for name, digest, _ in rows:
-        actual = hashlib.sha256((record.parents[1] / name).read_bytes()).digest()
-        assert base64.urlsafe_b64encode(actual).rstrip(b"=").decode() == digest.removeprefix("sha256="), name
-    assert len(rows) > 1000

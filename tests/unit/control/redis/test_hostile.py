@@ -165,6 +165,41 @@ def test_cards(run, text):
         assert "card" in refusal(act)
 
 
+@pytest.mark.parametrize("key", ["card", "nonce", "totals", "samples", "parts"])
+def test_a_value_that_is_too_large_is_not_fetched(run, monkeypatch, key):
+    server, ledger, log = run
+    monkeypatch.setattr("lightning_dataflow.control.redis.server.MAX_REPLY_BYTES", 4096)
+    command = ("SET",) if key in ("card", "nonce") else ("HSET", "bytes_in_flight")
+    write(server, key, *command, "1" * 5000)
+    acts = {"card": log.card, "nonce": log.nonce, "totals": ledger.in_flight, "parts": ledger.parts}
+    for act in (acts.get(key, ledger.status), *([ledger.plan] if key == "totals" else [])):
+        assert f"{server.key(key)} (too large) is damaged" in refusal(act)
+
+
+def test_a_row_that_is_too_large_is_not_parsed(run):
+    server, ledger, _ = run
+    row = {"state": "wanted", "attempt": 0, "tries": 0, "bytes": 0, "more": "x" * (1 << 20)}
+    write(server, "samples", "HSET", "0", orjson.dumps(row))
+    write(server, "open", "ZADD", "0", "0")
+    assert "row of sample 0" in refusal(ledger.fence)
+
+
+def test_a_bounded_read_gives_what_the_command_gives(run):
+    server, _, _ = run
+    for verb, key, *rest in (
+        ("GET", "card"),
+        ("GET", "nothing"),
+        ("HGET", "totals", "frontier"),
+        ("HGET", "totals", "nothing"),
+        ("HLEN", "totals"),
+        ("HGETALL", "totals"),
+        ("HGETALL", "nothing"),
+        ("XRANGE", "log", "-", "+", "COUNT", 5),
+    ):
+        command = (verb, server.key(key), *rest)
+        assert server.read(*command) == server.ask(*command)
+
+
 def test_a_nonce_that_is_no_name(run):
     server, _, log = run
     server.ask("SET", server.key("nonce"), "../../\x1b")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts.foreign import parse_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100 << 20
@@ -68,7 +69,7 @@ def read_header(file: Path) -> dict[str, Any]:
 
 def _indexed(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(parse_json(index.read_bytes(), str(index))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"cannot read {index}: fetch it again, or remove it if there is one {SINGLE}") from error
     if bad := [name for name in names if not isinstance(name, str) or Path(name).name != name]:

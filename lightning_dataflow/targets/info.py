@@ -129,13 +129,22 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def read_eos_token_ids(path: str | Path) -> tuple[int, ...]:
-    """Tokens that end a generation of the target in `path`, as transformers reads them."""
-    _check_folder(Path(path))
-    if (Path(path) / "generation_config.json").is_file():
-        ids = GenerationConfig.from_pretrained(path).eos_token_id
+    """Tokens that end a generation of the target in `path`, as transformers reads them. Raises UserError if it cannot."""
+    folder = Path(path)
+    _check_folder(folder)
+    file = folder / "generation_config.json"
+    if file.is_file():
+        try:
+            config = GenerationConfig.from_pretrained(folder)
+        except Exception as error:  # a damaged file can make transformers raise almost anything
+            raise UserError(f"cannot read {file}: {reason(error)}") from error
     else:
-        ids = GenerationConfig.from_model_config(_read_config(Path(path))).eos_token_id
-    return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
+        file, config = folder / "config.json", GenerationConfig.from_model_config(_read_config(folder))
+    given = config.eos_token_id
+    ids = [] if given is None else [given] if isinstance(given, int) else given
+    if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
+        raise UserError(f"cannot read {file}: eos_token_id={str(given)[:80]} is neither a token id nor a list of them")
+    return tuple(ids)
 
 
 def auto_class(path: str | Path) -> Any:

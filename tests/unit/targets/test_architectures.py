@@ -14,6 +14,7 @@ from lightning_dataflow.strategies.common.target_tensors import FrozenTarget
 from lightning_dataflow.targets import HFTargetEngine, read_target_info
 from lightning_dataflow.targets.batch import TargetBatch
 from lightning_dataflow.targets.hf import TargetSession
+from lightning_dataflow.targets.info import read_eos_token_ids
 from tests.targets import LLAMA3, MODELS, YARN, write_target
 
 IDS = [7, 5, 9, 33, 44, 3, 20, 21]
@@ -230,6 +231,11 @@ def _write_nonsense(path):
     (path / "model.safetensors.index.json").write_text("[]")
 
 
+def _nest_deeply(path):
+    (path / "model.safetensors").unlink()
+    (path / "model.safetensors.index.json").write_text("[" * 100_000)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -240,6 +246,7 @@ def _write_nonsense(path):
         (_remove, "no safetensors in .*: fetch the target's weights"),
         (_leave_the_folder, "names '../model-1.safetensors', which is no file of its folder"),
         (_write_nonsense, "cannot read .*index.json"),
+        (_nest_deeply, "cannot read .*index.json"),
     ],
 )
 def test_damaged_folders(folder, tmp_path, damage, message):
@@ -247,6 +254,15 @@ def test_damaged_folders(folder, tmp_path, damage, message):
     damage(path)
     with pytest.raises(UserError, match=message) as raised:
         read_target_info(path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "5", '{"eos_token_id": "x"}', '{"eos_token_id": 5.5}', "[" * 100_000, "\xff"])
+def test_a_damaged_generation_config_is_one_line(folder, tmp_path, text):
+    path = edited(folder("plain"), tmp_path)
+    (path / "generation_config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"cannot read .*generation_config\.json: ") as raised:
+        read_eos_token_ids(path)
     assert "\n" not in str(raised.value)
 
 

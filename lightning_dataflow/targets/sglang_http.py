@@ -47,7 +47,7 @@ class ServerRefusalError(UserError):
     """This server cannot capture any prompt as it is set up."""
 
 
-ERRORS: dict[Any, type[Exception]] = {
+ERRORS: dict[str, type[Exception]] = {
     "full": CapacityError,
     "refused": UserError,
     "store": PeerGoneError,
@@ -157,7 +157,7 @@ class CaptureServer:
         if answer.get("error") == "not_finite":
             raise BrokenFeaturesError(str(answer.get("message"))[:MAX_PLACE])
         if "error" in answer:
-            raise ERRORS.get(answer["error"], CaptureFailedError)(f"{self._name}: {answer.get('message')}")
+            raise ERRORS.get(str(answer["error"]), CaptureFailedError)(f"{self._name}: {answer.get('message')}")
         return answer
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from transformers import (
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.contracts.fingerprint import PREFIX, early_fingerprint, model_fingerprint, tokenizer_fingerprint
 from lightning_dataflow.contracts.foreign import first_line
-from lightning_dataflow.targets.files import weight_files
+from lightning_dataflow.targets.files import find_tensors
 from lightning_dataflow.targets.logits import IDENTITY, LogitsTransform, read_logits_transform
 from lightning_dataflow.targets.rope import Rope, read_rope
 from lightning_dataflow.targets.sizes import check_count, check_eps, check_theta
@@ -84,7 +84,7 @@ def read_target_info(path: str | Path) -> TargetInfo:
         raise
     except Exception as error:  # a config.json can make transformers raise almost anything
         raise UserError(f"cannot read {folder}/config.json: {reason(error)}") from error
-    weight_files(folder)
+    find_tensors(folder)  # refuses folders without weights, and damaged files
     return TargetInfo(
         path=str(folder),
         tie_word_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
@@ -155,7 +155,7 @@ def auto_class(path: str | Path) -> Any:
         return AutoModelForCausalLM
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return AutoModelForImageTextToText
-    raise UserError(f"{path} holds a {config.model_type} model, which is no causal language model: name another target")
+    raise UserError(f"{path} holds a {config.model_type} model, which is not a causal language model: name another target")
 
 
 def tensor_names(path: str | Path) -> tuple[list[str], list[str]]:

@@ -34,9 +34,9 @@ from lightning_dataflow.sglang_plugin.wire import (
 
 CONNECT_TIMEOUT_S = 5.0
 MAX_PLACE = 100
-"""Characters of where features are broken, as a server says it."""
+"""Limit on a server's description of where features are broken, in characters."""
 MAX_ANSWER_BYTES = 16 << 20
-"""What is longer is cut, and then no JSON."""
+"""A longer answer is cut, and is then not valid JSON."""
 
 
 class CaptureFailedError(RuntimeError):

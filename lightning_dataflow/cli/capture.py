@@ -11,6 +11,7 @@ from lightning_dataflow.config.files import read_secret
 from lightning_dataflow.config.parsing import quoted
 from lightning_dataflow.config.schema import TrainConfig
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts.foreign import printable
 
 if TYPE_CHECKING:
     from lightning_dataflow.data import OfflineSource
@@ -30,7 +31,7 @@ def capture(config: TrainConfig) -> None:
     Builder(config).capture_once(folder)
     source = OfflineSource(folder, secret=read_secret(config.store))
     skipped = ", ".join(f"{count} {reason}" for reason, count in source.card.skipped.items()) or "none"
-    print(f"{len(source)} samples in {folder}, {source.num_bytes / 1e9:.2f} GB; records left out: {skipped}")
+    print(printable(f"{len(source)} samples in {folder}, {source.num_bytes / 1e9:.2f} GB; records left out: {skipped}"))
     if source.broken:
         print(f"{len(source.broken)} of them hold NaN or infinity and will be skipped: sample {_broken(source)}")
     others = [each for each in HydraConfig.get().overrides.task if not each.startswith(("store", "topology"))]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lightning_dataflow.cli.hydra_command import command
 from lightning_dataflow.config.schema import TrainConfig
+from lightning_dataflow.contracts.foreign import printable
 
 
 def show_mask(config: TrainConfig) -> None:
@@ -29,8 +30,10 @@ def show_mask(config: TrainConfig) -> None:
     training, held_out = builder.prompts
     left_out = ", ".join(f"{count} {reason}" for reason, count in training.skipped.items()) or "none"
     print(
-        f"{len(training)} samples of {training.num_records} records to train on, {len(held_out)} held out; "
-        f"left out: {left_out}"
+        printable(
+            f"{len(training)} samples of {training.num_records} records to train on, {len(held_out)} held out; "
+            f"left out: {left_out}"
+        )
     )
 
 

@@ -1,25 +1,22 @@
 """Tokenised prompts in files that all processes of a machine share."""
 
-import fcntl
 import json
-import logging
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lightning_dataflow.contracts import PeerTimeoutError
+from lightning_dataflow.contracts.errors import NO_LOCKS
+from lightning_dataflow.contracts.waiting import try_lock, wait_until
 from lightning_dataflow.prompts.dataset import SAMPLE, PromptArrays
 
-log = logging.getLogger(__name__)
-
 IDS, MASK, SAMPLES, FACTS = "input_ids.bin", "loss_mask.bin", "samples.bin", "facts.json"
-SAY_WAITING_AFTER_S = 10.0
 POLL_S = 0.1
 UNUSED_S = 30 * 24 * 3600.0
 """Prompts that nobody has read for so long are deleted."""
@@ -80,9 +77,13 @@ def cached(folder: Path, build: Callable[[Path], None], timeout_s: float) -> Pat
 
 
 def _remove_unused(root: Path) -> None:
-    for facts in root.glob(f"*/{FACTS}"):
-        if time.time() - facts.stat().st_mtime > UNUSED_S:
-            shutil.rmtree(facts.parent, ignore_errors=True)
+    """Also what killed processes left, which has no facts."""
+    for ids in root.glob(f"*/{IDS}"):
+        facts = ids.with_name(FACTS)
+        with suppress(FileNotFoundError):  # another process removes it too
+            used = (facts if facts.exists() else ids).stat().st_mtime
+            if time.time() - used > UNUSED_S:
+                shutil.rmtree(ids.parent, ignore_errors=True)
 
 
 def _build(folder: Path, build: Callable[[Path], None]) -> None:
@@ -100,25 +101,16 @@ def _build(folder: Path, build: Callable[[Path], None]) -> None:
 def _locked(path: Path, timeout_s: float) -> Iterator[None]:
     """The lock ends with its process."""
     with path.open("a+") as file:
-        began, is_said = time.monotonic(), False
-        while not _try_lock(file):
-            waited = time.monotonic() - began
-            if waited > timeout_s:
-                raise PeerTimeoutError(
-                    f"the process that tokenises the prompts (lock {path}) did not end in {timeout_s:g} s"
-                )
-            if waited > SAY_WAITING_AFTER_S and not is_said:
-                is_said = True
-                log.info("waiting for another process of this machine that tokenises the prompts (%s)", path)
-            time.sleep(POLL_S)
+        who = f"another process of this machine that tokenises the prompts ({path})"
+        if not wait_until(lambda: _try_lock(file.fileno()), timeout_s, POLL_S, who):
+            raise PeerTimeoutError(f"the process that tokenises the prompts (lock {path}) did not end in {timeout_s:g} s")
         yield
 
 
-def _try_lock(file: Any) -> bool:
+def _try_lock(file: int) -> bool:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks: two processes may tokenise at once, and the last one's files stay
-        return True
-    return True
+        return try_lock(file)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return True  # without locks two processes may tokenise at once, and the last one's files stay

@@ -120,10 +120,11 @@ class PromptDataset(Sequence[TokenizedPrompt]):
 
     def check_target(self, vocab_size: int, max_positions: int) -> None:
         """Raise UserError for a token id outside the target's vocabulary, or a prompt longer than its positions."""
-        if len(wrong := np.flatnonzero(self.arrays.input_ids >= vocab_size)):
-            prompt = int(np.searchsorted(self.bounds, wrong[0], side="right")) - 1
+        if self.arrays.input_ids.max(initial=0) >= vocab_size:
+            wrong = int(np.argmax(self.arrays.input_ids >= vocab_size))
+            prompt = int(np.searchsorted(self.bounds, wrong, side="right")) - 1
             raise UserError(
-                f"record {self.source_id(prompt)} has token id {self.arrays.input_ids[wrong[0]]}, the target's vocabulary "
+                f"record {self.source_id(prompt)} has token id {self.arrays.input_ids[wrong]}, the target's vocabulary "
                 f"has {vocab_size}: use the target's own tokenizer"
             )
         if len(long := np.flatnonzero(self.lengths > max_positions)):

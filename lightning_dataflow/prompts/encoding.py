@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,9 +11,6 @@ from lightning_dataflow.contracts import UserError
 from lightning_dataflow.prompts.records import Conversation, PlainText, Sample, Tokens
 from lightning_dataflow.prompts.template import ChatTemplate, Unusable
 from lightning_dataflow.prompts.turns import TURNS, RenderedSample, Turn, check_nothing_is_dropped, find_turns, to_samples
-
-if TYPE_CHECKING:
-    pass
 
 SPACE = "Ġ"
 """A space in the vocabularies of byte-level tokenizers."""

@@ -29,6 +29,7 @@ TOOL_KEYS = ("tools", "available_tools", "functions")
 ROLES = {name: role for name, role in SHAREGPT_ROLES.items() if role in ("user", "assistant")}
 """Other names of these two, which no engine is asked for. Roles that are not here are for the template."""
 TEMPLATE_KEYS = ("tool_call_id", "name")
+READ_KEYS = {"from", "value", "role", "content", "tool_calls", FUNCTION_CALL, *REASONING_KEYS, *TOOL_KEYS, *TRAIN_FLAGS}
 THOUGHT_PARTS = ("thinking", "reasoning")
 
 
@@ -66,9 +67,8 @@ def read_message(turn: Mapping[str, Any], number: int) -> ReadMessage:
         message["tool_calls"] = calls
     if reasoning := next((keys[key] for key in REASONING_KEYS if key in keys), None) or _thoughts(content):
         message["reasoning_content"] = to_text(reasoning)
-    read = {"from", "value", "role", "content", "tool_calls", FUNCTION_CALL, *REASONING_KEYS, *TOOL_KEYS, *TRAIN_FLAGS}
     is_message = speaker is None
-    message |= {key: value for key, value in keys.items() if key not in read and (is_message or key in TEMPLATE_KEYS)}
+    message |= {key: value for key, value in keys.items() if key not in READ_KEYS and (is_message or key in TEMPLATE_KEYS)}
     return ReadMessage(
         message=message,
         tools=next((keys[key] for key in TOOL_KEYS if key in keys), None),

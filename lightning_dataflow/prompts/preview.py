@@ -40,7 +40,9 @@ class Preview:
             return f"{self.where}: left out: {printable(self.reason)}"
         blocks = [_sample_as_text(self.where, sample, tokenizer, colour) for sample in self.samples]
         reasons = [
-            f"{self.where}, message {turn.index + 1}: not supervised: {turn.reason}" for turn in self.turns if turn.reason
+            f"{self.where}, message {turn.index + 1}: not supervised: {printable(turn.reason)}"
+            for turn in self.turns
+            if turn.reason
         ]
         return "\n\n".join([*blocks, *reasons])
 

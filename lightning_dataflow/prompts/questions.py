@@ -72,6 +72,8 @@ def _question(record: Mapping[str, Any]) -> Conversation | list[int]:
     if key is None:
         raise UserError(f"keys {sorted(record)} have no question; expected {SHAPES}")
     value = as_list(record[key])
+    if key in ("messages", "prompt") and value == []:
+        raise UserError(f"{key} is an empty list: give a question, or remove the record")
     if key == "input_ids":
         return list(token_ids(value))
     if key == "messages" or (key == "prompt" and isinstance(value, list) and isinstance(value[0], Mapping)):

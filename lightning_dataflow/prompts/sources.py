@@ -7,6 +7,7 @@ import io
 import json
 import re
 import sys
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -115,7 +116,7 @@ def _read_file(file: Path, split: str, setting: str) -> Iterator[Record]:
         raise UserError(f"cannot read prompt file {file} ({error.strerror}): correct {setting}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}): convert it to UTF-8") from error
-    except (gzip.BadGzipFile, EOFError, OSError) as error:
+    except (EOFError, OSError, zlib.error) as error:
         raise UserError(f"cannot decompress {file} ({error}): fetch it again") from error
 
 
@@ -137,8 +138,10 @@ def _open(file: Path) -> Iterator[IO[str]]:
 def _read_json(lines: IO[str], file: Path, split: str) -> Iterator[Record]:
     """A record a line. A `.json` file whose first line is not one of several objects is one JSON value."""
     numbered = _numbered_lines(lines)
-    head = list(islice(numbered, 2))
-    if _kind(file)[0] == ".json" and not (len(head) == 2 and _is_object(head[0][1])):
+    head = list(islice(numbered, 1))
+    if head and _is_object(head[0][1]):
+        head += islice(numbered, 1)
+    if _kind(file)[0] == ".json" and len(head) < 2:
         yield from _read_value("".join([*(line for _, line in head), lines.read()]), file, split)
         return
     for number, line in chain(head, numbered):
@@ -151,11 +154,10 @@ def _numbered_lines(lines: IO[str]) -> Iterator[tuple[int, str]]:
     number = 0
     while line := lines.readline(LARGEST_RECORD + 1):
         number += 1
-        rest = line
-        while len(rest) > LARGEST_RECORD and not rest.endswith("\n"):
-            rest = lines.readline(LARGEST_RECORD + 1)
         if line.strip():
             yield number, line
+        while len(line) > LARGEST_RECORD and not line.endswith("\n"):  # the rest of a line that is too long
+            line = lines.readline(LARGEST_RECORD + 1)
 
 
 def _is_object(line: str) -> bool:

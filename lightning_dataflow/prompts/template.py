@@ -47,6 +47,10 @@ class ChatTemplate:
     ):
         self.tokenizer = tokenizer
         self.source = chat_template
+        if not isinstance(template_args, Mapping | None):
+            raise UserError(
+                f"data.template_args={template_args}: give variables of the template, such as {{enable_thinking: false}}"
+            )
         self.arguments = dict(template_args or {})
         self.today = today or date.today()
         self.end_ids = tuple(end_ids)

@@ -37,6 +37,7 @@ _TURNS = _keys(
     "give it in the record, beside its turns",
 )
 _TURNS |= _keys("train_detail training_detail", AS_LOSS_MASK)
+_OF_TURNS = _WEIGHTS | _MEDIA | _TURNS | _FLAGS
 _CONVERSATION = _keys(
     "system system_prompt system_message history tools available_tools functions documents chat_template_kwargs "
     "enable_thinking reasoning_effort",
@@ -60,7 +61,7 @@ def check_record(record: Mapping[str, Any], format: str, *, is_conversation: boo
     shapes = {
         shape for shape in ("input_ids", "messages", "conversations", "instruction") if not is_empty(record.get(shape))
     }
-    refused = dict(_WEIGHTS | _MEDIA)
+    refused = _WEIGHTS | _MEDIA
     if format == "alpaca" or (not is_conversation and (format != "text" or not shapes - {"input_ids"})):
         refused |= _RECORDS.get(format, {})
     has_own_tokens = format == "tokens" or "input_ids" not in shapes
@@ -98,7 +99,7 @@ def check_turn(turn: Mapping[str, Any], number: int, role: str) -> None:
     """
     for key, value in turn.items():
         name = snake_case(key)
-        remedy = (_WEIGHTS | _MEDIA | _TURNS | _FLAGS).get(name) or _remedy_of_mask(name, value)
+        remedy = _OF_TURNS.get(name) or _remedy_of_mask(name, value)
         if name in TRAIN_FLAGS:
             is_read = is_all(value, 0) or (role == "assistant" and is_all(value, 1))
         else:

@@ -112,7 +112,8 @@ class RedisMetadataStore(MetadataStore):
         return self._hash("totals")
 
     def _sample_states(self) -> Mapping[int, tuple[str, int]]:
-        return {int(seq): read_sample(seq, text) for seq, text in self._hash("samples").items()}
+        rows = {seq: read_sample(seq, text) for seq, text in self._hash("samples").items()}
+        return {int(seq): row for seq, row in rows.items()}
 
     def _part_texts(self) -> Mapping[str, str]:
         return self._hash("parts")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lightning_dataflow.contracts import PeerTimeoutError, UserError
+from lightning_dataflow.contracts.waiting import wait_until
 from lightning_dataflow.prompts import cache as cache_module, parallel
 from tests.unit.prompts.tiny import ICE, IDS, PLAIN, THINK, byte_tokenizer, chat, load
 
@@ -92,6 +93,22 @@ def test_an_interrupted_build_is_never_read(im, write, tmp_path, monkeypatch):
     assert [len(prompt.input_ids) for prompt in load(path, im, cache=cache)[0]] == [87, 4]
 
 
+def test_folders_that_nobody_has_opened_for_long_are_deleted(im, write, tmp_path):
+    path, cache = write(ICE), tmp_path / "cache"
+    load(path, im, cache=cache)
+    (used,) = (place for place in cache.iterdir() if place.is_dir())
+    os.utime(used / cache_module.FACTS, (0, 0))
+    names = {"killed long ago": (0, 0), "being built": None}
+    for name, times in names.items():
+        (cache / name).mkdir()
+        (cache / name / cache_module.IDS).touch()
+        os.utime(cache / name / cache_module.IDS, times)
+    load(path, im, cache=cache, max_length=100)
+    left = [place for place in cache.iterdir() if place.is_dir()]
+    assert len(left) == 2
+    assert cache / "being built" in left and used not in left
+
+
 def _build(folder: Path, built) -> None:
     def build(unfinished: Path) -> None:
         with built.get_lock():
@@ -121,6 +138,7 @@ def test_another_process_that_does_not_end(tmp_path):
         cache_module.cached(tmp_path / "key", lambda _: None, timeout_s=0)
 
 
+@pytest.mark.integration
 def test_a_pool_of_processes_gives_the_arrays_of_one(im, write, monkeypatch):
     lines = [chat(f"question {index}", f"answer {index}") for index in range(5 * parallel.CHUNK)]
     path = write(*lines, "{broken", chat("q"), ICE)
@@ -153,8 +171,9 @@ def test_a_process_of_the_pool_that_is_killed(im, write, monkeypatch):
 
 def test_the_pool_ends_when_there_are_enough_samples(im, write, monkeypatch):
     monkeypatch.setattr(parallel, "ALONE_S", 0)
+    before = multiprocessing.active_children()  # of a pool that broke
     prompts, _ = load(write(*[IDS] * 30 * parallel.CHUNK), im, num_samples=2 * parallel.CHUNK)
     assert len(prompts) == 2 * parallel.CHUNK
-    for process in multiprocessing.active_children():
-        process.join(10)
-        assert process.exitcode == 0
+    processes = [process for process in multiprocessing.active_children() if process not in before]
+    wait_until(lambda: all(process.exitcode is not None for process in processes), 10, 0.01, "the pool")
+    assert {process.exitcode for process in processes} <= {0}

@@ -7,7 +7,7 @@ from lightning_dataflow.prompts.encoding import Encoder
 from lightning_dataflow.prompts.preview import preview_record
 from lightning_dataflow.prompts.sources import Record
 from lightning_dataflow.prompts.template import ChatTemplate
-from tests.unit.prompts.tiny import THINK, byte_tokenizer, chat
+from tests.unit.prompts.tiny import PLAIN, THINK, byte_tokenizer, chat
 
 TWO = chat("q", "a", "r", "b")
 SILENT = chat("q", "", "r", "b")
@@ -78,6 +78,12 @@ def test_control_characters_reach_no_terminal(im):
     shown = preview(im, chat("q", "\x1b[2J\r\ta\x07")).as_text(im, colour=False)
     assert shown.splitlines()[-1] == "⟦\\x1b[2J\\x0d\ta\\x07<|im_end|>⟧"
     assert "\x1b" not in preview(im, chat("\x1b[2J", "a"), "{{ raise_exception(messages[0].content) }}").as_text(im)
+    refuses_the_last = (
+        f"{{% if messages | length == 4 %}}{{{{ raise_exception(messages[-1].content) }}}}{{% endif %}}{PLAIN}"
+    )
+    refused = preview(im, chat("q", "a", "r", "\x1b[2J"), refuses_the_last, "all").as_text(im, colour=False)
+    assert refused.splitlines()[-1].startswith("data.jsonl, line 7, message 4: not supervised: ")
+    assert "\\x1b[2J" in refused and "\x1b" not in refused
 
 
 def test_an_answer_within_a_token_of_the_question(im):

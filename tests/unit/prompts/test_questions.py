@@ -52,6 +52,8 @@ def test_the_first_so_many(write, tokenizer):
         ([{"answer": "4"}], None, r"line 1: keys \['answer'\] have no question; expected turns \(MT-Bench\)"),
         ([{"question": "fine"}, {"question": 4}], None, "line 2: question is not text"),
         ([{"turns": []}], None, "line 1: turns is not text, or a list that begins with text"),
+        ([{"prompt": []}], None, "line 1: prompt is an empty list: give a question, or remove the record"),
+        ([{"messages": []}], None, "line 1: messages is an empty list: give a question, or remove the record"),
         ([{"input_ids": ["a"]}], None, r"line 1: input_ids\[0\] is 'a': token ids are integers"),
         ([{"input_ids": [1, -1]}], None, r"line 1: input_ids\[1\] is -1: token ids are integers from 0 to"),
         ([{"input_ids": "1 2"}], None, "line 1: input_ids is '1 2': give a list of token ids"),

@@ -120,6 +120,12 @@ def test_records_of_many_levels(tmp_path):
     assert broken(write(tmp_path / "a.jsonl", deep)) == []
 
 
+@pytest.mark.parametrize("after", ["", "\n", "\n\n \n"])
+def test_a_list_on_one_line_may_be_longer_than_a_record(tmp_path, monkeypatch, after):
+    monkeypatch.setattr(sources, "LARGEST_RECORD", 20)
+    assert data(write(tmp_path / "list.json", json.dumps(ROWS) + after)) == ROWS
+
+
 def test_a_broken_record_of_a_list(tmp_path):
     file = write(tmp_path / "list.json", json.dumps([*ROWS, 3]))
     assert broken(file) == [f"{file}, record 3: a JSON int; expected an object"]
@@ -134,6 +140,7 @@ def test_a_broken_record_of_a_list(tmp_path):
         ("a.json", "3", "a JSON int; expected a list of records, or one JSON object a line"),
         ("a.jsonl.gz", JSONL, "cannot decompress"),
         ("a.jsonl.gz", gzip.compress(JSONL.encode(), mtime=0)[:-9], "cannot decompress"),
+        ("a.jsonl.gz", gzip.compress(JSONL.encode(), mtime=0)[:10] + b"\xff" * 40, "cannot decompress"),
         ("a.jsonl.zst", JSONL, "cannot decompress"),
         ("a.parquet", JSONL, "is not a Parquet file"),
     ],

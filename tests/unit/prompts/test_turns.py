@@ -240,6 +240,12 @@ def test_arguments_reach_every_rendering_and_the_records_own_come_first(im):
     assert show(im, own, thinking, template_args={"enable_thinking": True}) == [plain]
 
 
+@pytest.mark.parametrize("arguments", ["foo", True, False, ["enable_thinking"]])
+def test_arguments_that_are_no_variables(im, arguments):
+    with pytest.raises(UserError, match=r"data\.template_args=.*: give variables of the template, such as \{enable_think"):
+        ChatTemplate(im, template_args=arguments)
+
+
 def test_a_template_of_its_own_for_tools(im):
     tokenizer = byte_tokenizer({"default": PLAIN, "tool_use": "{{ tools[0].function.name }}:" + PLAIN})
     plain = im_turns(("q", "⟦a<|im_end|>⟧"))

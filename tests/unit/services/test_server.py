@@ -77,6 +77,7 @@ def test_the_last_error_of_this_start_is_in_the_message(tmp_path):
         Server(path, "print('one'); print(); print('two')").start()
 
 
+@pytest.mark.integration
 def test_a_server_that_is_never_ready_is_named_and_ended(tmp_path):
     """It ignores SIGTERM, and so does the process that it has started."""
     server = Server(tmp_path / "log", STUBBORN)

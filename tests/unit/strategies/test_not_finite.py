@@ -14,6 +14,8 @@ from lightning_dataflow.stores import MemoryFeatureStore
 from lightning_dataflow.strategies.optimisation import gradient_norm
 from tests.unit.strategies.not_finite import SPOILS, InfiniteGradient, Module, status
 
+pytestmark = pytest.mark.integration  # each test trains
+
 
 class OneBadStep(InfiniteGradient):
     bad_steps = (2,)

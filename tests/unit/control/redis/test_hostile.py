@@ -1,5 +1,6 @@
 """Another client of the same Redis writes odd values under the keys of a run: each reader ends with one line."""
 
+import json
 import shutil
 
 import orjson
@@ -40,6 +41,11 @@ def refusal(act) -> str:
 def write(server: RedisServer, key: str, *command) -> None:
     verb, *rest = command
     server.ask(verb, server.key(key), *rest)
+
+
+def report(**changes) -> str:
+    part = {"host": "h", "pid": 1, "pids": "", "state": "", "failed": False, "fatal": False, "seen": 1}
+    return json.dumps(part | changes)
 
 
 def ref_line(**changes) -> bytes:
@@ -99,10 +105,21 @@ def test_totals(run, name, value, calls):
 
 @pytest.mark.parametrize(
     "text",
-    ["{", "{}", "[]", DEEP, '{"host":1,"pid":"x","pids":"","state":"","failed":false,"fatal":false,"seen":1}',
-     '{"host":"h","pid":1,"pids":"","state":"","failed":false,"fatal":false,"seen":"now"}'],
-    ids=range(6),
-)  # fmt: skip
+    [
+        "{",
+        "{}",
+        "[]",
+        DEEP,
+        report(host=1),
+        report(pid="x"),
+        report(pid=1 << 40),
+        report(pid=-1),
+        report(seen="now"),
+        report(seen=10**400),
+        report(seen=float("nan")),
+    ],
+    ids=range(11),
+)
 def test_reports(run, text):
     server, ledger, _ = run
     write(server, "parts", "HSET", "evil\x1b[31m", text)
@@ -118,6 +135,13 @@ def test_rows_of_samples(run, text):
     write(server, "totals", "HSET", "frontier", "4")
     for act in (ledger.status, lambda: lease(ledger), ledger.fence):
         assert "row of sample 0" in refusal(act)
+
+
+@pytest.mark.parametrize("field", ["abc", "²", "-1", "9" * 5000], ids=range(4))
+def test_rows_of_what_is_no_seq(run, field):
+    server, ledger, _ = run
+    write(server, "samples", "HSET", field, '{"state":"wanted","attempt":0,"tries":0,"bytes":0}')
+    assert "row of sample" in refusal(ledger.status)
 
 
 @pytest.mark.parametrize("key", ["card", "nonce", "log", "totals", "clients", "samples", "open", "parts"])
@@ -145,6 +169,14 @@ def test_a_nonce_that_is_no_name(run):
     server, _, log = run
     server.ask("SET", server.key("nonce"), "../../\x1b")
     assert "the nonce of" in refusal(log.nonce)
+
+
+@pytest.mark.parametrize("field", ["host", "pids"])
+def test_long_names_in_a_report_are_cut(run, field):
+    server, ledger, _ = run
+    write(server, "parts", "HSET", "producer-9", report(**{field: "x" * 10_000}))
+    (mine,) = (part for part in ledger.parts() if part["name"] == "producer-9")
+    assert len(mine[field]) == 2000
 
 
 def test_forged_last_words_are_data(run):

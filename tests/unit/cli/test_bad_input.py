@@ -166,9 +166,3 @@ def test_ranks_of_torchrun_need_a_run_name(run, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         train.main()
     assert "add run_name=" in one_line(capsys)
-
-
-def test_broken_records_end_a_command_in_one_line(run, tmp_path, capsys):
-    (tmp_path / "prompts.jsonl").write_text("{broken")
-    assert run(train.main, "data.prepare=null", f"data.path={tmp_path / 'prompts.jsonl'}") == 1
-    assert "prompts.jsonl, line 1: not JSON" in capsys.readouterr().err.splitlines()[-1]

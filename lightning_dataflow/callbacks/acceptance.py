@@ -34,7 +34,7 @@ class AcceptanceEvaluation(StepCallback):
 
     Args:
         target: makes the target; called once, when it is first needed.
-        prompts: token ids of each prompt, at least one per rank.
+        prompts: token ids of each prompt.
         num_draft_tokens: K.
         every_n_steps: 0 for before and after only.
         temperature: 0 for greedy decoding.

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning_dataflow.contracts.foreign import parse_json
+from lightning_dataflow.contracts.foreign import parse_json, read_bounded
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ def _marker(path: Path) -> Path:
 
 
 def _read_marker(path: Path) -> dict[str, Any]:
-    return parse_json(_marker(path).read_bytes(), _marker(path).name)
+    return parse_json(read_bounded(_marker(path)), _marker(path).name)
 
 
 def _age(path: Path) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from lightning_dataflow.data import DataFlowDataModule
 
 
 class DataFlowTrainer(L.Trainer):
-    """`lightning.Trainer`, with one argument more, and checkpoints that survive a kill at any moment.
+    """`lightning.Trainer`, with one more argument, and checkpoints that survive a kill at any moment.
 
     Every save, by a ModelCheckpoint or by you, full or sharded, ends with a completion marker, written once all ranks are
     done. `latest_checkpoint(folder)` finds the newest checkpoint that has one. Only then does the source learn that its
@@ -29,7 +29,7 @@ class DataFlowTrainer(L.Trainer):
     Files on remote file systems (`s3://…`) are saved as Lightning saves them, without markers.
 
     Args:
-        max_bad_steps: after so many steps in a row whose loss or gradient norm was NaN or infinity, the fit ends; None for
+        max_bad_steps: end the fit after this many steps in a row with a NaN or infinite loss or gradient norm; None for
             never.
 
     Raises:
@@ -74,9 +74,9 @@ class DataFlowTrainer(L.Trainer):
 
         Raises UserError where the folder of this fit was moved or removed: it is not made again.
 
-        Raises NotFiniteError, before anything is written or voided, if the weights are not finite, or a loss through them,
-        or such an error has ended the fit. While such an error is ending the fit, this does nothing, whichever callback
-        calls it. Nothing is saved either while all steps of the run were bad.
+        Raises NotFiniteError, before anything is written or voided, if a weight, or the loss through the weights, is not
+        finite, or if such an error has ended the fit. While such an error is ending the fit, this does nothing, whichever
+        callback calls it. Nothing is saved either while all steps of the run were bad.
         """
         if self.training and getattr(self.lightning_module, "failure", None) is not None:
             return

@@ -30,8 +30,10 @@ from lightning_dataflow.run.ranks import rank_from_environment
 from lightning_dataflow.run.signals import Terminated, signals_interrupt
 
 MAX_ERROR = 2000
-OF_FILE_SYSTEMS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
-"""Errors that have nothing to do with the command."""
+OF_FILE_SYSTEMS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EISDIR, errno.ENOTDIR)
+"""Errors that have nothing to do with the command; the last two name the path."""
+WRONG_SETTINGS = UserError | PermissionError | IsADirectoryError | NotADirectoryError
+"""Errors that the same command would meet again."""
 MISCONFIGURATION = "MisconfigurationException"
 """Lightning's error for wrong settings."""
 
@@ -39,7 +41,7 @@ Command = Callable[[TrainConfig], Any]
 
 
 class ClaimRun(Callback):
-    """Claims the run's folder before Hydra writes its settings there.
+    """Claims the run's folder before Hydra writes its settings and its log there.
 
     Rank 0 claims for all ranks. Producers have folders of their own, and any number of them may join a run.
 
@@ -54,10 +56,18 @@ class ClaimRun(Callback):
         share_files(config.shared_files)
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Exits with one line where another process owns the folder: Hydra drops exceptions of its hooks."""
+        """Exits with one line where another process owns the folder, or the log cannot be opened: Hydra drops exceptions of
+        its hooks."""
         share_files(config.shared_files)
-        if not self.wanted or config.role == "producer":
-            return
+        try:
+            if self.wanted and config.role != "producer":
+                self._claim(config)
+            if (log := Path(config.hydra.run.dir) / f"{config.hydra.job.name}.log").is_dir():
+                raise UserError(f"the log {log} is a folder: move it away, or choose another run_name")
+        except UserError as error:
+            _exit(error, config.role)
+
+    def _claim(self, config: DictConfig) -> None:
         if rank_from_environment() > 0:
             with read_write(config.hydra):
                 config.hydra.output_subdir = None  # else it would write the settings before rank 0 has the claim
@@ -65,14 +75,9 @@ class ClaimRun(Callback):
         with read_write(config.hydra):  # Hydra does the same later; `run_dir` refers to it
             config.hydra.runtime.output_dir = str(Path(config.hydra.run.dir).absolute())
         HydraConfig.instance().set_config(config)
-        try:
-            for folder in dict.fromkeys((config.hydra.run.dir, config.run_dir)):
-                claim(
-                    Path(folder),
-                    "choose another run_name; or end that process, or wait for it, and resume with ckpt_path=last",
-                )
-        except UserError as error:
-            _exit(error, config.role)
+        advice = "choose another run_name; or end that process, or wait for it, and resume with ckpt_path=last"
+        for folder in dict.fromkeys((config.hydra.run.dir, config.run_dir)):
+            claim(Path(folder), advice)
 
 
 def command(function: Command, *, keeps_folder: bool = True, owns_folder: bool = False) -> Callable[[], None]:
@@ -154,7 +159,7 @@ def _is_explained(error: BaseException) -> bool:
 
 def _is_retryable(error: BaseException) -> bool:
     """Whether the same command may succeed later. With wrong settings it would fail again."""
-    return not isinstance(error, UserError | PermissionError) and type(error).__name__ != MISCONFIGURATION
+    return not isinstance(error, WRONG_SETTINGS) and type(error).__name__ != MISCONFIGURATION
 
 
 def is_multirun() -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 from lightning_dataflow.contracts.errors import UserError
@@ -34,6 +35,12 @@ def first_line(error: BaseException) -> str:
 def without_advice(text: str) -> str:
     """`one_line`, without sentences that advise to run foreign code or to unpickle."""
     return one_line(" ".join(sentence for sentence in _SENTENCE.split(text) if not _UNSAFE.search(sentence)))
+
+
+def read_bounded(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
+    """The content of a file that parse_json gets with the same limit: at most one byte more, by which it is refused."""
+    with path.open("rb") as file:
+        return file.read(max_bytes + 1)
 
 
 def parse_json(text: str | bytes, what: str, max_bytes: int = MAX_JSON_BYTES) -> Any:

@@ -9,7 +9,7 @@ log = logging.getLogger(__name__)
 
 SAY_AFTER_S = 10.0
 LONGEST_CALL_S = 5.0
-"""Between two looks; what is longer, this process stood still."""
+"""Between two looks; a longer gap means that this process itself was suspended."""
 
 
 class Wait:
@@ -37,7 +37,8 @@ class Wait:
         self._waited += min(now - self._last, self._longest_call_s)
         self._last = now
         if self._waited >= self._say_at:
-            self._say_at = 3 * max(self._say_at, self._waited / 3)
+            while self._waited >= self._say_at:  # one call may have been longer than several of these times
+                self._say_at *= 3
             who = self._who if isinstance(self._who, str) else self._who()
             log.warning("waiting for %s, for %.0f s so far", who, self._waited)
         return self._waited

@@ -11,6 +11,8 @@ from lightning_dataflow.control.leases import RunPlan
 
 MAX_FIELD_BYTES = 1 << 20
 MAX_STATE = 2000
+"""Characters that are kept of a text in a report."""
+MAX_TIME, MAX_PID = 1e12, 1 << 31
 PART = {"host": str, "pid": int, "pids": str, "state": str, "failed": bool, "fatal": bool}
 """What a process reports of itself, beside `seen`."""
 
@@ -34,17 +36,20 @@ def read_part(name: str, text: str, now: float) -> dict[str, Any]:
     part = _object(text, what)
     wrong = next((field for field, kind in PART.items() if type(part.get(field)) is not kind), None)
     seen: Any = part.get("seen")
-    if wrong is not None or type(seen) not in (int, float):
-        raise damaged(what, f"its field {wrong or 'seen'} is missing or of another type")
-    known = {field: part[field] for field in PART}
-    return {"name": name, "seen_s_ago": now - float(seen), **known, "state": part["state"][:MAX_STATE]}
+    if wrong is not None or type(seen) not in (int, float) or not (0 <= seen < MAX_TIME and 0 <= part["pid"] < MAX_PID):
+        raise damaged(what, f"its field {wrong or 'seen or pid'} is missing, of another type or out of range")
+    known = {field: part[field][:MAX_STATE] if kind is str else part[field] for field, kind in PART.items()}
+    return {"name": name, "seen_s_ago": now - float(seen), **known}
 
 
 def read_sample(seq: str, text: str) -> tuple[str, int]:
     """(state, bytes) of a sample in flight."""
-    row = _object(text, f"row of sample {one_line(seq, 40)}")
-    if not seq.isdigit() or row.get("state") not in ("leased", "wanted", "published") or type(row.get("bytes")) is not int:
-        raise damaged(f"row of sample {one_line(seq, 40)}", "its state or bytes are of another kind")
+    what = f"row of sample {one_line(seq, 40)}"
+    row = _object(text, what)
+    if not (seq.isascii() and seq.isdigit() and len(seq) <= len(str(MAX_SEQ))):
+        raise damaged(what, "this is no number of a sample")
+    if row.get("state") not in ("leased", "wanted", "published") or type(row.get("bytes")) is not int:
+        raise damaged(what, "its state or bytes are of another kind")
     return row["state"], row["bytes"]
 
 
@@ -74,5 +79,5 @@ def _object(text: str, what: str) -> dict[str, Any]:
     except UserError as error:
         raise damaged(what, error) from error
     if not isinstance(data, dict):
-        raise damaged(what, "it is no JSON object")
+        raise damaged(what, "it is not a JSON object")
     return data

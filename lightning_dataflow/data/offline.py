@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_dataflow.contracts import SCHEMA_VERSION, SampleRef, UserError, assert_no_tensors, ref_from_json, ref_to_json
-from lightning_dataflow.contracts.foreign import parse_json
+from lightning_dataflow.contracts.foreign import parse_json, read_bounded
 from lightning_dataflow.contracts.old_refs import ref_from_old_json
 from lightning_dataflow.contracts.records import OLD_SCHEMA_VERSION
 from lightning_dataflow.contracts.validation import check_schema
@@ -49,9 +49,8 @@ class OfflineSource(IndexedSource):
                 f"no finished capture in {folder} ({MANIFEST} is missing): run "
                 f"`lightning-dataflow capture store.root={folder}`"
             )
-        text = (self.folder / MANIFEST).read_text()
         try:
-            manifest = parse_json(text, MANIFEST)
+            manifest = parse_json(read_bounded(self.folder / MANIFEST), MANIFEST)
             if (version := manifest["schema_version"]) != OLD_SCHEMA_VERSION:
                 check_schema(version, str(folder), "capture again")
             self.card = _read_card(manifest["card"], self.folder)
@@ -134,9 +133,10 @@ def _read_card(data: Any, folder: Path) -> FeatureCard:
 
 def _read_refs(path: Path, version: int) -> list[SampleRef]:
     refs, from_json = [], ref_from_old_json if version == OLD_SCHEMA_VERSION else ref_from_json
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        try:
-            refs.append(from_json(parse_json(line, REFS, MAX_LINE_BYTES)))
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: {error}") from error
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
+            try:
+                refs.append(from_json(parse_json(line.removesuffix(b"\n"), REFS, MAX_LINE_BYTES)))
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: {error}") from error
     return refs

@@ -180,15 +180,20 @@ def evaluate_acceptance(
     decoders = [SpeculativeDecoder(target, drafter, temperature=decoding.temperature)]
     if baseline:
         alone = SpeculativeDecoder(target, NoDrafter(), temperature=decoding.temperature)
-        alone.generate(prompts[0], min(2, decoding.max_new_tokens))  # warm-up; not timed
+        for prompt in prompts[:1]:
+            alone.generate(prompt, min(2, decoding.max_new_tokens))  # warm-up; not timed
         decoders.append(alone)
-    batches: list[list[Decoded]] = []
+    batches = [[_nothing(decoder) for decoder in decoders]]  # a rank may have no prompts
     for first in range(0, len(prompts), decoding.batch_size):
         batch = prompts[first : first + decoding.batch_size]
         batches.append([_decode(decoder, batch, decoding) for decoder in decoders])  # in turn: the machine's speed drifts
         progress(first + len(batch), len(prompts))
     drafted, *plain = [_sum(parts) for parts in zip(*batches, strict=True)]
     return drafted.report("hf", plain[0] if plain else None, temperature=decoding.temperature)
+
+
+def _nothing(decoder: SpeculativeDecoder) -> Decoded:
+    return Decoded(tokens=[], seconds=0.0, accepted_per_position=[0] * decoder.drafter.num_draft_tokens)
 
 
 def _decode(decoder: SpeculativeDecoder, batch: Sequence[Sequence[int]], decoding: Decoding) -> Decoded:

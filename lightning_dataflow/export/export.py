@@ -1,6 +1,5 @@
 """From a checkpoint to a folder that SGLang or vLLM serves."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +101,8 @@ def describe(module: DraftModule, *, dtype: str = "bfloat16", num_draft_tokens: 
         num_draft_tokens: that a published draft says; by default as the module trains.
     """
     info = module.target_info
-    config = parse_json((Path(info.path) / "config.json").read_text(), "config.json")
+    path = Path(info.path) / "config.json"
+    config = parse_json(path.read_text(), str(path))
     return DraftDescription(
         strategy=module.strategy_name,
         network=module.draft.config,
@@ -122,8 +122,5 @@ def _read_result(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint.resolve().parent.parent / "result.json"
     if checkpoint.resolve().parent.name != "checkpoints" or not path.is_file():
         return {}
-    try:
-        result: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+    result: dict[str, Any] = parse_json(path.read_text(), str(path))
     return result

@@ -57,15 +57,8 @@ def find_turns(template: ChatTemplate, conversation: Conversation) -> list[Turn]
     indices = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not indices:
         raise Unusable("no assistant turn")
-    if messages[0]["role"] == "assistant":
-        raise Unusable("begins with an assistant turn")
     check_nothing_is_dropped(template, conversation)
-    return [
-        Turn(index=index, reason="the record says that it is not to be learnt")
-        if index in conversation.unsupervised
-        else _find_turn(template, conversation, index)
-        for index in indices
-    ]
+    return [_find_turn(template, conversation, index) for index in indices]
 
 
 def to_samples(
@@ -128,6 +121,10 @@ def _without_calls(message: Message) -> Message:
 
 
 def _find_turn(template: ChatTemplate, conversation: Conversation, index: int) -> Turn:
+    if index in conversation.unsupervised:
+        return Turn(index=index, reason="the record says that it is not to be learnt")
+    if index == 0:
+        return Turn(index=index, reason="the conversation begins with it, so it answers nothing")
     try:
         finished = template.render(conversation, conversation.messages[: index + 1])
         for name, message in _poorer(conversation.messages[index]):

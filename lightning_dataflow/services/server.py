@@ -19,6 +19,8 @@ HOST = "127.0.0.1"
 START_ATTEMPTS = 3
 START_TIMEOUT_S = 30.0
 POLL_S = 0.05
+LAST_BYTES = 1 << 20
+"""Of a log, among which its last words are looked for."""
 
 
 class ServerExitedError(UserError):
@@ -134,7 +136,9 @@ class LocalServer(ABC):
 
     def _last_words(self) -> str:
         """The last error in the log since the latest start, otherwise the last lines."""
-        text = self.log_path.read_bytes()[self._log_start :].decode(errors="replace")
+        with self.log_path.open("rb") as log:
+            log.seek(max(self._log_start, self.log_path.stat().st_size - LAST_BYTES))
+            text = log.read(LAST_BYTES).decode(errors="replace")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         errors = [line for line in lines if "Error" in line or "error:" in line]
         return f"see {self.log_path}: {without_advice(' | '.join(errors[-1:] or lines[-4:])) or 'empty'}"

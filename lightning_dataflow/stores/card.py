@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from lightning_dataflow.contracts import SampleRef, UserError
-from lightning_dataflow.contracts.foreign import parse_json
+from lightning_dataflow.contracts.foreign import parse_json, read_bounded
 from lightning_dataflow.contracts.validation import check_id
 from lightning_dataflow.stores.base import Tensors
 
@@ -92,7 +92,7 @@ class StoreCard:
 
     def _read(self) -> dict[str, str]:
         try:
-            card = parse_json(self._path.read_bytes(), str(self._path), MAX_CARD_BYTES)
+            card = parse_json(read_bounded(self._path, MAX_CARD_BYTES), str(self._path), MAX_CARD_BYTES)
             return {name: check_id(card[name], name) for name in ("store_id", "salt", "digest")}
         except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
             raise UserError(

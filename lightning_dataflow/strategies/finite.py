@@ -95,7 +95,7 @@ class NumberCheck:
         finite = torch.stack([loss, norm]).isfinite()
         good = finite.all()
         skip_step_if(~good, optimizer)
-        if self._probe is None and (good & (loss != 0)).item():  # the only wait for the device, in the first step
+        if self._probe is None and (good & (loss != 0)).item():  # waits for the device until the first good step
             self._probe, self._candidate = apply_to_collection(self._candidate, Tensor, Tensor.cpu), None
         self._window.step = trainer.global_step + 1
         self._window.finite, self._window.arrived = _copy_to_host(finite)
@@ -107,8 +107,9 @@ class NumberCheck:
         Raises NotFiniteError after `max_bad_steps` bad windows in a row.
         """
         window, self._unread = self._unread, None
-        if window is None or window.finite is None:
+        if window is None:
             return
+        assert window.finite is not None, "judged"
         if window.arrived is not None:
             window.arrived.synchronize()
         has_loss, has_norm = window.finite.tolist()
@@ -120,7 +121,7 @@ class NumberCheck:
         reason = broken or f"{what} is NaN or infinity: {REMEDY}"
         limit = getattr(trainer, "max_bad_steps", DEFAULT_MAX_BAD_STEPS)
         if limit is not None and num_bad >= limit:
-            count = "" if limit == 1 else f"; {num_bad} steps in a row were such (trainer.max_bad_steps={limit})"
+            count = "" if limit == 1 else f"; {num_bad} bad steps in a row (trainer.max_bad_steps={limit})"
             self._fail(f"step {window.step}, of {names}: {reason}{count}")
         if trainer.is_global_zero:
             log.warning("step %d, of %s, changed nothing: %s", window.step, names, reason)

@@ -16,8 +16,8 @@ def adamw(
 ) -> AdamW:
     """AdamW over named parameters; norms and biases do not decay. Names tell them apart, since FSDP1 flattens shapes.
 
-    On GPUs it is fused, so that a step can be skipped there, see `skip_step_if`. On a CPU the fused one rounds otherwise
-    than torch's default, and would save nothing: the host has the flag.
+    On GPUs it is fused, so that a step can be skipped there, see `skip_step_if`. On a CPU the fused kernel rounds
+    differently from torch's default and saves nothing: the flag is on the host anyway.
     """
     decaying: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
@@ -26,7 +26,8 @@ def adamw(
         if parameter.requires_grad:
             (others if "norm" in owner or name.endswith("bias") else decaying).append(parameter)
     groups = [{"params": decaying, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = AdamW(groups, lr=lr, betas=betas, fused=_all_on_gpu([*decaying, *others]) or None)
+    fused = all(parameter.device.type == "cuda" for parameter in (*decaying, *others)) or None
+    optimizer = AdamW(groups, lr=lr, betas=betas, fused=fused)
     # A fused AdamW can also unscale gradients, and Lightning then refuses to clip them: leave that to the GradScaler.
     optimizer._step_supports_amp_scaling = False
     return optimizer
@@ -50,8 +51,8 @@ def warmup_cosine(optimizer: Optimizer, *, warmup_ratio: float, min_lr_ratio: fl
 def skip_step_if(bad: torch.Tensor, optimizer: Optimizer) -> None:
     """Let the coming step of `optimizer` change no weight and no state if `bad`, a bool scalar on its device, is true.
 
-    A fused optimizer reads the flag on its device. For any other, the host waits for it, and takes the gradients away:
-    torch's optimizers leave alone what has none.
+    A fused optimizer reads the flag on its device. For any other, the host waits for it and takes the gradients away:
+    torch's optimizers skip parameters without a gradient.
     """
     if all(group.get("fused") for group in optimizer.param_groups):
         optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
@@ -74,10 +75,6 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
     local = _local_gradients(parameters)
     dtype = torch.promote_types(local[0].dtype, torch.float32)
     return torch.stack(torch._foreach_norm(local, dtype=dtype)).sum().float()
-
-
-def _all_on_gpu(parameters: Iterable[nn.Parameter]) -> bool:
-    return all(parameter.device.type == "cuda" for parameter in parameters)
 
 
 def _local_gradients(parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:

@@ -83,7 +83,7 @@ def check_tensors(
 def check_finite(path: Path, tensors: Mapping[str, Tensor], remedy: str) -> None:
     """Raise NotFiniteError naming the first of a draft's tensors that holds NaN or infinity."""
     if name := first_not_finite(tensors):
-        raise NotFiniteError(f"{path}: {name} holds NaN or infinity, so it is no draft to use: {remedy}")
+        raise NotFiniteError(f"{path}: {name} holds NaN or infinity, so the draft cannot be used: {remedy}")
 
 
 @torch.no_grad()

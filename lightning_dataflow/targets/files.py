@@ -1,23 +1,39 @@
 """The weight files of a target: which there are, and whether they are whole."""
 
-import json
-import os
-import struct
 from pathlib import Path
-from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts.foreign import first_line, parse_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_MAX_HEADER_BYTES = 100 << 20
-"""As in safetensors."""
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers loads: one file before an index, an index before others.
+def find_tensors(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    """File and shape of every tensor, by its name.
 
     Raises:
-        UserError: there are none, the index names one that is missing, or one is cut short.
+        UserError: there are no files, the index names one that is missing, or one is damaged or cut short.
+    """
+    return {name: (file, shape) for file in _weight_files(folder) for name, shape in tensor_shapes(file).items()}
+
+
+def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of each tensor in a safetensors file, by name. Raises UserError if the file cannot be read, or is cut short."""
+    try:
+        with safe_open(file, framework="pt") as handle:
+            return {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {first_line(error)}") from error
+    except SafetensorError as error:
+        raise UserError(f"{file} is damaged or cut short ({first_line(error)}): fetch the file again") from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers loads: one file before an index, an index before others.
+
+    Raises UserError if there are none, or if the index names one that is missing.
     """
     if (folder / SINGLE).is_file():
         files = [folder / SINGLE]
@@ -27,48 +43,12 @@ def weight_files(folder: Path) -> list[Path]:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise UserError(_no_weights(folder))
-    for file in files:
-        read_header(file)
     return files
-
-
-def find_tensors(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    """File and shape of every tensor, by its name."""
-    return {
-        name: (file, tuple(entry["shape"]))
-        for file in weight_files(folder)
-        for name, entry in read_header(file).items()
-        if name != "__metadata__"
-    }
-
-
-def read_header(file: Path) -> dict[str, Any]:
-    """The header of a safetensors file: dtype, shape and data_offsets of each tensor. Raises UserError if the file is
-    damaged or cut short."""
-    remedy = "fetch the file again"
-    try:
-        with file.open("rb") as handle:
-            size = os.fstat(handle.fileno()).st_size
-            length = struct.unpack("<Q", handle.read(8).ljust(8, b"\xff"))[0]
-            if length > min(_MAX_HEADER_BYTES, size - 8):
-                raise UserError(f"{file} is damaged or cut short ({size} bytes do not hold its header): {remedy}")
-            header = json.loads(handle.read(length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        whole = 8 + length + max(ends, default=0)
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror or error}") from error
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(f"{file} is damaged (its header is no safetensors header): {remedy}") from error
-    if size < whole:
-        raise UserError(f"{file} is cut short ({size} of {whole} bytes): {remedy}")
-    return dict(header)
 
 
 def _indexed(index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(parse_json(index.read_bytes(), str(index))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"cannot read {index}: fetch it again, or remove it if there is one {SINGLE}") from error
     if bad := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
@@ -87,6 +67,6 @@ def _no_weights(folder: Path) -> str:
     if not pickled:
         return f"no safetensors in {folder}: fetch the target's weights into it"
     return (
-        f"{folder} has {pickled[0].name} and no safetensors, the only weights that are read here: fetch the target's "
+        f"{folder} has {pickled[0].name} but no safetensors, the only format that is read here: fetch the target's "
         "safetensors, or ask its author for them"
     )

@@ -188,9 +188,7 @@ class TargetSession:
 
     def _new_cache(self) -> DynamicCache:
         cache = DynamicCache(config=self.target.model.config)
-        for layer in cache.layers:
-            if hasattr(layer, "activate_past_recording"):  # a sliding window would drop what `crop` needs again
-                layer.activate_past_recording()
+        cache.activate_past_recording()  # a sliding window would drop what `crop` needs again
         return cache
 
 

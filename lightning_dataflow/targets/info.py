@@ -19,7 +19,7 @@ from transformers import (
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.contracts.fingerprint import PREFIX, early_fingerprint, model_fingerprint, tokenizer_fingerprint
 from lightning_dataflow.contracts.foreign import first_line
-from lightning_dataflow.targets.files import weight_files
+from lightning_dataflow.targets.files import find_tensors
 from lightning_dataflow.targets.logits import IDENTITY, LogitsTransform, read_logits_transform
 from lightning_dataflow.targets.rope import Rope, read_rope
 from lightning_dataflow.targets.sizes import check_count, check_eps, check_theta
@@ -84,7 +84,7 @@ def read_target_info(path: str | Path) -> TargetInfo:
         raise
     except Exception as error:  # a config.json can make transformers raise almost anything
         raise UserError(f"cannot read {folder}/config.json: {reason(error)}") from error
-    weight_files(folder)
+    find_tensors(folder)  # refuses folders without weights, and damaged files
     return TargetInfo(
         path=str(folder),
         tie_word_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
@@ -129,13 +129,22 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def read_eos_token_ids(path: str | Path) -> tuple[int, ...]:
-    """Tokens that end a generation of the target in `path`, as transformers reads them."""
-    _check_folder(Path(path))
-    if (Path(path) / "generation_config.json").is_file():
-        ids = GenerationConfig.from_pretrained(path).eos_token_id
+    """Tokens that end a generation of the target in `path`, as transformers reads them. Raises UserError if it cannot."""
+    folder = Path(path)
+    _check_folder(folder)
+    file = folder / "generation_config.json"
+    if file.is_file():
+        try:
+            config = GenerationConfig.from_pretrained(folder)
+        except Exception as error:  # a damaged file can make transformers raise almost anything
+            raise UserError(f"cannot read {file}: {reason(error)}") from error
     else:
-        ids = GenerationConfig.from_model_config(_read_config(Path(path))).eos_token_id
-    return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
+        file, config = folder / "config.json", GenerationConfig.from_model_config(_read_config(folder))
+    given = config.eos_token_id
+    ids = [] if given is None else [given] if isinstance(given, int) else given
+    if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
+        raise UserError(f"cannot read {file}: eos_token_id={str(given)[:80]} is neither a token id nor a list of them")
+    return tuple(ids)
 
 
 def auto_class(path: str | Path) -> Any:
@@ -146,7 +155,7 @@ def auto_class(path: str | Path) -> Any:
         return AutoModelForCausalLM
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return AutoModelForImageTextToText
-    raise UserError(f"{path} holds a {config.model_type} model, which is no causal language model: name another target")
+    raise UserError(f"{path} holds a {config.model_type} model, which is not a causal language model: name another target")
 
 
 def tensor_names(path: str | Path) -> tuple[list[str], list[str]]:

@@ -21,8 +21,8 @@ SCALING_FIELDS: Mapping[str, Mapping[str, Any]] = {
     },
     "yarn": {"factor": None, "original_max_position_embeddings": None, "beta_fast": 32.0, "beta_slow": 1.0},
 }
-"""Fields, with their defaults, that transformers, SGLang and vLLM read alike. `dynamic` is none of these kinds: up to the
-target's longest text it changes nothing in transformers, but everything in the engines."""
+"""Fields, with their defaults, that transformers, SGLang and vLLM read alike. `dynamic` is left out: up to
+max_position_embeddings it changes nothing in transformers, but the engines always apply it."""
 
 
 def read_rope(config: Any) -> tuple[float, Rope | None]:
@@ -45,7 +45,7 @@ def scaling_of(parameters: Mapping[str, Any], longest: int | None) -> Rope | Non
     """The kind of scaling and its fields; None for plain rotary embeddings, and where a field is missing.
 
     Args:
-        longest: the model's longest text.
+        longest: the model's max_position_embeddings.
     """
     kind = str(parameters.get("rope_type") or parameters.get("type") or "default")
     fields = SCALING_FIELDS.get(kind)

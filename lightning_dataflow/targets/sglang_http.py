@@ -34,9 +34,9 @@ from lightning_dataflow.sglang_plugin.wire import (
 
 CONNECT_TIMEOUT_S = 5.0
 MAX_PLACE = 100
-"""Characters of where features are broken, as a server says it."""
+"""Limit on a server's description of where features are broken, in characters."""
 MAX_ANSWER_BYTES = 16 << 20
-"""What is longer is cut, and then no JSON."""
+"""A longer answer is cut, and is then not valid JSON."""
 
 
 class CaptureFailedError(RuntimeError):
@@ -47,7 +47,7 @@ class ServerRefusalError(UserError):
     """This server cannot capture any prompt as it is set up."""
 
 
-ERRORS: dict[Any, type[Exception]] = {
+ERRORS: dict[str, type[Exception]] = {
     "full": CapacityError,
     "refused": UserError,
     "store": PeerGoneError,
@@ -157,7 +157,7 @@ class CaptureServer:
         if answer.get("error") == "not_finite":
             raise BrokenFeaturesError(str(answer.get("message"))[:MAX_PLACE])
         if "error" in answer:
-            raise ERRORS.get(answer["error"], CaptureFailedError)(f"{self._name}: {answer.get('message')}")
+            raise ERRORS.get(str(answer["error"]), CaptureFailedError)(f"{self._name}: {answer.get('message')}")
         return answer
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class Member:
         probe: a client of the same server with a short timeout, to check whether a lost server is back.
         lost: why the server is not used; None while it is.
         num_lost: requests in a row that it did not answer.
-        lost_since: since when it has answered none; None while all are answered.
+        lost_since: since when it has answered no request; None once it has answered one.
     """
 
     server: CaptureServer
@@ -100,7 +100,7 @@ class ServerPool:
             member.in_flight -= 1
             self._changed.notify_all()
             if lost is None:
-                member.num_lost = 0  # also where it answers, while it counts as lost, what it was asked before
+                member.num_lost = 0  # also if it answers an earlier request while it counts as lost
                 member.lost_since = None if member.lost is None else now
                 return
             member.lost_since = member.lost_since or now

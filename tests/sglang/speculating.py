@@ -3,7 +3,9 @@
 import json
 import threading
 import time
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import MappingProxyType
 from typing import Any
 
 K = 3
@@ -17,10 +19,18 @@ class SpeculatingServer:
     Args:
         info: of /server_info.
         meta: of `meta_info`, beside the number of tokens.
+        answer: what else an answer has, or has in place of these.
         first_s: what the first request takes longer.
     """
 
-    def __init__(self, *, info: dict[str, Any] = INFO, meta: dict[str, Any] = META, first_s: float = 0.0):
+    def __init__(
+        self,
+        *,
+        info: dict[str, Any] = INFO,
+        meta: dict[str, Any] = META,
+        answer: Mapping[str, Any] = MappingProxyType({}),
+        first_s: float = 0.0,
+    ):
         requests: list[dict[str, Any]] = []
 
         class Handler(BaseHTTPRequestHandler):
@@ -33,7 +43,7 @@ class SpeculatingServer:
                     time.sleep(first_s)
                 requests.append(body)
                 tokens = list(range(5, 5 + body["sampling_params"]["max_new_tokens"]))
-                one = {"output_ids": tokens, "meta_info": {"completion_tokens": len(tokens), **meta}}
+                one = {"output_ids": tokens, "meta_info": {"completion_tokens": len(tokens), **meta}} | answer
                 self.answer([one] * len(body["input_ids"]))
 
             def answer(self, found: Any) -> None:

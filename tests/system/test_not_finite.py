@@ -23,7 +23,7 @@ DURABLE = (*DISAGG, "topology.release_at=durable")
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory):
-    """A copy of the tiny target to damage: (settings that name it, its tensors, a function that saves them)."""
+    """make(name): a copy of the tiny target to damage, as (folder, tensors, settings that name it)."""
 
     def make(name):
         folder = write_tiny_target(tmp_path_factory.mktemp(name) / "target")
@@ -87,7 +87,7 @@ def test_a_learning_rate_that_spoils_the_draft(tmp_path, settings):
     error, result, checkpoints = fail(tmp_path, "optimizer.lr=1e20", *settings)
     assert "step 4, of samples " in error
     assert "(seq 24 to 31): the loss is NaN or infinity: start again with a lower optimizer.lr" in error
-    assert "; 3 steps in a row were such (trainer.max_bad_steps=3); ended at step 4 without a checkpoint" in error
+    assert "; 3 bad steps in a row (trainer.max_bad_steps=3); ended at step 4 without a checkpoint" in error
     assert checkpoints == []
     assert result["optimizer_steps"] == 4 and result["losses"][1:] == [None] * 3
     assert (result["samples_trained"], result["samples_skipped"]) == (8, 24)

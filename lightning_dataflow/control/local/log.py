@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from lightning_dataflow.contracts import LogRecord, UserError
+from lightning_dataflow.contracts.foreign import read_bounded
 from lightning_dataflow.control.local.waiting import wait_for_others
 from lightning_dataflow.control.log import MAX_LINE_BYTES, StreamingRefChannel, damaged
 
@@ -108,7 +109,7 @@ class FileChannel(StreamingRefChannel):
 
     def _read(self, what: str) -> bytes | None:
         try:
-            return (self.folder / FILES[what]).read_bytes()
+            return read_bounded(self.folder / FILES[what])
         except FileNotFoundError:
             return None
 

@@ -98,7 +98,7 @@ class RedisMetadataStore(MetadataStore):
 
     def in_flight(self) -> tuple[int, int]:
         name = "bytes_in_flight"
-        num_bytes = self.server.ask("HGET", self.server.key("totals"), name)
+        num_bytes = self.server.read("HGET", self.server.key("totals"), name)
         return self.server.ask("HLEN", self.server.key("samples")), read_count({name: num_bytes or 0}, name)
 
     def close(self) -> None:
@@ -112,7 +112,8 @@ class RedisMetadataStore(MetadataStore):
         return self._hash("totals")
 
     def _sample_states(self) -> Mapping[int, tuple[str, int]]:
-        return {int(seq): read_sample(seq, text) for seq, text in self._hash("samples").items()}
+        rows = {seq: read_sample(seq, text) for seq, text in self._hash("samples").items()}
+        return {int(seq): row for seq, row in rows.items()}
 
     def _part_texts(self) -> Mapping[str, str]:
         return self._hash("parts")
@@ -121,5 +122,5 @@ class RedisMetadataStore(MetadataStore):
         return self.server.change(ALWAYS, operation, *arguments)
 
     def _hash(self, name: str) -> dict[str, str]:
-        flat = [text.decode(errors="replace") for text in self.server.ask("HGETALL", self.server.key(name))]
+        flat = [text.decode(errors="replace") for text in self.server.read("HGETALL", self.server.key(name))]
         return dict(zip(flat[::2], flat[1::2], strict=True))

@@ -2,6 +2,7 @@
 local CARD, NONCE, LOG, TOTALS, CLIENTS, SAMPLES, OPEN, PARTS = unpack(KEYS)
 local SLICE = 1000  -- entries that are trimmed at a time: the server serves nobody else meanwhile
 local KEEP_S = 3600  -- how long the remains of a completed run, and of processes that died, are kept
+local MAX_TEXT = 1048576  -- bytes of a value that is parsed
 local ops = {}
 
 local function now()
@@ -15,6 +16,9 @@ end
 
 -- a JSON object, whose fields `names` are numbers
 local function decode(text, what, names)
+  if #text > MAX_TEXT then
+    damaged(what)
+  end
   local ok, value = pcall(cjson.decode, text)
   if not ok or type(value) ~= 'table' then
     damaged(what)

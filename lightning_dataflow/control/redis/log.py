@@ -50,7 +50,7 @@ class RedisChannel(StreamingRefChannel):
             pass
 
     def _read(self, what: str) -> bytes | None:
-        content: bytes | None = self.server.ask("GET", self.server.key(what))
+        content: bytes | None = self.server.read("GET", self.server.key(what))
         return content
 
     def _write_once(self, what: str, content: bytes) -> None:
@@ -58,6 +58,8 @@ class RedisChannel(StreamingRefChannel):
 
     def _entries(self, number: int) -> list[Any]:
         """The next entries, as (id, fields). Reads the last one again, to notice a server that lost it."""
+        # Not `read`: every rank reads all entries, and the server would need ten times as long for each. COUNT bounds how
+        # many come at once, and `poll` refuses one that is too long.
         if self._position == START:
             return self.server.ask("XRANGE", self._key, "-", "+", "COUNT", number)
         entries = self.server.ask("XRANGE", self._key, self._position, "+", "COUNT", number + 1)

@@ -26,3 +26,5 @@ GROWING = Script(_CHANGE)
 ALWAYS = Script(_CHANGE, "allow-oom")
 """The same for what must work while memory is full, because it frees some or is needed to end."""
 LEAVE = Script(_read("leave.lua"), "allow-oom")
+READ = Script(_read("read.lua"), "no-writes")
+"""A command that reads, with a bound on its reply. It works while memory is full, too."""

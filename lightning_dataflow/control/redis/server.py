@@ -15,13 +15,15 @@ from lightning_dataflow.contracts.validation import check_schema
 from lightning_dataflow.contracts.waiting import Wait
 from lightning_dataflow.control.fields import damaged
 from lightning_dataflow.control.redis.address import ANSWER_S, CONNECT_S, RedisAddress, redis_library
-from lightning_dataflow.control.redis.scripts import LEAVE, Script
+from lightning_dataflow.control.redis.scripts import LEAVE, READ, Script
 
 PREFIX = "ldf"
 KEYS = ("card", "nonce", "log", "totals", "clients", "samples", "open", "parts", "date")
 """Of a run; the scripts know them by this order."""
 OLDEST = (7, 0)
 """The first version of Redis whose scripts have flags."""
+MAX_REPLY_BYTES = 512 << 20
+"""Of values that other processes wrote: about three million samples in flight."""
 PATIENCE_S = 90.0
 """A server that stands still for a minute, and comes back, ends nothing."""
 PAUSE_S = (0.01, 0.5)
@@ -94,6 +96,14 @@ class RedisServer:
         """Send a command that may be sent twice; returns the reply as it comes."""
         return self._patiently(lambda: self._send(*command))
 
+    def read(self, *command: Argument) -> Any:
+        """Like `ask`, for a command on a key whose value may have any size.
+
+        Raises:
+            UserError: the reply would have more than MAX_REPLY_BYTES.
+        """
+        return self._patiently(lambda: self._evaluate(READ, MAX_REPLY_BYTES, *command))
+
     def leave(self) -> None:
         """Say that this process is done with the run, and disconnect. The last that leaves a completed run removes it."""
         if self._request and self._lost is None:
@@ -142,7 +152,7 @@ class RedisServer:
     def _check_release(self) -> None:
         """What another release keeps of a run is under other keys."""
         try:
-            version = orjson.loads(self.ask("GET", self.key("card")) or b"{}")["schema_version"]
+            version = orjson.loads(self.read("GET", self.key("card")) or b"{}")["schema_version"]
         except (ValueError, TypeError, KeyError):
             return  # not announced yet; the log reports a damaged card
         check_schema(version, f"{self.name}, run {self.run_id},", "use that release for it, or choose another run_name")
@@ -152,7 +162,7 @@ class RedisServer:
         if self._lost is not None:
             raise self._lost
         patience = at_most_s or self.patience_s
-        wait = Wait(f"{self.name}", longest_call_s=ANSWER_S + CONNECT_S)
+        wait = Wait(f"{self.name} to answer", longest_call_s=ANSWER_S + CONNECT_S)
 
         def give_up_when_late(error: Exception) -> None:
             if wait.seconds() > patience:

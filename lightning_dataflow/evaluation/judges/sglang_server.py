@@ -98,7 +98,7 @@ class SGLangDecoder:
         counts = [read_counts(answer, num_draft_tokens, self.name) for answer in answers] if num_draft_tokens else []
         with _reading(self.name):
             return Decoded(
-                tokens=[answer["output_ids"] for answer in answers],
+                tokens=[list(answer["output_ids"]) for answer in answers],
                 seconds=seconds,
                 num_drafts=sum(num_drafts for num_drafts, _ in counts),
                 accepted_per_position=[sum(column) for column in zip(*(accepted for _, accepted in counts), strict=True)],

@@ -16,7 +16,7 @@ PROBE_TOKENS = 16
 
 @torch.no_grad()
 def check_head(engine: HFTargetEngine) -> None:
-    """Compare them on a prompt of tokens from all over the vocabulary.
+    """Compare the target's own logits with those of its head and last hidden state, on one prompt.
 
     Raises:
         UserError: the target does something else with its logits, or its head or embedding was not found in its files. The
@@ -28,19 +28,19 @@ def check_head(engine: HFTargetEngine) -> None:
     ours = _logits(target, last)
     if ours.shape != theirs.shape:
         raise UserError(
-            f"{info.path} gives {theirs.shape[-1]} logits a token, its head has {ours.shape[-1]} rows: drafts are trained "
-            "on one logit a row, name another target"
+            f"{info.path} returns {theirs.shape[-1]} logits per token, but its head has {ours.shape[-1]} rows: drafts need "
+            "one logit per row, choose another target"
         )
     if not _compare(info, "logits", ours, theirs.float(), _rounding(ours, model.dtype)):
         return
     rows = torch.tensor(ids, device=engine.device)
     if not torch.equal(target.embedding[rows].nan_to_num(), model.get_input_embeddings().weight[rows].nan_to_num()):
-        raise UserError(f"{info.path} has another token embedding than was found in its files: name another target")
+        raise UserError(f"the token embedding of {info.path} is not the one in its files: choose another target")
 
 
 @torch.no_grad()
 def check_served_head(engine: SGLangServerTarget) -> None:
-    """The same by the log-probabilities that a server gives a prompt; where it gives none, that is logged."""
+    """The same check by the log-probabilities that a server returns for a prompt; logs a warning if it returns none."""
     info, ids = engine.info, _probe(engine.info)
     try:
         last, logprobs = engine.logprobs_of(ids)

@@ -102,8 +102,6 @@ def rotary_tables(positions: Tensor, config: Any) -> tuple[Tensor, Tensor]:
         frequencies, amplitude = scaled_frequencies(config.head_dim, config.rope_theta, scaling, positions.device)
     angles = positions[..., None].float() * frequencies
     angles = torch.cat((angles, angles), dim=-1)
-    if amplitude == 1:
-        return angles.cos(), angles.sin()
     return angles.cos() * amplitude, angles.sin() * amplitude
 
 

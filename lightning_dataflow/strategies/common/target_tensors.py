@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from lightning_dataflow.contracts import NotFiniteError, UserError
@@ -45,12 +45,12 @@ class FrozenTarget:
         """
         files = find_tensors(Path(info.path))
         embedding_name, head_name, head_names = _places(info, files)
-        embedding = _read(files, embedding_name).to(dtype)
-        head = embedding if head_name is None else _read(files, head_name).to(dtype)
+        embedding = _read(files, embedding_name, dtype)
+        head = embedding if head_name is None else _read(files, head_name, dtype)
         if first_not_finite({"head": head}):
             raise NotFiniteError(f"the head of {info.path} holds NaN or infinity: check the target's files")
         bias_name = _bias_name(files, head_name, head_names)
-        transform = replace(info.logits, bias=None if bias_name is None else _read(files, bias_name).float())
+        transform = replace(info.logits, bias=None if bias_name is None else _read(files, bias_name, torch.float32))
         return cls(embedding, head, None if transform.is_identity else transform)
 
     def to(self, device: torch.device) -> "FrozenTarget":
@@ -105,18 +105,9 @@ def _find(files: Files, names: Sequence[str], shape: tuple[int, int]) -> str | N
     return alike[0] if len(alike) == 1 else None
 
 
-def _read(files: Files, name: str) -> Tensor:
+def _read(files: Files, name: str, dtype: torch.dtype) -> Tensor:
     with safe_open(files[name][0], framework="pt") as file:
-        return file.get_tensor(name).clone()
-
-
-def stored_names(path: Path) -> list[str]:
-    """Names of the tensors in a safetensors file. Raises UserError if it is damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
+        return file.get_tensor(name).to(dtype, copy=True)
 
 
 def same_tensor(stored: Tensor, ours: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """How much of the target's distribution a cut draft vocabulary covers."""
 
 import logging
+import math
 
 import torch
 from torch import Tensor
@@ -25,12 +26,14 @@ class CoverageCheck:
         self._is_done = False
 
     def add(self, share: Tensor) -> None:
-        """Add the share of a window's positions that are outside, a scalar that is the same on every rank; 0 for a window
-        without positions. Raises UserError; see `finish`."""
-        if len(self._shares) < NUM_WINDOWS:
+        """Add the share of a window's positions that are outside, a scalar that is the same on every rank.
+
+        It is 0 for a window without positions, and NaN for one that does not count. Raises UserError; see `finish`.
+        """
+        if not self._is_done:
             self._shares.append(share)
-        if len(self._shares) == NUM_WINDOWS:
-            self.finish()
+            if len(self._shares) == NUM_WINDOWS:
+                self.finish()
 
     def finish(self) -> None:
         """Log what the vocabulary covers, unless that is done.
@@ -40,7 +43,9 @@ class CoverageCheck:
         if self._is_done or not self._shares:
             return
         self._is_done = True
-        share, num_windows = float(torch.stack(self._shares).mean()), len(self._shares)
+        share, num_windows = float(torch.stack(self._shares).nanmean()), len(self._shares)
+        if math.isnan(share):
+            return
         if share == 1:
             raise UserError(
                 f"no token that the target predicts in the first {num_windows} steps is in the draft vocabulary, so the "

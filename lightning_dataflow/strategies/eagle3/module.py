@@ -144,7 +144,7 @@ class Eagle3Module(DraftModule):
 
     def judge_means(self, means: Mapping[str, Tensor]) -> None:
         if self.draft.config.draft_vocab_size < self.draft.config.vocab_size:
-            self._coverage.add(means["outside_vocab"])
+            self._coverage.add(means["outside_vocab"].where(means["loss"].isfinite(), torch.nan))
 
     def on_train_epoch_end(self) -> None:
         self._coverage.finish()

@@ -6,11 +6,11 @@ from typing import Any
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.contracts.foreign import parse_json
-from lightning_dataflow.strategies.common.target_tensors import stored_names
 from lightning_dataflow.strategies.published.contract import Config, DraftExport, PublishedDraft
 from lightning_dataflow.strategies.published.engines import MODEL_TYPE, SPECULATORS, engine_of
 from lightning_dataflow.strategies.published.fields import DRAFT_TOKENS, SUPPORTED, Fields
 from lightning_dataflow.strategies.registry import available_strategies, resolve_strategy
+from lightning_dataflow.targets.files import tensor_shapes
 
 CONFIG = "config.json"
 _MASK_EMBEDDING = "mask_embedding.pt"
@@ -104,7 +104,7 @@ def _find_tensors(folder: Path, export: DraftExport) -> dict[str, tuple[Path, st
     """File of each tensor, and its name there, by our names."""
     places: dict[str, tuple[Path, str]] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        for stored in stored_names(path):
+        for stored in tensor_shapes(path):
             name = export.our_name(stored.removeprefix("model."))
             if name in places:
                 raise UserError(f"{folder} has {name} twice, in {places[name][0].name} and {path.name}")

@@ -108,6 +108,7 @@ class Heard(Logger):
         self.metrics.append((step, metrics))
 
 
+@pytest.mark.integration
 def test_every_measurement_is_logged_once_at_its_step(fit, tmp_path):
     """The first too, and those between the steps at which Lightning logs."""
     heard = Heard()

@@ -38,6 +38,7 @@ def test_they_go_through_the_trainers_own_callback(target_path, data, tmp_path):
     assert again.step_losses == module.step_losses
 
 
+@pytest.mark.integration
 def test_one_is_kept_beside_the_best_of_a_metric(target_path, data, tmp_path):
     best = checkpoint(tmp_path, every_n_train_steps=1, monitor="train/loss", mode="max", save_top_k=1)
     make_trainer(tmp_path, data, 7, callbacks=[best], log_every_n_steps=1).fit(make_module(target_path), data)

@@ -58,6 +58,8 @@ def test_a_checkpoint_without_a_marker_is_not_complete(tmp_path, sharded):
     assert "no completion marker" in told[0]
     (tmp_path / f"{new.name}.complete").write_text('{"global')
     assert "marker is damaged" in str(incomplete(new))
+    os.truncate(tmp_path / f"{new.name}.complete", 1 << 40)  # it is not read whole
+    assert "marker is damaged" in str(incomplete(new))
 
 
 def test_the_newest_is_that_of_the_highest_step_whatever_its_name(tmp_path):

@@ -163,6 +163,7 @@ def test_random_and_optimizer_state_are_restored_exactly(fit, tmp_path):
             assert torch.equal(tensor, states[1][index][name])
 
 
+@pytest.mark.integration
 def test_a_checkpoint_from_inside_a_window_is_of_its_start(fit, tmp_path):
     class SaveInside(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -182,6 +183,7 @@ def test_a_checkpoint_from_inside_a_window_is_of_its_start(fit, tmp_path):
     assert marker.stat().st_mtime_ns == written  # not saved once more, in the middle of the third window
 
 
+@pytest.mark.integration
 def test_a_resumed_result_tells_of_the_whole_run(fit, tmp_path, prompts, target):
     source = Source(prompts[0], target)
     source.skips, source.recaptures = {1: "broken", 90: "ahead of the cursor"}, [1, 2, 90]

@@ -8,6 +8,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 from lightning_dataflow.cli import capture, evaluate, show_mask, train
+from lightning_dataflow.cli.hydra_command import ClaimRun
 from lightning_dataflow.contracts.errors import RETRYABLE
 from tests.unit.cli.conftest import one_line
 
@@ -166,3 +167,22 @@ def test_ranks_of_torchrun_need_a_run_name(run, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         train.main()
     assert "add run_name=" in one_line(capsys)
+
+
+@pytest.mark.parametrize("role", ["producer", "trainer"])
+def test_a_folder_where_the_card_of_the_log_should_be(run, tmp_path, capsys, role):
+    """It would fail again, so the supervisor must not start the process again."""
+    (tmp_path / "log" / "run.json").mkdir(parents=True)
+    parts = (one for one in BY_HAND if not one.startswith("role="))
+    assert run(train.main, *parts, f"role={role}", "channel.path=log", "topology.start_timeout_s=0") == 1
+    assert "Is a directory: 'log/run.json'" in one_line(capsys)
+
+
+@pytest.mark.parametrize("main", [train.main, capture.main, evaluate.main])
+@pytest.mark.parametrize("role", ["auto", "producer"])
+def test_a_folder_where_the_log_of_a_command_should_be(run, tmp_path, capsys, monkeypatch, main, role):
+    """Hydra opens the log before the command begins."""
+    monkeypatch.setattr(ClaimRun, "wanted", False)
+    (tmp_path / "own" / "job.log").mkdir(parents=True)
+    assert run(main, "hydra.run.dir=own", "hydra.job.name=job", f"role={role}") == 1
+    assert one_line(capsys).endswith("own/job.log is a folder: move it away, or choose another run_name")

@@ -5,7 +5,7 @@ import pickle
 import pytest
 
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.contracts.foreign import first_line, one_line, parse_json, printable, without_advice
+from lightning_dataflow.contracts.foreign import first_line, one_line, parse_json, printable, read_bounded, without_advice
 
 
 @pytest.mark.parametrize(
@@ -78,3 +78,10 @@ class _Own:
 def test_json_is_bounded(text, reason):
     with pytest.raises(UserError, match=f"the card of x .*{reason}"):
         parse_json(text, "the card of x", 100 if "limit" in reason else 1 << 24)
+
+
+@pytest.mark.parametrize(("size", "read"), [(99, 99), (100, 100), (101, 101), (5000, 101)])
+def test_a_file_is_read_up_to_one_byte_more_than_the_limit(tmp_path, size, read):
+    """By that byte parse_json refuses it."""
+    (tmp_path / "x").write_bytes(b"x" * size)
+    assert len(read_bounded(tmp_path / "x", 100)) == read

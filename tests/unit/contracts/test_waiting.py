@@ -51,3 +51,11 @@ def test_a_minute_in_a_debugger_is_no_minute_of_waiting(clock):
     assert wait.seconds() == 5.0
     clock[0] += 1
     assert wait.seconds() == 6.0
+
+
+def test_one_long_call_is_said_once(clock, caplog):
+    wait = Wait("x", longest_call_s=35.0)
+    for seconds in (35.0, 0.1):
+        clock[0] += seconds
+        wait.seconds()
+    assert said(caplog) == ["waiting for x, for 35 s so far"]

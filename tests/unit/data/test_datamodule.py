@@ -78,14 +78,14 @@ def test_a_sample_that_is_gone_is_named(prompts, target, tmp_path):
 def test_a_file_that_cannot_be_read_is_not_called_damaged(prompts, target, tmp_path, monkeypatch, name):
     """To capture again would be no remedy."""
     capture_to_folder(data_set(prompts[0][:4]), target, tmp_path)
-    read = Path.read_text
+    open_it = Path.open
 
-    def fail(path):
+    def fail(path, *mode):
         if path.name == name:
             raise OSError(errno.EIO, "Input/output error", str(path))
-        return read(path)
+        return open_it(path, *mode)
 
-    monkeypatch.setattr(Path, "read_text", fail)
+    monkeypatch.setattr(Path, "open", fail)
     with pytest.raises(OSError, match=f"Input/output error: .*{name}"):
         OfflineSource(tmp_path)
 

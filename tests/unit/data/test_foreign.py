@@ -2,16 +2,21 @@
 
 import json
 import math
+import os
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_dataflow.contracts import FeatureSpec, UserError
 from lightning_dataflow.contracts.validation import DTYPE_BYTES
+from lightning_dataflow.control.log import MAX_LINE_BYTES
 from lightning_dataflow.data import FeatureCard
 from lightning_dataflow.data.announcement import Announcement
-from lightning_dataflow.data.offline import MANIFEST, OfflineSource
-from lightning_dataflow.stores import MemoryFeatureStore
+from lightning_dataflow.data.offline import MANIFEST, REFS, OfflineSource, write_manifest
+from lightning_dataflow.stores import MemoryFeatureStore, SharedDirFeatureStore
+from lightning_dataflow.stores.card import FILE
 from tests.records import make_origin
 from tests.streams import CARD, make_tensors
 
@@ -86,6 +91,43 @@ def test_the_capture_of_a_card_is_checked(change):
 def test_a_manifest_is_bounded(tmp_path, text, reason):
     (tmp_path / MANIFEST).write_text(text)
     with pytest.raises(UserError, match=reason):
+        OfflineSource(tmp_path)
+
+
+def captured(folder: Path) -> None:
+    """A finished capture of two samples."""
+    store = SharedDirFeatureStore(folder, retain=True)
+    refs = [store.put(make_tensors(index), make_origin(index)) for index in range(2)]
+    write_manifest(folder, refs, CARD, torch.zeros(8, dtype=torch.int64))
+
+
+def test_a_manifest_that_is_no_text(tmp_path):
+    captured(tmp_path)
+    (tmp_path / MANIFEST).write_bytes(b"\xff\xfe{}")
+    with pytest.raises(UserError, match=f"{MANIFEST} is not valid JSON"):
+        OfflineSource(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [(b"\xff", "not valid JSON"), (b"x" * (MAX_LINE_BYTES + 1), "the limit is"), (b"", "not valid JSON")],
+    ids=range(3),
+)
+def test_a_line_of_the_refs_that_is_none(tmp_path, line, reason):
+    captured(tmp_path)
+    path = tmp_path / REFS
+    whole = path.read_bytes()
+    assert len(OfflineSource(tmp_path).refs) == 2
+    path.write_bytes(whole + line + b"\n" + whole)
+    with pytest.raises(UserError, match=rf"{REFS}, line 3: .*{reason}"):
+        OfflineSource(tmp_path)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, REFS, FILE])
+def test_a_file_of_a_terabyte_is_not_read_whole(tmp_path, name):
+    captured(tmp_path)
+    os.truncate(tmp_path / name, 1 << 40)
+    with pytest.raises(UserError, match="the limit is"):
         OfflineSource(tmp_path)
 
 

@@ -147,18 +147,18 @@ def test_acknowledging_beside_a_reading_thread(plane):
     queue = queue_of(plane)
 
     def write() -> None:
-        for seq in range(0, 2000, 20):
+        for seq in range(0, 400, 20):
             publish(plane, *range(seq, seq + 20))
 
     writer = threading.Thread(target=write)
     trained: list[int] = []
     reader = threading.Thread(
-        target=lambda: [trained.append(queue.get(range(s, s + 4), range(s, s + 4)) and s + 4) for s in range(0, 2000, 4)]
+        target=lambda: [trained.append(queue.get(range(s, s + 4), range(s, s + 4)) and s + 4) for s in range(0, 400, 4)]
     )
     writer.start()
     reader.start()
     while reader.is_alive():
         if trained:
             assert queue.ack(trained[-1]) == []
-    queue.ack(2000)
+    queue.ack(400)
     assert queue.unread() == []

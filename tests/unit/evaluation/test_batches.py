@@ -89,6 +89,14 @@ def test_what_a_proposal_got_accepted_counts_whole(target, questions, drafters):
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize("baseline", [False, True])
+def test_a_rank_without_prompts_reports_zeros(target, drafters, baseline):
+    report = evaluate_acceptance(target, drafters["dflash"], [], Decoding(max_new_tokens=2), baseline=baseline)
+    assert (report.num_prompts, report.num_tokens, report.num_drafts) == (0, 0, 0)
+    assert report.accepted_per_position == (0,) * 4
+
+
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -60,6 +60,15 @@ def test_a_server_of_another_version_is_one_line(info, message):
     assert "\n" not in str(raised.value)
 
 
+def test_an_answer_without_tokens_is_one_line():
+    with (
+        SpeculatingServer(answer={"output_ids": None}) as server,
+        pytest.raises(UserError, match=r"cannot read what .* answers \(TypeError") as raised,
+    ):
+        SGLangDecoder(url=server.url).evaluate([[1]], Decoding(max_new_tokens=4), stop_token_ids=[])
+    assert "\n" not in str(raised.value)
+
+
 @pytest.mark.integration
 def test_the_first_request_of_each_server_is_not_timed():
     prompts = [[7, 8], [9], [10]]

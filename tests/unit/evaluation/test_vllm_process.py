@@ -56,6 +56,7 @@ def test_an_error_is_one_line_and_its_log_is_named(tmp_path):
     assert "Traceback" in (tmp_path / "vllm-plain.log").read_text()
 
 
+@pytest.mark.integration
 def test_a_process_that_dies_or_takes_too_long(tmp_path):
     with pytest.raises(PeerFailedError, match=r"vLLM ended with status 7 and no result: see .*vllm-plain.log"):
         decoder(tmp_path, python=script(tmp_path, "exit 7")).decode([[1]])

@@ -40,7 +40,7 @@ BROKEN = {
     ),
     "infinite": (
         lambda saved: saved["state_dict"]["draft.fc.weight"].view(-1)[3:4].fill_(math.inf),
-        "draft.fc.weight holds NaN or infinity, so it is no draft to use: name another checkpoint",
+        "draft.fc.weight holds NaN or infinity, so the draft cannot be used: name another checkpoint",
     ),
 }
 

@@ -86,7 +86,7 @@ def test_full_attention_may_be_spelt_out(layer_types, checkpoint, target_path, t
         (lambda tensors: tensors.pop("d2t"), "lacks d2t"),
         (
             lambda tensors: tensors["norm.weight"][3:4].fill_(math.nan),
-            "norm.weight holds NaN or infinity, so it is no draft to use: name another",
+            "norm.weight holds NaN or infinity, so the draft cannot be used: name another",
         ),
         (
             lambda tensors: tensors.update({"midlayer.self_attn.q_norm.weight": torch.ones(8)}),

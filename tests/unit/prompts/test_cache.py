@@ -138,6 +138,7 @@ def test_another_process_that_does_not_end(tmp_path):
         cache_module.cached(tmp_path / "key", lambda _: None, timeout_s=0)
 
 
+@pytest.mark.integration
 def test_a_pool_of_processes_gives_the_arrays_of_one(im, write, monkeypatch):
     lines = [chat(f"question {index}", f"answer {index}") for index in range(5 * parallel.CHUNK)]
     path = write(*lines, "{broken", chat("q"), ICE)

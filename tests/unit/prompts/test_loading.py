@@ -42,13 +42,13 @@ def test_what_is_left_out_is_counted(im, write):
     early = {"input_ids": [1, 2, 3], "loss_mask": [1, 1, 0]}  # nothing predicts the first two tokens
     path = write(ICE, long_question, chat("q"), answer_first, nothing, early, chat("q", "", "r", "b"), {"text": "y" * 500})
     training, held_out = load(path, im)
-    assert [len(prompt.input_ids) for prompt in training] == [87, 45, 200]
+    assert [len(prompt.input_ids) for prompt in training] == [87, 66, 45, 200]
     assert not held_out
     assert training.skipped == {
         "nothing supervised within max_length": 2,
         "no assistant turn": 1,
-        "begins with an assistant turn": 1,
         "nothing supervised": 1,
+        "turn: the conversation begins with it, so it answers nothing": 1,
         "turn: the turn is empty": 1,
     }
 

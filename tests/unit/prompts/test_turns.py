@@ -139,7 +139,14 @@ def test_turns_that_have_nothing_to_learn_are_named(im):
     ]
     assert show(im, record) == expected
     assert show(im, {"messages": [WEATHER]}) == ["left out: no assistant turn"]
-    assert show(im, {"messages": ICE["messages"][1:]}) == ["left out: begins with an assistant turn"]
+
+
+def test_a_conversation_that_begins_with_an_answer_teaches_the_others(im):
+    first = {"role": "assistant", "content": "Hello!"}
+    expected = ["<|im_start|>assistant\nHello!<|im_end|>\n" + im_turns(("q", "⟦a<|im_end|>⟧"))]
+    why = "the conversation begins with it, so it answers nothing"
+    assert show(im, {"messages": [first, *chat("q", "a")["messages"]]}) == [*expected, f"message 0: {why}"]
+    assert show(im, {"messages": [first]})[0] == f"left out: {why}"
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ from lightning_dataflow.contracts import UserError
 from lightning_dataflow.run.claim import LOCK, NO_LOCKS, claim
 from tests.processes import environment
 
+pytestmark = pytest.mark.integration  # processes that own folders
+
 CLAIM = """
 import subprocess, sys
 from pathlib import Path

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.integration
 def test_a_failed_start_leaves_the_folder_free(tmp_path):
     with pytest.raises(UserError, match=r"redis-server .*redis\.log"):
         LocalRedis(tmp_path, settings=("no-such-setting yes",))
@@ -19,6 +20,7 @@ def test_a_failed_start_leaves_the_folder_free(tmp_path):
         assert server.where.address
 
 
+@pytest.mark.integration
 def test_without_the_program_the_folder_stays_free(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("shutil.which", lambda name: None)

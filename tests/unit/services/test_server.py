@@ -1,5 +1,6 @@
 """What all servers that a run starts have in common, shown with a server of a few lines."""
 
+import os
 import socket
 import sys
 import time
@@ -75,8 +76,14 @@ def test_the_last_error_of_this_start_is_in_the_message(tmp_path):
         Server(path, lines).start()
     with pytest.raises(UserError, match=rf"^example ended with status 0, see {path}: one \| two$"):
         Server(path, "print('one'); print(); print('two')").start()
+    os.truncate(path, 1 << 40)  # it is not read whole
+    with pytest.raises(UserError, match=rf"^example ended with status 0, see {path}: one$"):
+        Server(path, "print('one')").start()
+    with pytest.raises(UserError, match=rf"^example ended with status 0, see {path}: c \| c \| c \| c$"):
+        Server(path, "print('KeyError: a'); print('b' * (1 << 20)); print('c\\n' * 5)").start()
 
 
+@pytest.mark.integration
 def test_a_server_that_is_never_ready_is_named_and_ended(tmp_path):
     """It ignores SIGTERM, and so does the process that it has started."""
     server = Server(tmp_path / "log", STUBBORN)

@@ -13,6 +13,8 @@ from lightning_dataflow.contracts import UserError
 from lightning_dataflow.strategies.checkpoint import load_module
 from tests.unit.strategies.fits import make_data, make_module, make_trainer
 
+pytestmark = pytest.mark.integration  # each test trains
+
 STEPS = 4
 
 

@@ -1,6 +1,7 @@
 """A cut vocabulary without the tokens that the target predicts is noticed in the first windows."""
 
 import logging
+import math
 import re
 
 import lightning as L
@@ -19,6 +20,7 @@ from lightning_dataflow.strategies.eagle3.module import Eagle3Module
     [
         ([0.4, 0.0], "INFO", "has 80.0 % of the tokens that the target predicts, in the first 2 steps"),
         ([1.0, 0.0], "WARNING", "has 50.0 % of the tokens .* in the first 2 steps: raise strategy.draft_vocab_size"),
+        ([math.nan, 0.2, 0.0], "INFO", "has 90.0 % of the tokens that the target predicts"),
         ([0.0] * NUM_WINDOWS + [1.0] * 9, "INFO", f"has 100.0 % .* in the first {NUM_WINDOWS} steps$"),
     ],
 )
@@ -32,6 +34,24 @@ def test_the_mean_of_the_first_windows_is_logged_once(caplog, shares, level, tex
     (record,) = caplog.records
     assert record.levelname == level
     assert re.search(text, record.getMessage())
+
+
+def test_fits_of_bad_steps_only_measure_nothing(caplog):
+    check = CoverageCheck()
+    with caplog.at_level(logging.INFO):
+        for _ in range(NUM_WINDOWS):
+            check.add(torch.tensor(math.nan))
+    assert not caplog.records
+
+
+@pytest.mark.integration
+def test_a_bad_step_does_not_count(target_path):
+    module = Eagle3Module(str(target_path), draft_vocab_size=64)
+    module._coverage = CoverageCheck()
+    for loss, outside in ((math.nan, 0.0), (1.0, 1.0), (math.inf, 0.0)):
+        module.judge_means({"loss": torch.tensor(loss), "outside_vocab": torch.tensor(outside)})
+    with pytest.raises(UserError, match="no token that the target predicts in the first 3 steps"):
+        module._coverage.finish()
 
 
 @pytest.mark.integration

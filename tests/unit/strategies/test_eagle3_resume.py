@@ -65,6 +65,7 @@ def test_resume_from_a_checkpoint_inside_a_window(target_path, prompts, target, 
     assert data.next_seq == 4 * GLOBAL_BATCH
 
 
+@pytest.mark.integration
 def test_a_second_fit_goes_on_from_the_draft_as_it_is(target_path, prompts, target, tmp_path):
     module = make_module(target_path, train_embeddings=True)
     data = make_data(prompts, target)
@@ -81,6 +82,7 @@ def test_a_second_fit_goes_on_from_the_draft_as_it_is(target_path, prompts, targ
     assert float(module.step_losses[0]) < 100
 
 
+@pytest.mark.integration
 def test_a_checkpoint_holds_the_draft_and_nothing_of_the_target(target_path, prompts, target, tmp_path):
     data, module = make_data(prompts, target), make_module(target_path)
     trainer = make_trainer(tmp_path, data, max_steps=1)

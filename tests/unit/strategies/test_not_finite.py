@@ -14,6 +14,8 @@ from lightning_dataflow.stores import MemoryFeatureStore
 from lightning_dataflow.strategies.optimisation import gradient_norm
 from tests.unit.strategies.not_finite import SPOILS, InfiniteGradient, Module, status
 
+pytestmark = pytest.mark.integration  # each test trains
+
 
 class OneBadStep(InfiniteGradient):
     bad_steps = (2,)
@@ -91,7 +93,7 @@ def test_bad_steps_in_a_row_end_the_fit(fit, tmp_path, max_bad_steps, step):
     error, _, trainer = fit(callbacks=[], max_steps=8, max_bad_steps=max_bad_steps, **SPOILS)
     assert str(error).startswith(f"step {step}, of samples ")
     assert "the loss is NaN or infinity: start again with a lower optimizer.lr" in str(error)
-    assert (f"; 3 steps in a row were such (trainer.max_bad_steps={max_bad_steps})" in str(error)) == (max_bad_steps == 3)
+    assert (f"; 3 bad steps in a row (trainer.max_bad_steps={max_bad_steps})" in str(error)) == (max_bad_steps == 3)
     assert trainer.global_step == step
     assert status(tmp_path) == f"failed: {error}"
 

@@ -45,6 +45,7 @@ def fit(module, target_path, prompts, folder):
     return folder / "step=2.ckpt", engine
 
 
+@pytest.mark.integration
 def test_it_trains_decodes_exports_and_starts_again(spec, target_path, prompts, tmp_path):
     module = spec.module(str(target_path), lr=1e-2)
     checkpoint, engine = fit(module, target_path, prompts, tmp_path / "first")

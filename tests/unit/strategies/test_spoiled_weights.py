@@ -14,6 +14,8 @@ from lightning_dataflow.checkpoints.markers import mark_complete
 from lightning_dataflow.contracts import NotFiniteError
 from tests.unit.strategies.not_finite import SPOILS, InfiniteGradient, Module, Spoiled, saves, status, written
 
+pytestmark = pytest.mark.integration  # each test trains
+
 
 class NothingButBadSteps(InfiniteGradient):
     bad_steps = range(100)

@@ -101,6 +101,7 @@ class StubbornServer(StandIn):
         return super().poll() if len(self.starts) == 1 else None
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("failures", "limit"), [(1, 2), (2, 2)])
 def test_a_server_that_does_not_start_again_is_tried_as_often_as_allowed(tmp_path, ledger, failures, limit):
     server, trainer, restarts = StubbornServer(failures), StandIn("trainer", (0, "", True)), Restarts(limit)

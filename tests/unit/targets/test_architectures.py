@@ -14,6 +14,7 @@ from lightning_dataflow.strategies.common.target_tensors import FrozenTarget
 from lightning_dataflow.targets import HFTargetEngine, read_target_info
 from lightning_dataflow.targets.batch import TargetBatch
 from lightning_dataflow.targets.hf import TargetSession
+from lightning_dataflow.targets.info import read_eos_token_ids
 from tests.targets import LLAMA3, MODELS, YARN, write_target
 
 IDS = [7, 5, 9, 33, 44, 3, 20, 21]
@@ -118,7 +119,7 @@ def test_another_head_or_embedding_than_the_model_s_is_found(folder):
     target = engine(folder("plain"))
     with torch.no_grad():
         target.model.get_input_embeddings().weight += 1
-    with pytest.raises(UserError, match="another token embedding than was found in its files"):
+    with pytest.raises(UserError, match=r"the token embedding of .* is not the one in its files"):
         check_head(target)
 
 
@@ -180,7 +181,7 @@ def test_absurd_sizes(folder, tmp_path, fields, message):
 
 def test_what_is_no_language_model(folder, tmp_path):
     path = edited(folder("plain"), tmp_path, model_type="distilbert")
-    with pytest.raises(UserError, match="holds a distilbert model, which is no causal language model"):
+    with pytest.raises(UserError, match="holds a distilbert model, which is not a causal language model"):
         FrozenTarget.of(read_target_info(path), torch.float32)
 
 
@@ -218,6 +219,11 @@ def _remove(path):
     (path / "model.safetensors").unlink()
 
 
+def _link_to_nothing(path):
+    (path / "model.safetensors").unlink()
+    (path / "weights.safetensors").symlink_to("gone.safetensors")
+
+
 def _leave_the_folder(path):
     (path / "model.safetensors").rename(path / "model-1.safetensors")
     (path / "model.safetensors.index.json").write_text(
@@ -230,16 +236,23 @@ def _write_nonsense(path):
     (path / "model.safetensors.index.json").write_text("[]")
 
 
+def _nest_deeply(path):
+    (path / "model.safetensors").unlink()
+    (path / "model.safetensors.index.json").write_text("[" * 100_000)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_cut, r"model.safetensors is cut short \(\d+ of \d+ bytes\): fetch the file again"),
+        (_cut, r"model.safetensors is damaged or cut short \(.+\): fetch the file again"),
         (_cut_to_nothing, "model.safetensors is damaged or cut short"),
         (_lose_a_part, "index.json names model-00002-of-00002.safetensors, which the folder does not have: fetch what"),
-        (_pickle, "has pytorch_model.bin and no safetensors"),
+        (_pickle, "has pytorch_model.bin but no safetensors"),
         (_remove, "no safetensors in .*: fetch the target's weights"),
+        (_link_to_nothing, r"cannot read .*weights.safetensors: No such file"),
         (_leave_the_folder, "names '../model-1.safetensors', which is no file of its folder"),
         (_write_nonsense, "cannot read .*index.json"),
+        (_nest_deeply, "cannot read .*index.json"),
     ],
 )
 def test_damaged_folders(folder, tmp_path, damage, message):
@@ -247,6 +260,15 @@ def test_damaged_folders(folder, tmp_path, damage, message):
     damage(path)
     with pytest.raises(UserError, match=message) as raised:
         read_target_info(path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "5", '{"eos_token_id": "x"}', '{"eos_token_id": 5.5}', "[" * 100_000, "\xff"])
+def test_a_damaged_generation_config_is_one_line(folder, tmp_path, text):
+    path = edited(folder("plain"), tmp_path)
+    (path / "generation_config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"cannot read .*generation_config\.json: ") as raised:
+        read_eos_token_ids(path)
     assert "\n" not in str(raised.value)
 
 

@@ -30,6 +30,7 @@ def refuse_one(pool: ServerPool, *, answered: int) -> None:
         pool.give_back(member)
 
 
+@pytest.mark.integration
 def test_a_busy_server_that_answers_most_requests_is_not_gone(pool):
     start = time.monotonic()
     while time.monotonic() - start < 3 * ABSENCE_S:

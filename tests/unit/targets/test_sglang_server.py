@@ -69,6 +69,7 @@ def test_a_prompt_that_fails_leaves_nothing_of_the_others_in_the_store(connect, 
         (answer_with(error="store", message="gone"), PeerGoneError, "gone"),
         (answer_with(error="failed", message="1 of 6"), CaptureFailedError, "1 of 6"),
         (answer_with(error="of tomorrow", message="something"), CaptureFailedError, "something"),
+        (answer_with(error=["full"], message="a list"), CaptureFailedError, "a list"),
     ],
 )
 def test_an_answer_is_input_not_truth(connect, servers, alter, kind, message):

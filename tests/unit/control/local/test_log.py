@@ -280,3 +280,9 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write to .*file/log: .*choose another channel\.path"):
         FileChannel(tmp_path / "file" / "log")
+
+
+def test_a_card_of_a_terabyte_is_not_read_whole(channel):
+    os.truncate(channel.folder / "run.json", 1 << 40)
+    with pytest.raises(UserError, match=r"the card of .* is damaged"):
+        channel.card()

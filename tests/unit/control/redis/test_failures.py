@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.integration
 def test_all_goes_on_after_a_restart_with_the_append_only_file(own):
     server = own("appendfsync always")
     log = channel(server)
@@ -139,6 +140,7 @@ def test_a_change_whose_answer_is_lost_is_made_once(own, monkeypatch):
     assert channel(server).poll() == [record for record in channel(server).poll()]
 
 
+@pytest.mark.integration
 def test_patience_ends_with_a_message(own):
     server = own()
     log = channel(server, patience_s=0.3)

@@ -1,5 +1,6 @@
 """Another client of the same Redis writes odd values under the keys of a run: each reader ends with one line."""
 
+import json
 import shutil
 from datetime import date
 
@@ -41,6 +42,11 @@ def refusal(act) -> str:
 def write(server: RedisServer, key: str, *command) -> None:
     verb, *rest = command
     server.ask(verb, server.key(key), *rest)
+
+
+def report(**changes) -> str:
+    part = {"host": "h", "pid": 1, "pids": "", "state": "", "failed": False, "fatal": False, "seen": 1}
+    return json.dumps(part | changes)
 
 
 def ref_line(**changes) -> bytes:
@@ -100,10 +106,21 @@ def test_totals(run, name, value, calls):
 
 @pytest.mark.parametrize(
     "text",
-    ["{", "{}", "[]", DEEP, '{"host":1,"pid":"x","pids":"","state":"","failed":false,"fatal":false,"seen":1}',
-     '{"host":"h","pid":1,"pids":"","state":"","failed":false,"fatal":false,"seen":"now"}'],
-    ids=range(6),
-)  # fmt: skip
+    [
+        "{",
+        "{}",
+        "[]",
+        DEEP,
+        report(host=1),
+        report(pid="x"),
+        report(pid=1 << 40),
+        report(pid=-1),
+        report(seen="now"),
+        report(seen=10**400),
+        report(seen=float("nan")),
+    ],
+    ids=range(11),
+)
 def test_reports(run, text):
     server, ledger, _ = run
     write(server, "parts", "HSET", "evil\x1b[31m", text)
@@ -119,6 +136,13 @@ def test_rows_of_samples(run, text):
     write(server, "totals", "HSET", "frontier", "4")
     for act in (ledger.status, lambda: lease(ledger), ledger.fence):
         assert "row of sample 0" in refusal(act)
+
+
+@pytest.mark.parametrize("field", ["abc", "²", "-1", "9" * 5000], ids=range(4))
+def test_rows_of_what_is_no_seq(run, field):
+    server, ledger, _ = run
+    write(server, "samples", "HSET", field, '{"state":"wanted","attempt":0,"tries":0,"bytes":0}')
+    assert "row of sample" in refusal(ledger.status)
 
 
 @pytest.mark.parametrize("key", ["card", "nonce", "log", "totals", "clients", "samples", "open", "parts", "date"])
@@ -143,10 +167,53 @@ def test_cards(run, text):
         assert "card" in refusal(act)
 
 
+@pytest.mark.parametrize("key", ["card", "nonce", "totals", "samples", "parts"])
+def test_a_value_that_is_too_large_is_not_fetched(run, monkeypatch, key):
+    server, ledger, log = run
+    monkeypatch.setattr("lightning_dataflow.control.redis.server.MAX_REPLY_BYTES", 4096)
+    command = ("SET",) if key in ("card", "nonce") else ("HSET", "bytes_in_flight")
+    write(server, key, *command, "1" * 5000)
+    acts = {"card": log.card, "nonce": log.nonce, "totals": ledger.in_flight, "parts": ledger.parts}
+    for act in (acts.get(key, ledger.status), *([ledger.plan] if key == "totals" else [])):
+        assert f"{server.key(key)} (too large) is damaged" in refusal(act)
+
+
+def test_a_row_that_is_too_large_is_not_parsed(run):
+    server, ledger, _ = run
+    row = {"state": "wanted", "attempt": 0, "tries": 0, "bytes": 0, "more": "x" * (1 << 20)}
+    write(server, "samples", "HSET", "0", orjson.dumps(row))
+    write(server, "open", "ZADD", "0", "0")
+    assert "row of sample 0" in refusal(ledger.fence)
+
+
+def test_a_bounded_read_gives_what_the_command_gives(run):
+    server, _, _ = run
+    for verb, key, *rest in (
+        ("GET", "card"),
+        ("GET", "nothing"),
+        ("HGET", "totals", "frontier"),
+        ("HGET", "totals", "nothing"),
+        ("HLEN", "totals"),
+        ("HGETALL", "totals"),
+        ("HGETALL", "nothing"),
+        ("XRANGE", "log", "-", "+", "COUNT", 5),
+    ):
+        command = (verb, server.key(key), *rest)
+        assert server.read(*command) == server.ask(*command)
+
+
 def test_a_nonce_that_is_no_name(run):
     server, _, log = run
     server.ask("SET", server.key("nonce"), "../../\x1b")
     assert "the nonce of" in refusal(log.nonce)
+
+
+@pytest.mark.parametrize("field", ["host", "pids"])
+def test_long_names_in_a_report_are_cut(run, field):
+    server, ledger, _ = run
+    write(server, "parts", "HSET", "producer-9", report(**{field: "x" * 10_000}))
+    (mine,) = (part for part in ledger.parts() if part["name"] == "producer-9")
+    assert len(mine[field]) == 2000
 
 
 def test_forged_last_words_are_data(run):

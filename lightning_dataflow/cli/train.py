@@ -35,7 +35,6 @@ def run(config: TrainConfig) -> float | None:
     check_topology(config)
     if is_multirun():
         return run_job(job_arguments(), Path(config.run_dir), config.sweep_metric)
-    write_date(Path(config.run_dir))
     if config.role == "producer":
         produce(config)
         return None
@@ -43,6 +42,7 @@ def run(config: TrainConfig) -> float | None:
 
     check_training(config)
     check_arguments(config.trainer)
+    write_date(Path(config.run_dir))
     if config.role == "auto" and config.topology.is_disaggregated:
         from lightning_dataflow.supervise.supervisor import supervise
 

@@ -68,7 +68,7 @@ class DataConfig:
         turns: `auto` makes one sample of a conversation where one rendering shows all turns as they are served, else one of
             each turn; `all` always one of each turn; `last` of the last turn only.
         date: that chat templates write, YYYY-MM-DD; null for the day on which the run began.
-        max_broken: so many broken records are left out with a warning; one more ends the run.
+        max_broken: up to this many broken records are left out with a warning; one more ends the run.
         cache: folder of tokenised prompts, which all processes of a machine share; null tokenises in each.
         row_tokens, rows_per_step: pack several samples into one row; see DataFlowDataModule.
         num_passes: with trainer.max_steps=null, passes over all samples.

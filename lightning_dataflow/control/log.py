@@ -4,6 +4,7 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
 from typing import Any, Literal
 
 import orjson
@@ -70,6 +71,20 @@ class StreamingRefChannel(ABC):
             self._write_once("nonce", secrets.token_hex(8).encode())
         return check_id(nonce.decode(errors="replace"), f"the nonce of {self.name}")
 
+    def first_day(self, today: date) -> date:
+        """The day on which the run began: `today` of the first caller. Chat templates write it in every process.
+
+        Raises UserError for one that is damaged.
+        """
+        while (day := self._read("date")) is None:
+            self._write_once("date", today.isoformat().encode())
+        try:
+            return date.fromisoformat(day.decode())
+        except ValueError as error:
+            raise UserError(
+                f"the date of {self.name} is damaged ({error!r}): set data.date, or start again under another run_name"
+            ) from error
+
     @abstractmethod
     def append(self, lines: Sequence[bytes]) -> None:
         """Append encoded records at once: a reader sees them in this order, and none from another writer between them."""
@@ -122,11 +137,11 @@ class StreamingRefChannel(ABC):
         self.publish([LogRecord(kind="end", seq=total)])
 
     @abstractmethod
-    def _read(self, what: Literal["card", "nonce"]) -> bytes | None:
+    def _read(self, what: Literal["card", "nonce", "date"]) -> bytes | None:
         """What was written once; None before that."""
 
     @abstractmethod
-    def _write_once(self, what: Literal["card", "nonce"], content: bytes) -> None:
+    def _write_once(self, what: Literal["card", "nonce", "date"], content: bytes) -> None:
         """Write it unless it exists: the first of several writers wins."""
 
     def _parse(self, line: bytes, place: str) -> LogRecord:

@@ -69,7 +69,7 @@ def load_prompts(
         turns: `auto`, `all` or `last`; see `to_samples`.
         today: the date that templates write; by default the current one.
         end_ids: token ids that end a turn, besides the tokenizer's.
-        max_broken: this many broken records are left out with a warning; one more is an error.
+        max_broken: up to this many broken records are left out with a warning; one more is an error.
         cache: folder for tokenised prompts, which all processes of a machine share. None keeps nothing.
         cache_timeout_s: for another process that tokenises the same prompts.
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -104,9 +105,17 @@ class Builder:
         return {
             "chat_template": read_file(data.chat_template, "data.chat_template"),
             "template_args": data.template_args,
-            "today": read_date(data.date, Path(self.config.run_dir)),
+            "today": self._today(),
             "end_ids": read_eos_token_ids(self.config.target.path),
         }
+
+    def _today(self) -> date:
+        """The date that chat templates write. The processes of a disaggregated run agree on it in its log."""
+        config = self.config
+        today = read_date(config.data.date, Path(config.run_dir))
+        if config.data.date is None and config.topology.is_disaggregated and config.role != "auto":
+            return self.plane.log.first_day(today)
+        return today
 
     @cached_property
     def module(self) -> DraftModule:
@@ -196,7 +205,8 @@ class Builder:
         if (captured_here or evaluates) and card.prompts_version != self.prompts[0].version:
             raise UserError(
                 f"{where} was captured from other prompts than these data.* settings choose: use the settings of "
-                "the capture; or another run_name, or callbacks=no_evaluation"
+                "the capture, also data.date=YYYY-MM-DD if the chat template writes the date; or another run_name, or "
+                "callbacks=no_evaluation"
             )
 
     @cached_property

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from lightning_dataflow.callbacks.result import write_result
+from lightning_dataflow.config.files import read_date
 from lightning_dataflow.config.parsing import quoted
 from lightning_dataflow.config.schema import TrainConfig
 from lightning_dataflow.contracts import PeerFailedError
@@ -47,6 +48,7 @@ def supervise(config: TrainConfig, arguments: Sequence[str]) -> None:
         plane = control_plane(config, patience_s=PATIENCE_S)
         stack.callback(plane.close)
         check_no_other_trainer(plane.ledger, config.run_name)
+        plane.log.first_day(read_date(config.data.date, run_dir))
         servers += _start_mooncake(config, stack)
         stack.push(partial(_complete_result, run_dir / "result.json", restarts, time.time()))
         processes: list[ManagedProcess] = []

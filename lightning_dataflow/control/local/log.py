@@ -19,7 +19,7 @@ from lightning_dataflow.control.log import MAX_LINE_BYTES, StreamingRefChannel, 
 
 log = logging.getLogger(__name__)
 
-FILES = {"card": "run.json", "nonce": "nonce"}
+FILES = {"card": "run.json", "nonce": "nonce", "date": "date"}
 SEGMENT_BYTES = 8 << 20
 SEGMENT = re.compile(r"log-(\d{8})\.jsonl")
 FILE_MODE = 0o644

@@ -18,7 +18,7 @@ from lightning_dataflow.control.redis.address import ANSWER_S, CONNECT_S, RedisA
 from lightning_dataflow.control.redis.scripts import LEAVE, READ, Script
 
 PREFIX = "ldf"
-KEYS = ("card", "nonce", "log", "totals", "clients", "samples", "open", "parts")
+KEYS = ("card", "nonce", "log", "totals", "clients", "samples", "open", "parts", "date")
 """Of a run; the scripts know them by this order."""
 OLDEST = (7, 0)
 """The first version of Redis whose scripts have flags."""

@@ -186,9 +186,3 @@ def test_a_folder_where_the_log_of_a_command_should_be(run, tmp_path, capsys, mo
     (tmp_path / "own" / "job.log").mkdir(parents=True)
     assert run(main, "hydra.run.dir=own", "hydra.job.name=job", f"role={role}") == 1
     assert one_line(capsys).endswith("own/job.log is a folder: move it away, or choose another run_name")
-
-
-def test_broken_records_end_a_command_in_one_line(run, tmp_path, capsys):
-    (tmp_path / "prompts.jsonl").write_text("{broken")
-    assert run(train.main, "data.prepare=null", f"data.path={tmp_path / 'prompts.jsonl'}") == 1
-    assert "prompts.jsonl, line 1: not JSON" in capsys.readouterr().err.splitlines()[-1]

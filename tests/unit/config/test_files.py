@@ -1,6 +1,8 @@
+from datetime import date
+
 import pytest
 
-from lightning_dataflow.config.files import read_skip_ids
+from lightning_dataflow.config.files import read_date, read_skip_ids, write_date
 from lightning_dataflow.contracts import UserError
 
 
@@ -26,3 +28,16 @@ def test_another_file_is_refused(tmp_path, content, message):
     with pytest.raises(UserError) as refused:
         read_skip_ids(str(path))
     assert str(refused.value).startswith(message.format(path=path))
+
+
+def test_a_run_keeps_the_day_on_which_it_began(tmp_path):
+    folder = tmp_path / "run"
+    assert read_date(None, folder) == date.today()
+    write_date(folder)
+    (folder / "date.txt").write_text("2025-01-02")
+    write_date(folder)  # on a resume
+    assert [path.name for path in folder.iterdir()] == ["date.txt"]
+    assert read_date(None, folder) == date(2025, 1, 2)
+    assert read_date("2024-07-26", folder) == date(2024, 7, 26)
+    with pytest.raises(UserError, match=r"data\.date=x is no date: give YYYY-MM-DD"):
+        read_date("x", folder)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
 
 import numpy as np
 import pytest
@@ -171,6 +172,17 @@ def test_a_log_has_a_nonce_of_its_own(opener, channel):
     with ThreadPoolExecutor(len(logs)) as pool:
         (nonce,) = set(pool.map(lambda log: log.nonce(), logs))
     assert opener().nonce() == nonce != opener("other").nonce()
+
+
+def test_all_processes_of_a_run_write_the_date_of_the_first(opener, channel):
+    assert [channel.first_day(date(2025, 1, 2)), opener().first_day(date(2025, 1, 3))] == [date(2025, 1, 2)] * 2
+    assert opener("other").first_day(date(2025, 1, 3)) == date(2025, 1, 3)
+
+
+def test_a_date_that_is_none(opener, channel):
+    channel._write_once("date", b"../../\x1b")
+    with pytest.raises(UserError, match=r"the date of .* is damaged \(.*\): set data\.date"):
+        opener().first_day(date(2025, 1, 2))
 
 
 def test_references_of_another_run(channel):

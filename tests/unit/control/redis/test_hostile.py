@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from datetime import date
 
 import orjson
 import pytest
@@ -144,16 +145,17 @@ def test_rows_of_what_is_no_seq(run, field):
     assert "row of sample" in refusal(ledger.status)
 
 
-@pytest.mark.parametrize("key", ["card", "nonce", "log", "totals", "clients", "samples", "open", "parts"])
+@pytest.mark.parametrize("key", ["card", "nonce", "log", "totals", "clients", "samples", "open", "parts", "date"])
 def test_keys_of_another_type(run, key):
     server, ledger, log = run
     server.ask("DEL", server.key(key))
     server.ask(
-        "HSET" if key in ("card", "nonce") else "SET",
+        "HSET" if key in ("card", "nonce", "date") else "SET",
         server.key(key),
-        *(("a", "x") if key in ("card", "nonce") else ("x",)),
+        *(("a", "x") if key in ("card", "nonce", "date") else ("x",)),
     )
     acts = {"card": log.card, "nonce": log.nonce, "log": log.poll, "parts": ledger.parts, "samples": ledger.status}
+    acts["date"] = lambda: log.first_day(date.today())
     refusal(acts.get(key, lambda: lease(ledger)))
 
 

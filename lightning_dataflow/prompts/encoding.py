@@ -2,14 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.prompts.records import Conversation, PlainText, Sample, Tokens
+from lightning_dataflow.prompts.records import Conversation, PlainText, Sample, normalise
+from lightning_dataflow.prompts.sources import Record
 from lightning_dataflow.prompts.template import ChatTemplate, Unusable
+from lightning_dataflow.prompts.template_source import check_roles
+from lightning_dataflow.prompts.tokens import Tokens
 from lightning_dataflow.prompts.turns import TURNS, RenderedSample, Turn, check_nothing_is_dropped, find_turns, to_samples
 
 SPACE = "Ġ"
@@ -51,6 +55,33 @@ class Encoder:
         self._swallowing = [index for index, token in self.tokenizer.added_tokens_decoder.items() if token.rstrip]
         """Tokens that take the white space after them, as those that end turns do in some tokenizers."""
 
+    @cached_property
+    def num_ids(self) -> int:
+        """The tokenizer's token ids are below this."""
+        return 1 + max(self.tokenizer.get_vocab().values(), default=-1)
+
+    def read(self, record: Record, format: str) -> Sample:
+        """The record in one of three shapes. Raises UserError, which names its file and line, if it is broken."""
+        if isinstance(record.data, UserError):
+            raise record.data
+        sample = normalise(record.data, format, record.where)
+        try:
+            if isinstance(sample, Tokens):
+                self.check_ids(sample.input_ids)
+            elif isinstance(sample, Conversation):
+                check_roles(sample.messages, self.template.sources)
+        except UserError as error:
+            raise UserError(f"{record.where}: {error}") from error
+        return sample
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raise UserError for a token id that the tokenizer does not have."""
+        if unknown := [token for token in ids if token >= self.num_ids]:
+            raise UserError(
+                f"input_ids has {unknown[0]}, and the ids of the tokenizer end at {self.num_ids - 1}: "
+                "give ids of the target's own tokenizer"
+            )
+
     def encode(self, record: Sample) -> tuple[list[EncodedSample], list[Turn]]:
         """Samples of a record, and all assistant turns of a conversation.
 
@@ -74,6 +105,7 @@ class Encoder:
         """Token ids of the messages and the generation prompt; of the last text alone where there is no chat template."""
         if not self.template.exists:
             return list(self.tokenizer(question.messages[-1]["content"])["input_ids"])
+        check_roles(question.messages, self.template.sources)
         check_nothing_is_dropped(self.template, question)
         rendered = self.template.render(question, question.messages, prompt=True)
         return list(self.tokenizer(rendered, add_special_tokens=False)["input_ids"])

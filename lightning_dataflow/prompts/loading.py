@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 MIN_LABEL_POSITION = 2
 """A draft sees token t+1 and predicts token t+2, so the first two tokens of a sample are never labels."""
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """To be raised when the same records would give other tokens or masks."""
 REPORT_EVERY_S = 10.0
 

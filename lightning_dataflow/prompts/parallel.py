@@ -15,7 +15,6 @@ from itertools import chain, islice
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.prompts.encoding import EncodedSample, Encoder
-from lightning_dataflow.prompts.records import normalise
 from lightning_dataflow.prompts.sources import Record
 from lightning_dataflow.prompts.template import Unusable
 
@@ -45,10 +44,8 @@ class Outcome:
 
 def encode_record(encoder: Encoder, number: int, record: Record, format: str) -> Outcome:
     """Raises UserError if the fault is not the record's: there is no chat template, or it is not valid."""
-    if isinstance(record.data, UserError):
-        return Outcome(number=number, error=str(record.data))
     try:
-        sample = normalise(record.data, format, record.where)
+        sample = encoder.read(record, format)
     except UserError as error:
         return Outcome(number=number, error=str(error))
     try:

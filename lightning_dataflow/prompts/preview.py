@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.contracts.foreign import printable
 from lightning_dataflow.prompts.encoding import EncodedSample, Encoder
-from lightning_dataflow.prompts.records import normalise
 from lightning_dataflow.prompts.sources import Record
 from lightning_dataflow.prompts.template import Unusable
 from lightning_dataflow.prompts.turns import Turn
@@ -70,9 +69,7 @@ class Preview:
 def preview_record(encoder: Encoder, record: Record, format: str = "auto") -> Preview:
     """What becomes of a record. Raises UserError if the chat template is missing or not valid."""
     try:
-        if isinstance(record.data, UserError):
-            raise record.data
-        sample = normalise(record.data, format, record.where)
+        sample = encoder.read(record, format)
     except UserError as error:
         return Preview(where=record.where, reason=str(error).removeprefix(f"{record.where}: "))
     try:

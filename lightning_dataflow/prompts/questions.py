@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.prompts.encoding import Encoder
-from lightning_dataflow.prompts.records import Conversation, to_conversation, token_ids
+from lightning_dataflow.prompts.records import Conversation, to_conversation
 from lightning_dataflow.prompts.sources import Record, read_records
 from lightning_dataflow.prompts.template import ChatTemplate, Unusable
+from lightning_dataflow.prompts.tokens import token_ids
 from lightning_dataflow.prompts.unread import as_list, check_question
 
 if TYPE_CHECKING:

@@ -1,8 +1,6 @@
 """Reads records of seven formats as conversations, as text, or as token ids."""
 
-import reprlib
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,10 +14,9 @@ from lightning_dataflow.prompts.messages import (
     read_message,
     to_text,
 )
-from lightning_dataflow.prompts.unread import MASKS, REASONING_KEYS, as_list, check_record, is_empty, snake_case
+from lightning_dataflow.prompts.tokens import Tokens, read_tokens, show
+from lightning_dataflow.prompts.unread import REASONING_KEYS, as_list, check_record, is_empty, snake_case, value_of
 
-LARGEST_ID = 2**31 - 1
-IGNORED_LABEL = -100
 ARGUMENT_KEYS = ("enable_thinking", "reasoning_effort")
 SYSTEM_KEYS = ("system", "system_prompt", "system_message")
 
@@ -48,14 +45,6 @@ class PlainText:
 
     text: str
     start: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tokens:
-    """Token ids with their own mask; every token is supervised when the record has none."""
-
-    input_ids: tuple[int, ...]
-    loss_mask: tuple[int, ...]
 
 
 Sample = Conversation | PlainText | Tokens
@@ -158,14 +147,14 @@ def to_conversation(record: Mapping[str, Any], turns: Any, first_supervised: int
     read = _with_system(record, [*history, *read])
     if first_supervised:
         first_supervised += len(read) - len(turns)
-    tools = [_value(record, TOOL_KEYS), *(message.tools for message in read)]
+    tools = [value_of(record, TOOL_KEYS), *(message.tools for message in read)]
     given = [openai_tools(value) for value in tools if not is_empty(value)]
     if any(other != given[0] for other in given[1:]):
         raise UserError("the record has two lists of tools that differ: keep one")
     return Conversation(
         messages=tuple(message.message for message in read),
         tools=given[0] if given else (),
-        documents=tuple(as_json(_value(record, ("documents",)) or ())),
+        documents=tuple(as_json(value_of(record, ("documents",)) or ())),
         arguments=_arguments(record),
         unsupervised=frozenset(
             index for index, message in enumerate(read) if not message.is_supervised or index < first_supervised
@@ -175,7 +164,7 @@ def to_conversation(record: Mapping[str, Any], turns: Any, first_supervised: int
 
 def _with_system(record: Mapping[str, Any], read: list[ReadMessage]) -> list[ReadMessage]:
     """With the record's system prompt as the first message, unless the conversation begins with it."""
-    system = _value(record, SYSTEM_KEYS)
+    system = value_of(record, SYSTEM_KEYS)
     if system is None:
         return read
     message = read_message({"role": "system", "content": system}, 1)
@@ -188,7 +177,7 @@ def _with_system(record: Mapping[str, Any], read: list[ReadMessage]) -> list[Rea
 
 def _history(record: Mapping[str, Any]) -> list[Message]:
     """Earlier turns: pairs of question and answer, or messages."""
-    history = as_json(_value(record, ("history",)) or [])
+    history = as_json(value_of(record, ("history",)) or [])
     turns: list[Message] = []
     for entry in map(as_list, history):
         if isinstance(entry, Mapping):
@@ -200,16 +189,10 @@ def _history(record: Mapping[str, Any]) -> list[Message]:
 
 
 def _arguments(record: Mapping[str, Any]) -> dict[str, Any]:
-    given = as_json(_value(record, ("chat_template_kwargs",)) or {})
+    given = as_json(value_of(record, ("chat_template_kwargs",)) or {})
     arguments = {str(key): value for key, value in given.items() if value is not None}
-    named = {name: _value(record, (name,)) for name in ARGUMENT_KEYS}
+    named = {name: value_of(record, (name,)) for name in ARGUMENT_KEYS}
     return arguments | {name: value for name, value in named.items() if value is not None}
-
-
-def _value(record: Mapping[str, Any], names: Iterable[str]) -> Any:
-    """The first value of these keys that is not empty, whatever their spelling; None if there is none."""
-    values = (value for key, value in record.items() if snake_case(key) in names and not is_empty(value))
-    return as_list(next(values, None))
 
 
 def _turns(value: Any) -> list[Any]:
@@ -217,77 +200,8 @@ def _turns(value: Any) -> list[Any]:
     return [turns] if isinstance(turns, Mapping) else list(turns)
 
 
-def _tokens(record: Mapping[str, Any]) -> Tokens:
-    ids = token_ids(record["input_ids"])
-    mask = [1] * len(ids)
-    for key, value in record.items():
-        name = snake_case(key)
-        if name in MASKS and value is not None:
-            mask = [old and new for old, new in zip(mask, _flags(key, value, len(ids)), strict=True)]
-        elif name == "labels" and not is_empty(value):
-            mask = [old and new for old, new in zip(mask, _labelled(value, ids), strict=True)]
-    kept = _kept_positions(record, len(ids))
-    return Tokens(input_ids=tuple(ids[index] for index in kept), loss_mask=tuple(mask[index] for index in kept))
-
-
-def _flags(key: str, value: Any, length: int) -> list[int]:
-    value = as_list(value)
-    if not isinstance(value, list | tuple):
-        raise UserError(f"{key} is {show(value)}: give a list with 0 or 1 for each of the input_ids")
-    if len(value) != length:
-        raise UserError(f"{length} input_ids, {len(value)} {key} entries: give 0 or 1 for each of the input_ids")
-    for index, flag in enumerate(value):
-        if flag not in (0, 1):
-            raise UserError(f"{key}[{index}] is {show(flag)}: give 1 where a token is supervised, else 0")
-    return [int(flag) for flag in value]
-
-
-def _labelled(value: Any, ids: Sequence[int]) -> list[int]:
-    labels = as_list(value)
-    if not isinstance(labels, list | tuple) or len(labels) != len(ids):
-        raise UserError(f"{len(ids)} input_ids, labels {show(labels)}: give one for each of the input_ids")
-    for index, (label, token) in enumerate(zip(labels, ids, strict=True)):
-        if label not in (IGNORED_LABEL, token):
-            raise UserError(
-                f"labels[{index}] is {show(label)} and input_ids[{index}] is {token}: give the token itself where it is "
-                f"supervised, not the next one, and {IGNORED_LABEL} elsewhere"
-            )
-    return [int(label != IGNORED_LABEL) for label in labels]
-
-
-def _kept_positions(record: Mapping[str, Any], length: int) -> range:
-    """The positions that `attention_mask` does not call padding; they are in one stretch."""
-    value = _value(record, ("attention_mask",))
-    flags = [1] * length if value is None else _flags("attention_mask", value, length)
-    kept = [index for index, flag in enumerate(flags) if flag]
-    if not kept or kept[-1] - kept[0] + 1 != len(kept):
-        raise UserError("attention_mask hides tokens between others, or all: give one sample a record")
-    positions = _value(record, ("position_ids",))
-    if positions is not None and list(positions)[kept[0] : kept[-1] + 1] != list(range(len(kept))):
-        raise UserError("position_ids do not count from 0: give one sample a record, without packing")
-    return range(kept[0], kept[-1] + 1)
-
-
-def token_ids(value: Any) -> tuple[int, ...]:
-    """`input_ids` of a record. Raises UserError unless they are a list of token ids."""
-    if not isinstance(value, list | tuple):
-        raise UserError(f"input_ids is {show(value)}: give a list of token ids")
-    for index, token in enumerate(value):
-        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token <= LARGEST_ID:
-            raise UserError(f"input_ids[{index}] is {show(token)}: token ids are integers from 0 to {LARGEST_ID}")
-    return tuple(value)
-
-
-def show(value: Any, shorten: Callable[[Any], str] = reprlib.repr) -> str:
-    """`value` on one short line. Python refuses to print integers of thousands of digits."""
-    try:
-        return " ".join(shorten(value).split())
-    except ValueError:
-        return f"a number of more than {sys.get_int_max_str_digits()} digits"
-
-
 READERS: dict[str, tuple[set[str], Callable[[Mapping[str, Any]], Sample]]] = {
-    "tokens": ({"input_ids"}, _tokens),
+    "tokens": ({"input_ids"}, read_tokens),
     "sharegpt": ({"conversations"}, _sharegpt),
     "messages": ({"messages"}, _messages),
     "preference": ({"chosen"}, _preference),

@@ -11,6 +11,7 @@ import jinja2
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.prompts.messages import Message
 from lightning_dataflow.prompts.records import Conversation
+from lightning_dataflow.prompts.template_source import check_variables, template_sources
 from lightning_dataflow.prompts.time_limit import TimeLimitError, time_limit
 from lightning_dataflow.prompts.unread import REASONING_KEYS
 
@@ -52,12 +53,19 @@ class ChatTemplate:
                 f"data.template_args={template_args}: give variables of the template, such as {{enable_thinking: false}}"
             )
         self.arguments = dict(template_args or {})
+        if self.arguments:
+            check_variables(self.arguments, self.sources)
         self.today = today or date.today()
         self.end_ids = tuple(end_ids)
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        """The texts that may render a conversation; empty if there is no template."""
+        return template_sources(self.tokenizer, self.source)
+
+    @property
     def exists(self) -> bool:
-        return self.source is not None or self.tokenizer.chat_template is not None
+        return bool(self.sources)
 
     @cached_property
     def text(self) -> str:

@@ -1,7 +1,7 @@
 """Keys that change what a record means and are not supported. A record with one is refused, not trained without it."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from lightning_dataflow.contracts import UserError
@@ -121,6 +121,12 @@ def snake_case(key: str) -> str:
 def is_empty(value: Any) -> bool:
     """Data sets fill missing structs with nulls, also within lists. Some columns hold JSON as text."""
     return all(leaf is None or (isinstance(leaf, str) and leaf in EMPTY_TEXTS) for leaf in _leaves(value))
+
+
+def value_of(record: Mapping[str, Any], names: Iterable[str]) -> Any:
+    """The first value of these keys that is not empty, whatever their spelling; None if there is none."""
+    values = (value for key, value in record.items() if snake_case(key) in names and not is_empty(value))
+    return as_list(next(values, None))
 
 
 def _remedy_of_mask(name: str, value: Any) -> str | None:

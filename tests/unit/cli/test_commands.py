@@ -91,7 +91,7 @@ def test_a_choice_from_a_folder_of_the_users(run, tmp_path):
 def test_show_mask(run, tmp_path, capsys):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"instruction": "q", "output": answer}) + "\n" for answer in "abc") + "{broken")
-    settings = ("data.prepare=null", f"data.path={prompts}", "data.num_eval_samples=1", "data.template_args={x: 1}")
+    settings = ("data.prepare=null", f"data.path={prompts}", "data.num_eval_samples=1", "data.template_args={message: 1}")
     chosen = ("show_mask.start=1", "show_mask.count=3", "show_mask.colour=false", "show_mask.output=rows.json")
     assert run(show_mask.main, *settings, *chosen, "data.max_broken=1") == 0
     shown = capsys.readouterr().out

@@ -6,7 +6,11 @@ import pytest
 
 from lightning_dataflow.contracts import UserError
 from lightning_dataflow.prompts import loading
-from tests.unit.prompts.tiny import ICE, IDS, THINK, byte_tokenizer, chat, load, mark
+from lightning_dataflow.prompts.encoding import Encoder
+from lightning_dataflow.prompts.preview import preview_record
+from lightning_dataflow.prompts.sources import Record
+from lightning_dataflow.prompts.template import ChatTemplate
+from tests.unit.prompts.tiny import ICE, IDS, PLAIN, THINK, byte_tokenizer, chat, load, mark
 
 
 def first_ids(prompts) -> list[int]:
@@ -93,6 +97,38 @@ def test_broken_records_are_named_and_left_out_up_to_a_number(im, write, caplog)
 
 
 @pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (
+            {"input_ids": [1, 2, 258]},
+            "input_ids has 258, and the ids of the tokenizer end at 257: give ids of the",
+        ),
+        (
+            {"messages": [{"role": "usr", "content": "q"}, ICE["messages"][1]]},
+            "message 1: the role 'usr' is unknown and the chat template does not name it: use system, user, assistant",
+        ),
+    ],
+)
+def test_what_the_tokenizer_or_its_template_does_not_know_is_a_broken_record(im, write, caplog, record, message):
+    path = write(IDS, record)
+    prompts, _ = load(path, im, max_broken=1)
+    assert [prompt.source_id for prompt in prompts] == ["00000001"]
+    assert f"left out a broken record: {path}, line 2: {message}" in caplog.text
+    with pytest.raises(UserError, match=f"line 2: {message}"):
+        load(path, im)
+    preview = preview_record(Encoder(ChatTemplate(im)), Record("here", record))
+    assert (preview.reason or "").startswith(message)
+
+
+def test_roles_that_are_usual_or_named_by_the_template(im, write):
+    usual = {"messages": [{"role": "developer", "content": "q"}, {"role": "observation", "content": "r"}, *ICE["messages"]]}
+    assert len(load(write(usual), im)[0]) == 1
+    own = {"messages": [{"role": "critic", "content": "q"}, *ICE["messages"]]}
+    named = PLAIN.replace("{{ m.role }}", "{{ 'reviewer' if m.role == 'critic' else m.role }}", 1)
+    assert len(load(write(own), im, chat_template=named)[0]) == 1
+
+
+@pytest.mark.parametrize(
     ("lines", "options", "message"),
     [
         ([IDS], {"format": "csv"}, "data.format=csv is unknown: use one of auto, tokens, sharegpt"),
@@ -124,14 +160,14 @@ def test_token_counts(im, write, monkeypatch):
 
 
 def test_prompts_that_the_target_cannot_read(im, write):
-    prompts, _ = load(write(IDS, {"input_ids": [5, 700, 6, 7, 8]}), im)
-    prompts.check_target(701, 5)
-    with pytest.raises(UserError, match="record 00000002 has token id 700, the target's vocabulary has 320: use the"):
-        prompts.check_target(320, 100)
+    prompts, _ = load(write(IDS, {"input_ids": [5, 250, 6, 7, 8]}), im)
+    prompts.check_target(251, 5)
+    with pytest.raises(UserError, match="record 00000002 has token id 250, the target's vocabulary has 200: use the"):
+        prompts.check_target(200, 100)
     with pytest.raises(
         UserError, match=r"record 00000002 has 5 tokens, the target reads 4: set data\.max_length to at most 4"
     ):
-        prompts.check_target(701, 4)
+        prompts.check_target(251, 4)
 
 
 def test_the_version_tells_prompts_apart(im, write):

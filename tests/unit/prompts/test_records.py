@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from lightning_dataflow.contracts import UserError
-from lightning_dataflow.prompts.records import Conversation, PlainText, Tokens, normalise
+from lightning_dataflow.prompts.records import Conversation, PlainText, normalise
+from lightning_dataflow.prompts.tokens import Tokens
 
 TURNS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]

@@ -253,6 +253,14 @@ def test_arguments_that_are_no_variables(im, arguments):
         ChatTemplate(im, template_args=arguments)
 
 
+def test_a_misspelt_argument_of_the_template_is_refused(im):
+    template = "{% if enable_thinking %}a{% endif %}" + PLAIN
+    message = r"data\.template_args: the chat template has no variable enable_thinkin: correct the name or remove it"
+    with pytest.raises(UserError, match=message):
+        ChatTemplate(im, template, template_args={"enable_thinkin": False})
+    ChatTemplate(im, template, template_args={"enable_thinking": False})
+
+
 def test_a_template_of_its_own_for_tools(im):
     tokenizer = byte_tokenizer({"default": PLAIN, "tool_use": "{{ tools[0].function.name }}:" + PLAIN})
     plain = im_turns(("q", "⟦a<|im_end|>⟧"))

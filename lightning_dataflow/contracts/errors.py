@@ -54,5 +54,5 @@ class PeerFailedError(RuntimeError):
     """Another process of the run ended with an error, which the message repeats."""
 
 
-TAKEN_OVER = "{} has taken over this run while nothing was heard of this process, and trains it on from a checkpoint"
+TAKEN_OVER = "{} took over this run because this process had gone silent, and continues it from a checkpoint"
 """What a trainer's PeerFailedError says that was replaced."""

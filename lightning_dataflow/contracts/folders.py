@@ -26,7 +26,7 @@ class KeptFolder:
             )
         if self._is_writable and not os.access(self.path, os.W_OK):
             raise UserError(
-                f"{self.path} cannot be written to any more (Read-only file system, or its permissions were changed): mend "
+                f"{self.path} cannot be written to any more (Read-only file system, or its permissions were changed): fix "
                 "that, and resume with ckpt_path=last"
             )
 

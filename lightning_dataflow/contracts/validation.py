@@ -138,7 +138,7 @@ def _feature_bytes(name: str, spec: FeatureSpec, ref: SampleRef) -> int:
 def check_text(value: Any, what: str) -> None:
     """Raise UserError unless `value` is a short text."""
     if not isinstance(value, str) or not 0 < len(value) <= MAX_TEXT:
-        raise UserError(f"{what} is {_short(value)}, expected up to {MAX_TEXT} characters")
+        raise UserError(f"{what} is {_short(value)}, expected 1 to {MAX_TEXT} characters")
 
 
 def check_count(value: Any, lowest: int, highest: int, what: str) -> None:

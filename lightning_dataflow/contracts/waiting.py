@@ -2,8 +2,10 @@
 
 import fcntl
 import logging
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ class Wait:
         return self._waited
 
 
-def wait_until(done: Callable[[], bool], timeout_s: float, pause_s: float, who: str) -> bool:
+def wait_until(done: Callable[[], bool], timeout_s: float, pause_s: float, who: str | Callable[[], str]) -> bool:
     """Ask again and again whether it is `done`; False if it is not after `timeout_s`. See Wait for `who`."""
     wait = Wait(who)
     while not done():
@@ -52,6 +54,19 @@ def wait_until(done: Callable[[], bool], timeout_s: float, pause_s: float, who: 
             return False
         time.sleep(pause_s)
     return True
+
+
+@contextmanager
+def said_if_long(who: str) -> Iterator[None]:
+    """For a single call that blocks: after 10 s a warning says whom it waits for. See Wait for `who`."""
+    message = "waiting for %s, for %.0f s so far"
+    timer = threading.Timer(SAY_AFTER_S, log.warning, (message, who, SAY_AFTER_S))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def try_lock(file: int) -> bool:

@@ -33,7 +33,7 @@ class MetadataStore(ABC):
     """The ledger of a run. Safe for threads, and for processes where the backend is.
 
     A seq is leased, then published, then freed; a lost one is wanted again, with the next attempt. Of several attempts at
-    one seq a single one is published: `commit` tells the worker whether it is his.
+    one seq a single one is published: `commit` tells the worker whether its own attempt was.
 
     Attributes:
         term: of the claim that the changes of this store belong to; "" where they belong to none.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning_utilities import apply_to_collection
 
+from lightning_dataflow.contracts.waiting import said_if_long
 from lightning_dataflow.data.collate import Batch
 
 JOIN_TIMEOUT_S = 30.0
@@ -60,7 +61,8 @@ class Prefetcher:
         self._stop.set()
         self._room.put(None)
         self._ready.put((None, None))
-        self._thread.join(JOIN_TIMEOUT_S)
+        with said_if_long("the prefetch thread to end its read"):
+            self._thread.join(JOIN_TIMEOUT_S)
         if self._thread.is_alive():
             raise RuntimeError(f"the prefetch thread did not end within {JOIN_TIMEOUT_S:.0f} s: it hangs in a read")
 

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Sequence
 
 from lightning_dataflow.contracts import PeerFailedError
+from lightning_dataflow.contracts.waiting import said_if_long
 from lightning_dataflow.control import ControlPlane, RunPlan, Watermarks
 from lightning_dataflow.data import PassOrder, RefWindow
 from lightning_dataflow.data.streaming import StreamingSource
@@ -76,7 +77,7 @@ class ColocatedSource(StreamingSource):
             window = self.queue.get(mine, mine)
         except PeerFailedError as error:
             assert self._thread is not None, "without a thread, the producer's error is raised where it happens"
-            self._thread.join(JOIN_TIMEOUT_S)  # it has reported its error, and may not have stored it yet
+            self._join(self._thread)  # it has reported its error, and may not have stored it yet
             raise (self._error or error) from error
         return RefWindow(refs=window.refs, num_tokens=sum(map(self.num_tokens, seqs)))
 
@@ -99,7 +100,7 @@ class ColocatedSource(StreamingSource):
         self._stopping.set()
         if self._thread is not None:
             self.plane.ledger.finish(status)  # so that the thread no longer waits for room in the store
-            self._thread.join(JOIN_TIMEOUT_S)
+            self._join(self._thread)
             if self._thread.is_alive():
                 raise RuntimeError(f"the producer thread did not end within {JOIN_TIMEOUT_S:.0f} s: it hangs in a capture")
             self._thread = None
@@ -119,6 +120,10 @@ class ColocatedSource(StreamingSource):
 
     def _pump_once(self) -> bool:
         return self._worker.run_once() in ("captured", "failed")
+
+    def _join(self, thread: threading.Thread) -> None:
+        with said_if_long("the producer thread to end its capture"):
+            thread.join(JOIN_TIMEOUT_S)
 
     def _produce(self) -> None:
         try:

@@ -227,7 +227,7 @@ class RolloutWorker:
     def _check_trainer(self, waited_s: float) -> None:
         if waited_s < self.peer_timeout_s:
             return
-        parts = [part for part in self.plane.ledger.status()["parts"] if part["name"].startswith("trainer")]
+        parts = [part for part in self.plane.ledger.parts() if part["name"].startswith("trainer")]
         if not parts:
             raise PeerTimeoutError(
                 f"waited {waited_s:.0f} s for a trainer to begin in {self.plane.log.name}: start one with role=trainer"

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from lightning_dataflow.contracts import UserError
+from lightning_dataflow.contracts.waiting import LONGEST_CALL_S
 from lightning_dataflow.services.server import HOST, LocalServer, open_private
 from lightning_dataflow.sglang_plugin.wire import SERVER_FILE, server_command
 
 LAUNCHER = "lightning_dataflow.sglang_plugin.launch"
-START_TIMEOUT_S, HEALTH_TIMEOUT_S = 900.0, 10.0
+START_TIMEOUT_S = 900.0
+HEALTH_TIMEOUT_S = LONGEST_CALL_S
+"""Of a longer call the wait for the start would count only so much, so that a server that hangs is waited for too long."""
 
 
 class LocalSGLang(LocalServer):

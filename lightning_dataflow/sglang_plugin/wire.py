@@ -82,7 +82,7 @@ def request_from_text(text: Any, num_tokens: int) -> CaptureRequest:
             )
         store_id, sample_id, attempt, runs = data["store"], data["sample"], data["attempt"], data["mask"]
         features, dry_run = tuple(data["features"]), bool(data["dry_run"])
-        keeps_broken = bool(data.get("keeps_broken"))
+        keeps_broken = bool(data["keeps_broken"])
         unknown = set(features) - set(HIDDEN_STATES)
         well_formed = _is_count(attempt, 10**9) and all(_is_count(run, MAX_TOKENS) for run in runs)
     except UserError:

@@ -6,12 +6,12 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO
 
 from lightning_dataflow.contracts.errors import BAD_SETTINGS, TERMINATED
+from lightning_dataflow.contracts.waiting import wait_until
 from lightning_dataflow.run.signals import NUMBERS
 from lightning_dataflow.services.server import signal_group, start_process
 
@@ -108,10 +108,12 @@ def defer_interrupts() -> Iterator[None]:
 
 def wait_for_end(processes: Sequence[ManagedProcess], timeout_s: float) -> list[ManagedProcess]:
     """Wait until all have ended; returns those that have not after `timeout_s`."""
-    deadline = time.monotonic() + timeout_s
-    while (running := [process for process in processes if process.is_running()]) and time.monotonic() < deadline:
-        time.sleep(POLL_S)
-    return running
+
+    def running() -> list[ManagedProcess]:
+        return [process for process in processes if process.is_running()]
+
+    wait_until(lambda: not running(), timeout_s, POLL_S, lambda: f"{', '.join(each.name for each in running())} to end")
+    return running()
 
 
 def end_all(processes: Sequence[ManagedProcess]) -> None:

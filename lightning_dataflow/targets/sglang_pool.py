@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from lightning_dataflow.contracts import PeerFailedError, PeerGoneError, UserError
+from lightning_dataflow.contracts.waiting import Wait
 from lightning_dataflow.targets.sglang_http import CaptureServer
 
 POLL_S = 0.1
@@ -57,6 +58,8 @@ class ServerPool:
         self._admit, self._in_flight = admit, in_flight
         self._changed = threading.Condition()
         self._probing = self._stopping = False
+        # One for the pool, so that of many waiting threads a single one says it.
+        self._absence = Wait(lambda: f"a capture server to answer: {self._reasons()}")
 
     def take(self) -> Member:
         """Wait for a server with a free place, and probe lost servers meanwhile.
@@ -75,8 +78,10 @@ class ServerPool:
                     member = min(free, key=lambda member: member.in_flight)
                     member.in_flight += 1
                     return member
-                if not usable and not self._probing:
-                    self._check_absence()
+                if not usable:
+                    self._absence.seconds()
+                    if not self._probing:
+                        self._check_absence()
                 due = self._due()
                 if due is None:
                     self._changed.wait(POLL_S)
@@ -100,6 +105,7 @@ class ServerPool:
             member.in_flight -= 1
             self._changed.notify_all()
             if lost is None:
+                self._absence.restart()
                 member.num_lost = 0  # also if it answers an earlier request while it counts as lost
                 member.lost_since = None if member.lost is None else now
                 return
@@ -127,8 +133,10 @@ class ServerPool:
             return
         absent = time.monotonic() - max(since)
         if absent > self.absence_s and all(member.last_probe > max(since) for member in self.members):
-            reasons = "; ".join(member.lost or "back" for member in self.members)
-            raise PeerFailedError(f"no capture server has answered for {absent:.0f} s: {reasons}")
+            raise PeerFailedError(f"no capture server has answered for {absent:.0f} s: {self._reasons()}")
+
+    def _reasons(self) -> str:
+        return "; ".join(member.lost or "back" for member in self.members)
 
     def _due(self) -> Member | None:
         """The lost server to probe now; None while another thread probes."""

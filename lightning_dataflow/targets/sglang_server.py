@@ -17,6 +17,7 @@ from lightning_dataflow.contracts import (
     SampleRef,
     UserError,
 )
+from lightning_dataflow.contracts.waiting import said_if_long
 from lightning_dataflow.sglang_plugin.wire import HIDDEN_STATES, CaptureRequest, start_advice
 from lightning_dataflow.stores import FeatureStore
 from lightning_dataflow.targets.base import TargetEngine
@@ -175,7 +176,8 @@ class SGLangServerTarget(TargetEngine):
         ):
             for server in self.servers:
                 try:
-                    check(server)
+                    with said_if_long(f"the server at {server.url} to answer"):
+                        check(server)
                 except PeerGoneError as error:
                     raise UserError(f"{error}: {remedy}") from error
         longest = min(self.info.max_position_embeddings, *(server.max_tokens for server in self.servers))

@@ -166,7 +166,7 @@ def test_a_trainer_that_is_cut_off_and_replaced(folder, three):
     trainer.heal()
     wait_until(lambda: training.poll() is not None, 120, trainer.shown)
     assert training.returncode == 75, trainer.shown()
-    assert "has taken over this run while nothing was heard of this process" in trainer.shown()
+    assert "took over this run because this process had gone silent" in trainer.shown()
     ends_well(second, services)
     ends_well(producing, producer)
     assert result(services.folder, "replaced")["losses"] == result(folder, "online")["losses"]

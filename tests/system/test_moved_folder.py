@@ -66,9 +66,8 @@ def test_a_file_system_that_becomes_read_only(tmp_path, topology):
     check_end(process, output, tmp_path, "Read-only file system")
 
 
-def test_a_file_system_that_is_read_only(tmp_path):
-    """At the start."""
-    shutil.copy(TRAIN, tmp_path / "runs")  # a file is where the folder should be: root may write anywhere
+def test_a_file_where_the_folder_of_the_runs_should_be(tmp_path):
+    shutil.copy(TRAIN, tmp_path / "runs")
     command = [sys.executable, TRAIN, *TINY, "run_name=moved"]
     ended = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
     assert ended.returncode == 1

@@ -26,7 +26,7 @@ STAGING_BYTES = 256 << 20
 PUT_TRIES = 3
 PROBE_TIMEOUT_S = 1.0
 LONGEST_CALL_S = 35.0
-"""The library gives a peer that stands still up after 30 s."""
+"""The library gives up on a hanging peer after 30 s."""
 PATIENCE_S = 90.0
 """A peer that stands still for a minute, and comes back, ends nothing."""
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 0.5
@@ -196,7 +196,9 @@ class MooncakeClient:
         `mooncake_client` forgets a process that was not heard of for 10 s, because it stood still or the client did, and so
         does one that was started again. It then takes in what the process allocates from then on, and nothing older.
         """
-        logger.warning("mooncake_client %s no longer knows the memory of this process, which gets new", self.client_address)
+        logger.warning(
+            "mooncake_client %s no longer knows this process's memory; allocating new memory", self.client_address
+        )
         old, self.pool = self.pool, BufferPool(self._allocate, self._free)
         old.close()
 

@@ -1,11 +1,12 @@
 """Waits end, say whom they are for, and do not count the time in which this process stood still."""
 
 import logging
+import time
 
 import pytest
 
 from lightning_dataflow.contracts import waiting
-from lightning_dataflow.contracts.waiting import Wait, wait_until
+from lightning_dataflow.contracts.waiting import Wait, said_if_long, wait_until
 
 
 @pytest.fixture
@@ -59,3 +60,12 @@ def test_one_long_call_is_said_once(clock, caplog):
         clock[0] += seconds
         wait.seconds()
     assert said(caplog) == ["waiting for x, for 35 s so far"]
+
+
+@pytest.mark.parametrize(("seconds", "lines"), [(0.0, []), (0.2, ["waiting for x, for 0 s so far"])])
+def test_a_call_that_blocks_says_whom_it_waits_for(monkeypatch, caplog, seconds, lines):
+    monkeypatch.setattr(waiting, "SAY_AFTER_S", 0.05)
+    with said_if_long("x"):
+        time.sleep(seconds)
+    time.sleep(0.1)  # after the call nothing is said
+    assert said(caplog) == lines

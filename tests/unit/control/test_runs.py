@@ -133,7 +133,7 @@ def test_a_trainer_whose_run_was_claimed_changes_nothing(open_ledger):
     if isinstance(old, RedisMetadataStore):
         changes.append(lambda: log_of(old).publish([LogRecord(kind="skip", seq=0, reason="lost")]))
     for change in changes:
-        with pytest.raises(PeerFailedError, match=rf"process {os.getpid()} on {HOST} has taken over this run"):
+        with pytest.raises(PeerFailedError, match=rf"process {os.getpid()} on {HOST} took over this run"):
             change()
     assert in_flight(new) == (4, 4 * SIZE)
     status = new.status()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from lightning_dataflow.contracts import waiting
 from lightning_dataflow.data import prefetch as prefetch_module
 from lightning_dataflow.data.prefetch import Prefetcher
 
@@ -126,10 +127,12 @@ def test_tensors_within_tuples_are_copied_too(monkeypatch):
     assert {tensor.device.type for tensor in (copy["ids"], *copy["rows"], *copy["nested"]["x"])} == {"meta"}
 
 
-def test_a_read_that_hangs_is_said(monkeypatch):
-    monkeypatch.setattr(prefetch_module, "JOIN_TIMEOUT_S", 0.05)
+def test_a_read_that_hangs_is_said(monkeypatch, caplog):
+    monkeypatch.setattr(waiting, "SAY_AFTER_S", 0.01)
+    monkeypatch.setattr(prefetch_module, "JOIN_TIMEOUT_S", 0.1)
     release = threading.Event()
     batches = Prefetcher(iter(lambda: release.wait() and None, None), depth=1, device=CPU)
     with pytest.raises(RuntimeError, match="the prefetch thread did not end within 0 s: it hangs in a read"):
         batches.close()
     release.set()
+    assert "waiting for the prefetch thread to end its read, for 0 s so far" in caplog.text

@@ -4,17 +4,19 @@ import time
 
 import pytest
 
-from lightning_dataflow.contracts import LogRecord, PeerFailedError, PeerTimeoutError, UserError
+from lightning_dataflow.contracts import LogRecord, PeerFailedError, PeerTimeoutError, UserError, waiting
 from lightning_dataflow.data.queue import QueueCancelledError
 from tests.unit.data.queues import lease_and_publish, publish, queue_of, soon
 
 
-def test_a_producer_that_falls_silent_is_named(plane):
+def test_a_producer_that_falls_silent_is_named(plane, monkeypatch, caplog):
+    monkeypatch.setattr(waiting, "SAY_AFTER_S", 0.01)
     queue = queue_of(plane, idle_timeout_s=0.05)
     with pytest.raises(
         PeerTimeoutError, match=r"no sample came for 0 s; waiting for 2 of the 2 samples of the window at seq 0"
     ):
         queue.get(range(2), range(2))
+    assert "waiting for 2 of the 2 samples of the window at seq 0 from a producer, none has started" in caplog.text
     plane.ledger.report("producer-0", "capturing seq 0")
     publish(plane, 0)
     with pytest.raises(

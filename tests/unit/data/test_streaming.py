@@ -314,7 +314,7 @@ def test_a_trainer_that_another_replaced_leaves_everything_to_it(tmp_path, store
     capture(worker, 4)
     before = store.health()["num_samples"]
     new.begin(RunPlan(start=4, stop=40, window=4), 0, 1)
-    with pytest.raises(PeerFailedError, match="has taken over this run while nothing was heard"):
+    with pytest.raises(PeerFailedError, match="took over this run because this process had gone silent"):
         old.applied([], 8, 2)
     assert (old.frees_at_end(), new.frees_at_end()) == (False, True)
     old.finish("failed: it was taken over")

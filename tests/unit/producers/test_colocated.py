@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lightning_dataflow.contracts import waiting
 from lightning_dataflow.control import RunPlan
 from lightning_dataflow.data import DataFlowDataModule, PassOrder, SampleRows, queue as queue_module
 from lightning_dataflow.producers import ColocatedSource, OnlineSource, colocated as colocated_module
@@ -171,8 +172,9 @@ def test_a_second_fit_after_an_error(prompts, target, tmp_path, threaded, monkey
     source.finish("completed")
 
 
-def test_a_capture_that_hangs_is_said(prompts, target, tmp_path, monkeypatch):
-    monkeypatch.setattr(colocated_module, "JOIN_TIMEOUT_S", 0.05)
+def test_a_capture_that_hangs_is_said(prompts, target, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(waiting, "SAY_AFTER_S", 0.01)
+    monkeypatch.setattr(colocated_module, "JOIN_TIMEOUT_S", 0.1)
     release = threading.Event()
     source = make(prompts, target, tmp_path, True)
     entered = threading.Event()
@@ -182,3 +184,4 @@ def test_a_capture_that_hangs_is_said(prompts, target, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="the producer thread did not end within 0 s: it hangs in a capture"):
         source.finish("interrupted")
     release.set()
+    assert "waiting for the producer thread to end its capture, for 0 s so far" in caplog.text

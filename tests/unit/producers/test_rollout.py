@@ -96,13 +96,17 @@ def test_a_trainer_that_never_begins(plane, store):
         worker.run()
 
 
-def test_a_trainer_that_vanishes(plane, store):
+def test_a_trainer_that_vanishes(plane, store, monkeypatch):
+    """The producer reads the reports alone, ten times a second: not what all samples in flight are."""
     begin(plane, stop=2)
+    status, calls = plane.ledger.status, []
+    monkeypatch.setattr(plane.ledger, "status", lambda: calls.append(0) or status())
     plane.ledger.report("trainer-0", "training")
     worker = make_worker(plane, store, peer_timeout_s=0.2)
     with pytest.raises(PeerTimeoutError, match=r"trainer-0 on .* gave no sign of life for 0 s \(it was training\)"):
         worker.run()
     assert worker.num_captured == 2
+    assert len(calls) <= 1, "at the end of the log"
 
 
 def test_the_end_of_the_run_ends_the_worker_and_leaves_nothing(plane, store):

@@ -65,6 +65,12 @@ def test_a_request_is_input_not_truth(changes, message):
         request_from_text(json.dumps(GOOD | changes), 5)
 
 
+@pytest.mark.parametrize("field", sorted(GOOD))
+def test_a_request_has_all_fields(field):
+    with pytest.raises(UserError, match="not a capture request"):
+        request_from_text(json.dumps({name: value for name, value in GOOD.items() if name != field}), 5)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", "null", 7, None, '{"protocol": 3}', "[" * 100_000])
 def test_what_is_no_request(text):
     with pytest.raises(UserError, match="not a capture request"):

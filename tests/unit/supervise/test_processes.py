@@ -4,10 +4,12 @@ import os
 import signal
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 
-from lightning_dataflow.supervise.processes import ManagedProcess, defer_interrupts, end_all
+from lightning_dataflow.contracts import waiting
+from lightning_dataflow.supervise.processes import ManagedProcess, defer_interrupts, end_all, wait_for_end
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -37,3 +39,13 @@ def test_a_process_that_is_interrupted_while_it_starts_is_known(monkeypatch, num
         signal.signal(number, before)
         end_all(processes)
     assert not processes[0].is_running()
+
+
+def test_a_wait_for_processes_names_those_that_are_left(monkeypatch, caplog):
+    monkeypatch.setattr(waiting, "SAY_AFTER_S", 0.01)
+    ended, left = (SimpleNamespace(name=name, is_running=lambda on=on: on) for name, on in (("a", False), ("b", True)))
+    assert wait_for_end([ended, left], 0.2) == [left]
+    assert "waiting for b to end, for 0 s so far" in caplog.text
+    caplog.clear()
+    assert wait_for_end([ended], 0.2) == []
+    assert caplog.text == ""

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from lightning_dataflow.contracts import PeerFailedError, PeerGoneError
+from lightning_dataflow.contracts import PeerFailedError, PeerGoneError, waiting
 from lightning_dataflow.targets.sglang_http import CaptureFailedError, CaptureServer, ServerRefusalError
 from tests.unit.targets.capture_servers import (
     PROMPTS,
@@ -44,7 +44,8 @@ def test_a_server_that_comes_back_with_another_model(connect, servers):
         ask(engine)
 
 
-def test_all_gone(connect, servers):
+def test_all_gone(connect, servers, monkeypatch, caplog):
+    monkeypatch.setattr(waiting, "SAY_AFTER_S", 0.05)
     engine = connect()
     for server in servers:
         server.dead = True
@@ -52,6 +53,8 @@ def test_all_gone(connect, servers):
         PeerFailedError, match=r"no capture server has answered for \d+ s: the server at http://.* does not answer.*; the"
     ):
         engine.capture(PROMPTS[:1])
+    assert "waiting for a capture server to answer: the server at http://" in caplog.text
+    assert "does not answer" in caplog.text
 
 
 def test_what_may_have_been_stored_is_not_asked_of_another(connect, servers):

@@ -75,7 +75,9 @@ def test_a_broken_sample_is_named_and_counted(trained):
     assert found["status"] == "completed" and None not in found["losses"]
 
 
-@pytest.mark.parametrize("where", [slow("offline"), nightly("interleaved"), slow("disagg_online"), nightly("disagg_offline")])
+@pytest.mark.parametrize(
+    "where", [slow("offline"), slow("disagg_online"), nightly("interleaved"), nightly("disagg_offline")]
+)
 def test_every_topology_trains_the_same_windows(trained, where):
     here, online = trained(where, *ELSEWHERE[where])[0], trained("online")[0]
     assert {key: here[key] for key in SAME} == {key: online[key] for key in SAME}

@@ -7,8 +7,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 cache=""
-if [ "${1:-}" = "--cache" ]; then
+if [ "$#" = 2 ] && [ "$1" = "--cache" ]; then
   cache=$2
+elif [ "$#" != 0 ]; then
+  echo "usage: bash scripts/setup.sh [--cache DIR]" >&2
+  exit 2
 fi
 
 python=$(command -v python3.11 || command -v python3 || true)

@@ -40,6 +40,8 @@ def read_header(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.exists():
         raise UserError(f"no checkpoint {path}: give a file, the folder of a sharded one, of a run, or of a draft")
+    if path.is_dir() and not (path / METADATA).exists():
+        raise UserError(f"{path} holds no checkpoint: give a file, the folder of a sharded one, of a run, or of a draft")
     if has_marker(path) and (reason := incomplete(path)) is not None:
         raise UserError(f"{path} is not a complete checkpoint: {reason}")
     try:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, read_write
@@ -24,7 +25,7 @@ from lightning_dataflow.config.schema import TrainConfig
 from lightning_dataflow.contracts import CapacityError, NotFiniteError, PeerFailedError, PeerTimeoutError, UserError
 from lightning_dataflow.contracts.errors import BAD_SETTINGS, INTERRUPTED, RETRYABLE, TERMINATED
 from lightning_dataflow.contracts.folders import KeptFolder
-from lightning_dataflow.contracts.foreign import one_line
+from lightning_dataflow.contracts.foreign import first_line, one_line
 from lightning_dataflow.run.claim import claim
 from lightning_dataflow.run.ranks import rank_from_environment
 from lightning_dataflow.run.signals import Terminated, signals_interrupt
@@ -111,6 +112,7 @@ def command(function: Command, *, keeps_folder: bool = True, owns_folder: bool =
 
     @wraps(function)
     def main() -> None:
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints errors itself, in several lines
         ClaimRun.wanted = owns_folder
         with signals_interrupt(), private_files():
             try:
@@ -119,8 +121,15 @@ def command(function: Command, *, keeps_folder: bool = True, owns_folder: bool =
                 run()
             except (UserError, KeyboardInterrupt) as error:  # before the command began, or a second Ctrl-C
                 _exit(error, "auto")
+            except HydraException as error:
+                _exit(UserError(_of_composition(error)), "auto")
 
     return main
+
+
+def _of_composition(error: HydraException) -> str:
+    """What is wrong with a setting on the command line or with a file of settings."""
+    return f"{error} ({first_line(error.__cause__)})" if error.__cause__ else str(error)
 
 
 def _exit(error: BaseException, role: str) -> NoReturn:

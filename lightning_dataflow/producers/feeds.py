@@ -22,7 +22,7 @@ from lightning_dataflow.targets import SGLangServerTarget, TargetEngine
 log = logging.getLogger(__name__)
 
 MOST_BROKEN = 8
-"""If the first so many samples of a target all hold NaN or infinity, the run ends; so many are named in the log."""
+"""The run ends if as many samples of a target, its first, all hold NaN or infinity. The log names at most as many."""
 
 
 class CapturedSample(NamedTuple):

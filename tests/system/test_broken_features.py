@@ -75,7 +75,9 @@ def test_a_broken_sample_is_named_and_counted(trained):
     assert found["status"] == "completed" and None not in found["losses"]
 
 
-@pytest.mark.parametrize("where", ["offline", nightly("interleaved"), slow("disagg_online"), nightly("disagg_offline")])
+@pytest.mark.parametrize(
+    "where", [slow("offline"), slow("disagg_online"), nightly("interleaved"), nightly("disagg_offline")]
+)
 def test_every_topology_trains_the_same_windows(trained, where):
     here, online = trained(where, *ELSEWHERE[where])[0], trained("online")[0]
     assert {key: here[key] for key in SAME} == {key: online[key] for key in SAME}
@@ -88,7 +90,7 @@ def test_packed_rows_too(trained, packed):
     assert {key: here[key] for key in SAME} == {key: online[key] for key in SAME}
 
 
-@pytest.mark.parametrize("settings", [(), nightly(("topology=interleaved",)), nightly(STREAMED)])
+@pytest.mark.parametrize("settings", [slow(()), nightly(("topology=interleaved",)), nightly(STREAMED)])
 def test_ranks_tell_each_other(trained, settings):
     """`result.json` is the first rank's, and in `online` each rank captures its own samples."""
     two, one = trained("ranks" + "".join(settings)[9:15], *RANKS, *settings)[0], trained("online")[0]

@@ -14,7 +14,7 @@ TOPOLOGIES = {
 }
 
 
-@pytest.mark.parametrize("topology", ["online", slow("disagg_online"), nightly("interleaved"), nightly("offline")])
+@pytest.mark.parametrize("topology", [slow("online"), slow("disagg_online"), nightly("interleaved"), nightly("offline")])
 def test_the_losses_are_those_of_hf_and_nothing_is_left(tmp_path, topology):
     settings = (f"topology={topology}", *TOPOLOGIES[topology], "trainer.max_steps=4")
     python(TRAIN, *TINY, *settings, "run_name=hf", cwd=tmp_path)
@@ -26,6 +26,7 @@ def test_the_losses_are_those_of_hf_and_nothing_is_left(tmp_path, topology):
     wait_until(lambda: not processes_in(tmp_path), 10, lambda: f"processes left: {processes_in(tmp_path)}")
 
 
+@pytest.mark.slow
 def test_the_conformance_command(tmp_path):
     shown = python(
         *("-m", "lightning_dataflow", "conformance", "experiment=tiny", "strategy=dflash", "target.engine=sglang"),

@@ -4,6 +4,7 @@ import http.client
 import urllib.request
 
 from lightning_dataflow.contracts.foreign import first_line, parse_json
+from lightning_dataflow.contracts.waiting import LONGEST_CALL_S
 from lightning_dataflow.stores.base import StoreUnavailableError
 
 MAX_ANSWER_BYTES = 256 << 20
@@ -44,7 +45,7 @@ class MooncakeAdmin:
 
     def _read(self, path: str) -> str:
         try:
-            with self._opener.open(f"http://{self.address}{path}", timeout=10) as response:
+            with self._opener.open(f"http://{self.address}{path}", timeout=LONGEST_CALL_S) as response:
                 answer = response.read(MAX_ANSWER_BYTES + 1)
             # A part of the keys is not enough: a sweep would miss the others.
             if len(answer) > MAX_ANSWER_BYTES:

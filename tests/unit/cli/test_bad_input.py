@@ -146,9 +146,12 @@ def test_an_unknown_choice_lists_what_there_is(run, capsys, override, listed):
     assert listed in line
 
 
-def test_an_unknown_key_is_refused(run, capsys):
-    assert run(train.main, "data.micro_bach_size=1") == 1
-    assert "micro_bach_size" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("override", "why"), [("data.micro_bach_size=1", "Key 'micro_bach_size'"), ("data.max_length=long", "Value 'long'")]
+)
+def test_what_hydra_refuses_is_one_line_too(run, capsys, override, why):
+    assert run(train.main, override) == 1
+    assert override in (line := one_line(capsys)) and why in line
 
 
 @pytest.mark.parametrize("main", [train.main, capture.main, evaluate.main, show_mask.main])

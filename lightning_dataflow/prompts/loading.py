@@ -105,7 +105,14 @@ def load_prompts(
         arrays, facts = read_arrays(cached(Path(cache).expanduser() / key, build, cache_timeout_s))
     held_out, skipped = facts["num_held_out"], facts["skipped"]
     if held_out == len(arrays.samples):
-        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "the file is empty"
+        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.items()) or "none"
+        if held_out:
+            raise UserError(
+                f"no prompts left to train on in {', '.join(paths)} ({held_out} held out; left out: {reasons}): "
+                f"set data.num_eval_samples below {held_out}, or give more records"
+            )
+        if not skipped:
+            raise UserError(f"no prompts left to train on in {', '.join(paths)}: the file is empty, check data.path")
         raise UserError(
             f"no prompts left to train on in {', '.join(paths)} ({held_out} held out; left out: {reasons}): "
             "check data.path, data.format and data.max_length"

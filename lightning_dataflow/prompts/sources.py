@@ -214,7 +214,7 @@ def _is_deep(record: Mapping[str, Any]) -> bool:
 
 def _reason(error: ValueError | RecursionError) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"not JSON ({error.msg} at column {error.colno})"
+        return f"not JSON ({error.msg.removesuffix(' at')} at column {error.colno})"
     if isinstance(error, RecursionError):
         return TOO_DEEP
     return f"a number has more than {sys.get_int_max_str_digits()} digits"

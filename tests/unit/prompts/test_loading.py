@@ -134,7 +134,12 @@ def test_roles_that_are_usual_or_named_by_the_template(im, write):
         ([IDS], {"format": "csv"}, "data.format=csv is unknown: use one of auto, tokens, sharegpt"),
         ([IDS], {"max_length": 2}, "data.max_length=2 leaves nothing to learn: use at least 3"),
         ([IDS], {"turns": "some"}, "data.turns=some is unknown"),
-        ([IDS], {"num_eval_samples": 1}, r"no prompts left to train on in .* \(1 held out; left out: the file is empty\)"),
+        (
+            [IDS],
+            {"num_eval_samples": 1},
+            r"no prompts left .* \(1 held out; left out: none\): set data\.num_eval_samples",
+        ),
+        ([], {}, r"no prompts left to train on in .*: the file is empty, check data\.path"),
         ([chat("q")], {}, r"no prompts left .* \(0 held out; left out: 1 no assistant turn\): check data.path"),
         ([ICE], {"chat_template": "{% for %}"}, "the chat template is not valid Jinja"),
     ],

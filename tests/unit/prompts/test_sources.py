@@ -95,6 +95,7 @@ def test_every_line_is_named_though_blank_ones_are_not_records(tmp_path):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
+        ('{"text": "1', "not JSON (Invalid control character at column 12); expected one JSON object a line, correct"),
         ('{"text" 1}', "not JSON (Expecting ':' delimiter at column 9); expected one JSON object a line, correct"),
         ("[" * 100_000, "lists or objects are nested too deeply; expected one JSON object a line, correct"),
         ('{"a": ' + "[" * 100 + "]" * 100 + "}", "lists or objects are nested too deeply; expected one JSON object a line"),
@@ -103,7 +104,7 @@ def test_every_line_is_named_though_blank_ones_are_not_records(tmp_path):
         ('"text"', "a JSON str; expected one JSON object a line"),
         (json.dumps({"text": "x" * 200}), "longer than 100 characters; split or remove the record"),
     ],
-    ids=range(7),
+    ids=range(8),
 )  # fmt: skip
 def test_a_broken_line_among_good_ones(tmp_path, monkeypatch, line, reason):
     if "longer" in reason:

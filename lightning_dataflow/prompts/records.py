@@ -29,7 +29,7 @@ class Conversation:
         messages: each with `role` and `content`; an assistant's also with `tool_calls`, `reasoning_content`, …
         tools: in OpenAI's shape.
         arguments: further variables of the template.
-        unsupervised: indices of assistant's messages that are not to be learnt.
+        unsupervised: indices of assistant's messages that are not trained on.
     """
 
     messages: tuple[Message, ...]
@@ -83,18 +83,20 @@ def normalise(record: Mapping[str, Any], format: str, where: str) -> Sample:
 
 
 def _sharegpt(record: Mapping[str, Any]) -> Conversation:
-    return _with_chosen(record, _turns(record["conversations"]))
+    return _with_chosen(record, _turns(record["conversations"], "conversations"))
 
 
 def _messages(record: Mapping[str, Any]) -> Conversation:
-    return _with_chosen(record, _turns(record["messages"]))
+    return _with_chosen(record, _turns(record["messages"], "messages"))
 
 
 def _preference(record: Mapping[str, Any]) -> Conversation:
     prompt = as_list(record.get("prompt"))
     if is_empty(prompt):
         return _with_chosen(record, [])
-    return _with_chosen(record, [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _turns(prompt))
+    return _with_chosen(
+        record, [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _turns(prompt, "prompt")
+    )
 
 
 def _with_chosen(record: Mapping[str, Any], turns: list[Any]) -> Conversation:
@@ -102,7 +104,7 @@ def _with_chosen(record: Mapping[str, Any], turns: list[Any]) -> Conversation:
     chosen = as_list(record.get("chosen"))
     if is_empty(chosen):
         return to_conversation(record, turns)
-    answer = [{"role": "assistant", "content": chosen}] if isinstance(chosen, str) else _turns(chosen)
+    answer = [{"role": "assistant", "content": chosen}] if isinstance(chosen, str) else _turns(chosen, "chosen")
     first = read_message(answer[0], 1).message
     if first["role"] != "assistant":
         return to_conversation(record, answer)
@@ -118,30 +120,30 @@ def _completion(record: Mapping[str, Any]) -> Conversation | PlainText:
     prompt, completion = as_list(record["prompt"]), as_list(record["completion"])
     if isinstance(prompt, str) and isinstance(completion, str):
         return PlainText(text=prompt + completion, start=len(prompt))
-    question, answer = _turns(prompt), _turns(completion)
+    question, answer = _turns(prompt, "prompt"), _turns(completion, "completion")
     return to_conversation(record, [*question, *answer], first_supervised=len(question))
 
 
 def _alpaca(record: Mapping[str, Any]) -> Conversation:
-    question = to_text(record["instruction"])
+    question = to_text(record["instruction"], "instruction")
     if not is_empty(record.get("input")):
-        question = f"{question}\n\n{to_text(record['input'])}"
-    answer: Message = {"role": "assistant", "content": to_text(record["output"])}
+        question = f"{question}\n\n{to_text(record['input'], 'input')}"
+    answer: Message = {"role": "assistant", "content": to_text(record["output"], "output")}
     answer |= {key: value for key, value in record.items() if snake_case(key) in REASONING_KEYS}
     return to_conversation(record, [{"role": "user", "content": question}, answer])
 
 
 def _plain_text(record: Mapping[str, Any]) -> PlainText:
-    return PlainText(text=to_text(record["text"]))
+    return PlainText(text=to_text(record["text"], "text"))
 
 
 def to_conversation(record: Mapping[str, Any], turns: Any, first_supervised: int = 0) -> Conversation:
     """`turns` of either shape, with what else the record says of its conversation: system prompt, history, tools, ….
 
     Args:
-        first_supervised: earlier ones of `turns` are not learnt.
+        first_supervised: earlier ones of `turns` are not trained on.
     """
-    turns = _turns(turns)
+    turns = _turns(turns, "turns")
     read = [read_message(turn, number) for number, turn in enumerate(turns, start=1)]
     history = [read_message(turn, number) for number, turn in enumerate(_history(record), start=1)]
     read = _with_system(record, [*history, *read])
@@ -154,7 +156,7 @@ def to_conversation(record: Mapping[str, Any], turns: Any, first_supervised: int
     return Conversation(
         messages=tuple(message.message for message in read),
         tools=given[0] if given else (),
-        documents=tuple(as_json(value_of(record, ("documents",)) or ())),
+        documents=tuple(as_json(value_of(record, ("documents",)) or (), "documents")),
         arguments=_arguments(record),
         unsupervised=frozenset(
             index for index, message in enumerate(read) if not message.is_supervised or index < first_supervised
@@ -167,7 +169,7 @@ def _with_system(record: Mapping[str, Any], read: list[ReadMessage]) -> list[Rea
     system = value_of(record, SYSTEM_KEYS)
     if system is None:
         return read
-    message = read_message({"role": "system", "content": system}, 1)
+    message = read_message({"role": "system", "content": to_text(system, "system")}, 1)
     if not read or read[0].message["role"] != "system":
         return [message, *read]
     if read[0].message["content"] != message.message["content"]:
@@ -177,7 +179,7 @@ def _with_system(record: Mapping[str, Any], read: list[ReadMessage]) -> list[Rea
 
 def _history(record: Mapping[str, Any]) -> list[Message]:
     """Earlier turns: pairs of question and answer, or messages."""
-    history = as_json(value_of(record, ("history",)) or [])
+    history = as_json(value_of(record, ("history",)) or [], "history")
     turns: list[Message] = []
     for entry in map(as_list, history):
         if isinstance(entry, Mapping):
@@ -189,14 +191,16 @@ def _history(record: Mapping[str, Any]) -> list[Message]:
 
 
 def _arguments(record: Mapping[str, Any]) -> dict[str, Any]:
-    given = as_json(value_of(record, ("chat_template_kwargs",)) or {})
+    given = as_json(value_of(record, ("chat_template_kwargs",)) or {}, "chat_template_kwargs")
     arguments = {str(key): value for key, value in given.items() if value is not None}
     named = {name: value_of(record, (name,)) for name in ARGUMENT_KEYS}
     return arguments | {name: value for name, value in named.items() if value is not None}
 
 
-def _turns(value: Any) -> list[Any]:
-    turns = as_json(value)
+def _turns(value: Any, name: str) -> list[Any]:
+    turns = as_json(value, name)
+    if not isinstance(turns, Mapping | list | tuple):
+        raise UserError(f"{name} is {show(value)}: give a list of messages")
     return [turns] if isinstance(turns, Mapping) else list(turns)
 
 

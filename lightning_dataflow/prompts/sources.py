@@ -62,7 +62,9 @@ def read_records(
     if files is None:
         return _read_dataset(path, split, config, revision, setting)
     if not files:
-        raise UserError(f"no prompt file {path}: set {setting} to a .jsonl file or a Hugging Face data set")
+        raise UserError(
+            f"{path} does not exist: {setting} takes a file, a folder, a pattern or the name of a Hugging Face data set"
+        )
     return (record for file in files for record in _read_file(file, split, setting))
 
 

@@ -122,7 +122,7 @@ def _without_calls(message: Message) -> Message:
 
 def _find_turn(template: ChatTemplate, conversation: Conversation, index: int) -> Turn:
     if index in conversation.unsupervised:
-        return Turn(index=index, reason="the record says that it is not to be learnt")
+        return Turn(index=index, reason="the record excludes this turn from training")
     if index == 0:
         return Turn(index=index, reason="the conversation begins with it, so it answers nothing")
     try:

@@ -14,7 +14,7 @@ ALL_ALIKE = "all supervised tokens count alike, so remove it, or the record"
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "thought")
 EMPTY_TEXTS = ("", "[]", "{}", "null")
 TRAIN_FLAGS = ("weight", "train", "train_on_turn", "training", "loss")
-"""Keys of a turn that say whether it is to be learnt."""
+"""Keys of a turn that say whether it is trained on."""
 
 _MASK = re.compile(r"(?!special_tokens_)(\w+_)?masks?")
 _HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])")
@@ -92,10 +92,10 @@ def check_question(record: Mapping[str, Any]) -> None:
             raise UserError(f"the key {key} changes what is asked and is not supported: remove it, or the record")
 
 
-def check_turn(turn: Mapping[str, Any], number: int, role: str) -> None:
-    """Raise UserError for a key of turn `number` that would change what is trained on and is not supported.
+def check_turn(turn: Mapping[str, Any], role: str) -> None:
+    """Raise UserError for a key of a turn that would change what is trained on and is not supported.
 
-    Flags say whether an assistant's turn is learnt; others never are.
+    Flags say whether an assistant's turn is trained on; others never are.
     """
     for key, value in turn.items():
         name = snake_case(key)
@@ -105,7 +105,7 @@ def check_turn(turn: Mapping[str, Any], number: int, role: str) -> None:
         else:
             is_read = name in _WEIGHTS and is_all(value, 1)
         if remedy is not None and not is_read and not is_empty(value):
-            raise UserError(f"turn {number}: {_message(key, remedy)}")
+            raise UserError(_message(key, remedy))
 
 
 def as_list(value: Any) -> Any:

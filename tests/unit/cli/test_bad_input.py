@@ -27,7 +27,7 @@ def broken_file(folder: Path) -> str:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data.path=nowhere.jsonl"], "no prompt file nowhere.jsonl"),
+        (["data.path=nowhere.jsonl"], "nowhere.jsonl does not exist: data.path takes a file"),
         (["data.path=BROKEN"], "line 2: not JSON"),
         (["data.path=MASKED"], "masked.jsonl, line 2: 6 input_ids, 0 loss_mask entries: give 0 or 1 for each"),
         (["data.max_length=4"], "nothing supervised within max_length"),

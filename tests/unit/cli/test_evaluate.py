@@ -158,7 +158,7 @@ def test_callbacks_that_follow_nothing_are_refused(run, capsys):
         (["evaluate.output=taken.json"], "taken.png, where its figure goes, is a folder"),
         (["evaluate.dtype=int8"], "evaluate.dtype=int8 is unknown: available are auto, float32, bfloat16, float16"),
         ([*VLLM, "evaluate.dtype=int8"], "evaluate.dtype=int8 is unknown: available are auto"),
-        (["evaluate.data=nowhere.jsonl"], "no prompt file nowhere.jsonl: set evaluate.data"),
+        (["evaluate.data=nowhere.jsonl"], "nowhere.jsonl does not exist: evaluate.data takes a file"),
         (["evaluate.data=BAD"], "line 2: keys ['answer'] have no question"),
         (["evaluate.num_prompts=9"], "evaluate.num_prompts=9: 8 prompts are held out"),
         (["data.num_eval_samples=0"], "no held-out prompts: set data.num_eval_samples, or evaluate.data"),

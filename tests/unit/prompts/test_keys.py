@@ -63,7 +63,7 @@ def test_a_key_of_the_record_that_nothing_reads(shapes, key, value, remedy):
 def test_a_key_of_a_turn_that_nothing_reads(key, value, remedy):
     for shape in ("sharegpt", "messages"):
         message = refused(spoilt(shape, key, value))
-        assert f"line 7: turn 1: the key {key} changes what is trained on and is not supported: " in message
+        assert f"line 7: message 1: the key {key} changes what is trained on and is not supported: " in message
         assert remedy in message
 
 

@@ -112,7 +112,7 @@ def test_arguments_of_the_template(write, tokenizer):
     ("columns", "message"),
     [
         ({"tools": TOOLS}, "line 2: the chat template drops the tools"),
-        ({"system": "s", "chat_template_kwargs": "x"}, "line 2: 'x' is not JSON"),
+        ({"system": "s", "chat_template_kwargs": "x"}, "line 2: chat_template_kwargs is 'x', which is not JSON"),
         ({"image": "cat.png"}, "line 2: the key image changes what is asked and is not supported: remove it"),
         ({"turns": [1]}, "line 2: turns is not text, or a list that begins with text"),
     ],
@@ -127,5 +127,5 @@ def test_token_ids_are_rendered_already(write, tokenizer):
 
 
 def test_a_missing_file_names_its_own_setting(tokenizer):
-    with pytest.raises(UserError, match=r"no prompt file nowhere.jsonl: set evaluate.data"):
+    with pytest.raises(UserError, match=r"nowhere.jsonl does not exist: evaluate.data takes"):
         load_questions("nowhere.jsonl", tokenizer)

@@ -136,7 +136,7 @@ def test_tools_beside_the_system_prompt_of_a_conversation():
 @pytest.mark.parametrize(
     ("tools", "message"),
     [
-        ("weather", "'weather' is not JSON: correct it, or give a list"),
+        ("weather", "tools is 'weather', which is not JSON: correct it"),
         ([{"description": "f"}], "the tool {'description': 'f'} has no name: give OpenAI's list of tools"),
         (["weather"], "tools is not a list of functions: give OpenAI's list, or its JSON as text"),
     ],
@@ -186,7 +186,7 @@ def test_parallel_calls_without_text_and_their_answers():
     expected = [{"id": f"c{index}", "type": "function", "function": {"name": "f", "arguments": {}}} for index in range(3)]
     assert called == {"role": "assistant", "content": None, "tool_calls": expected}
     assert rest == answers
-    assert "'{a' is not JSON" in refused(
+    assert "message 2: arguments is '{a', which is not JSON" in refused(
         {"messages": [MESSAGES[0], {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{a"}]}]}
     )
 
@@ -209,9 +209,10 @@ def test_reasoning_in_a_part_of_the_content(thought):
     ("content", "message"),
     [
         ([{"type": "image_url", "image_url": "x"}], "a content part of type image_url: only text is trained on"),
-        ([{"type": "text", "text": None}], "expected text, got NoneType"),
-        (None, "expected text, got NoneType"),
-        ({"a": 1}, "expected text, got dict"),
+        ([{"type": "text", "text": None}], "message 1: text of a content part is None: give text"),
+        (None, "message 1: content is None: give text, or a list of parts with text"),
+        ({"a": 1}, "message 1: content is {'a': 1}: give text"),
+        ([None], "message 1: a content part is None: give text"),
     ],
 )
 def test_content_that_is_not_text(content, message):
@@ -225,8 +226,8 @@ def test_turns_that_are_not_to_be_learnt(key):
         assert flagged == Conversation(messages=PLAIN.messages, unsupervised=frozenset({0, 1}))
     for yes in (1, True, 1.0, None):
         assert read({"messages": [MESSAGES[0], {**MESSAGES[1], key: yes}], "weight": 1.0}) == PLAIN
-    assert f"turn 1: the key {key} changes" in refused({"messages": [{**MESSAGES[0], key: 1}, MESSAGES[1]]})
-    assert f"turn 2: the key {key} changes" in refused({"messages": [MESSAGES[0], {**MESSAGES[1], key: 0.5}]})
+    assert f"message 1: the key {key} changes" in refused({"messages": [{**MESSAGES[0], key: 1}, MESSAGES[1]]})
+    assert f"message 2: the key {key} changes" in refused({"messages": [MESSAGES[0], {**MESSAGES[1], key: 0.5}]})
 
 
 def test_other_keys_of_a_message_are_for_the_template():
@@ -278,9 +279,13 @@ def test_masks_of_token_ids(columns, expected):
         ({"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}, "attention_mask hides tokens between others, or all"),
         ({"input_ids": [1, 2, 3], "attention_mask": [0, 0, 0]}, "attention_mask hides tokens between others, or all"),
         ({"input_ids": [1, 2, 3], "position_ids": [0, 1, 0]}, "position_ids do not count from 0"),
-        ({"conversations": [{"from": HUGE}]}, "not a record of format sharegpt (a number of more than 4300 digits)"),
-        ({"conversations": [{"from": "martian", "value": "q"}]}, "not a record of format sharegpt (KeyError('martian'))"),
-        ({"conversations": [{"from": None, "value": "q"}]}, "not a record of format sharegpt (KeyError('role'))"),
+        ({"conversations": [{"from": HUGE}]}, "message 1: from is a number of more than 4300 digits: use system, human,"),
+        ({"conversations": [{"from": "martian", "value": "q"}]}, "message 1: from is 'martian': use system, human,"),
+        ({"conversations": [{"from": None, "value": "q"}]}, "message 1: role is None: give role and content"),
+        ({"messages": [{"role": 5, "content": "q"}]}, "message 1: role is 5: give role"),
+        ({"messages": ["q"]}, "message 1: a turn is 'q': give role"),
+        ({"messages": 5}, "messages is 5: give a list of messages"),
+        ({"messages": "x"}, "messages is 'x', which is not JSON"),
         ({"question": "q"}, "keys ['question'] fit no format; expected conversations (from/value), messages"),
     ],
 )  # fmt: skip

@@ -184,7 +184,7 @@ def test_patterns(tmp_path):
 
 @pytest.mark.parametrize("name", ["nowhere.jsonl", "nowhere-*.jsonl", "nowhere/a.parquet"])
 def test_a_missing_file_names_its_setting(name):
-    with pytest.raises(UserError, match=r"no prompt file nowhere.*: set evaluate.data to a .jsonl file or a Hugging Face"):
+    with pytest.raises(UserError, match=r"nowhere.* does not exist: evaluate.data takes a file"):
         read_records(name, setting="evaluate.data")
 
 

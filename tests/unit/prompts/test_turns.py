@@ -135,7 +135,7 @@ def test_turns_that_have_nothing_to_learn_are_named(im):
     record["messages"][1]["weight"] = 0
     expected = [
         im_turns(("q", "a<|im_end|>"), ("r", "⟦b<|im_end|>⟧")),
-        "message 1: the record says that it is not to be learnt",
+        "message 1: the record excludes this turn from training",
     ]
     assert show(im, record) == expected
     assert show(im, {"messages": [WEATHER]}) == ["left out: no assistant turn"]

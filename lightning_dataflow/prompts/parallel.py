@@ -73,24 +73,24 @@ def _encode_in_processes(chunks: Iterator[list[Numbered]], encoder: Encoder, for
     if first is None:
         return
     num_processes = len(os.sched_getaffinity(0))
-    with ProcessPoolExecutor(
+    pool = ProcessPoolExecutor(
         num_processes,
         multiprocessing.get_context("fork"),
         initializer=_start_worker,
         initargs=(encoder, format, os.getpid()),
-    ) as pool:
-        running: deque[Future[list[Outcome]]] = deque()
-        try:
-            for chunk in chain([first], chunks):
-                running.append(pool.submit(_encode_in_worker, chunk))
-                if len(running) >= 4 * num_processes:
-                    yield from running.popleft().result()
-            while running:
+    )
+    running: deque[Future[list[Outcome]]] = deque()
+    try:
+        for chunk in chain([first], chunks):
+            running.append(pool.submit(_encode_in_worker, chunk))
+            if len(running) >= 4 * num_processes:
                 yield from running.popleft().result()
-        except BrokenProcessPool as error:
-            raise UserError("a process that tokenises prompts was killed, perhaps for lack of memory: run again") from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        while running:
+            yield from running.popleft().result()
+    except BrokenProcessPool as error:
+        raise UserError("a process that tokenises prompts was killed, perhaps for lack of memory: run again") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _encode_chunk(encoder: Encoder, chunk: Sequence[Numbered], format: str) -> list[Outcome]:

@@ -110,7 +110,7 @@ def test_a_resume_skips_the_same(trained, settings):
 
 @pytest.mark.parametrize(
     "settings",
-    [(), nightly(RANKS), slow(("topology=interleaved",)), nightly(("topology=offline",)), slow(STREAMED)],
+    [(), nightly(RANKS), slow(("topology=interleaved",)), nightly(("topology=offline",)), nightly(STREAMED)],
     ids=["online", "ddp", "interleaved", "offline", "disagg_online"],
 )
 def test_a_target_that_gives_nothing_else_ends_the_run(tmp_path, settings):

@@ -50,7 +50,7 @@ def test_the_comparison_notices_a_difference(undisturbed):
         assert len(compare(other, undisturbed)) == 1
 
 
-@pytest.mark.parametrize("moment", [nightly("before append"), "before checkpoint"])
+@pytest.mark.parametrize("moment", [nightly("before append"), nightly("before checkpoint")])
 def test_a_full_disk(tmp_path, undisturbed, moment):
     part = "trainer" if "checkpoint" in moment else "producer-0"
     outcome = run_trial(tmp_path, [{"part": part, "moment": moment, "count": 2, "action": "disk full"}])

@@ -14,7 +14,7 @@ TOPOLOGIES = {
 }
 
 
-@pytest.mark.parametrize("topology", [slow("online"), slow("disagg_online"), nightly("interleaved"), nightly("offline")])
+@pytest.mark.parametrize("topology", [nightly("online"), slow("disagg_online"), nightly("interleaved"), nightly("offline")])
 def test_the_losses_are_those_of_hf_and_nothing_is_left(tmp_path, topology):
     settings = (f"topology={topology}", *TOPOLOGIES[topology], "trainer.max_steps=4")
     python(TRAIN, *TINY, *settings, "run_name=hf", cwd=tmp_path)

@@ -87,7 +87,7 @@ def test_a_wait_bridges_a_restart_of_the_master(tmp_path):
         store.close()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_storage_process_dies_and_comes_back(tmp_path):
     with LocalMooncake(capacity_bytes=32 << 20, log_dir=tmp_path) as mooncake:
         near = attach(mooncake, unavailable_timeout_s=2)
@@ -129,7 +129,7 @@ def test_a_storage_process_that_comes_back_unnoticed_gets_new_memory(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"client_address": None}], ids=["shared_memory", "tcp"])
+@pytest.mark.parametrize("options", [{}, nightly({"client_address": None})], ids=["shared_memory", "tcp"])
 def test_a_process_that_stood_still_goes_on(tmp_path, options):
     """Longer than the 10 s after which Mooncake forgets it."""
     with LocalMooncake(capacity_bytes=64 << 20, log_dir=tmp_path) as mooncake:

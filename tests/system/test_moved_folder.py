@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.processes import TINY, TRAIN, environment, processes_in, slow, wait_until
+from tests.processes import TINY, TRAIN, environment, nightly, processes_in, slow, wait_until
 
 STEPS = "trainer.max_steps=2000"
 OFTEN = "callbacks.checkpoint.every_n_train_steps=2"
@@ -15,7 +15,7 @@ SMALL = "store.capacity_bytes=64000000"
 TOPOLOGIES = [
     ("topology=online",),
     slow(("topology=disagg_online", SMALL, "topology.restarts=2")),
-    slow(("topology=disagg_online", SMALL, "channel=redis", "control=redis")),
+    nightly(("topology=disagg_online", SMALL, "channel=redis", "control=redis")),
 ]
 
 

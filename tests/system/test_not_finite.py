@@ -119,7 +119,7 @@ def test_a_last_step_that_spoils_the_draft(tmp_path, settings):
 
 @pytest.mark.parametrize(
     "settings",
-    [slow(TWO_RANKS), nightly(()), nightly(INTERLEAVED), slow(DISAGG), nightly(DURABLE)],
+    [nightly(TWO_RANKS), nightly(()), nightly(INTERLEAVED), slow(DISAGG), nightly(DURABLE)],
     ids=["ddp", "online", "interleaved", "disagg_online", "durable"],
 )
 def test_a_target_with_nan_in_an_embedding(tmp_path, nan_in_an_embedding, settings):

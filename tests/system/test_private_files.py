@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from tests.processes import TINY, TRAIN, python, slow
+from tests.processes import TINY, TRAIN, nightly, python, slow
 
 SMALL = "store.capacity_bytes=64000000"
 SHORT = ("trainer.max_steps=2", "run_name=mine", "data.num_samples=16")
@@ -23,7 +23,7 @@ def open_to_others(folder) -> dict[str, str]:
     [
         ("topology=online", "logger=csv"),
         slow(("topology=offline",)),
-        slow(("topology=disagg_online", "channel=redis", "control=redis", SMALL)),
+        nightly(("topology=disagg_online", "channel=redis", "control=redis", SMALL)),
         slow(("topology=disagg_offline", "store=shared_dir")),
     ],
     ids=lambda settings: settings[0].partition("=")[2],

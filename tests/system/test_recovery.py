@@ -46,7 +46,9 @@ def agrees(folder, name: str) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", [nightly("role=producer"), "role=trainer", "/mooncake_master", nightly("mooncake_client")])
+@pytest.mark.parametrize(
+    "part", [nightly("role=producer"), "role=trainer", nightly("/mooncake_master"), nightly("mooncake_client")]
+)
 def test_a_part_that_is_killed_starts_again(folder, part):
     name = f"killed-{len(part)}"
     with started(folder, *LONG, "topology.restarts=2", f"run_name={name}") as process:

@@ -63,7 +63,7 @@ def test_one_of_two_trains(tmp_path, topology):
     check_winner(tmp_path, LRS[won])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_one_of_two_trains_on_two_ranks(tmp_path):
     """Rank 1 of the other must not write either, before its rank 0 has ended."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")

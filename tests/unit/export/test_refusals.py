@@ -99,7 +99,7 @@ def test_weights_that_a_dtype_cannot_hold_are_not_exported(checkpoint, tmp_path)
             "taken exists: choose another folder to export to, or remove it",
         ),
         (["nowhere.ckpt", "--engine", "sglang"], "no checkpoint nowhere.ckpt"),
-        (["TAKEN", "--engine", "sglang"], "is not a draft's checkpoint"),
+        (["TAKEN", "--engine", "sglang"], "holds no checkpoint"),
         (["DOMINO", "--engine", "vllm"], "vLLM does not serve domino drafts, only dflash, eagle3"),
         (["EAGLE3", "--engine", "sglang", "--format", "speculators"], "no format 'speculators' for engine 'sglang'"),
         (["EMBEDDING", "--engine", "sglang"], "SGLang gives every EAGLE3 draft the target's token embedding"),

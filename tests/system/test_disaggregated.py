@@ -267,7 +267,7 @@ def test_the_scripts_without_hydra(folder, tmp_path):
     [
         (("topology.high_bytes=1000",), "error: producer-0: a window can have"),
         nightly(("store.address=127.0.0.1:9",), "127.0.0.1:9"),
-        nightly(("target.path=nowhere",), "error: producer-0: "),
+        nightly(("target.path=nowhere",), "no target model in nowhere"),
     ],
 )
 def test_a_part_with_bad_input_ends_the_run_with_its_message(folder, options, message):

@@ -94,7 +94,7 @@ class ResultWriter(L.Callback):
             "precision": trainer.precision,
             "records_per_pass": data.source.card.num_records,
             "samples_per_pass": len(data.source),
-            "samples_trained": data.next_seq - sum(seq < data.next_seq for seq in skipped_seqs),
+            "samples_trained": data.next_seq - len(skipped_seqs),
             "samples_not_reached_in_the_last_pass": -data.next_seq % len(data.source),
             "samples_skipped": sum(skipped.values()),
             "samples_skipped_by_reason": dict(skipped),

@@ -149,9 +149,9 @@ class DataFlowDataModule(L.LightningDataModule):
         self._saved_seq = None
 
     def skipped(self) -> dict[int, str]:
-        """Seqs that were not trained, with the reasons, since the run began; of all ranks once a checkpoint was written or
-        training has ended."""
-        return self._skipped | self.source.skipped()
+        """Seqs before the cursor that were not trained, with the reasons, since the run began; of all ranks once a checkpoint
+        was written or training has ended. What was only read ahead is not among them."""
+        return {seq: reason for seq, reason in (self._skipped | self.source.skipped()).items() if seq < self.next_seq}
 
     def share_skipped(self) -> None:
         """Tell all ranks which samples each has skipped, where they do not see it in a log. A collective."""
@@ -198,7 +198,7 @@ class DataFlowDataModule(L.LightningDataModule):
         self.share_skipped()
         return {
             "next_seq": self.next_seq,
-            "skipped": {seq: reason for seq, reason in self.skipped().items() if seq < self.next_seq},
+            "skipped": self.skipped(),
             "recaptured": self._recaptured_before + sum(seq < self.next_seq for seq in self.source.recaptured()),
             "bad_steps": self.num_bad_steps,
             "run_id": self.run_id,

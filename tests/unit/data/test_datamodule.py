@@ -124,7 +124,7 @@ def test_online_and_offline_yield_the_same_bits(online, prompts, target, tmp_pat
         assert one["window_num_tokens"] == other["window_num_tokens"]
         for name in ("input_ids", "loss_mask", "aux_hidden_states", "last_hidden_state"):
             assert torch.equal(one[name], other[name])
-    assert set(skipped) <= ours.skipped().keys() == theirs.skipped().keys()
+    assert set(skipped) <= ours.source.skipped().keys() == theirs.source.skipped().keys()
     assert offline.store.health()["num_samples"] == len(offline)  # kept for the next pass
 
 

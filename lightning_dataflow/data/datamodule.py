@@ -149,8 +149,10 @@ class DataFlowDataModule(L.LightningDataModule):
         self._saved_seq = None
 
     def skipped(self) -> dict[int, str]:
-        """Seqs before the cursor that were not trained, with the reasons, since the run began; of all ranks once a checkpoint
-        was written or training has ended. What was only read ahead is not among them."""
+        """Seqs before the cursor that were not trained, with the reasons, since the run began.
+
+        Of all ranks once a checkpoint was written or training has ended. What was only read ahead is not among them.
+        """
         return {seq: reason for seq, reason in (self._skipped | self.source.skipped()).items() if seq < self.next_seq}
 
     def share_skipped(self) -> None:

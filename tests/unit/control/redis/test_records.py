@@ -133,7 +133,7 @@ def test_a_call_costs_the_same_however_many_samples_are_wanted(plane, redis_run,
     redis_run.ask("CONFIG", "SET", "slowlog-log-slower-than", 0)
     few, many = cost(50), cost(20000)
     redis_run.ask("CONFIG", "SET", "slowlog-log-slower-than", 10000)
-    assert many < 3 * few
+    assert many < 10 * few  # a call that walks them all takes hundreds of times as long
 
 
 def num_leased(redis_run) -> int:

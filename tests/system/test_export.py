@@ -92,13 +92,6 @@ def test_a_folder_is_measured_like_the_checkpoint_it_came_from(folder):
     assert reports[0] == reports[1]
 
 
-def test_refusals_are_one_line(folder):
-    python(TRAIN, *with_strategy(SETTINGS, "domino"), "run_name=domino", cwd=folder)
-    shown = export(folder, "domino", "--engine", "vllm", status=1)
-    errors = [line for line in shown.splitlines() if line]
-    assert errors == ["error: vLLM does not serve domino drafts, only dflash, eagle3"]
-
-
 def test_a_moving_average_is_exported_and_training_goes_on_from_the_weights(folder):
     """Averaging changes neither a loss, also after a resume, nor the vocabulary map."""
     ema = ("+callbacks.ema._target_=lightning.pytorch.callbacks.EMAWeightAveraging", "+callbacks.ema.decay=0.9")

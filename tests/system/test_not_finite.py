@@ -74,14 +74,14 @@ def fail(folder, *settings) -> tuple[str, dict, list[str]]:
     return error, result, sorted(path.name for path in run.glob("checkpoints/*"))
 
 
-EVERYWHERE = pytest.mark.parametrize(
+EVERYWHERE = ["online", "ddp", "interleaved", "fsdp2", "disagg_online", "durable"]
+
+
+@pytest.mark.parametrize(
     "settings",
-    [(), nightly(TWO_RANKS), nightly(INTERLEAVED), slow(SHARDED), slow(DISAGG), nightly(DURABLE)],
-    ids=["online", "ddp", "interleaved", "fsdp2", "disagg_online", "durable"],
+    [(), nightly(TWO_RANKS), nightly(INTERLEAVED), nightly(SHARDED), slow(DISAGG), nightly(DURABLE)],
+    ids=EVERYWHERE,
 )
-
-
-@EVERYWHERE
 def test_a_learning_rate_that_spoils_the_draft(tmp_path, settings):
     """The first step makes weights that are finite, and no loss is from then on."""
     error, result, checkpoints = fail(tmp_path, "optimizer.lr=1e20", *settings)
@@ -93,7 +93,11 @@ def test_a_learning_rate_that_spoils_the_draft(tmp_path, settings):
     assert (result["samples_trained"], result["samples_skipped"]) == (8, 24)
 
 
-@EVERYWHERE
+@pytest.mark.parametrize(
+    "settings",
+    [(), nightly(TWO_RANKS), nightly(INTERLEAVED), slow(SHARDED), nightly(DISAGG), nightly(DURABLE)],
+    ids=EVERYWHERE,
+)
 def test_no_checkpoint_holds_what_a_learning_rate_spoiled(tmp_path, settings):
     error, result, checkpoints = fail(tmp_path, "optimizer.lr=1e20", *EVERY_STEP, *settings)
     assert "step 1, of samples " in error
@@ -103,7 +107,7 @@ def test_no_checkpoint_holds_what_a_learning_rate_spoiled(tmp_path, settings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [(), SHARDED], ids=["online", "fsdp2"])
+@pytest.mark.parametrize("settings", [nightly(()), SHARDED], ids=["online", "fsdp2"])
 def test_a_last_step_that_spoils_the_draft(tmp_path, settings):
     """Weight decay and step together overflow in the last step, and no later loss would show it."""
     optimizer = (

@@ -24,7 +24,8 @@ def run(folder, strategy, topology, *more):
 @pytest.mark.parametrize(
     ("strategy", "topologies"),
     [
-        ("eagle3", ("interleaved", "disagg_offline")),
+        ("eagle3", ("disagg_offline",)),
+        nightly("eagle3", ("interleaved",)),
         nightly("dflash", ("disagg_online",)),
         nightly("domino", ("disagg_online",)),
     ],

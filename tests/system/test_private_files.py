@@ -22,7 +22,7 @@ def open_to_others(folder) -> dict[str, str]:
     "settings",
     [
         ("topology=online", "logger=csv"),
-        slow(("topology=offline",)),
+        nightly(("topology=offline",)),
         nightly(("topology=disagg_online", "channel=redis", "control=redis", SMALL)),
         slow(("topology=disagg_offline", "store=shared_dir")),
     ],

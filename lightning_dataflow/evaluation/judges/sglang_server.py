@@ -144,9 +144,10 @@ class SGLangDecoder:
 
 
 def sampling_params(max_new_tokens: int, temperature: float, stop_token_ids: Sequence[int]) -> dict[str, Any]:
-    """Sampling parameters of a request. Only the given tokens end an output."""
-    params: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "ignore_eos": True}
-    return params | ({"stop_token_ids": list(stop_token_ids)} if stop_token_ids else {})
+    """Sampling parameters of a request. The given tokens end an output, and those of the server; without any, none does:
+    SGLang ignores both together."""
+    params: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    return params | ({"stop_token_ids": list(stop_token_ids)} if stop_token_ids else {"ignore_eos": True})
 
 
 def read_counts(answer: dict[str, Any], num_draft_tokens: int, who: str) -> tuple[int, list[int]]:

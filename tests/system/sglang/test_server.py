@@ -95,7 +95,7 @@ def test_the_key_is_in_no_log_and_on_no_command_line(server):
     shown = subprocess.run(["ps", "-ww", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     assert server.url.rpartition(":")[2] in shown and KEY not in shown
     with pytest.raises(UserError, match=r"refuses our key \(401\)"):
-        CaptureServer(server.url).check("test", "", LAYER_IDS)
+        CaptureServer(server.url).check("test", LAYER_IDS)
 
 
 def test_other_requests_get_what_stock_sglang_answers(server):
@@ -116,7 +116,8 @@ def test_an_evaluation_tells_a_server_that_does_not_speculate(server, target):
     own = [greedy_decode(target, prompt, 12) for prompt in prompts]
     stop = own[1][5]
     answers, seconds = decoder.generate(prompts, sampling_params(12, 0.0, [stop]), batch_size=2)
-    cut = [tokens[: tokens.index(stop) + 1] if stop in tokens else tokens for tokens in own]
+    ends = {stop, *target.eos_token_ids}
+    cut = [tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens)) + 1] for tokens in own]
     assert [answer["output_ids"] for answer in answers] == cut and seconds > 0
     with pytest.raises(UserError, match="generated without speculation, its answer has no spec_verify_ct"):
         read_counts(answers[0], 3, "the server")

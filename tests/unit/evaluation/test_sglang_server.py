@@ -7,7 +7,7 @@ import pytest
 
 from lightning_dataflow.contracts import PeerFailedError, UserError
 from lightning_dataflow.evaluation.acceptance import Decoding
-from lightning_dataflow.evaluation.judges.sglang_server import SGLangDecoder, read_counts
+from lightning_dataflow.evaluation.judges.sglang_server import SGLangDecoder, read_counts, sampling_params
 from tests.sglang.speculating import INFO, SpeculatingServer
 
 pytestmark = pytest.mark.integration  # a server and its clients
@@ -124,3 +124,9 @@ def test_what_answers_is_no_server_of_ours(status, body, message):
             SGLangDecoder(url=url, api_key="the key").evaluate([[1]], Decoding(max_new_tokens=4), stop_token_ids=[])
         server.shutdown()
     assert "\n" not in str(raised.value) and "the key" not in str(raised.value)
+
+
+def test_a_server_is_told_to_ignore_ends_only_where_none_is_given():
+    """SGLang leaves `stop_token_ids` out of account as well when it ignores the ends of sequences."""
+    assert sampling_params(4, 0.0, [7]) == {"max_new_tokens": 4, "temperature": 0.0, "stop_token_ids": [7]}
+    assert sampling_params(4, 0.0, []) == {"max_new_tokens": 4, "temperature": 0.0, "ignore_eos": True}

@@ -127,6 +127,6 @@ def test_what_answers_is_no_server_of_ours(status, body, message):
 
 
 def test_a_server_is_told_to_ignore_ends_only_where_none_is_given():
-    """SGLang leaves `stop_token_ids` out of account as well when it ignores the ends of sequences."""
+    """With `ignore_eos`, SGLang ignores `stop_token_ids` too."""
     assert sampling_params(4, 0.0, [7]) == {"max_new_tokens": 4, "temperature": 0.0, "stop_token_ids": [7]}
     assert sampling_params(4, 0.0, []) == {"max_new_tokens": 4, "temperature": 0.0, "ignore_eos": True}

@@ -119,13 +119,13 @@ def num_bytes_sent(server: RedisServer) -> int:
     "act", [lambda plane: lease(plane, "a", 4), lambda plane: plane.ledger.renew("b", 60)], ids=["lease", "renew"]
 )
 def test_a_call_costs_the_same_however_many_samples_are_wanted(plane, redis_run, act):
-    """As many as there are, after a store was lost. The fastest of ten calls counts."""
+    """As many as there are, after a store was lost. The fastest of thirty calls counts."""
 
     def cost(num_wanted: int) -> int:
         wanted = {seq: Sample("wanted", 1) for seq in range(num_wanted)}
         plane.ledger.begin(RunPlan(start=0, stop=50000, window=4), wanted, frontier=num_wanted)
         redis_run.ask("SLOWLOG", "RESET")
-        for _ in range(10):
+        for _ in range(30):
             act(plane)
         entries = redis_run.ask("SLOWLOG", "GET", 100)
         return min(micros for _, _, micros, command, *_ in entries if command[0].startswith(b"EVAL"))
@@ -133,7 +133,7 @@ def test_a_call_costs_the_same_however_many_samples_are_wanted(plane, redis_run,
     redis_run.ask("CONFIG", "SET", "slowlog-log-slower-than", 0)
     few, many = cost(50), cost(20000)
     redis_run.ask("CONFIG", "SET", "slowlog-log-slower-than", 10000)
-    assert many < 10 * few  # a call that walks them all takes hundreds of times as long
+    assert many < 3 * few
 
 
 def num_leased(redis_run) -> int:

@@ -144,8 +144,11 @@ class SGLangDecoder:
 
 
 def sampling_params(max_new_tokens: int, temperature: float, stop_token_ids: Sequence[int]) -> dict[str, Any]:
-    """Sampling parameters of a request. An output ends at one of the given tokens, or at one that the server itself takes for
-    an end; if none are given, at `max_new_tokens`. SGLang cannot ignore its own end tokens and keep ours."""
+    """Sampling parameters of a request.
+
+    An output ends at one of the given tokens or of the server's own end tokens; if none are given, at `max_new_tokens`.
+    SGLang cannot ignore its own and keep ours.
+    """
     params: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     return params | ({"stop_token_ids": list(stop_token_ids)} if stop_token_ids else {"ignore_eos": True})
 
